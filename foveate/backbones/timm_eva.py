@@ -1,0 +1,120 @@
+"""timm ``Eva``: EVA-02, DINOv3 and the rotary ViTs. Positions follow their tokens."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from timm.layers import AttentionRope, apply_rot_embed_cat
+from timm.models.eva import Eva, EvaAttention, EvaBlock
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from foveate.backbones._timm import TimmBackbone, refuse, spec_of
+from foveate.core import Embedded, Heads
+
+__all__ = ["TimmEva"]
+
+
+class TimmEva(TimmBackbone):
+    """Parts of a stock ``Eva``."""
+
+    @classmethod
+    def accepts(cls, model: nn.Module) -> bool:
+        """Take every Eva; the constructor refuses what is not plain."""
+        return isinstance(model, Eva)
+
+    def __init__(self, model: nn.Module) -> None:
+        if type(model) is not Eva:
+            raise refuse(model, "a class of its own")
+        for block in model.blocks:
+            if type(block) is not EvaBlock:
+                kind = type(block).__name__
+                raise refuse(model, "post-norm blocks" if "PostNorm" in kind else f"{kind} blocks")
+            if type(block.attn) not in (EvaAttention, AttentionRope):
+                raise refuse(model, f"{type(block.attn).__name__} attention")
+        spec = spec_of(
+            "timm Eva",
+            model,
+            class_token=model.cls_token is not None,
+            rotary=model.rope is not None,
+        )
+        super().__init__(model, spec)
+
+    def embed(self, images: Tensor) -> Embedded:
+        """Patches, prefix tokens, absolute positions, and the table of rotary ones."""
+        grid, model = self.grid_of(images), self.model
+        x = model.pos_drop(self._with_prefix(self._patches(images), grid))
+        return Embedded(model.norm_pre(x), grid, self._table(grid))
+
+    def _table(self, grid: tuple[int, int]) -> Tensor | None:
+        """Rotary sines and cosines of every patch, and a last row that turns nothing."""
+        rope = self.model.rope
+        if rope is None:
+            return None
+        if getattr(rope, "_use_cached_embed", False):
+            if tuple(rope.feat_shape) != grid:
+                # This kind keeps one grid and ignores the shape it is asked for; a copy is
+                # moved to the new grid so that the model's own stays as it was.
+                rope = copy.deepcopy(rope)
+                rope.update_feat_shape(list(grid))
+            table = rope.get_embed()
+        else:
+            table = rope.get_embed(shape=list(grid))
+        still = torch.zeros_like(table[..., :1, :])
+        still[..., table.shape[-1] // 2 :] = 1.0
+        table = torch.cat([table, still], -2)
+        if table.ndim == 4:  # one table a block and head: [depth, H, P + 1, 2d]
+            return table.transpose(1, 2)
+        return table[:, None]  # [P + 1, 1, 2d]
+
+    def qkv(self, block: int, x: Tensor, rotary: Tensor | None) -> Heads:
+        """Fused or separate projections, qk-norm, rotation, grouped keys repeated."""
+        stock = self._blocks[block]
+        attn = stock.attn
+        y = stock.norm1(x)
+        if attn.qkv is not None:
+            q, k, v = self._fused(attn, y).view(-1, 3, attn.num_heads, attn.head_dim).unbind(1)
+        else:
+            q, k, v = (
+                proj(y).unflatten(-1, (-1, attn.head_dim))
+                for proj in (attn.q_proj, attn.k_proj, attn.v_proj)
+            )
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        if rotary is not None:
+            half = bool(getattr(attn, "rotate_half", False))
+            q = apply_rot_embed_cat(q, rotary, half=half).type_as(v)
+            k = apply_rot_embed_cat(k, rotary, half=half).type_as(v)
+        groups = getattr(attn, "num_kv_groups", 1)
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        dropout = attn.attn_drop.p if attn.training else 0.0
+        return Heads(q, k, v, y, attn.scale, dropout)
+
+    @staticmethod
+    def _fused(attn: nn.Module, y: Tensor) -> Tensor:
+        if getattr(attn, "q_bias", None) is None:
+            return attn.qkv(y)
+        bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+        if attn.qkv_bias_separate:
+            return attn.qkv(y) + bias
+        return F.linear(y, attn.qkv.weight, bias)
+
+    def project(self, block: int, out: Tensor, heads: Heads) -> Tensor:
+        """Inner norm, gate, projection and LayerScale."""
+        stock = self._blocks[block]
+        attn = stock.attn
+        out = attn.norm(out)
+        if attn.gate is not None:
+            out = out * attn.gate(heads.y).sigmoid()
+        out = attn.proj_drop(attn.proj(out))
+        return out if stock.gamma_1 is None else stock.gamma_1 * out
+
+    def feedforward(self, block: int, x: Tensor) -> Tensor:
+        """Norm, MLP and LayerScale."""
+        stock = self._blocks[block]
+        out = stock.mlp(stock.norm2(x))
+        return out if stock.gamma_2 is None else stock.gamma_2 * out
+
+    def _pools_prefix(self) -> bool:
+        return self.model.attn_pool is not None  # this family's attention pooling reads all tokens

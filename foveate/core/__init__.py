@@ -1,0 +1,46 @@
+"""Tokens, schedules, attention, gates and the driver: what every method and family shares."""
+
+from foveate.core.attention import Heads, Seen, attend
+from foveate.core.backbone import Backbone, BackboneSpec, Embedded, pool_mask, pool_tokens
+from foveate.core.driver import BlockTrace, Outcome, ReducedViT, Trace
+from foveate.core.gated import GatedReducer
+from foveate.core.gates import decide
+from foveate.core.layout import Layout
+from foveate.core.reducer import Chain, Match, MatchReducer, Reducer, ScoreReducer
+from foveate.core.schedule import (
+    Schedule,
+    check_blocks,
+    check_choice,
+    check_keep,
+    stage_blocks,
+)
+from foveate.core.tokens import TokenState
+
+__all__ = [
+    "Backbone",
+    "BackboneSpec",
+    "BlockTrace",
+    "Chain",
+    "Embedded",
+    "GatedReducer",
+    "Heads",
+    "Layout",
+    "Match",
+    "MatchReducer",
+    "Outcome",
+    "ReducedViT",
+    "Reducer",
+    "Schedule",
+    "ScoreReducer",
+    "Seen",
+    "TokenState",
+    "Trace",
+    "attend",
+    "check_blocks",
+    "check_choice",
+    "check_keep",
+    "decide",
+    "pool_mask",
+    "pool_tokens",
+    "stage_blocks",
+]

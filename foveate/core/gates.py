@@ -1,0 +1,67 @@
+"""Gates: from two log-probabilities a token to a hard, differentiable decision.
+
+How a gate decides is a switch of its own and does not depend on ``.training``:
+
+* ``sample``: draw from the gate (Gumbel noise), as in training;
+* ``argmax``: keep where keeping is the likelier;
+* ``topk``: keep exactly k, the best first; the same count for every image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foveate.ops import top_k
+
+__all__ = ["DECISIONS", "decide"]
+
+DECISIONS = ("sample", "argmax", "topk")
+
+
+def decide(
+    logits: Tensor,
+    how: str,
+    *,
+    k: int | Sequence[int] | None = None,
+    candidates: Tensor | None = None,
+    at_least_one: bool = False,
+) -> Tensor:
+    """Hard decisions ``[B, N]`` in {0, 1} whose gradient is that of the keep probability.
+
+    Args:
+        logits: ``[B, N, 2]``; index 0 is "keep".
+        how: one of ``DECISIONS``.
+        k: how many to keep for "topk", for all images or one number an image.
+        candidates: tokens that may be kept, ``[B, N]`` bool; None means all.
+        at_least_one: keep the likeliest candidate where an image would keep none.
+    """
+    logits = logits.float()
+    if how == "sample":
+        # -log(-log u) with u in the open interval; exponential_ never returns 0.
+        noise = -torch.empty_like(logits).exponential_().log()
+        logits = logits + noise
+    keep = logits.softmax(-1)[..., 0]
+    score = logits[..., 0] - logits[..., 1]
+    if candidates is not None:
+        score = score.masked_fill(~candidates, float("-inf"))
+    if how == "topk":
+        assert k is not None
+        idx, valid = top_k(score, k)
+        picked = torch.ones_like(idx, dtype=keep.dtype) if valid is None else valid.to(keep.dtype)
+        hard = torch.zeros_like(keep).scatter(1, idx, picked)
+    else:
+        hard = (score >= 0).to(keep.dtype)
+        if at_least_one and score.shape[1] > 0:
+            best = F.one_hot(score.argmax(1), score.shape[1]).to(hard.dtype)
+            if candidates is not None:
+                best = best * candidates
+            hard = torch.where(hard.sum(1, keepdim=True) > 0, hard, best)
+    if not keep.requires_grad:
+        return hard
+    # Adding a difference that is exactly zero keeps the decision exactly 0 or 1.
+    soft = keep if candidates is None else keep * candidates
+    return hard + (soft - soft.detach())

@@ -1,0 +1,118 @@
+"""Schedules: which blocks reduce, and to how many tokens, as plain integers.
+
+"Keep 0.7" means different things in different papers: of the original or of the current count,
+rounded down or up. A schedule says which, is validated once, and knows the warm-up that some
+methods train with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["Schedule", "check_blocks", "check_choice", "check_keep", "stage_blocks"]
+
+# 0.7 * 10 is 7.000000000000001 or 6.999999999999999 depending on the order of operations; counts
+# must not depend on that.
+_SLACK = 1e-9
+
+
+def check_keep(keep: float | Sequence[float], name: str = "keep") -> None:
+    """Refuse keep rates outside (0, 1]."""
+    for rate in keep if isinstance(keep, Sequence) else (keep,):
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
+            raise ValueError(f"{name} must lie in (0, 1], got {rate!r}")
+
+
+def check_blocks(blocks: Sequence[int], depth: int) -> tuple[int, ...]:
+    """Refuse block numbers that are out of range, unsorted or repeated."""
+    for block in blocks:
+        if isinstance(block, bool) or not isinstance(block, int):
+            raise ValueError(f"blocks must be whole numbers, got {block!r}")
+        if not 0 <= block < depth:
+            raise ValueError(f"blocks must lie in 0..{depth - 1} for {depth} blocks, got {block}")
+    if list(blocks) != sorted(set(blocks)):
+        raise ValueError(f"blocks must ascend without repeats, got {list(blocks)}")
+    if not blocks:
+        raise ValueError("blocks must name at least one block")
+    return tuple(blocks)
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Refuse a value that is not among the choices."""
+    if value not in choices:
+        listed = ", ".join(repr(c) for c in choices)
+        raise ValueError(f"{name} must be one of {listed}; got {value!r}")
+
+
+def stage_blocks(depth: int, parts: int = 4) -> tuple[int, ...]:
+    """Blocks that start every part but the first: 3, 6, 9 of 12; 4, 8, 12 of 16."""
+    return tuple(sorted({max(1, depth * part // parts) for part in range(1, parts)} - {depth}))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Token counts after each reducing block.
+
+    Attributes:
+        blocks: the blocks that reduce.
+        keep: one rate for all of them, or one for each.
+        relative: rate of the "original" count (one rate then means keep, keep**2, ...) or of the
+            "current" one.
+        rounding: "floor" or "ceil".
+        warmup: the rate sinks from 1 to its value on a cosine between these two points of
+            training progress; None holds it constant.
+        warmup_steps: number of equal steps that the warm-up takes; None changes it continuously.
+            A few steps change shapes rarely, so a compiled model is rarely compiled anew.
+    """
+
+    blocks: tuple[int, ...]
+    keep: float | tuple[float, ...] = 1.0
+    relative: str = "original"
+    rounding: str = "floor"
+    warmup: tuple[float, float] | None = None
+    warmup_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        check_choice("relative", self.relative, ("original", "current"))
+        check_choice("rounding", self.rounding, ("floor", "ceil"))
+        if isinstance(self.keep, Sequence) and len(self.keep) != len(self.blocks):
+            raise ValueError(
+                f"keep has {len(self.keep)} rates for {len(self.blocks)} blocks {self.blocks}"
+            )
+        if self.warmup is not None:
+            start, end = self.warmup
+            if not 0 <= start <= end <= 1:
+                raise ValueError(f"warmup must be 0 <= start <= end <= 1, got {self.warmup}")
+        if self.warmup_steps is not None and self.warmup_steps < 1:
+            raise ValueError(f"warmup_steps must be at least 1, got {self.warmup_steps}")
+
+    def rate(self, stage: int, progress: float = 1.0) -> float:
+        """Keep rate of a stage at a point of training progress in [0, 1]."""
+        if isinstance(self.keep, Sequence):
+            return self._warmed(self.keep[stage], progress)
+        keep = self._warmed(self.keep, progress)
+        return float(keep ** (stage + 1)) if self.relative == "original" else keep
+
+    def _warmed(self, keep: float, progress: float) -> float:
+        if self.warmup is None:
+            return keep
+        start, end = self.warmup
+        done = 1.0 if progress >= end else max(0.0, (progress - start) / max(end - start, 1e-12))
+        if self.warmup_steps is not None:
+            done = math.floor(done * self.warmup_steps + _SLACK) / self.warmup_steps
+        return keep + (1 - keep) * (math.cos(math.pi * done) + 1) / 2
+
+    def count(self, stage: int, original: int, current: int, progress: float = 1.0) -> int:
+        """Tokens left after a stage, between 1 and the current count (0 when there are none)."""
+        base = original if self.relative == "original" else current
+        exact = base * self.rate(stage, progress)
+        floor = self.rounding == "floor"
+        count = math.floor(exact + _SLACK) if floor else math.ceil(exact - _SLACK)
+        return min(current, max(1, count))
+
+    def stage(self, block: int) -> int | None:
+        """Which stage a block is, or None where it does not reduce."""
+        return self.blocks.index(block) if block in self.blocks else None

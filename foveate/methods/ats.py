@@ -1,0 +1,124 @@
+"""ATS: sample the tokens that matter, as many as an image needs.
+
+Paper: Fayyaz et al., "Adaptive Token Sampling for Efficient Vision Transformers", ECCV 2022.
+
+Scored: attention of the class token times the length of the value vector, per head, summed over
+heads. K quantiles of the cumulative score pick tokens; those picked more than once count once, so
+an image keeps at most K and often fewer. The others are dropped.
+
+Training: none needed; the indices carry no gradient, everything else does. The rows of attention
+that the paper resamples are independent, so choosing rows after the residual is the same.
+
+Deviation of the release: it sums attention over heads before multiplying with the length of the
+concatenated values, sorts the scores, stretches the distribution to [0, 1] and starts its grid at
+the smallest value: ``variant="release"``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from foveate.core import BackboneSpec, Reducer, Seen, TokenState, check_blocks, check_choice
+from foveate.ops import inverse_transform, nearest
+from foveate.registry import register
+
+__all__ = ["ATS"]
+
+
+@register("ats")
+@dataclass(eq=False, kw_only=True, repr=False)
+class ATS(Reducer):
+    """Inverse-transform sampling of tokens.
+
+    Attributes:
+        K: most tokens an image keeps, for all stages or one number for each; None is as many as
+            it has patches, so that only repeated picks reduce.
+        blocks: where; None is every block from a quarter of the depth on (multi-stage). One block
+            alone is the paper's single-stage form.
+        variant: "paper" or "release".
+        preserve: bring dropped patches back at their last value after the last block.
+    """
+
+    K: int | tuple[int, ...] | None = None
+    blocks: tuple[int, ...] | None = None
+    variant: str = "paper"
+    preserve: bool = False
+
+    paper: ClassVar[str] = "Fayyaz et al., ATS, ECCV 2022"
+    summary: ClassVar[str] = "samples as many tokens as an image needs, at most K"
+    hooks: ClassVar[tuple[str, ...]] = ("between",)
+    needs: ClassVar[frozenset[str]] = frozenset({"cls_row", "value_norm"})
+    drops: ClassVar[bool] = True
+    maskable: ClassVar[bool] = True
+    identity: ClassVar[Mapping[str, Any] | None] = None
+
+    def validate(self) -> None:
+        """Refuse K below 1."""
+        check_choice("variant", self.variant, ("paper", "release"))
+        for k in self.K if isinstance(self.K, tuple) else (self.K,):
+            if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
+                raise ValueError(f"K must be a whole number of at least 1, got {k!r}")
+
+    @property
+    def fixed_count(self) -> bool:
+        """Every image has its own count."""
+        return False
+
+    def build(self, spec: BackboneSpec) -> None:
+        """Resolve the blocks."""
+        super().build(spec)
+        blocks = tuple(range(spec.depth // 4, spec.depth)) if self.blocks is None else self.blocks
+        self.acts = check_blocks(blocks, spec.depth)
+        if isinstance(self.K, tuple) and len(self.K) != len(self.acts):
+            raise ValueError(f"K has {len(self.K)} entries for {len(self.acts)} blocks")
+
+    def _most(self, block: int, patches: int) -> int:
+        k = self.K[self.acts.index(block)] if isinstance(self.K, tuple) else self.K
+        return patches if k is None else k
+
+    def between(self, block: int, state: TokenState, seen: Seen) -> TokenState:
+        """Sample once."""
+        score = self._score(state, seen)
+        most, present = self._most(block, state.patches), state.present()
+        if self.variant == "release":
+            marks = self._release(score, most, present)
+        else:
+            grid = torch.arange(1, 2 * most, 2, device=score.device, dtype=torch.float64)
+            marks = inverse_transform(score, grid / (2 * most), present)
+        if state.alive is not None:
+            return state.mask_out(marks.to(state.alive.dtype))
+        return state.keep_where(marks)
+
+    def _score(self, state: TokenState, seen: Seen) -> Tensor:
+        """Significance of each token after the prefix, ``[B, N]``."""
+        row, length = seen.cls_row_heads().detach(), seen.value_norm().detach()
+        if self.variant == "release":
+            score = row.sum(1) * length.square().sum(1).sqrt()
+        else:
+            score = (row * length).sum(1)
+        return score[:, state.prefix :]
+
+    @staticmethod
+    def _release(score: Tensor, most: int, present: Tensor | None) -> Tensor:
+        """The released sampler: sorted scores, stretched distribution, grid from its minimum."""
+        score = score.double() if present is None else score.double() * present
+        ordered, order = score.sort(1)
+        alive = None if present is None else present.gather(1, order)
+        cdf = ordered.cumsum(1)
+        low, high = cdf[:, :1], cdf[:, -1:]
+        cdf = (cdf - low) / (high - low).clamp_min(torch.finfo(cdf.dtype).tiny)
+        start = torch.where(cdf > 0, cdf, torch.ones_like(cdf)).amin(1, keepdim=True)
+        step = torch.arange(most, device=cdf.device, dtype=cdf.dtype) / max(1, most - 1)
+        marks = nearest(cdf, start + (1 - start) * step, alive)
+        return torch.zeros_like(marks).scatter(1, order, marks)
+
+    def planned(self, block: int, hook: str, current: int, grid: tuple[int, int]) -> int:
+        """At most K; how many fewer depends on the image."""
+        if hook != "between" or block not in self.acts:
+            return current
+        return min(current, self._most(block, grid[0] * grid[1]))

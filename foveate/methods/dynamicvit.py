@@ -1,0 +1,85 @@
+"""DynamicViT: small predictors before three blocks decide which patches go on.
+
+Paper: Rao et al., "DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification",
+NeurIPS 2021, and its extension in T-PAMI 2023.
+
+Scored: every patch by an MLP on its own features and the mean features of the patches still
+alive. The others are dropped for good. Stage s keeps ``floor(N * keep**s)`` of the N original
+patches. In training all tokens are computed, gates are sampled, and the attention mask carries
+the gradient; deployed, the best-scored patches are gathered.
+
+Training: required for the predictors (30 epochs in the paper), with the ratio loss below, a KL
+term to the dense model's logits and a mean square error on its kept final tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from foveate.core import BackboneSpec, GatedReducer, Layout, TokenState
+from foveate.registry import register
+
+__all__ = ["DynamicViT", "Predictor"]
+
+
+class Predictor(nn.Module):
+    """Log-probabilities of keeping and dropping, from local and global features."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.local = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
+        self.out = nn.Sequential(
+            nn.Linear(width, width // 2),
+            nn.GELU(),
+            nn.Linear(width // 2, width // 4),
+            nn.GELU(),
+            nn.Linear(width // 4, 2),
+        )
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, weight: Tensor, layout: Layout) -> Tensor:
+        """Score all tokens.
+
+        Args:
+            x: tokens ``[T, C]``.
+            weight: how much each counts in the global mean, ``[T]``.
+            layout: which image each belongs to.
+        """
+        local, shared = self.local(x).chunk(2, dim=-1)
+        total = layout.sum(weight).clamp_min(1e-6)
+        mean = layout.sum(shared * weight[:, None]) / total[:, None]
+        z = torch.cat([local, layout.spread(mean.to(local.dtype))], -1)
+        return self.out(z).float().log_softmax(-1)  # [T, 2]
+
+
+@register("dynamicvit")
+@dataclass(eq=False, kw_only=True, repr=False)
+class DynamicViT(GatedReducer):
+    """Learned predictors keep a fixed share of the patches, stage by stage."""
+
+    paper: ClassVar[str] = "Rao et al., DynamicViT, NeurIPS 2021"
+    summary: ClassVar[str] = "small learned predictors drop patches before three blocks"
+    loss_weights: ClassVar[Mapping[str, float]] = {"ratio": 2.0, "kl": 0.5, "token": 0.5}
+    softmax_eps: ClassVar[float] = 1e-6
+
+    def build(self, spec: BackboneSpec) -> None:
+        """Make one predictor a stage."""
+        super().build(spec)
+        self.predictors = nn.ModuleList(Predictor(spec.width) for _ in self.acts)
+
+    def logits(self, stage: int, state: TokenState) -> Tensor:
+        """Predictor of this stage over the live patches."""
+        weight = state.layout.rect(state.x.new_ones(state.layout.total))
+        if state.alive is not None:
+            weight = state.alive.to(weight.dtype)
+        front = torch.arange(weight.shape[1], device=weight.device) >= state.prefix
+        weight = state.layout.flat(weight * front)
+        return state.after_prefix(self.predictors[stage](state.x, weight, state.layout))

@@ -1,0 +1,228 @@
+"""SViT: a gate before every block chooses the tokens it works on; the others wait unchanged.
+
+Paper: Liu et al., "Revisiting Token Pruning for Object Detection and Instance Segmentation",
+WACV 2024.
+
+Scored: every token by a two-layer MLP, anew before each block, so a token left out once may be
+used again. Nothing is dropped: what a block skips keeps its value. Each image uses as many tokens
+as its gates say.
+
+Training: required for the gates. All tokens are computed; ``x = m * block(x) + (1 - m) * x`` with
+the gates m also as a key mask, through which no gradient flows. The ratio loss (weight 4) holds
+the batch mean of each gate to its target, or each image's (``ratio="fixed"``).
+
+Deviations: prefix tokens are always active; the released checkpoints gate them in the last block
+(``gate_prefix_last=True``). The release samples its gates in evaluation; here evaluation is
+arg-max unless ``gate="sample"``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from foveate.core import (
+    BackboneSpec,
+    Reducer,
+    TokenState,
+    check_blocks,
+    check_choice,
+    check_keep,
+    decide,
+)
+from foveate.core.gates import DECISIONS
+from foveate.registry import register
+
+__all__ = ["Gate", "SViT"]
+
+
+class Gate(nn.Sequential):
+    """Norm and a two-layer MLP with two outputs: keep and drop."""
+
+    def __init__(self, width: int, keep_bias: float) -> None:
+        super().__init__(
+            nn.LayerNorm(width),
+            nn.Linear(width, width // 4),
+            nn.GELU(),
+            nn.Linear(width // 4, 2),
+        )
+        if keep_bias:
+            with torch.no_grad():
+                self[-1].bias.copy_(torch.tensor([keep_bias / 2, -keep_bias / 2]))
+
+
+@register("svit")
+@dataclass(eq=False, kw_only=True, repr=False)
+class SViT(Reducer):
+    """Per-block gates over all tokens, with skipped tokens preserved.
+
+    Attributes:
+        keep: target share of tokens: one rate means keep, keep**2 and keep**3 in the first,
+            second and last third of the gated blocks; or one rate for each.
+        blocks: where; None is every block from a quarter of the depth on.
+        reactivate: tokens left out may be used again; False keeps them out.
+        ratio: "dynamic" holds the batch to the target, "fixed" each image.
+        gate: "sample", "argmax", "topk"; None samples while training masked, else takes arg-max.
+        gate_prefix_last: the last gate decides about prefix tokens too.
+        keep_bias: initial bias of the gates towards keeping; the release has none.
+    """
+
+    keep: float | tuple[float, ...] = 0.7
+    blocks: tuple[int, ...] | None = None
+    reactivate: bool = True
+    ratio: str = "dynamic"
+    gate: str | None = None
+    gate_prefix_last: bool = False
+    keep_bias: float = 0.0
+
+    paper: ClassVar[str] = "Liu et al., SViT, WACV 2024"
+    summary: ClassVar[str] = "gates choose the tokens of every block; the others wait unchanged"
+    hooks: ClassVar[tuple[str, ...]] = ("before", "after")
+    training_need: ClassVar[str] = "required"
+    gated: ClassVar[bool] = True
+    maskable: ClassVar[bool] = True
+    parks: ClassVar[bool] = True
+    identity: ClassVar[Mapping[str, Any] | None] = {"keep": 1.0, "gate": "topk"}
+    loss_weights: ClassVar[Mapping[str, float]] = {"ratio": 4.0}
+
+    def validate(self) -> None:
+        """Check rates and switches."""
+        check_keep(self.keep)
+        check_choice("ratio", self.ratio, ("dynamic", "fixed"))
+        check_choice("gate", self.gate, (None, *DECISIONS))
+
+    @property
+    def fixed_count(self) -> bool:
+        """Counts differ by image unless exactly k tokens are taken."""
+        return self.gate == "topk"
+
+    def build(self, spec: BackboneSpec) -> None:
+        """Make one gate a block."""
+        super().build(spec)
+        blocks = tuple(range(spec.depth // 4, spec.depth)) if self.blocks is None else self.blocks
+        self.acts = check_blocks(blocks, spec.depth)
+        if isinstance(self.keep, Sequence) and len(self.keep) != len(self.acts):
+            raise ValueError(f"keep has {len(self.keep)} rates for {len(self.acts)} blocks")
+        self.gates = nn.ModuleList(Gate(spec.width, self.keep_bias) for _ in self.acts)
+
+    def spans(self) -> frozenset[int]:
+        """Tokens wait during each gated block."""
+        return frozenset(self.acts)
+
+    def target(self, stage: int) -> float:
+        """Share of tokens that a gate should keep."""
+        if isinstance(self.keep, Sequence):
+            return self.keep[stage]
+        return float(self.keep ** (1 + 3 * stage // len(self.acts)))
+
+    def before(self, block: int, state: TokenState) -> TokenState:
+        """Decide, and park what the block skips (or mask it while training)."""
+        if block not in self.acts:
+            return state
+        stage = self.acts.index(block)
+        masked = state.alive is not None
+        how = self.gate
+        if how is None:
+            how = "sample" if masked and state.notes["training"] else "argmax"
+        front = 0 if self.gate_prefix_last and block == self.acts[-1] else state.prefix
+        logits = state.layout.rect(self.gates[stage](state.x))[:, front:]  # [B, N, 2]
+        live = self._live(state, front)
+        counts = self._counts(stage, state, front, live) if how == "topk" else None
+        keep = decide(logits, how, k=counts, candidates=live)
+        state = self._note(stage, state, keep, front)
+        if not masked and isinstance(counts, int):
+            idx = logits_order(logits, counts)
+            return state.park(idx, with_prefix=front > 0)
+        always = keep.new_ones(keep.shape[0], front)
+        keep = torch.cat([always, keep], 1)  # [B, longest]
+        if not self.reactivate:
+            used = state.layout.flat(keep.detach())
+            state = state.replace(extras={**state.extras, "svit.used": used})
+        return self._mask(state, keep) if masked else state.park_but(keep > 0)
+
+    def _live(self, state: TokenState, front: int) -> Tensor | None:
+        """Tokens a gate may keep: there, and not left out before if that is for good."""
+        live = state.layout.valid(state.x.device)
+        if state.alive is not None:
+            alive = state.alive.detach() > 0
+            live = alive if live is None else live & alive
+        if not self.reactivate and "svit.used" in state.extras:
+            used = state.layout.rect(state.extras["svit.used"]) > 0
+            live = used if live is None else live & used
+        return None if live is None else live[:, front:]
+
+    def _counts(
+        self, stage: int, state: TokenState, front: int, live: Tensor | None
+    ) -> int | list[int]:
+        """How many tokens "topk" keeps: the target share of those that are there."""
+        now = [n - front for n in state.layout.lengths]
+        wanted = [max(1, round(self.target(stage) * n)) if n else 0 for n in now]
+        if live is not None:
+            wanted = [min(k, n) for k, n in zip(wanted, live.sum(1).tolist(), strict=True)]
+            return wanted
+        return wanted[0]
+
+    def _mask(self, state: TokenState, keep: Tensor) -> TokenState:
+        """Training: all tokens are computed; the rest of the work is done after the block."""
+        assert state.alive is not None
+        visible = (keep.detach() * state.alive.detach()) > 0
+        # With no key left in an image every key is shown; what comes of it is thrown away.
+        visible = visible | ~visible.any(1, keepdim=True)
+        extras = {
+            **state.extras,
+            "svit.gate": state.layout.flat(keep).to(state.x.dtype),
+            "svit.x": state.x,
+            "svit.alive": state.layout.flat(state.alive),
+        }
+        return state.replace(visible=visible, alive=None, extras=extras)
+
+    def after(self, block: int, state: TokenState) -> TokenState:
+        """Put processed and waiting tokens together again."""
+        if block not in self.acts:
+            return state
+        if state.outer is not None:
+            return state.recall()
+        extras = dict(state.extras)
+        gate, before = extras.pop("svit.gate")[:, None], extras.pop("svit.x")
+        alive = state.layout.rect(extras.pop("svit.alive"))
+        x = gate * state.x + (1 - gate) * before
+        return state.replace(x=x, visible=None, alive=alive, extras=extras)
+
+    def _note(self, stage: int, state: TokenState, keep: Tensor, front: int) -> TokenState:
+        present = state.layout.valid(keep.device)
+        if present is not None:
+            share = (keep * present[:, front:]).sum(1) / present[:, front:].sum(1).clamp_min(1)
+        else:
+            share = keep.mean(1)
+        shares = {**self.noted(state.notes, "kept_share", {}), stage: share}
+        return self.note(state, "kept_share", shares)
+
+    def losses(self, notes: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Mean over gates of the squared distance between used share and target."""
+        shares: dict[int, Tensor] = self.noted(notes, "kept_share", {})
+        if not shares:
+            return {}
+        terms = []
+        for stage, share in shares.items():
+            value = share.mean() if self.ratio == "dynamic" else share
+            terms.append(((value - self.target(stage)) ** 2).mean())
+        return {"ratio": torch.stack(terms).mean()}
+
+    def planned(self, block: int, hook: str, current: int, grid: tuple[int, int]) -> int:
+        """The target share inside a gated block, everything outside."""
+        if block not in self.acts or hook == "between":
+            return current
+        patches = grid[0] * grid[1]
+        if hook == "after":
+            return patches
+        return max(1, round(self.target(self.acts.index(block)) * patches))
+
+
+def logits_order(logits: Tensor, k: int) -> Tensor:
+    """The k likeliest to be kept, in their order in the image, ``[B, k]``."""
+    score = (logits[..., 0] - logits[..., 1]).float()
+    return score.topk(k, dim=1).indices.sort(1).values

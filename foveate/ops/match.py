@@ -1,0 +1,34 @@
+"""Who is like whom: pairings between two sets of tokens."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["alternate_split", "best_partner", "pairwise"]
+
+
+def alternate_split(count: int, first_is_source: bool) -> tuple[slice, slice]:
+    """Split ``count`` positions alternately into sources and targets, as two slices."""
+    start = 0 if first_is_source else 1
+    return slice(start, count, 2), slice(1 - start, count, 2)
+
+
+def pairwise(a: Tensor, b: Tensor, how: str) -> Tensor:
+    """Similarity ``[B, Na, Nb]`` of ``a [B, Na, d]`` to ``b [B, Nb, d]``; higher is more alike.
+
+    ``how`` is "cosine", "l1" or "l2"; the distances are negated.
+    """
+    if how == "cosine":
+        return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).transpose(1, 2)
+    a, b = a.float(), b.float()
+    return -torch.cdist(a, b, p=1.0 if how == "l1" else 2.0)
+
+
+def best_partner(similarity: Tensor, target_valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """For each source, its best value and target: ``similarity [B, Na, Nb] -> [B, Na]`` twice."""
+    if target_valid is not None:
+        similarity = similarity.masked_fill(~target_valid[:, None, :], float("-inf"))
+    best = similarity.max(dim=-1)
+    return best.values, best.indices

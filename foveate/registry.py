@@ -1,0 +1,103 @@
+"""Methods by name: strict registration, and strings such as ``"evit(keep=0.7)"``."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from foveate.core import Chain, Reducer
+
+__all__ = ["list_methods", "make", "method_class", "parse", "register", "suggest"]
+
+_METHODS: dict[str, type[Reducer]] = {}
+_R = TypeVar("_R", bound=type[Reducer])
+
+
+def register(name: str) -> Callable[[_R], _R]:
+    """Register a method class under its name: the paper's, in lower case, letters only."""
+
+    def add(cls: _R) -> _R:
+        if not (name.isalnum() and name.islower()):
+            raise ValueError(f"method names are lower-case letters and digits, got {name!r}")
+        if name in _METHODS:
+            raise ValueError(f"a method named {name!r} is registered already")
+        if not cls.paper or not cls.summary or not cls.hooks:
+            raise ValueError(f"{cls.__name__} must declare its paper, summary and hooks")
+        cls.name = name
+        _METHODS[name] = cls
+        return cls
+
+    return add
+
+
+def list_methods() -> list[str]:
+    """Names of all methods, sorted."""
+    return sorted(_METHODS)
+
+
+def method_class(name: str) -> type[Reducer]:
+    """The class of a method; ValueError with the near miss and all names for an unknown one."""
+    if name not in _METHODS:
+        raise ValueError(suggest("method", name, list_methods()))
+    return _METHODS[name]
+
+
+def suggest(kind: str, given: str, legal: Iterable[str]) -> str:
+    """Word an error about an unknown name: the near miss, if any, and what is legal."""
+    legal = list(legal)
+    near = difflib.get_close_matches(given, legal, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return f"unknown {kind} {given!r}{hint} Legal: {', '.join(legal) or 'none'}"
+
+
+def make(name: str, options: Mapping[str, Any] | None = None) -> Reducer:
+    """Build a method from its name and options."""
+    cls, options = method_class(name), dict(options or {})
+    legal = [f.name for f in fields(cls)]
+    for option in options:
+        if option not in legal:
+            raise ValueError(suggest(f"option of {name}", option, legal))
+    for option, value in options.items():
+        if isinstance(value, list):  # JSON and literals give lists; configs hold tuples
+            options[option] = tuple(value)
+    return cls(**options)
+
+
+def parse(text: str) -> Reducer:
+    """Build a method, or a chain of them, from a string; nothing in it is evaluated.
+
+    ``"evit"``, ``"evit(keep=0.7, fuse=False)"``, ``"evit(keep=0.8) + tome(r=4, blocks=[10, 11])"``.
+    """
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except SyntaxError as error:
+        raise ValueError(f"cannot read the method {text!r}: {error.msg}") from error
+    parts = [_from_node(node, text) for node in _terms(tree)]
+    return parts[0] if len(parts) == 1 else Chain(*parts)
+
+
+def _terms(node: ast.expr) -> list[ast.expr]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return [*_terms(node.left), *_terms(node.right)]
+    return [node]
+
+
+def _from_node(node: ast.expr, text: str) -> Reducer:
+    if isinstance(node, ast.Name):
+        return make(node.id)
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+        raise ValueError(f"cannot read the method {text!r}: expected NAME or NAME(OPTION=VALUE)")
+    if node.args or any(keyword.arg is None for keyword in node.keywords):
+        raise ValueError(f"cannot read the method {text!r}: options go by name, as OPTION=VALUE")
+    options = {}
+    for keyword in node.keywords:
+        try:
+            options[str(keyword.arg)] = ast.literal_eval(keyword.value)
+        except ValueError as error:
+            raise ValueError(
+                f"cannot read the method {text!r}: the value of {keyword.arg} is not a literal"
+            ) from error
+    return make(node.func.id, options)
