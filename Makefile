@@ -1,0 +1,52 @@
+# Everything a contributor runs. `make` alone lists the targets; ARGS="..." is handed on to the
+# program that a target runs.
+
+PYTHON  ?= python3
+WORKERS ?= 2
+ARGS    ?=
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# One thread a worker: two workers with a thread pool each would fight for the same cores.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format slow speed clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(STAMP) ## run the quick start example; nothing is downloaded
+	$(BIN)/python examples/quickstart.py $(ARGS)
+
+test: check ## the checks, then every test that is not slow
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+check: $(STAMP) ## format, lint, types, layers, duplicate code
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy foveate
+	$(BIN)/lint-imports
+	$(BIN)/pylint --disable=all --enable=duplicate-code foveate
+
+format: $(STAMP) ## format the code and mend what ruff can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+slow: $(STAMP) ## the slow tests: full-size models, compilation
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+speed: $(STAMP) ## measure the table of speed goals
+	$(BIN)/python benchmarks/speed.py $(ARGS)
+
+clean: ## remove caches and build output; .venv stays
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+# The stamp is written last, so an installation that broke off is done again.
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -e '.[dev]'
+	touch $@

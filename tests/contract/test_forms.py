@@ -1,0 +1,105 @@
+"""Backbones alone: what is driven equals what the model does by itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from table import FORMS, IMAGE, OTHER_SIZES, close, form, images, randomise, reduced, vit
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+
+import foveate
+
+NOTHING = "random(keep=1.0)"
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_native_equals_driven(name: str) -> None:
+    model = form(name)
+    with torch.no_grad():
+        close(reduced(NOTHING, name)(images()), model(images()))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_native_equals_driven_in_training(name: str) -> None:
+    """With stochastic depth and dropout off; gradients too."""
+    model = randomise(FORMS[name]()).train()
+    driven = reduced(NOTHING, name, model).train()
+    native_loss = model(images())
+    grads = {}
+    for key, output in (("native", native_loss), ("driven", driven(images()))):
+        model.zero_grad()
+        output = output[0] if isinstance(output, tuple) else output
+        output.square().sum().backward()
+        grads[key] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert grads["native"].keys() == grads["driven"].keys()
+    for n, grad in grads["native"].items():
+        close(grads["driven"][n], grad, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["vit", "deit3", "eva02"])
+@pytest.mark.parametrize("mode", ["gathered", "packed"])
+def test_stochastic_depth_drops_whole_images(name: str, mode: str) -> None:
+    """The same random numbers as the native model draws, whatever the layout."""
+    model = FORMS[name]()
+    model = type(model)(**{**BASE[name], "drop_path_rate": 0.5})
+    model = randomise(model).train()
+    driven = reduced(NOTHING, name, model).train()
+    driven.mode = mode
+    torch.manual_seed(3)
+    native = model(images(4))
+    torch.manual_seed(3)
+    close(driven(images(4)), native)
+
+
+BASE = {
+    "vit": dict(img_size=IMAGE, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=10),
+}
+BASE["deit3"] = {**BASE["vit"], "no_embed_class": True, "init_values": 1e-6}
+BASE["eva02"] = {**BASE["vit"], "use_rot_pos_emb": True, "swiglu_mlp": True, "scale_mlp": True}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("size", OTHER_SIZES)
+def test_other_sizes_equal_a_model_built_for_them(name: str, size: tuple[int, int]) -> None:
+    """The driver takes any size; timm does after set_input_size."""
+    driven = reduced(NOTHING, name)
+    other = randomise(FORMS[name]())
+    other.load_state_dict(form(name).state_dict())
+    if not getattr(other, "dynamic_img_size", False):
+        other.set_input_size(img_size=size)
+    with torch.no_grad():
+        close(driven(images(2, size)), other.eval()(images(2, size)), 5e-5)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_self_check_passes(name: str) -> None:
+    foveate.apply(form(name), "tome")
+
+
+def test_self_check_catches_a_changed_block() -> None:
+    model = randomise(vit())
+    model.blocks[2].register_forward_hook(lambda _, __, output: output * 1.05)
+    with pytest.raises(ValueError, match="block 2 differs"):
+        foveate.apply(model, "tome")
+    assert model.training
+
+
+def test_prefixes_are_0_1_2_and_5() -> None:
+    prefixes = {foveate.apply(form(n), "tome", check=False).backbone.spec.prefix for n in FORMS}
+    assert prefixes == {0, 1, 2, 5}
+    assert {type(form(n)) for n in FORMS} >= {VisionTransformerDistilled, Eva}
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    for method in ("evit", "tome", "svit", "dynamicvit"):
+        model = randomise(vit()).train()
+        driven = reduced(method, "vit", model).train()
+        grads = []
+        for enable in (False, True):
+            model.set_grad_checkpointing(enable)
+            driven.zero_grad()
+            torch.manual_seed(0)
+            driven(images()).square().sum().backward()
+            grads.append(torch.cat([p.grad.flatten() for p in driven.parameters()]))
+        close(grads[1], grads[0], 1e-5)

@@ -1,0 +1,273 @@
+"""Every method on every form keeps the same promises."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from table import FORMS, METHODS, OTHER_SIZES, Row, close, form, images, randomise, reduced
+from torch import Tensor
+
+import foveate
+from foveate.core import ReducedViT, TokenState
+from foveate.core.cost import plan
+
+rows = pytest.mark.parametrize("row", METHODS, ids=lambda row: row.method)
+names = pytest.mark.parametrize("name", FORMS)
+few = pytest.mark.parametrize("name", ["vit", "siglip", "dinov2_reg4", "dinov3"])
+
+
+def run(model: ReducedViT, x: Tensor, **options: object) -> Tensor:
+    with torch.no_grad():
+        return model(x, **options)
+
+
+def state_of(trace) -> list[TokenState]:
+    return [s for block in trace.blocks for s in (block.attended, block.fed, block.left)]
+
+
+@rows
+@names
+def test_modes_agree(row: Row, name: str) -> None:
+    """Masked, gathered and packed take the same decisions to the same logits."""
+    model = reduced(row, name)
+    outputs = []
+    for mode in row.modes:
+        model.mode = mode
+        outputs.append(run(model, images()))
+    for other in outputs[1:]:
+        close(other, outputs[0], 2e-4 if "masked" in row.modes else row.tolerance)
+
+
+@rows
+@names
+def test_rows_stand_alone_and_batches_permute(row: Row, name: str) -> None:
+    model, x = reduced(row, name), images(4)
+    together = run(model, x)
+    close(torch.cat([run(model, x[i : i + 1]) for i in range(4)]), together)
+    order = torch.tensor([2, 0, 3, 1])
+    close(run(model, x[order]), together[order])
+
+
+@rows
+@names
+def test_state_stays_consistent(row: Row, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefix in place, sizes and source agree, restore gives every patch its token."""
+    begin = TokenState.begin.__func__
+
+    def marked(cls, x, **options):
+        state = begin(cls, x, **{**options, "place": True})
+        mark = torch.arange(x.shape[1]).repeat(x.shape[0])
+        return state.replace(extras={"mark": mark})
+
+    monkeypatch.setattr(TokenState, "begin", classmethod(marked))
+    model = reduced(row, name)
+    prefix, patches = model.backbone.spec.prefix, 36
+    trace = model.trace(images())
+    for state in state_of(trace):
+        layout = state.layout
+        assert len(state.x) == layout.total == len(state.place)
+        if "gate_prefix_last" not in row.method:
+            front = layout.rect(state.extras["mark"])[:, :prefix]
+            assert torch.equal(front, torch.arange(prefix).expand(3, -1))
+        source = state.source
+        assert ((source == -1) | (source >= prefix)).all() or "gate_prefix_last" in row.method
+        lengths = torch.tensor(layout.lengths)[:, None]
+        assert (source < lengths).all()
+        sizes = layout.rect(state.sizes())
+        assert torch.equal(sizes.sum(1), (source >= 0).sum(1).float())
+        if state.size is not None:
+            assert torch.equal(layout.rect(state.size)[:, prefix:], sizes[:, prefix:])
+        placed = layout.rect(state.place, patches)
+        assert (placed[:, :prefix] == patches).all() or "gate_prefix_last" in row.method
+        carried = layout.rect(state.x)
+        last, zero = state.restore("last"), state.restore("zero")
+        for b in range(3):
+            for p in range(patches):
+                if source[b, p] >= 0 and state.alive is None:
+                    assert torch.equal(last[b, p], carried[b, source[b, p]])
+        if state.outer is None and state.alive is None:
+            assert (zero[source < 0] == 0).all()
+            assert torch.equal(last[source < 0], state.canvas[source < 0])
+    assert trace.depth().max() <= 4
+    if not model.reducer.drops:
+        assert all((block.left.source >= 0).all() for block in trace.blocks)
+
+
+@rows
+@names
+def test_counts_follow_the_plan(row: Row, name: str) -> None:
+    model = reduced(row, name)
+    spec = model.backbone.spec
+    for size in ((48, 48), *OTHER_SIZES):
+        grid = (size[0] // 8, size[1] // 8)
+        expected = plan(spec, model.reducer, grid)
+        trace = model.trace(images(3, size))
+        for block, tokens in zip(trace.blocks, expected, strict=True):
+            real = [block.attended.layout, block.fed.layout, block.left.layout]
+            for layout, count in zip(real, (tokens.attended, tokens.fed, tokens.left), strict=True):
+                if model.reducer.fixed_count:
+                    assert set(layout.lengths) == {count}
+                elif row.name == "ats" and "preserve" not in row.method:
+                    assert max(layout.lengths) <= count
+        feats = model.forward_features(images(3, size))
+        assert feats.restore().shape == (3, grid[0] * grid[1], 48)
+        maps = model.forward_intermediates(images(3, size), [1, 3], norm=True)
+        assert [tuple(m.shape) for m in maps] == [(3, 48, *grid)] * 2
+        close(maps[1].flatten(2).transpose(1, 2), feats.restore())
+
+
+@rows
+@few
+def test_gradients_reach_what_is_trained_and_only_that(row: Row, name: str) -> None:
+    model = randomise(FORMS[name]()).train()
+    driven = reduced(row, name, model).train()
+    assert driven.resolved_mode() == ("masked" if driven.reducer.gated else driven.resolved_mode())
+    for p in model.blocks[0].parameters():
+        p.requires_grad_(False)
+    torch.manual_seed(0)
+    outcome = driven.run(images())
+    losses = driven.reducer.losses(outcome.notes)
+    assert set(losses) == ({"ratio"} if len(driven.reducer.members) == 1 else set(losses)) or (
+        not driven.reducer.gated
+    )
+    total = outcome.logits.square().sum() + sum(losses.values())
+    total.backward()
+    groups = driven.parameter_groups()
+    assert len(groups["new"]) == len(list(driven.reducer.parameters()))
+    for p in groups["new"]:
+        assert p.grad is not None and torch.isfinite(p.grad).all()
+    if groups["new"]:
+        reached = [bool(p.grad.abs().sum() > 0) for p in groups["new"]]
+        assert sum(reached) > 0.7 * len(reached)
+    assert all(p.grad is None for p in model.blocks[0].parameters())
+    for n, p in model.named_parameters():
+        if p.requires_grad:
+            assert p.grad is not None and torch.isfinite(p.grad).all(), n
+    moved = [float(p.grad.abs().sum()) for p in model.blocks[1].parameters()]
+    assert max(moved) > 0
+
+
+@rows
+@few
+def test_keep_masks_are_honoured(row: Row, name: str) -> None:
+    """What lies under a masked patch changes nothing, in any mode that takes masks."""
+    model, x = reduced(row, name), images(3)
+    mask = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(5)) > 0.4
+    mask[2] = True
+    hidden = ~mask.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None]
+    other = torch.where(hidden, images(3, seed=9), x)
+    preserved = model.reducer.preserves  # brings masked patches back as they were embedded
+    for mode in [m for m in row.modes if m != "gathered"] + ["auto"]:
+        model.mode = mode
+        base = run(model, x, keep_mask=mask)
+        if not (preserved and model.backbone.spec.pools_patches):
+            close(run(model, other, keep_mask=mask), base)
+        close(run(model, x, keep_mask=mask.flatten(1)), base)
+        assert (base[2] - run(model, x)[2]).abs().max() < 1e-4 * base.abs().max().clamp_min(1)
+    trace = model.trace(x, keep_mask=mask)
+    assert not (trace.blocks[0].active() & ~mask.flatten(1)).any()
+
+
+@rows
+@few
+def test_half_precision_is_finite(row: Row, name: str) -> None:
+    model = copy.deepcopy(reduced(row, name)).bfloat16()
+    for mode in row.modes:
+        model.mode = mode
+        out = run(model, images().bfloat16())
+        assert out.dtype == torch.bfloat16 and torch.isfinite(out).all()
+
+
+@rows
+@few
+def test_saved_and_loaded_models_are_equal(row: Row, name: str, tmp_path: Path) -> None:
+    model = reduced(row, name)
+    foveate.save(model, tmp_path)
+    again = foveate.load(tmp_path, form(name)).eval()
+    assert repr(again.reducer) == repr(model.reducer)
+    assert torch.equal(run(again, images()), run(model, images()))
+
+
+@rows
+@few
+def test_the_original_is_untouched_and_evaluation_repeats(row: Row, name: str) -> None:
+    base = form(name)
+    keys, before = list(base.state_dict()), run(base, images())
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.modules())
+    model = reduced(row, name)
+    first = run(model, images())
+    run(model, images(2, seed=4))
+    assert torch.equal(run(model, images()), first)
+    assert foveate.unwrap(model) is base
+    assert list(base.state_dict()) == keys and torch.equal(run(base, images()), before)
+    assert hooks == 0 == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.modules())
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("method", foveate.list_methods())
+def test_identity_where_a_method_has_one(method: str, name: str) -> None:
+    cls = foveate.registry.method_class(method)
+    exempt = {"ats", "structural"}
+    assert (cls.identity is None) == (method in exempt)
+    if cls.identity is None:
+        return
+    model = foveate.apply(form(name), method, check=False, **cls.identity).eval()
+    close(run(model, images()), run(form(name), images()))
+
+
+@rows
+def test_declared_facts_are_true(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = reduced(row, "vit")
+    read: set[str] = set()
+    from foveate.core.attention import CarriedSeen, Seen
+
+    for kind in (Seen, CarriedSeen):
+        for attribute, need in (
+            ("cls_row_heads", "cls_row"),
+            ("key_mean", "key_mean"),
+            ("value_norm", "value_norm"),
+            ("attention", "attention"),
+        ):
+            original = getattr(kind, attribute)
+
+            def spy(self, original=original, need=need):
+                read.add(need)
+                return original(self)
+
+            monkeypatch.setattr(kind, attribute, spy)
+    trace = model.trace(images())
+    assert read == model.reducer.needs
+    parked = any(s.outer is not None for s in state_of(trace))
+    assert parked == model.reducer.parks
+    lost = bool((trace.blocks[-1].left.source < 0).any())
+    assert lost == model.reducer.drops
+    assert ("masked" in row.modes) == model.reducer.maskable
+    assert ("gathered" in row.modes) == model.reducer.fixed_count
+    assert (len(list(model.reducer.parameters())) > 0) == model.reducer.gated
+    for hook in ("before", "between", "after"):
+        overridden = any(hook in part.hooks for part in model.reducer.members)
+        assert overridden == (hook in model.reducer.hooks)
+
+
+@rows
+def test_forwards_do_not_meet(row: Row) -> None:
+    """Two threads and two models over one backbone: no state is left anywhere."""
+    models = [reduced(row, "vit"), reduced(row, "vit")]
+    batches = [images(2, seed=s) for s in range(4)]
+    expected = [run(models[0], x) for x in batches]
+    got: dict[int, Tensor] = {}
+
+    def work(i: int) -> None:
+        got[i] = run(models[i % 2], batches[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(4):
+        close(got[i], expected[i])
