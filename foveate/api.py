@@ -342,7 +342,7 @@ def _write(path: Path, write: Any) -> None:
     os.replace(partial, path)
 
 
-def _timm_recipe(model: nn.Module) -> dict[str, Any] | None:
+def _timm_recipe(model: Any) -> dict[str, Any] | None:
     """How timm builds the model again, or None where that is not known."""
     import timm
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.layers import PatchEmbed, resample_abs_pos_embed
 from torch import Tensor, nn
@@ -17,8 +19,8 @@ class TimmBackbone(Backbone):
     """Parts common to ``VisionTransformer`` and ``Eva``."""
 
     @property
-    def _blocks(self) -> nn.ModuleList:
-        return self.model.blocks  # type: ignore[return-value]
+    def _blocks(self) -> Any:
+        return self.model.blocks
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
         """Patch rows and columns; an image that the patch does not divide is refused."""
@@ -125,7 +127,7 @@ def linear_cost(*modules: nn.Module | None) -> int:
     )
 
 
-def spec_of(family: str, model: nn.Module, *, class_token: bool, rotary: bool) -> BackboneSpec:
+def spec_of(family: str, model: Any, *, class_token: bool, rotary: bool) -> BackboneSpec:
     """Read the facts off a timm model whose blocks have been checked."""
     if type(model.patch_embed) is not PatchEmbed:
         raise refuse(model, f"a {type(model.patch_embed).__name__} patch embedding")

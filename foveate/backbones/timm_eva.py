@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from timm.layers import AttentionRope, apply_rot_embed_cat
@@ -24,7 +25,7 @@ class TimmEva(TimmBackbone):
         """Take every Eva; the constructor refuses what is not plain."""
         return isinstance(model, Eva)
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         if type(model) is not Eva:
             raise refuse(model, "a class of its own")
         for block in model.blocks:
@@ -92,7 +93,7 @@ class TimmEva(TimmBackbone):
         return Heads(q, k, v, y, attn.scale, dropout)
 
     @staticmethod
-    def _fused(attn: nn.Module, y: Tensor) -> Tensor:
+    def _fused(attn: Any, y: Tensor) -> Tensor:
         if getattr(attn, "q_bias", None) is None:
             return attn.qkv(y)
         bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from timm.layers import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -21,7 +23,7 @@ class TimmViT(TimmBackbone):
         """Take every VisionTransformer; the constructor refuses what is not plain."""
         return isinstance(model, VisionTransformer)
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         if type(model) not in (VisionTransformer, VisionTransformerDistilled):
             raise refuse(model, "a class of its own")
         for block in model.blocks:

@@ -7,6 +7,7 @@ model class; the softmax, the tokens and the order of things are the core's.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,8 @@ class Backbone:
     """The parts of one model. Holds the model, adds nothing to it."""
 
     def __init__(self, model: nn.Module, spec: BackboneSpec) -> None:
-        self.model = model
+        # Any: what a family reads off its model is known to the family file alone.
+        self.model: Any = model
         self.spec = spec
 
     @classmethod

@@ -120,7 +120,7 @@ class TokenState:
             return self.tokens()[:, : self.prefix]
         rows = self.layout.start(self.x.device)[:, None]
         rows = rows + torch.arange(self.prefix, device=self.x.device)
-        return self.x.index_select(0, rows.flatten()).view(self.batch, self.prefix, -1)
+        return self.x.index_select(0, rows.flatten()).view(self.batch, self.prefix, self.x.shape[1])
 
     def after_prefix(self, values: Tensor, fill: float = 0.0) -> Tensor:
         """Lay flat values ``[T, ...]`` out as ``[B, longest - prefix, ...]``."""

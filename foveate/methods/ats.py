@@ -106,12 +106,16 @@ class ATS(Reducer):
     @staticmethod
     def _release(score: Tensor, most: int, present: Tensor | None) -> Tensor:
         """The released sampler: sorted scores, stretched distribution, grid from its minimum."""
-        score = score.double() if present is None else score.double() * present
+        score = score.double()
+        if present is not None:  # padding and dead tokens sort to the front
+            score = score.masked_fill(~present, -1.0)
         ordered, order = score.sort(1)
         alive = None if present is None else present.gather(1, order)
-        cdf = ordered.cumsum(1)
-        low, high = cdf[:, :1], cdf[:, -1:]
-        cdf = (cdf - low) / (high - low).clamp_min(torch.finfo(cdf.dtype).tiny)
+        cdf = ordered.clamp_min(0.0).cumsum(1)
+        high, low = cdf[:, -1:], cdf[:, :1]
+        if alive is not None:
+            low = cdf.gather(1, alive.to(torch.uint8).argmax(1, keepdim=True))
+        cdf = (cdf - low).clamp_min(0.0) / (high - low).clamp_min(torch.finfo(cdf.dtype).tiny)
         start = torch.where(cdf > 0, cdf, torch.ones_like(cdf)).amin(1, keepdim=True)
         step = torch.arange(most, device=cdf.device, dtype=cdf.dtype) / max(1, most - 1)
         marks = nearest(cdf, start + (1 - start) * step, alive)

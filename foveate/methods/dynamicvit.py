@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from foveate.core import BackboneSpec, GatedReducer, Layout, TokenState
@@ -77,9 +76,5 @@ class DynamicViT(GatedReducer):
 
     def logits(self, stage: int, state: TokenState) -> Tensor:
         """Predictor of this stage over the live patches."""
-        weight = state.layout.rect(state.x.new_ones(state.layout.total))
-        if state.alive is not None:
-            weight = state.alive.to(weight.dtype)
-        front = torch.arange(weight.shape[1], device=weight.device) >= state.prefix
-        weight = state.layout.flat(weight * front)
+        weight = self.live_weight(state)
         return state.after_prefix(self.predictors[stage](state.x, weight, state.layout))

@@ -125,17 +125,18 @@ class SPViT(GatedReducer):
             Selector(spec.heads, dim, self.shared_heads) for _ in self.acts
         )
 
+    @property
+    def fixed_count(self) -> bool:
+        """Package tokens come only where something was dropped, so images may differ."""
+        return False
+
     def candidates(self, state: TokenState) -> Tensor | None:
         """Packages are never dropped."""
         return state.after_prefix(state.placed(), False)
 
     def logits(self, stage: int, state: TokenState) -> Tensor:
         """Aggregated log-probabilities; package tokens count in the global mean."""
-        weight = state.layout.rect(state.x.new_ones(state.layout.total))
-        if state.alive is not None:
-            weight = state.alive.to(weight.dtype)
-        front = torch.arange(weight.shape[1], device=weight.device) >= state.prefix
-        weight = state.layout.flat(weight * front)
+        weight = self.live_weight(state)
         log_prob, keep = self.selectors[stage](state.x, weight, state.layout)
         # The package weighs by keep probability; pass it on with the logits' third column.
         return state.after_prefix(torch.cat([log_prob, keep[:, None]], -1))

@@ -81,7 +81,12 @@ class Structural(MatchReducer):
         idx_keep = order[:, : int(number.max())]
         valid_keep = torch.arange(idx_keep.shape[1], device=place.device) < number[:, None]
         merged = present & ~stays
-        idx_src = (~merged).to(torch.uint8).argsort(1, stable=True)[:, : int(merged.sum(1).max())]
+        idx_src = (
+            (~merged)
+            .to(torch.uint8)
+            .sort(dim=1, stable=True)
+            .indices[:, : int(merged.sum(1).max())]
+        )
         valid_src = torch.arange(idx_src.shape[1], device=place.device) < merged.sum(1)[:, None]
         into = slot.gather(1, cell.gather(1, idx_src)).clamp_min(0)
         into = torch.where(valid_src, into, torch.zeros_like(into))

@@ -44,15 +44,11 @@ class Gate(nn.Sequential):
     """Norm and a two-layer MLP with two outputs: keep and drop."""
 
     def __init__(self, width: int, keep_bias: float) -> None:
-        super().__init__(
-            nn.LayerNorm(width),
-            nn.Linear(width, width // 4),
-            nn.GELU(),
-            nn.Linear(width // 4, 2),
-        )
+        out = nn.Linear(width // 4, 2)
         if keep_bias:
             with torch.no_grad():
-                self[-1].bias.copy_(torch.tensor([keep_bias / 2, -keep_bias / 2]))
+                out.bias.copy_(torch.tensor([keep_bias / 2, -keep_bias / 2]))
+        super().__init__(nn.LayerNorm(width), nn.Linear(width, width // 4), nn.GELU(), out)
 
 
 @register("svit")

@@ -66,9 +66,7 @@ METHODS = (
 
 def vit(cls: type[nn.Module] = VisionTransformer, **options: object) -> nn.Module:
     """A small VisionTransformer."""
-    base = dict(
-        img_size=IMAGE, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=10
-    )
+    base = dict(img_size=IMAGE, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=10)
     return cls(**{**base, **options})
 
 

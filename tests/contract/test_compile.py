@@ -12,7 +12,9 @@ QUICK = {"evit(keep=0.7)", "tome(r=5)"}
 
 def param(row: Row, form: str) -> object:
     quick = row.method in QUICK and form == "vit"
-    return pytest.param(row, form, id=f"{row.method}-{form}", marks=() if quick else pytest.mark.slow)
+    return pytest.param(
+        row, form, id=f"{row.method}-{form}", marks=() if quick else pytest.mark.slow
+    )
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_state_stays_consistent(row: Row, name: str, monkeypatch: pytest.MonkeyP
             assert torch.equal(last[source < 0], state.canvas[source < 0])
     assert trace.depth().max() <= 4
     if not model.reducer.drops:
-        assert all((block.left.source >= 0).all() for block in trace.blocks)
+        assert all((block.left.recalled().source >= 0).all() for block in trace.blocks)
 
 
 @rows
@@ -204,7 +204,9 @@ def test_the_original_is_untouched_and_evaluation_repeats(row: Row, name: str) -
     assert torch.equal(run(model, images()), first)
     assert foveate.unwrap(model) is base
     assert list(base.state_dict()) == keys and torch.equal(run(base, images()), before)
-    assert hooks == 0 == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.modules())
+    assert (
+        hooks == 0 == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.modules())
+    )
 
 
 @pytest.mark.parametrize("name", FORMS)
