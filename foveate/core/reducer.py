@@ -358,9 +358,11 @@ class Chain(Reducer):
                         f"{part.name} has tokens parked in blocks {sorted(part.spans())}, and "
                         f"{other.name} would change the tokens in {sorted(clash)} of these"
                     )
-        for block in self.acts:
+        self.carried: dict[int, frozenset[str]] = {}
+        for block in range(spec.depth):
             later = [part for part in self.members if part.wants(block)][1:]
-            if any("attention" in part.needs for part in later):
+            self.carried[block] = frozenset(need for part in later for need in part.needs)
+            if "attention" in self.carried[block]:
                 raise ValueError(
                     f"block {block}: only the first method of a chain may read the attention map"
                 )
@@ -399,7 +401,7 @@ class Chain(Reducer):
         first, *later = [part for part in self.members if part.wants(block)]
         if not later:
             return first.between(block, state, seen)
-        needs = frozenset[str]().union(*(part.needs for part in later))
+        needs = self.carried[block]
         state = first.between(block, seen.carry(state, needs), seen)
         for part in later:
             state = part.between(block, state, CarriedSeen(state, part.needs))

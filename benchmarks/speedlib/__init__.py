@@ -1,0 +1,1 @@
+"""Parts of ``benchmarks/speed.py``: machine facts, timing, models and images, oracles, report."""

@@ -1,0 +1,115 @@
+"""What the numbers depend on besides the code: malloc, threads, versions, names of processors."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+__all__ = ["command", "commit", "facts", "physical_cores", "tune_malloc"]
+
+# Without these, glibc returns large activations to the system after every call and the page faults
+# make a dense DeiT-S up to 40 % slower, differently in every process.
+_MALLOC = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def tune_malloc(device: str) -> None:
+    """On a CPU under glibc, start this program anew with malloc tuned, unless it is already."""
+    if device != "cpu" or platform.libc_ver()[0] != "glibc" or os.environ.get("LD_PRELOAD"):
+        return
+    missing = {name: value for name, value in _MALLOC.items() if name not in os.environ}
+    if not missing:
+        return
+    listed = " ".join(f"{name}={value}" for name, value in missing.items())
+    print(f"malloc is not tuned: starting again with {listed}", flush=True)
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **missing})
+
+
+def physical_cores() -> int:
+    """Cores that this process may use, hyper-threads counted once."""
+    try:
+        usable = os.sched_getaffinity(0)
+    except AttributeError:
+        return os.cpu_count() or 1
+    cores = set()
+    for cpu in usable:
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+        try:
+            package = (topology / "physical_package_id").read_text().strip()
+            cores.add((package, (topology / "core_id").read_text().strip()))
+        except OSError:
+            return len(usable)
+    return max(1, len(cores))
+
+
+def commit(given: str | None) -> str | None:
+    """The commit that is measured, marked where the working tree differs; None if unknown."""
+    if given:
+        return given
+    try:
+        head = _git("rev-parse", "HEAD")
+        changed = _git("status", "--porcelain", "--", "foveate", "benchmarks")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + (" with uncommitted changes" if changed else "")
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(
+        ["git", *words], cwd=_ROOT, capture_output=True, text=True, check=True, timeout=20
+    )
+    return done.stdout.strip()
+
+
+def command() -> str:
+    """The command line, with folders of this machine left out."""
+    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    return shlex.join(["python", "benchmarks/speed.py", *words])
+
+
+def facts(device: str, threads: int) -> dict[str, Any]:
+    """Versions and names: all that somebody needs to judge a number, nothing private."""
+    import timm
+    import torch
+
+    import foveate
+
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "foveate": getattr(foveate, "__version__", None),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "threads": threads,
+        "device": device,
+        "malloc": {name: os.environ.get(name) for name in _MALLOC} if device == "cpu" else None,
+        "preload": bool(os.environ.get("LD_PRELOAD")),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+    if device == "cuda":
+        card = torch.cuda.get_device_properties(0)
+        found["gpu"] = card.name
+        found["gpu_memory_gib"] = round(card.total_memory / 2**30, 1)
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.machine()
+    for line in lines:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
