@@ -215,7 +215,7 @@ def describe(model: ReducedViT, image_size: int | tuple[int, int] | None = None)
         f"training: {reducer.training_need}"
         + (f" (losses beside the task: {', '.join(_losses(reducer))})" if _losses(reducer) else ""),
         f"new parameters: {new:,}",
-        f"runs: {', '.join(_modes(reducer))}",
+        f"modes: {', '.join(_modes(reducer))}",
     ]
     return "\n".join(lines)
 
@@ -233,9 +233,7 @@ def _losses(reducer: Reducer) -> list[str]:
 
 
 def _modes(reducer: Reducer) -> list[str]:
-    modes = ["packed"]
-    if reducer.fixed_count:
-        modes.append("gathered")
+    modes = ["gathered", "packed"] if reducer.fixed_count else ["packed"]
     if reducer.maskable:
         modes.append("masked")
     return modes

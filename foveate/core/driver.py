@@ -61,6 +61,9 @@ class Trace:
     final: TokenState | None = None
     notes: dict[Any, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"Trace(grid={self.grid}, tokens per block: {self.counts()})"
+
     def depth(self) -> Tensor:
         """How many blocks worked on each patch, ``[B, H*W]``."""
         return torch.stack([block.active().long() for block in self.blocks]).sum(0)

@@ -83,7 +83,7 @@ class Reducer(nn.Module):
         options = []
         for f in fields(self):
             value = getattr(self, f.name)
-            if value != f.default:
+            if value != f.default or f.name in _RATES:
                 options.append(f"{f.name}={value!r}")
         return f"{self.name}({', '.join(options)})"
 
@@ -435,6 +435,7 @@ class Chain(Reducer):
         }
 
 
+_RATES = ("keep", "r", "K")  # always shown, default or not
 _NEEDS = ("none", "recommended", "required")
 _MERGED: dict[str, Any] = {
     "hooks": lambda parts: tuple(

@@ -90,6 +90,16 @@ class TokenState:
         values.update(changes)
         return TokenState(**values)
 
+    def __repr__(self) -> str:
+        values = {f.name: getattr(self, f.name) for f in fields(self)[4:]}
+        carried = [
+            k for k, v in values.items() if v is not None and not (isinstance(v, dict) and not v)
+        ]
+        return (
+            f"TokenState({self.layout!r}, width={self.x.shape[1]}, prefix={self.prefix}, "
+            f"grid={self.grid}, carries {', '.join(carried) or 'nothing else'})"
+        )
+
     @property
     def batch(self) -> int:
         """Number of images."""
