@@ -18,9 +18,10 @@ _POOLS = ("", "avg", "avgmax", "max", "token", "map")
 class TimmBackbone(Backbone):
     """Parts common to ``VisionTransformer`` and ``Eva``."""
 
-    @property
-    def _blocks(self) -> Any:
-        return self.model.blocks
+    def bind(self, model: nn.Module) -> None:
+        """Keep the blocks in a list: indexing a module container in every step is slow."""
+        super().bind(model)
+        self._blocks: list[Any] = list(self.model.blocks)
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
         """Patch rows and columns; an image that the patch does not divide is refused."""

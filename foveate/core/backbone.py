@@ -72,9 +72,13 @@ class Backbone:
     """The parts of one model. Holds the model, adds nothing to it."""
 
     def __init__(self, model: nn.Module, spec: BackboneSpec) -> None:
+        self.spec = spec
+        self.bind(model)
+
+    def bind(self, model: nn.Module) -> None:
+        """Take the parts from this model: the one given, or a replica of it."""
         # Any: what a family reads off its model is known to the family file alone.
         self.model: Any = model
-        self.spec = spec
 
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:

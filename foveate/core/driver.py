@@ -98,7 +98,7 @@ class ReducedViT(nn.Module):
         """The parts of ``vit``; bound anew where a replica of this module has its own ``vit``."""
         if self._backbone.model is not self.vit:
             backbone = copy.copy(self._backbone)
-            backbone.model = self.vit
+            backbone.bind(self.vit)
             return backbone
         return self._backbone
 

@@ -59,15 +59,6 @@ class GatedReducer(ScoreReducer):
         """Tokens that may be dropped, ``[B, N]`` bool; None means all. Others always stay."""
         return None
 
-    @staticmethod
-    def live_weight(state: TokenState) -> Tensor:
-        """How much each token counts in an image's mean, ``[T]``: its gate, 0 for the prefix."""
-        weight = state.alive
-        if weight is None:
-            weight = state.layout.rect(state.x.new_ones(state.layout.total))
-        front = torch.arange(weight.shape[1], device=weight.device) >= state.prefix
-        return state.layout.flat((weight * front).to(state.x.dtype))
-
     def leave(
         self, before: TokenState, after: TokenState, dropped: Tensor, logits: Tensor
     ) -> TokenState:

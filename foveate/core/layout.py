@@ -140,6 +140,9 @@ class Layout:
 
     def spread(self, per_image: Tensor) -> Tensor:
         """Repeat one value an image ``[B, ...]`` for each of its tokens, ``[T, ...]``."""
+        if self.count is not None:
+            shape = (self.batch, self.count, *per_image.shape[1:])
+            return per_image[:, None].expand(shape).flatten(0, 1)
         return per_image.index_select(0, self.image(per_image.device))
 
     def sum(self, values: Tensor) -> Tensor:

@@ -86,9 +86,7 @@ class TokenState:
 
     def replace(self, **changes: Any) -> TokenState:
         """Copy the state with some fields changed."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values.update(changes)
-        return TokenState(**values)
+        return TokenState(**{**vars(self), **changes})
 
     def __repr__(self) -> str:
         values = {f.name: getattr(self, f.name) for f in fields(self)[4:]}
@@ -132,6 +130,17 @@ class TokenState:
         rows = rows + torch.arange(self.prefix, device=self.x.device)
         return self.x.index_select(0, rows.flatten()).view(self.batch, self.prefix, self.x.shape[1])
 
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean of flat values ``[T, C]`` over each image's live tokens after the prefix."""
+        if self.layout.is_even and self.alive is None:
+            return self.after_prefix(values).mean(1)
+        weight = self.layout.valid(values.device) if self.alive is None else self.alive
+        assert weight is not None
+        front = torch.arange(weight.shape[1], device=values.device) >= self.prefix
+        flat = self.layout.flat((weight * front).to(values.dtype))
+        total = self.layout.sum(flat).clamp_min(1e-6)
+        return self.layout.sum(values * flat[:, None]) / total[:, None]
+
     def after_prefix(self, values: Tensor, fill: float = 0.0) -> Tensor:
         """Lay flat values ``[T, ...]`` out as ``[B, longest - prefix, ...]``."""
         return self.layout.rect(values, fill)[:, self.prefix :]
@@ -164,9 +173,7 @@ class TokenState:
 
     def keep(self, idx: Tensor, valid: Tensor | None = None) -> TokenState:
         """Keep the tokens ``idx [B, K]`` after the prefix, in that order; drop the others."""
-        idx, valid = self._with_prefix(idx, valid)
-        inverse = self._inverse(idx, valid)
-        return self._moved(idx, valid, inverse)
+        return self._moved(*self._with_prefix(idx, valid))
 
     def keep_where(self, mask: Tensor) -> TokenState:
         """Keep the tokens marked in ``mask [B, longest - prefix]``; images may differ."""
@@ -206,12 +213,12 @@ class TokenState:
         share = weight_src / total.gather(1, into).clamp_min(torch.finfo(total.dtype).tiny)
 
         idx_full, valid_full = self._with_prefix(idx_keep, valid_keep)
-        inverse = self._inverse(idx_full, valid_full)
-        source_slot = idx_src + prefix
-        if valid_src is not None:
-            source_slot = torch.where(valid_src, source_slot, old_layout.longest)
-        inverse = inverse.scatter(1, source_slot, into + prefix)
-        inverse = _close(inverse)
+        inverse = None
+        if self.source is not None:
+            slots = idx_src + prefix
+            if valid_src is not None:
+                slots = torch.where(valid_src, slots, old_layout.longest)
+            inverse = self._inverse(idx_full, valid_full).scatter(1, slots, into + prefix)
         state = self._moved(idx_full, valid_full, inverse)
 
         rows_src = old_layout.rows(idx_src + prefix, valid_src)
@@ -282,12 +289,8 @@ class TokenState:
         ``weight [B, N]`` weighs every token after the prefix; those that stay do not enter.
         ``exists [B]`` says which images have anything to fuse; None means all of them.
         """
-        cells = weight.shape[1] + 1  # one spare cell takes the entries that do not count
-        slots = idx if valid is None else torch.where(valid, idx, cells - 1)
-        padded = torch.cat([weight, weight.new_zeros(weight.shape[0], 1)], 1)
-        left = padded.scatter(1, slots, 0.0)[:, :-1]
-        tokens = self.after_prefix(self.x)
-        fused = (left.to(tokens.dtype)[:, None, :] @ tokens).squeeze(1)
+        left = zero_at(weight, idx, valid).to(self.x.dtype)
+        fused = (left[:, None, :] @ self.after_prefix(self.x)).squeeze(1)
         return self.keep(idx, valid).append(fused, exists)
 
     def park(
@@ -302,7 +305,7 @@ class TokenState:
             idx, valid = self._with_prefix(idx, valid)
         if self.outer is not None:
             raise RuntimeError("tokens are parked already; recall them first")
-        inner = self._moved(idx, valid, self._inverse(idx, valid), remember=False)
+        inner = self._moved(idx, valid, remember=False)
         return inner.replace(outer=self, home=self.layout.rows(idx, valid))
 
     def park_but(self, mask: Tensor) -> TokenState:
@@ -340,7 +343,7 @@ class TokenState:
             stays = cell[None] != gone[:, None]
             present = self.layout.valid(self.x.device)
             idx, valid = _true_positions(stays if present is None else stays & present)
-        return self._moved(idx, valid, self._inverse(idx, valid))
+        return self._moved(idx, valid)
 
     def mask_out(self, alive: Tensor) -> TokenState:
         """Masked mode: let ``alive [B, N - prefix]`` decide which live tokens stay alive."""
@@ -363,7 +366,7 @@ class TokenState:
             guests = state.layout.rect(state.home, -1) < 0
             if bool((state.home < 0).any()):  # appended tokens have no home to go back to
                 idx, valid = _true_positions(~guests)
-                state = state._moved(idx, valid, state._inverse(idx, valid), remember=False)
+                state = state._moved(idx, valid, remember=False)
             state = state.recall()
         return state
 
@@ -417,9 +420,16 @@ class TokenState:
         return _close(empty.scatter(1, slots, new))
 
     def _moved(
-        self, idx: Tensor, valid: Tensor | None, inverse: Tensor, remember: bool = True
+        self,
+        idx: Tensor,
+        valid: Tensor | None,
+        inverse: Tensor | None = None,
+        remember: bool = True,
     ) -> TokenState:
-        """Select the tokens ``idx [B, K]`` and carry everything that belongs to them along."""
+        """Select the tokens ``idx [B, K]`` and carry everything that belongs to them along.
+
+        ``inverse`` says where every old token's patches go, if not simply along with it.
+        """
         rows = self.layout.rows(idx, valid)
         if valid is None:
             layout = Layout.even(self.batch, idx.shape[1])
@@ -431,6 +441,7 @@ class TokenState:
 
         source, canvas = self.source, self.canvas
         if source is not None:
+            inverse = self._inverse(idx, valid) if inverse is None else _close(inverse)
             slots = torch.where(source < 0, self.layout.longest, source)
             source = inverse.gather(1, slots)
             if canvas is not None and remember:
@@ -460,6 +471,15 @@ class TokenState:
 def _close(inverse: Tensor) -> Tensor:
     """Mark the spare last slot as gone again after writes to it."""
     return torch.cat([inverse[:, :-1], torch.full_like(inverse[:, :1], -1)], 1)
+
+
+def zero_at(weight: Tensor, idx: Tensor, valid: Tensor | None) -> Tensor:
+    """``weight [B, N]`` with the entries ``idx [B, K]`` set to zero."""
+    if valid is None:
+        return weight.scatter(1, idx, 0.0)
+    spare = weight.shape[1]  # one more cell takes the entries that do not count
+    padded = torch.cat([weight, weight.new_zeros(weight.shape[0], 1)], 1)
+    return padded.scatter(1, torch.where(valid, idx, spare), 0.0)[:, :-1]
 
 
 def _true_positions(mask: Tensor) -> tuple[Tensor, Tensor]:

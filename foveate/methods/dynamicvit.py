@@ -18,10 +18,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from foveate.core import BackboneSpec, GatedReducer, Layout, TokenState
+from foveate.core import BackboneSpec, GatedReducer, TokenState
 from foveate.registry import register
 
 __all__ = ["DynamicViT", "Predictor"]
@@ -45,19 +45,19 @@ class Predictor(nn.Module):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, weight: Tensor, layout: Layout) -> Tensor:
-        """Score all tokens.
-
-        Args:
-            x: tokens ``[T, C]``.
-            weight: how much each counts in the global mean, ``[T]``.
-            layout: which image each belongs to.
-        """
-        local, shared = self.local(x).chunk(2, dim=-1)
-        total = layout.sum(weight).clamp_min(1e-6)
-        mean = layout.sum(shared * weight[:, None]) / total[:, None]
-        z = torch.cat([local, layout.spread(mean.to(local.dtype))], -1)
-        return self.out(z).float().log_softmax(-1)  # [T, 2]
+    def forward(self, state: TokenState) -> Tensor:
+        """Score all tokens, ``[T, 2]``."""
+        local, shared = self.local(state.x).chunk(2, dim=-1)
+        # The mean is the same for all tokens of an image, so its half of the first layer runs
+        # once an image instead of once a token.
+        first, half = self.out[0], local.shape[-1]
+        assert isinstance(first, nn.Linear)
+        own = F.linear(local, first.weight[:, :half])
+        common = F.linear(state.mean(shared), first.weight[:, half:], first.bias)
+        z = own + state.layout.spread(common)
+        for layer in self.out[1:]:
+            z = layer(z)
+        return z.float().log_softmax(-1)
 
 
 @register("dynamicvit")
@@ -77,5 +77,4 @@ class DynamicViT(GatedReducer):
 
     def logits(self, stage: int, state: TokenState) -> Tensor:
         """Predictor of this stage over the live patches."""
-        weight = self.live_weight(state)
-        return state.after_prefix(self.predictors[stage](state.x, weight, state.layout))
+        return state.after_prefix(self.predictors[stage](state))

@@ -34,6 +34,7 @@ from foveate.core import (
     check_choice,
     check_keep,
 )
+from foveate.core.tokens import zero_at
 from foveate.ops import top_k
 from foveate.registry import register
 
@@ -142,10 +143,7 @@ class EvoViT(Reducer):
         state: TokenState, score: Tensor, idx: Tensor, valid: Tensor | None
     ) -> Tensor:
         """Score-weighted mean of the parked patches, ``[B, C]``."""
-        spare = score.shape[1]
-        weight = torch.cat([score.clamp_min(0.0), score.new_zeros(score.shape[0], 1)], 1)
-        slots = idx if valid is None else torch.where(valid, idx, spare)
-        weight = weight.scatter(1, slots, 0.0)[:, :-1]
+        weight = zero_at(score.clamp_min(0.0), idx, valid)
         weight = weight / weight.sum(1, keepdim=True).clamp_min(1e-12)
         tokens = state.after_prefix(state.x)
         return (weight.to(tokens.dtype)[:, None, :] @ tokens).squeeze(1)

@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from foveate.core import BackboneSpec, GatedReducer, Layout, TokenState, check_choice
+from foveate.core import BackboneSpec, GatedReducer, TokenState, check_choice
 from foveate.registry import register
 
 __all__ = ["SPViT", "Selector"]
@@ -46,12 +46,11 @@ class HeadPredictor(nn.Module):
             nn.Linear(quarter, 2),
         )
 
-    def forward(self, x: Tensor, weight: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, state: TokenState) -> Tensor:
         """Un-normalised keep and drop scores ``[T, 2]`` from one head's channels ``[T, d]``."""
         u = self.local(x)
         local, shared = u[:, : self.split], u[:, self.split :]
-        mean = layout.sum(shared * weight[:, None]) / layout.sum(weight).clamp_min(1e-6)[:, None]
-        z = torch.cat([local, layout.spread(mean.to(local.dtype))], -1)
+        z = torch.cat([local, state.layout.spread(state.mean(shared))], -1)
         return self.out(z)
 
 
@@ -71,14 +70,14 @@ class Selector(nn.Module):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, weight: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    def forward(self, state: TokenState) -> tuple[Tensor, Tensor]:
         """Aggregated log-probabilities ``[T, 2]`` and keep probabilities ``[T]``."""
-        parts = x.view(x.shape[0], self.heads, self.dim)
+        parts = state.x.view(-1, self.heads, self.dim)
         importance = self.weigh(parts.mean(-1)).float()  # [T, H]
         importance = importance / importance.sum(1, keepdim=True)
         scores = torch.stack(
             [
-                self.predictors[h % len(self.predictors)](parts[:, h], weight, layout).float()
+                self.predictors[h % len(self.predictors)](parts[:, h], state).float()
                 for h in range(self.heads)
             ],
             1,
@@ -136,8 +135,7 @@ class SPViT(GatedReducer):
 
     def logits(self, stage: int, state: TokenState) -> Tensor:
         """Aggregated log-probabilities; package tokens count in the global mean."""
-        weight = self.live_weight(state)
-        log_prob, keep = self.selectors[stage](state.x, weight, state.layout)
+        log_prob, keep = self.selectors[stage](state)
         # The package weighs by keep probability; pass it on with the logits' third column.
         return state.after_prefix(torch.cat([log_prob, keep[:, None]], -1))
 

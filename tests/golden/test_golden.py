@@ -84,7 +84,6 @@ def test_dynamicvit() -> None:
 def test_dynamicvit_scores() -> None:
     """The predictor's log-probabilities, not only their order."""
     state, answers = golden("dynamicvit")
-    from foveate.core import Layout
     from foveate.methods.dynamicvit import Predictor
 
     predictor = Predictor(48)
@@ -99,9 +98,7 @@ def test_dynamicvit_scores() -> None:
     plain = {k: v for k, v in state.items() if not k.startswith("score_predictor.")}
     model = foveate.apply(plain_vit(plain), "random", keep=1.0).eval()
     entering = model.trace(images()).blocks[3].attended
-    x = entering.tokens()[:, 1:]
-    layout = Layout.even(3, 196)
-    got = predictor(x.flatten(0, 1), torch.ones(3 * 196), layout)[:, 0].view(3, 196)
+    got = entering.after_prefix(predictor(entering))[..., 0]
     torch.testing.assert_close(got, answers["keep_logprob0"], atol=TOLERANCE, rtol=0)
 
 
