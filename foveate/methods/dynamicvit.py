@@ -47,11 +47,18 @@ class Predictor(nn.Module):
 
     def forward(self, state: TokenState) -> Tensor:
         """Score all tokens, ``[T, 2]``."""
-        local, shared = self.local(state.x).chunk(2, dim=-1)
-        # The mean is the same for all tokens of an image, so its half of the first layer runs
-        # once an image instead of once a token.
-        first, half = self.out[0], local.shape[-1]
-        assert isinstance(first, nn.Linear)
+        norm, into, act = self.local
+        first = self.out[0]
+        assert isinstance(into, nn.Linear) and isinstance(first, nn.Linear)
+        half = first.in_features // 2
+        # Local and shared channels in two products: a slice of one would be copied. The mean is
+        # the same for all tokens of an image, so its half of the next layer runs once an image
+        # instead of once a token.
+        y = norm(state.x)
+        local, shared = (
+            act(F.linear(y, into.weight[part], into.bias[part]))
+            for part in (slice(None, half), slice(half, None))
+        )
         own = F.linear(local, first.weight[:, :half])
         common = F.linear(state.mean(shared), first.weight[:, half:], first.bias)
         z = own + state.layout.spread(common)

@@ -128,11 +128,11 @@ class SViT(Reducer):
         logits = state.layout.rect(self.gates[stage](state.x))[:, front:]  # [B, N, 2]
         live = self._live(state, front)
         counts = self._counts(stage, state, front, live) if how == "topk" else None
+        if isinstance(counts, int) and not masked:  # static sizes: the deployed form
+            idx = (logits[..., 0] - logits[..., 1]).float().topk(counts, dim=1).indices
+            return state.park(idx, with_prefix=front > 0)
         keep = decide(logits, how, k=counts, candidates=live)
         state = self._note(stage, state, keep, front)
-        if not masked and isinstance(counts, int):
-            idx = logits_order(logits, counts)
-            return state.park(idx, with_prefix=front > 0)
         always = keep.new_ones(keep.shape[0], front)
         keep = torch.cat([always, keep], 1)  # [B, longest]
         if not self.reactivate:
@@ -216,9 +216,3 @@ class SViT(Reducer):
         if hook == "after":
             return patches
         return max(1, round(self.target(self.acts.index(block)) * patches))
-
-
-def logits_order(logits: Tensor, k: int) -> Tensor:
-    """The k likeliest to be kept, in their order in the image, ``[B, k]``."""
-    score = (logits[..., 0] - logits[..., 1]).float()
-    return score.topk(k, dim=1).indices.sort(1).values
