@@ -133,7 +133,7 @@ class GatedReducer(ScoreReducer):
             return {}
         terms = []
         for stage, share in shares.items():
-            target = self.schedule.rate(stage, self.progress)
+            target = self.schedule.share(stage, self.progress)
             value = share if self.ratio_per_image else share.mean()
             terms.append(((value - target) ** 2).mean())
         return {"ratio": torch.stack(terms).mean()}

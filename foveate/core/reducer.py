@@ -162,6 +162,8 @@ class ScoreReducer(Reducer):
     Attributes:
         keep: fraction kept at each stage, or one fraction a stage.
         blocks: where; None means a quarter, a half and three quarters of the depth.
+        relative: rates are of the "original" count (keep, keep**2, ...) or of the "current" one.
+        rounding: "floor" or "ceil".
         preserve: bring dropped patches back at their last value after the last block.
         warmup: training progress between which the rate sinks from 1 to ``keep``.
         warmup_steps: number of equal steps of the warm-up; None is continuous.
@@ -169,20 +171,20 @@ class ScoreReducer(Reducer):
 
     keep: float | tuple[float, ...] = 0.7
     blocks: tuple[int, ...] | None = None
+    relative: str = "original"
+    rounding: str = "floor"
     preserve: bool = False
     warmup: tuple[float, float] | None = None
     warmup_steps: int | None = None
 
     drops: ClassVar[bool] = True
     identity: ClassVar[Mapping[str, Any] | None] = {"keep": 1.0}
-    relative: ClassVar[str] = "original"
-    rounding: ClassVar[str] = "floor"
 
     def validate(self) -> None:
         """Check the rate and, where blocks are given, the rest of the schedule."""
         check_keep(self.keep)
         if self.blocks is not None:
-            check_blocks(self.blocks, max(self.blocks, default=0) + 1)
+            check_blocks(self.blocks)
         self._schedule(self.blocks or self._stand_in())
 
     def _stand_in(self) -> tuple[int, ...]:
@@ -192,8 +194,8 @@ class ScoreReducer(Reducer):
         return Schedule(
             blocks,
             self.keep,
-            relative=getattr(self, "relative_to", self.relative),
-            rounding=getattr(self, "round_to", self.rounding),
+            relative=self.relative,
+            rounding=self.rounding,
             warmup=self.warmup,
             warmup_steps=self.warmup_steps,
         )

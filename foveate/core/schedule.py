@@ -25,12 +25,17 @@ def check_keep(keep: float | Sequence[float], name: str = "keep") -> None:
             raise ValueError(f"{name} must lie in (0, 1], got {rate!r}")
 
 
-def check_blocks(blocks: Sequence[int], depth: int) -> tuple[int, ...]:
-    """Refuse block numbers that are out of range, unsorted or repeated."""
+def check_blocks(blocks: Sequence[int], depth: int | None = None) -> tuple[int, ...]:
+    """Refuse block numbers that are out of range, unsorted or repeated.
+
+    Without a depth, before the model is known, only what no model could have is refused.
+    """
     for block in blocks:
         if isinstance(block, bool) or not isinstance(block, int):
             raise ValueError(f"blocks must be whole numbers, got {block!r}")
-        if not 0 <= block < depth:
+        if block < 0 and depth is None:
+            raise ValueError(f"blocks are counted from 0, got {block}")
+        if depth is not None and not 0 <= block < depth:
             raise ValueError(f"blocks must lie in 0..{depth - 1} for {depth} blocks, got {block}")
     if list(blocks) != sorted(set(blocks)):
         raise ValueError(f"blocks must ascend without repeats, got {list(blocks)}")
@@ -95,6 +100,12 @@ class Schedule:
             return self._warmed(self.keep[stage], progress)
         keep = self._warmed(self.keep, progress)
         return float(keep ** (stage + 1)) if self.relative == "original" else keep
+
+    def share(self, stage: int, progress: float = 1.0) -> float:
+        """Share of the original tokens that should be left after a stage."""
+        if self.relative == "original":
+            return self.rate(stage, progress)
+        return math.prod(self.rate(s, progress) for s in range(stage + 1))
 
     def _warmed(self, keep: float, progress: float) -> float:
         if self.warmup is None:

@@ -59,6 +59,8 @@ class ATS(Reducer):
 
     def validate(self) -> None:
         """Refuse K below 1."""
+        if self.blocks is not None:
+            check_blocks(self.blocks)
         check_choice("variant", self.variant, ("paper", "release"))
         for k in self.K if isinstance(self.K, tuple) else (self.K,):
             if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):

@@ -34,6 +34,8 @@ class EViT(ScoreReducer):
         fuse: append the attention-weighted sum of the dropped tokens.
     """
 
+    relative: str = "current"
+    rounding: str = "ceil"
     fuse: bool = True
 
     paper: ClassVar[str] = "Liang et al., EViT, ICLR 2022"
@@ -41,8 +43,6 @@ class EViT(ScoreReducer):
     hooks: ClassVar[tuple[str, ...]] = ("between",)
     needs: ClassVar[frozenset[str]] = frozenset({"cls_row"})
     training_need: ClassVar[str] = "recommended"
-    relative: ClassVar[str] = "current"
-    rounding: ClassVar[str] = "ceil"
 
     def score(self, stage: int, state: TokenState, seen: Seen | None) -> Tensor:
         """Attention of the class token."""

@@ -76,6 +76,8 @@ class EvoViT(Reducer):
 
     def validate(self) -> None:
         """Check rate, weight and variant."""
+        if self.starts is not None:
+            check_blocks(self.starts)
         check_keep(self.keep)
         check_choice("variant", self.variant, ("paper", "deit"))
         if not 0 < self.tradeoff <= 1:

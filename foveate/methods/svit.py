@@ -87,6 +87,8 @@ class SViT(Reducer):
 
     def validate(self) -> None:
         """Check rates and switches."""
+        if self.blocks is not None:
+            check_blocks(self.blocks)
         check_keep(self.keep)
         check_choice("ratio", self.ratio, ("dynamic", "fixed"))
         check_choice("gate", self.gate, (None, *DECISIONS))

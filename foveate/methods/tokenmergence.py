@@ -39,6 +39,8 @@ class TokenMergence(ScoreReducer):
             one) or "random" (a fixed pseudo-random partner).
     """
 
+    relative: str = "current"
+    rounding: str = "ceil"
     similarity: str = "cosine"
 
     paper: ClassVar[str] = "Multi-Scale And Token Mergence, arXiv 2306.04897"
@@ -46,8 +48,6 @@ class TokenMergence(ScoreReducer):
     hooks: ClassVar[tuple[str, ...]] = ("between",)
     training_need: ClassVar[str] = "recommended"
     drops: ClassVar[bool] = False
-    relative: ClassVar[str] = "current"
-    rounding: ClassVar[str] = "ceil"
     needs: ClassVar[frozenset[str]] = frozenset({"cls_row"})
 
     def __post_init__(self) -> None:

@@ -52,6 +52,8 @@ class ToMe(MatchReducer):
 
     def validate(self) -> None:
         """Refuse negative counts and inflections beyond a straight line through zero."""
+        if self.blocks is not None:
+            check_blocks(self.blocks)
         for r in self.r if isinstance(self.r, Sequence) else (self.r,):
             if isinstance(r, bool) or not isinstance(r, int) or r < 0:
                 raise ValueError(f"r must be a whole number of at least 0, got {r!r}")
