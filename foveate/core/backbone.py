@@ -141,6 +141,8 @@ def pool_tokens(state: TokenState, how: str, include_prefix: bool = False) -> Te
     skip = 0 if include_prefix else state.prefix
     x = state.tokens()[:, skip:]
     weight = _pool_weight(state)
+    if x.shape[1] == 0:
+        return x.new_zeros(x.shape[0], x.shape[2])
     if weight is None:
         mean, best = x.mean(1), x.amax(1) if how != "avg" else None
     else:

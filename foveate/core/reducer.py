@@ -449,6 +449,7 @@ _MERGED: dict[str, Any] = {
     "maskable": lambda parts: all(p.maskable for p in parts),
     "drops": lambda parts: any(p.drops for p in parts),
     "parks": lambda parts: any(p.parks for p in parts),
-    "needs_place": lambda parts: any(p.needs_place for p in parts),
+    # Sizes may begin after tokens were fused, which only their places tell.
+    "needs_place": lambda parts: True,
     "softmax_eps": lambda parts: max(p.softmax_eps for p in parts),
 }

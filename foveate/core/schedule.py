@@ -20,7 +20,8 @@ _SLACK = 1e-9
 
 def check_keep(keep: float | Sequence[float], name: str = "keep") -> None:
     """Refuse keep rates outside (0, 1]."""
-    for rate in keep if isinstance(keep, Sequence) else (keep,):
+    single = isinstance(keep, str) or not isinstance(keep, Sequence)
+    for rate in (keep,) if single else keep:  # type: ignore[union-attr]
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
             raise ValueError(f"{name} must lie in (0, 1], got {rate!r}")
 
@@ -88,11 +89,17 @@ class Schedule:
                 f"keep has {len(self.keep)} rates for {len(self.blocks)} blocks {self.blocks}"
             )
         if self.warmup is not None:
-            start, end = self.warmup
-            if not 0 <= start <= end <= 1:
-                raise ValueError(f"warmup must be 0 <= start <= end <= 1, got {self.warmup}")
-        if self.warmup_steps is not None and self.warmup_steps < 1:
-            raise ValueError(f"warmup_steps must be at least 1, got {self.warmup_steps}")
+            points = self.warmup if isinstance(self.warmup, Sequence) else ()
+            numbers = all(isinstance(p, (int, float)) for p in points)
+            if len(points) != 2 or not numbers or not 0 <= points[0] <= points[1] <= 1:
+                raise ValueError(
+                    f"warmup must be (start, end) with 0 <= start <= end <= 1, got {self.warmup!r}"
+                )
+        steps = self.warmup_steps
+        if steps is not None and (
+            isinstance(steps, bool) or not isinstance(steps, int) or steps < 1
+        ):
+            raise ValueError(f"warmup_steps must be a whole number of at least 1, got {steps!r}")
 
     def rate(self, stage: int, progress: float = 1.0) -> float:
         """Keep rate of a stage at a point of training progress in [0, 1]."""

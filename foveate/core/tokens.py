@@ -202,8 +202,7 @@ class TokenState:
             valid_src: which entries of ``idx_src`` count.
             track_size: count merged patches in ``size`` from here on.
         """
-        prefix, device = self.prefix, self.x.device
-        old_layout = self.layout
+        prefix, old_layout = self.prefix, self.layout
         target_old = idx_keep.gather(1, into)  # the target's position before the merge
         weight_src = weight.gather(1, idx_src)
         if valid_src is not None:
@@ -231,7 +230,7 @@ class TokenState:
         if track_size or self.size is not None:
             before = self.size
             if before is None:
-                before = torch.ones(old_layout.total, device=device)
+                before = self._first_sizes()
             size = before.index_select(0, old_layout.rows(idx_full, valid_full))
             size = size.index_add(0, rows_new, before.index_select(0, rows_src))
         return state.replace(x=state.x.index_add(0, rows_new, change), size=size)
@@ -403,6 +402,15 @@ class TokenState:
     def _present_only(self, mask: Tensor) -> Tensor:
         present = self.layout.valid(self.x.device)
         return mask if present is None else mask & present[:, self.prefix :]
+
+    def _first_sizes(self) -> Tensor:
+        """Sizes before anything merged: 1, and 0 for fused tokens where they can be told."""
+        size = torch.ones(self.layout.total, device=self.x.device)
+        if self.place is None:
+            return size
+        rect = self.layout.rect(self.placed().float())
+        front = torch.arange(rect.shape[1], device=rect.device) < self.prefix
+        return self.layout.flat(torch.where(front, torch.ones_like(rect), rect))
 
     def _with_prefix(self, idx: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.prefix == 0:

@@ -41,7 +41,7 @@ class Structural(MatchReducer):
     def build(self, spec: BackboneSpec) -> None:
         """Resolve the block."""
         super().build(spec)
-        block = spec.depth // 2 - 1 if self.after_block is None else self.after_block
+        block = max(0, spec.depth // 2 - 1) if self.after_block is None else self.after_block
         if isinstance(block, bool) or not isinstance(block, int) or not 0 <= block < spec.depth:
             raise ValueError(f"after_block must lie in 0..{spec.depth - 1}, got {block!r}")
         self.acts = (block,)

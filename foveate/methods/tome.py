@@ -109,7 +109,7 @@ class ToMe(MatchReducer):
         weight = state.after_prefix(
             state.x.new_ones(state.layout.total, dtype=torch.float32)
             if state.size is None
-            else state.size
+            else state.size.clamp_min(1.0)  # a fused token stands for no patch but has a value
         )
         if present is None:
             merged, _ = top_k(value, removed[0])

@@ -14,7 +14,7 @@ def hashed(index: Tensor, key: int) -> Tensor:
     under compilation.
     """
     mask = 0x7FFFFFFF
-    h = (index + 1) * 0x9E3779B1 + (key + 1) * 0x85EBCA6B
+    h = ((index + 1) & mask) * 0x9E3779B1 + ((key + 1) * 0x85EBCA6B & mask)
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
         h = h & mask
         h = (h ^ (h >> shift)) * factor

@@ -33,7 +33,13 @@ def nearest(cdf: Tensor, points: Tensor, alive: Tensor | None = None) -> Tensor:
     grid = points.to(cdf.dtype).contiguous()
     right = torch.searchsorted(cdf, grid).clamp_max(count - 1)
     left = (right - 1).clamp_min(0)
-    nearer_left = (grid - cdf.gather(1, left)).abs() <= (cdf.gather(1, right) - grid).abs()
+    to_left = (grid - cdf.gather(1, left)).abs()
+    to_right = (cdf.gather(1, right) - grid).abs()
+    # Of two at one distance the later is taken: with equal scores and as many points as tokens
+    # every point lies halfway between two, and every token is then hit once. Rounding must not
+    # decide that.
+    slack = 1e-9 if cdf.dtype == torch.float64 else 1e-6
+    nearer_left = to_left < to_right - slack
     hit = torch.where(nearer_left, left, right)
     if alive is not None:
         # Dead tokens repeat the value before them: send a hit on one to the last live token
