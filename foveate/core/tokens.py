@@ -267,6 +267,7 @@ class TokenState:
         def none_of(values: Tensor, fill: float = 0) -> Tensor:
             return values.new_full((batch, *values.shape[1:]), fill)
 
+        token = token.to(self.x.dtype)  # products under autocast come in half precision
         changes: dict[str, Any] = {"x": put(self.x, token), "layout": layout}
         if self.place is not None:
             changes["place"] = put(self.place, none_of(self.place, self.patches))

@@ -183,6 +183,21 @@ def test_half_precision_is_finite(row: Row, name: str) -> None:
 
 
 @rows
+@pytest.mark.parametrize("name", ["vit", "dinov3"])
+def test_autocast_trains(row: Row, name: str) -> None:
+    """Mixed precision: float32 weights, half-precision products."""
+    model = randomise(FORMS[name]()).train()
+    driven = reduced(row, name, model).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        outcome = driven.run(images())
+        loss = outcome.logits.float().square().sum()
+        loss = loss + sum(driven.reducer.losses(outcome.notes).values())
+    loss.backward()
+    for p in driven.parameters():
+        assert p.grad is not None and torch.isfinite(p.grad).all()
+
+
+@rows
 @few
 def test_saved_and_loaded_models_are_equal(row: Row, name: str, tmp_path: Path) -> None:
     model = reduced(row, name)
