@@ -67,6 +67,7 @@ def _reducer(method: str | Reducer | type[Reducer], options: Mapping[str, Any]) 
         # A method is bound to one model; a given instance serves as a template.
         return _rebuilt(method)
     if isinstance(method, type) and issubclass(method, Reducer):
+        _check_registered(method)
         return make(method.name, options)
     if not isinstance(method, str):
         raise ValueError(f"method must be a name, a class or an instance, got {method!r}")
@@ -80,16 +81,28 @@ def _reducer(method: str | Reducer | type[Reducer], options: Mapping[str, Any]) 
 def _rebuilt(method: Reducer) -> Reducer:
     if isinstance(method, Chain):
         return Chain(*(_rebuilt(part) for part in method.members))
+    _check_registered(type(method))
     return make(method.name, method.config())
+
+
+def _check_registered(method: type[Reducer]) -> None:
+    """A class is known by its name, so the name must lead back to it."""
+    if not method.name or method_class(method.name) is not method:
+        raise ValueError(
+            f"{method.__name__} is not registered: decorate it with @register(NAME) from "
+            "foveate.registry"
+        )
 
 
 def unwrap(model: ReducedViT) -> nn.Module:
     """The model that was given to ``apply``."""
+    return _reduced(model).vit
+
+
+def _reduced(model: object) -> ReducedViT:
     if not isinstance(model, ReducedViT):
-        raise ValueError(
-            f"only a model from foveate.apply can be unwrapped, got {type(model).__name__}"
-        )
-    return model.vit
+        raise ValueError(f"a model from foveate.apply is needed, got {type(model).__name__}")
+    return model
 
 
 # The self-check ----------------------------------------------------------------------------------
@@ -193,7 +206,7 @@ def describe(model: ReducedViT, image_size: int | tuple[int, int] | None = None)
         model: a model from ``apply``.
         image_size: other than the model's own.
     """
-    spec, reducer = model.backbone.spec, model.reducer
+    spec, reducer = _reduced(model).backbone.spec, model.reducer
     grid = spec.grid if image_size is None else _grid(image_size, spec.patch)
     blocks = plan(spec, reducer, grid)
     dense, reduced = (total_macs(spec, r, grid) / 1e9 for r in (None, reducer))
@@ -241,6 +254,8 @@ def _modes(reducer: Reducer) -> list[str]:
 
 def _grid(image_size: int | tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
     sizes = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(sizes) != 2 or not all(isinstance(size, int) for size in sizes):
+        raise ValueError(f"image_size must be one or two whole numbers, got {image_size!r}")
     for size, side in zip(sizes, patch, strict=True):
         if size <= 0 or size % side:
             raise ValueError(f"image size {size} is not a multiple of the patch's {side}")
@@ -258,7 +273,7 @@ def save(model: ReducedViT, folder: str | os.PathLike[str], *, everything: bool 
         folder: made if missing.
         everything: the backbone's weights too, not only what the method added.
     """
-    folder = Path(folder)
+    folder, model = Path(folder), _reduced(model)
     folder.mkdir(parents=True, exist_ok=True)
     prefixes = ("reducer.", "vit.") if everything else ("reducer.",)
     tensors = {

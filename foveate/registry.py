@@ -48,8 +48,9 @@ def method_class(name: str) -> type[Reducer]:
 def suggest(kind: str, given: str, legal: Iterable[str]) -> str:
     """Word an error about an unknown name: the near miss, if any, and what is legal."""
     legal = list(legal)
-    near = difflib.get_close_matches(given, legal, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
+    by_lower = {name.lower(): name for name in legal}
+    near = difflib.get_close_matches(given.lower(), by_lower, n=1)
+    hint = f"; did you mean {by_lower[near[0]]!r}?" if near else "."
     return f"unknown {kind} {given!r}{hint} Legal: {', '.join(legal) or 'none'}"
 
 
@@ -60,9 +61,6 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Reducer:
     for option in options:
         if option not in legal:
             raise ValueError(suggest(f"option of {name}", option, legal))
-    for option, value in options.items():
-        if isinstance(value, list):  # JSON and literals give lists; configs hold tuples
-            options[option] = tuple(value)
     return cls(**options)
 
 
@@ -73,10 +71,17 @@ def parse(text: str) -> Reducer:
     """
     try:
         tree = ast.parse(text.strip(), mode="eval").body
+        terms = _terms(tree)
     except SyntaxError as error:
-        raise ValueError(f"cannot read the method {text!r}: {error.msg}") from error
-    parts = [_from_node(node, text) for node in _terms(tree)]
+        raise ValueError(f"cannot read the method {_short(text)}: {error.msg}") from error
+    except (RecursionError, MemoryError, ValueError) as error:
+        raise ValueError(f"cannot read the method {_short(text)}: {error}") from None
+    parts = [_from_node(node, text) for node in terms]
     return parts[0] if len(parts) == 1 else Chain(*parts)
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:77] + "...")
 
 
 def _terms(node: ast.expr) -> list[ast.expr]:
@@ -92,8 +97,10 @@ def _from_node(node: ast.expr, text: str) -> Reducer:
         raise ValueError(f"cannot read the method {text!r}: expected NAME or NAME(OPTION=VALUE)")
     if node.args or any(keyword.arg is None for keyword in node.keywords):
         raise ValueError(f"cannot read the method {text!r}: options go by name, as OPTION=VALUE")
-    options = {}
+    options: dict[str, Any] = {}
     for keyword in node.keywords:
+        if keyword.arg in options:
+            raise ValueError(f"cannot read the method {text!r}: {keyword.arg} is given twice")
         try:
             options[str(keyword.arg)] = ast.literal_eval(keyword.value)
         except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import shlex
@@ -81,13 +82,11 @@ def facts(device: str, threads: int) -> dict[str, Any]:
     import timm
     import torch
 
-    import foveate
-
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": timm.__version__,
-        "foveate": getattr(foveate, "__version__", None),
+        "foveate": _foveate_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
         "threads": threads,
@@ -102,6 +101,13 @@ def facts(device: str, threads: int) -> dict[str, Any]:
         found["gpu_memory_gib"] = round(card.total_memory / 2**30, 1)
         found["cuda"] = torch.version.cuda
     return found
+
+
+def _foveate_version() -> str | None:
+    try:
+        return importlib.metadata.version("foveate")
+    except importlib.metadata.PackageNotFoundError:
+        return None  # run from a checkout
 
 
 def _cpu_name() -> str:

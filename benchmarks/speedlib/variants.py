@@ -179,7 +179,7 @@ def _spvit_gates(model: ReducedViT) -> Iterator[None]:
         present = state.present()
         counted = counted if present is None else counted & present
         odds = (out[..., 0] - out[..., 1]).float()[counted]
-        wanted = reducer.schedule.rate(stage) * state.patches * state.batch
+        wanted = reducer.schedule.share(stage) * state.patches * state.batch
         _set(odds, wanted, [part.out[-1] for part in reducer.selectors[stage].predictors])
         return logits_of(stage, state)
 

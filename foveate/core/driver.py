@@ -260,6 +260,8 @@ class ReducedViT(nn.Module):
         spec, reducer = self.backbone.spec, self.reducer
         if images.ndim != 4:
             raise ValueError(f"images must be [B, channels, H, W], got {list(images.shape)}")
+        if len(images) == 0:
+            raise ValueError("the batch is empty: at least one image is needed")
         grid = self.backbone.grid_of(images)
         mode = self.resolved_mode(keep_mask is not None)
         if mode == "gathered" and keep_mask is not None:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from foveate.core.gates import DECISIONS, decide
+from foveate.core.gates import DECISIONS, decide, ratio_loss
 from foveate.core.reducer import ScoreReducer, Seen
 from foveate.core.schedule import check_choice
 from foveate.core.tokens import TokenState
@@ -127,16 +127,12 @@ class GatedReducer(ScoreReducer):
         return self.note(state, "kept_share", shares)
 
     def losses(self, notes: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Mean over stages of the squared distance between kept share and target."""
-        shares: dict[int, Tensor] = self.noted(notes, "kept_share", {})
-        if not shares:
-            return {}
-        terms = []
-        for stage, share in shares.items():
-            target = self.schedule.share(stage, self.progress)
-            value = share if self.ratio_per_image else share.mean()
-            terms.append(((value - target) ** 2).mean())
-        return {"ratio": torch.stack(terms).mean()}
+        """Distance of the kept shares from the schedule's."""
+        return ratio_loss(
+            self.noted(notes, "kept_share", {}),
+            lambda stage: self.schedule.share(stage, self.progress),
+            self.ratio_per_image,
+        )
 
 
 def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:

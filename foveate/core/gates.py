@@ -9,7 +9,7 @@ How a gate decides is a switch of its own and does not depend on ``.training``:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from foveate.ops import top_k
 
-__all__ = ["DECISIONS", "decide"]
+__all__ = ["DECISIONS", "decide", "ratio_loss"]
 
 DECISIONS = ("sample", "argmax", "topk")
 
@@ -65,3 +65,20 @@ def decide(
     # Adding a difference that is exactly zero keeps the decision exactly 0 or 1.
     soft = keep if candidates is None else keep * candidates
     return hard + (soft - soft.detach())
+
+
+def ratio_loss(
+    shares: Mapping[int, Tensor], target: Callable[[int], float], per_image: bool
+) -> dict[str, Tensor]:
+    """Mean over stages of the squared distance between kept share and target.
+
+    Args:
+        shares: share that each image kept, ``[B]``, by stage; empty when no gate decided.
+        target: the share wanted of a stage.
+        per_image: hold every image to the target, not only their mean.
+    """
+    terms = [
+        (((share if per_image else share.mean()) - target(stage)) ** 2).mean()
+        for stage, share in shares.items()
+    ]
+    return {"ratio": torch.stack(terms).mean()} if terms else {}

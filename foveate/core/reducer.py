@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from foveate.core.attention import CarriedSeen, Seen
 from foveate.core.backbone import BackboneSpec
+from foveate.core.options import check_types
 from foveate.core.schedule import Schedule, check_blocks, check_keep, stage_blocks
 from foveate.core.tokens import TokenState
 from foveate.ops import top_k
@@ -61,6 +62,7 @@ class Reducer(nn.Module):
         self.progress = 1.0
         self.spec: BackboneSpec | None = None
         self.acts: tuple[int, ...] = ()
+        check_types(self)
         self.validate()
 
     # Config ------------------------------------------------------------------------------------

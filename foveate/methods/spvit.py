@@ -168,3 +168,16 @@ class SPViT(GatedReducer):
             + state.layout.spread(package * exists.to(package.dtype)[:, None]) * rows[:, None]
         )
         return state.replace(x=x), exists & ~old.any(1)
+
+    def planned(self, block: int, hook: str, current: int, grid: tuple[int, int]) -> int:
+        """The scheduled patches and the package tokens so far."""
+        if hook != "before" or block not in self.acts:
+            return current
+        left = patches = grid[0] * grid[1]
+        packages = 0
+        for stage in range(self.acts.index(block) + 1):
+            count = self.schedule.count(stage, patches, left, self.progress)
+            if count < left:
+                packages = 1 if self.accumulate else packages + 1
+            left = count
+        return left + packages

@@ -34,7 +34,7 @@ from foveate.core import (
     check_keep,
     decide,
 )
-from foveate.core.gates import DECISIONS
+from foveate.core.gates import DECISIONS, ratio_loss
 from foveate.registry import register
 
 __all__ = ["Gate", "SViT"]
@@ -200,15 +200,9 @@ class SViT(Reducer):
         return self.note(state, "kept_share", shares)
 
     def losses(self, notes: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Mean over gates of the squared distance between used share and target."""
-        shares: dict[int, Tensor] = self.noted(notes, "kept_share", {})
-        if not shares:
-            return {}
-        terms = []
-        for stage, share in shares.items():
-            value = share.mean() if self.ratio == "dynamic" else share
-            terms.append(((value - self.target(stage)) ** 2).mean())
-        return {"ratio": torch.stack(terms).mean()}
+        """Distance of the used shares from the gates' targets."""
+        shares = self.noted(notes, "kept_share", {})
+        return ratio_loss(shares, self.target, per_image=self.ratio == "fixed")
 
     def planned(self, block: int, hook: str, current: int, grid: tuple[int, int]) -> int:
         """The target share inside a gated block, everything outside."""

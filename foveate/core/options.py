@@ -1,0 +1,51 @@
+"""Options of methods are checked against the types their fields declare."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import fields
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+__all__ = ["check_types"]
+
+_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
+
+
+def check_types(config: Any) -> None:
+    """Refuse field values of a dataclass that are not of the declared type; lists become tuples.
+
+    Options come from strings and JSON too, where nobody checked them before.
+    """
+    hints = get_type_hints(type(config))
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if isinstance(value, (list, range)):
+            value = tuple(value)
+            setattr(config, f.name, value)
+        if not _fits(value, hints[f.name]):
+            raise ValueError(f"{f.name} must be {_words(hints[f.name])}, got {value!r}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if get_origin(hint) is tuple:
+        parts = get_args(hint)
+        if not isinstance(value, tuple):
+            return False
+        if parts[-1] is Ellipsis:
+            return all(_fits(v, parts[0]) for v in value)
+        return len(value) == len(parts) and all(map(_fits, value, parts))
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _words(hint: Any) -> str:
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_words(part) for part in get_args(hint))
+    if get_origin(hint) is tuple:
+        parts = get_args(hint)
+        several = f"several, each {_words(parts[0])}"
+        return several if parts[-1] is Ellipsis else f"{len(parts)} values, each {_words(parts[0])}"
+    return "None" if hint is type(None) else _WORDS[hint]

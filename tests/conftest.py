@@ -1,0 +1,13 @@
+"""Settings for all tests. This folder is on the path, so tests can share ``small.py``."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import settings
+
+# Workers share the cores, and small tensors gain nothing from threads.
+torch.set_num_threads(1)
+
+# The machine that checks may be slow, and a failure must come back: no deadline, no chance.
+settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=40)
+settings.load_profile("repeatable")

@@ -1,0 +1,120 @@
+"""DynamicViT: masked training equals gathered use, and the predictors learn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small import batch_state, images, logits, noise, randomise, vit
+from torch import Tensor
+
+import foveate
+from foveate.core import ReducedViT
+from foveate.methods.dynamicvit import DynamicViT, Predictor
+
+
+def dynamicvit(method: str = "dynamicvit(keep=0.6)", **options: object) -> ReducedViT:
+    model = foveate.apply(randomise(vit(**options)), method)
+    randomise(model.reducer, seed=1)
+    return model.eval()
+
+
+def test_masked_becomes_gathered_as_eps_vanishes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same top-k decisions; what is left of the dropped tokens is the smoothing."""
+    model = dynamicvit()
+    model.mode = "gathered"
+    kept = model.trace(images()).final
+    grid, there = kept.restore("zero"), kept.source >= 0
+    errors = []
+    for eps in (1e-2, 1e-4, 0.0):
+        monkeypatch.setattr(DynamicViT, "softmax_eps", eps)
+        model.mode = "masked"
+        masked = model.trace(images()).final
+        assert torch.equal(masked.alive.gather(1, masked.source) > 0, there)
+        errors.append(float((masked.restore("zero") - grid)[there].abs().max()))
+    assert errors[0] > 10 * errors[1] > 10 * errors[2]
+    assert errors[2] < 2e-5 * float(grid.abs().max())
+
+
+def test_the_released_smoothing_is_small() -> None:
+    model = dynamicvit()
+    assert model.reducer.softmax_eps == 1e-6
+    outputs = {}
+    for mode in ("gathered", "masked"):
+        model.mode = mode
+        outputs[mode] = logits(model, images())
+    torch.testing.assert_close(outputs["masked"], outputs["gathered"], atol=2e-4, rtol=2e-4)
+
+
+def test_the_task_alone_trains_the_predictors() -> None:
+    """Through the attention of later blocks: no ratio loss, head on the class token."""
+    model = dynamicvit().train()
+    torch.manual_seed(0)
+    outcome = model.run(images())
+    outcome.logits.square().sum().backward()
+    for predictor in model.reducer.predictors:
+        for parameter in predictor.parameters():
+            assert parameter.grad.abs().sum() > 0
+
+
+def test_gates_are_nested_and_drawn_in_training_only() -> None:
+    model = dynamicvit().train()
+    torch.manual_seed(0)
+    first, second = model.trace(images()), model.trace(images())
+    assert not torch.equal(first.logits, second.logits)
+    for trace in (first, second):
+        alive = [block.attended.alive for block in trace.blocks]
+        for before, after in zip(alive, alive[1:], strict=False):
+            assert (after <= before).all()
+        assert (alive[-1][:, 1:].sum(1) >= 1).all() and (alive[-1][:, 0] == 1).all()
+        assert alive[-1].sum() < alive[0].sum()
+    model.eval()
+    assert torch.equal(logits(model, images()), logits(model, images()))
+    model.gate = "sample"
+    assert not torch.equal(logits(model, images()), logits(model, images()))
+
+
+def naive_predictor(predictor: Predictor, x: Tensor, weight: Tensor) -> Tensor:
+    """As methods.md 2.1 has it, for one image ``x [N, C]``."""
+    u = predictor.local(x)
+    half = u.shape[1] // 2
+    shared = (u[:, half:] * weight[:, None]).sum(0) / weight.sum()
+    z = torch.cat([u[:, :half], shared.expand(len(u), -1)], 1)
+    return predictor.out(z).log_softmax(-1)
+
+
+@pytest.mark.parametrize("kind", ["even", "ragged", "masked"])
+def test_predictor(kind: str) -> None:
+    predictor = randomise(Predictor(12))
+    state = batch_state([5, 3, 7] if kind == "ragged" else 6, width=12, prefix=2)
+    weight = torch.ones(state.layout.total)
+    if kind == "masked":
+        alive = (noise(2, 8) > -0.3).float()
+        state, weight = state.replace(alive=alive), alive.flatten()
+    got, row = predictor(state), 0
+    for n in state.layout.lengths:
+        part = slice(row + 2, row + n)  # prefix tokens have no say
+        expected = naive_predictor(predictor, state.x[part], weight[part])
+        torch.testing.assert_close(got[part], expected)
+        row += n
+
+
+def test_the_ratio_loss_holds_every_image_to_its_target() -> None:
+    model = dynamicvit("dynamicvit(keep=0.5, blocks=[1, 2])").train()
+    torch.manual_seed(0)
+    outcome = model.run(images(), track=True)
+    torch.manual_seed(0)
+    trace = model.trace(images())
+    terms = []
+    for stage, block in enumerate((1, 2)):
+        share = trace.blocks[block].attended.alive[:, 1:].mean(1)
+        terms.append(((share - 0.5 ** (stage + 1)) ** 2).mean())
+    losses = model.reducer.losses(outcome.notes)
+    torch.testing.assert_close(losses["ratio"], torch.stack(terms).mean())
+    assert set(model.reducer.loss_weights) == {"ratio", "kl", "token"}
+
+
+def test_argmax_gates_keep_at_least_one() -> None:
+    model = dynamicvit("dynamicvit(keep=0.5, gate='argmax')")
+    for predictor in model.reducer.predictors:
+        predictor.out[-1].bias.data.copy_(torch.tensor([-50.0, 50.0]))
+    assert set(model.trace(images()).counts()[1]) == {2}
