@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import foveate.methods  # noqa: F401  (registers every method)
 from foveate.backbones import backbone_for
 from foveate.core import Backbone, Chain, ReducedViT, Reducer, TokenState, attend
+from foveate.core.backbone import BackboneSpec
 from foveate.core.cost import plan, total_macs
 from foveate.registry import make, method_class, parse
 
@@ -331,6 +333,12 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> Redu
     missing, extra = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
     if missing or extra:
         raise ValueError(f"{folder / _WEIGHTS} does not fit: missing {missing}, unexpected {extra}")
+    for name, value in reduced.state_dict().items():
+        if name in tensors and tensors[name].shape != value.shape:
+            raise ValueError(
+                f"{folder / _WEIGHTS} does not fit: {name} has shape {list(tensors[name].shape)}, "
+                f"the model's is {list(value.shape)}"
+            )
     reduced.load_state_dict(tensors, strict=False)
     reduced.mode = config["mode"]
     check_driven(reduced.backbone)
@@ -363,10 +371,11 @@ def _timm_recipe(model: Any) -> dict[str, Any] | None:
     if not name:
         return None
     arguments = {
+        **getattr(model, "_model_args", {}),
+        # These may have been changed since.
         "num_classes": model.num_classes,
         "global_pool": model.global_pool,
         "img_size": list(model.patch_embed.img_size),
-        **getattr(model, "_model_args", {}),
     }
     try:
         json.dumps(arguments)
@@ -393,14 +402,21 @@ def _rebuild(folder: Path, config: Mapping[str, Any]) -> nn.Module:
             else "only the method's own parameters were saved"
         )
         raise ValueError(f"{folder}: {why}; pass the backbone as load(folder, model)")
-    return timm.create_model(recipe["name"], pretrained=False, **recipe["arguments"])
+    name = recipe["name"]
+    # Only timm's own constructors: a prefixed name would make timm fetch or read elsewhere.
+    if not timm.is_model(name) or "pretrained" in recipe["arguments"]:
+        raise ValueError(f"{folder}: this timm knows no model {name!r} to rebuild")
+    try:
+        return timm.create_model(name, pretrained=False, **recipe["arguments"])
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"{folder}: {name} cannot be rebuilt: {error}") from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / _CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"{folder} holds no {_CONFIG}: not a folder that foveate.save wrote"
         ) from None
@@ -409,9 +425,37 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("format") != _FORMAT:
         found = config.get("format") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{path} has format {found!r}; this version reads {_FORMAT}")
-    for part in config["methods"]:
-        method_class(part["name"])
+    _check_config(path, config)
     return config
+
+
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a file whose fields are not what ``save`` writes."""
+    fields: dict[str, type | tuple[type, ...]] = {
+        "methods": list,
+        "mode": str,
+        "backbone": dict,
+        "everything": bool,
+        "timm": (dict, type(None)),
+    }
+    for key, kind in fields.items():
+        if key not in config or not isinstance(config[key], kind):
+            raise ValueError(f"{path} is not what foveate.save writes: see its field {key!r}")
+    unknown = set(config["backbone"]) - {f.name for f in dataclasses.fields(BackboneSpec)}
+    if unknown:
+        raise ValueError(f"{path} names unknown facts of a backbone: {sorted(unknown)}")
+    recipe = config["timm"]
+    if recipe is not None and not (
+        isinstance(recipe.get("name"), str) and isinstance(recipe.get("arguments"), dict)
+    ):
+        raise ValueError(f"{path} is not what foveate.save writes: see its field 'timm'")
+    for part in config["methods"]:
+        good = isinstance(part, dict) and isinstance(part.get("options"), dict)
+        if not good or not isinstance(part.get("name"), str):
+            raise ValueError(f"{path} is not what foveate.save writes: see its field 'methods'")
+        method_class(part["name"])
+    if not config["methods"]:
+        raise ValueError(f"{path} names no method")
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ def model() -> nn.Module:
     return randomise(vit()).eval()
 
 
-# Ways to apply -----------------------------------------------------------------------------------
+# Ways to apply -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_a_copy_stands_alone(model: nn.Module) -> None:
     assert torch.equal(logits(reduced, images()), before)
 
 
-# The self-check ----------------------------------------------------------------------------------
+# The self-check ------------------------------------------------------------------------------
 
 
 def tampered(part: str) -> nn.Module:
@@ -232,7 +232,7 @@ def test_the_self_check_in_other_precisions(dtype: torch.dtype) -> None:
         foveate.apply(model, "tome")
 
 
-# Images and masks --------------------------------------------------------------------------------
+# Images and masks ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_a_keep_mask_cannot_be_gathered(model: nn.Module) -> None:
         reduced(images(), keep_mask=torch.ones(3, 36, dtype=torch.bool))
 
 
-# Describing --------------------------------------------------------------------------------------
+# Describing ----------------------------------------------------------------------------------
 
 
 def test_describe_says_what_is_true(model: nn.Module) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import pytest
 from hypothesis import given
@@ -227,6 +228,22 @@ def test_wrong_values_are_refused_at_construction(text: str) -> None:
     option = text.split("(")[1].split("=")[0].replace("starts", "(starts|blocks)")
     with pytest.raises(ValueError, match=rf"\b{option}\b"):
         parse(text)
+
+
+@dataclass(eq=False, kw_only=True, repr=False)
+class Odd(ScoreReducer):
+    """Options of kinds that no built-in method has."""
+
+    anything: Any = None
+    one_of: Literal["a", "b"] = "a"
+    table: dict[str, int] = field(default_factory=dict)
+    function: Callable[[int], int] = abs
+
+
+def test_options_of_any_kind_can_be_declared() -> None:
+    assert Odd(anything=object(), one_of="b", table={"x": 1}, function=len).one_of == "b"
+    with pytest.raises(ValueError, match="preserve"):
+        Odd(preserve="no")
 
 
 def test_registering() -> None:

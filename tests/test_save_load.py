@@ -52,7 +52,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "saved"
 
 
-# Round trips ---------------------------------------------------------------------------------------
+# Round trips -----------------------------------------------------------------------------------
 
 
 def test_the_small_part_alone(folder: Path) -> None:
@@ -173,7 +173,7 @@ def test_only_reduced_models_are_saved(tmp_path: Path) -> None:
         foveate.save(vit(), tmp_path)
 
 
-# What does not fit ---------------------------------------------------------------------------------
+# What does not fit -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_a_tampered_model_is_refused(folder: Path) -> None:
         foveate.load(folder, model)
 
 
-# Damage --------------------------------------------------------------------------------------------
+# Damage ----------------------------------------------------------------------------------------
 
 
 def cut(name: str, keep: float) -> Callable[[Path], object]:

@@ -76,9 +76,14 @@ class TimmViT(TimmBackbone):
         return stock.ls2(stock.mlp(stock.norm2(x)))
 
     def key_mean(self, block: int, heads: Heads) -> Tensor | None:
-        """One thin product with the head-averaged key weights, unless keys are normed."""
+        """One thin product with the head-averaged key weights.
+
+        Not where keys are normed, nor where an adapter or a hook makes them differ from what the
+        layer's own weights give.
+        """
         attn = self._blocks[block].attn
-        if not isinstance(attn.k_norm, nn.Identity):
+        hooked = attn.qkv._forward_hooks or attn.qkv._forward_pre_hooks
+        if not isinstance(attn.k_norm, nn.Identity) or type(attn.qkv) is not nn.Linear or hooked:
             return None
         shape = (3, attn.num_heads, attn.head_dim)
         weight = attn.qkv.weight.view(*shape, -1)[1].mean(0)  # [d, C]

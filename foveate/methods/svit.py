@@ -39,6 +39,8 @@ from foveate.registry import register
 
 __all__ = ["Gate", "SViT"]
 
+_USED = "svit.used"
+
 
 class Gate(nn.Sequential):
     """Norm and a two-layer MLP with two outputs: keep and drop."""
@@ -128,41 +130,64 @@ class SViT(Reducer):
             how = "sample" if masked and state.notes["training"] else "argmax"
         front = 0 if self.gate_prefix_last and block == self.acts[-1] else state.prefix
         logits = state.layout.rect(self.gates[stage](state.x))[:, front:]  # [B, N, 2]
-        live = self._live(state, front)
-        counts = self._counts(stage, state, front, live) if how == "topk" else None
-        if isinstance(counts, int) and not masked:  # static sizes: the deployed form
-            idx = (logits[..., 0] - logits[..., 1]).float().topk(counts, dim=1).indices
-            return state.park(idx, with_prefix=front > 0)
+        if how == "topk" and not masked and state.layout.is_even:
+            return self._gathered(stage, state, logits, front)
+        there = self._there(state, front)
+        live = self._live(state, front, there)
+        counts = self._counts(stage, state, front, there) if how == "topk" else None
         keep = decide(logits, how, k=counts, candidates=live)
-        state = self._note(stage, state, keep, front)
+        state = self._note(stage, state, keep, there)
         always = keep.new_ones(keep.shape[0], front)
         keep = torch.cat([always, keep], 1)  # [B, longest]
         if not self.reactivate:
             used = state.layout.flat(keep.detach())
-            state = state.replace(extras={**state.extras, "svit.used": used})
+            state = state.replace(extras={**state.extras, _USED: used})
         return self._mask(state, keep) if masked else state.park_but(keep > 0)
 
-    def _live(self, state: TokenState, front: int) -> Tensor | None:
-        """Tokens a gate may keep: there, and not left out before if that is for good."""
-        live = state.layout.valid(state.x.device)
+    def _gathered(self, stage: int, state: TokenState, logits: Tensor, front: int) -> TokenState:
+        """Exactly k tokens at a static size: the deployed form of "topk"."""
+        score = (logits[..., 0] - logits[..., 1]).float()
+        if _USED in state.extras:
+            used = state.layout.rect(state.extras[_USED])[:, front:]
+            score = score.masked_fill(used <= 0, float("-inf"))
+        k = self._wanted(stage, state.counts[0], state.prefix - front)
+        idx = score.topk(k, dim=1).indices
+        if not self.reactivate:
+            now = torch.zeros_like(score).scatter(1, idx, 1.0)
+            used = torch.cat([now.new_ones(now.shape[0], front), now], 1)
+            state = state.replace(extras={**state.extras, _USED: state.layout.flat(used)})
+        return state.park(idx, with_prefix=front > 0)
+
+    @staticmethod
+    def _there(state: TokenState, front: int) -> Tensor | None:
+        """Tokens that take part at all, ``[B, N]``; None means all."""
+        there = state.layout.valid(state.x.device)
         if state.alive is not None:
             alive = state.alive.detach() > 0
-            live = alive if live is None else live & alive
-        if not self.reactivate and "svit.used" in state.extras:
-            used = state.layout.rect(state.extras["svit.used"]) > 0
-            live = used if live is None else live & used
-        return None if live is None else live[:, front:]
+            there = alive if there is None else there & alive
+        return None if there is None else there[:, front:]
 
-    def _counts(
-        self, stage: int, state: TokenState, front: int, live: Tensor | None
-    ) -> int | list[int]:
-        """How many tokens "topk" keeps: the target share of those that are there."""
-        now = [n - front for n in state.layout.lengths]
-        wanted = [max(1, round(self.target(stage) * n)) if n else 0 for n in now]
-        if live is not None:
-            wanted = [min(k, n) for k, n in zip(wanted, live.sum(1).tolist(), strict=True)]
-            return wanted
-        return wanted[0]
+    def _live(self, state: TokenState, front: int, there: Tensor | None) -> Tensor | None:
+        """Tokens a gate may keep: those that are there, less those left out for good."""
+        if _USED not in state.extras:
+            return there
+        used = state.layout.rect(state.extras[_USED])[:, front:] > 0
+        return used if there is None else there & used
+
+    def _counts(self, stage: int, state: TokenState, front: int, there: Tensor | None) -> list[int]:
+        """How many tokens of each image "topk" keeps."""
+        now = list(state.layout.lengths)
+        now = [n - front for n in now] if there is None else there.sum(1).tolist()
+        gated = state.prefix - front
+        return [self._wanted(stage, n - gated, gated) if n else 0 for n in now]
+
+    def _wanted(self, stage: int, patches: int, prefix: int = 0) -> int:
+        """Tokens that "topk" keeps of so many patches and gated prefix tokens."""
+        k = max(1, round(self.target(stage) * (patches + prefix)))
+        if not self.reactivate:  # no more than every earlier gate left
+            earlier = [max(1, round(self.target(s) * patches)) for s in range(stage)]
+            k = min([k, *(n + prefix for n in earlier)])
+        return min(k, patches + prefix)
 
     def _mask(self, state: TokenState, keep: Tensor) -> TokenState:
         """Training: all tokens are computed; the rest of the work is done after the block."""
@@ -190,12 +215,14 @@ class SViT(Reducer):
         x = gate * state.x + (1 - gate) * before
         return state.replace(x=x, visible=None, alive=alive, extras=extras)
 
-    def _note(self, stage: int, state: TokenState, keep: Tensor, front: int) -> TokenState:
-        present = state.layout.valid(keep.device)
-        if present is not None:
-            share = (keep * present[:, front:]).sum(1) / present[:, front:].sum(1).clamp_min(1)
-        else:
+    def _note(
+        self, stage: int, state: TokenState, keep: Tensor, there: Tensor | None
+    ) -> TokenState:
+        """Record which share of an image's tokens the gate kept, for the ratio loss."""
+        if there is None:
             share = keep.mean(1)
+        else:
+            share = (keep * there).sum(1) / there.sum(1).clamp_min(1)
         shares = {**self.noted(state.notes, "kept_share", {}), stage: share}
         return self.note(state, "kept_share", shares)
 
@@ -211,4 +238,4 @@ class SViT(Reducer):
         patches = grid[0] * grid[1]
         if hook == "after":
             return patches
-        return max(1, round(self.target(self.acts.index(block)) * patches))
+        return self._wanted(self.acts.index(block), patches)

@@ -67,7 +67,7 @@ def same(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
 
 
-# Paths of attend -------------------------------------------------------------------------------
+# Paths of attend ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lengths", RAGGED, ids=str)
@@ -223,7 +223,7 @@ def test_dropout_is_right_on_average(mode: str) -> None:
     assert (draws.mean(0) - expected).abs().max() < 0.12
 
 
-# What methods read -----------------------------------------------------------------------------
+# What methods read -------------------------------------------------------------------------
 
 
 def seen(

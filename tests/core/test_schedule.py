@@ -87,7 +87,7 @@ def test_shallow_models_have_fewer_stages(depth: int) -> None:
     assert stage_blocks(depth) == tuple(range(1, depth))
 
 
-# Counts ----------------------------------------------------------------------------------------
+# Counts ------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 1000), st.integers(1, 99), st.booleans())
@@ -107,6 +107,26 @@ def test_rates_of_the_original_multiply() -> None:
     assert [each.count(s, 100, 100) for s in range(3)] == [90, 50, 20]
 
 
+def test_shares_of_the_original() -> None:
+    """What a ratio loss aims at."""
+    assert [Schedule((0, 1), 0.7).share(s) for s in (0, 1)] == pytest.approx([0.7, 0.49])
+    current = Schedule((0, 1), (0.7, 0.5), relative="current")
+    assert [current.share(s) for s in (0, 1)] == pytest.approx([0.7, 0.35])
+    assert [Schedule((0, 1), (0.7, 0.5)).share(s) for s in (0, 1)] == [0.7, 0.5]
+    warming = Schedule((0, 1), 0.5, relative="current", warmup=(0.0, 1.0))
+    assert warming.share(1, 0.5) == pytest.approx(0.75**2)
+
+
+def test_a_method_may_count_the_other_way() -> None:
+    assert stages("evit(keep=0.7, fuse=False, relative='original', rounding='floor')") == [
+        196,
+        137,
+        96,
+        67,
+    ]
+    assert stages("dynamicvit(keep=0.7, relative='current', rounding='ceil')")[1:] == [138, 97, 68]
+
+
 def test_counts_stay_between_one_and_what_is_there() -> None:
     schedule = Schedule((0, 1), 0.5)
     assert schedule.count(0, 100, 30) == 30
@@ -119,7 +139,7 @@ def test_stage_of_a_block() -> None:
     assert [schedule.stage(b) for b in (2, 3, 6, 7)] == [None, 0, 1, None]
 
 
-# Warm-up ---------------------------------------------------------------------------------------
+# Warm-up -----------------------------------------------------------------------------------
 
 
 def test_warm_up_is_the_cosine_of_the_paper() -> None:
@@ -160,7 +180,7 @@ def test_warm_up_of_powers_and_lists() -> None:
     assert [each.rate(s, 0.5) for s in range(2)] == pytest.approx([0.9, 0.7])
 
 
-# Refusals --------------------------------------------------------------------------------------
+# Refusals ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

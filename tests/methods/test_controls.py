@@ -17,7 +17,7 @@ def control(method: str, **options: object) -> ReducedViT:
     return model.eval()
 
 
-# Static ------------------------------------------------------------------------------------------
+# Static --------------------------------------------------------------------------------------
 
 
 def test_static_keeps_the_best_positions_of_its_map_in_every_image() -> None:
@@ -54,7 +54,7 @@ def test_static_learns_from_the_task() -> None:
     assert (grad[1:].flatten(1) != 0).any(1).all()
 
 
-# Random ------------------------------------------------------------------------------------------
+# Random --------------------------------------------------------------------------------------
 
 
 def test_random_repeats_in_evaluation_and_does_not_see_the_batch() -> None:
@@ -104,7 +104,7 @@ def test_random_respects_a_keep_mask() -> None:
     assert left.sum(1).tolist() == (mask.sum((1, 2)) // 2).tolist()
 
 
-# Attention ---------------------------------------------------------------------------------------
+# Attention -----------------------------------------------------------------------------------
 
 
 def test_attention_keeps_what_the_class_token_attends_to() -> None:

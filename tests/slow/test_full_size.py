@@ -1,21 +1,24 @@
-"""Once at full size: the real architectures, every parameter randomised."""
+"""Once at full size: what is driven is the model itself, and every method runs on ViT-B."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+import gc
+from collections.abc import Iterator
 
 import pytest
 import timm
 import torch
-from contract.table import METHODS, randomise
+from small import logits, noise, randomise
 from torch import Tensor, nn
 
 import foveate
+from foveate.api import check_driven
+from foveate.backbones import backbone_for
 from foveate.core.cost import plan
 
 pytestmark = pytest.mark.slow
 
-MODELS = (
+MODELS = [
     "vit_small_patch16_224",
     "vit_base_patch16_224",
     "deit_small_distilled_patch16_224",
@@ -24,39 +27,79 @@ MODELS = (
     "eva02_small_patch14_224",
     "vit_small_patch16_dinov3",
     "vit_base_patch16_siglip_224",
-)
+]
 
 
-@lru_cache(maxsize=1)
 def full_size(name: str) -> nn.Module:
-    return randomise(timm.create_model(name, pretrained=False)).eval()
+    """timm's model with every parameter random: LayerScale near 1, biases not zero."""
+    torch.manual_seed(0)
+    return randomise(timm.create_model(name)).eval()
 
 
-def noise(model: nn.Module, batch: int = 1) -> Tensor:
-    size = model.patch_embed.img_size
-    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0))
+def pictures(model: nn.Module, batch: int = 2) -> Tensor:
+    """Random images of the model's own size, with coarse structure."""
+    height, width = model.patch_embed.img_size
+    coarse = nn.functional.interpolate(noise(batch, 3, 9, 9), (height, width), mode="bilinear")
+    return coarse + 0.5 * noise(batch, 3, height, width, seed=1)
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_native_equals_driven(name: str) -> None:
+    if name not in timm.list_models():
+        pytest.skip(f"this timm has no {name}")
     model = full_size(name)
-    driven = foveate.apply(model, "random", keep=1.0).eval()  # with the self-check on
-    x = noise(model)
+    x = pictures(model)
+    driven = foveate.apply(model, "random(keep=1.0)", check=False).eval()
     with torch.no_grad():
-        native, ours = model(x), driven(x)
-    assert (ours - native).abs().max() <= 1e-4 * native.abs().max()
+        assert relative(driven(x), model(x)) < 2e-5
+        own = model.forward_intermediates(x, norm=True, intermediates_only=True)
+        for block, (a, b) in enumerate(
+            zip(driven.forward_intermediates(x, norm=True), own, strict=True)
+        ):
+            assert relative(a, b) < 2e-5, block
+    check_driven(backbone_for(model))
+    # The comparison is sharp: without the attention of a single block it would fail.
+    model.blocks[len(model.blocks) // 2].attn.register_forward_hook(lambda _, __, out: 0 * out)
+    with torch.no_grad():
+        assert relative(driven(x), model(x)) > 1e-3
+    with pytest.raises(ValueError, match=f"block {len(model.blocks) // 2} differs"):
+        check_driven(backbone_for(model))
 
 
-@pytest.mark.parametrize("method", sorted({row.name for row in METHODS}))
-def test_every_method_on_vit_b(method: str) -> None:
+@pytest.fixture(scope="module")
+def vit_base() -> Iterator[tuple[nn.Module, Tensor]]:
     model = full_size("vit_base_patch16_224")
-    reduced = foveate.apply(model, method, check=False).eval()
-    randomise(reduced.reducer, seed=1)
-    trace = reduced.trace(noise(model, 2))
-    assert torch.isfinite(trace.logits).all()
-    expected = plan(reduced.backbone.spec, reduced.reducer, (14, 14))
-    for counts, block in zip(trace.counts(), expected, strict=True):
-        if reduced.reducer.fixed_count:
-            assert set(counts) == {block.fed}
-        else:
-            assert all(1 <= n <= 200 for n in counts)
+    yield model, pictures(model)
+    gc.collect()
+
+
+@pytest.mark.parametrize("method", foveate.list_methods())
+def test_every_method_on_vit_base(method: str, vit_base: tuple[nn.Module, Tensor]) -> None:
+    model, x = vit_base
+    driven = foveate.apply(model, method, check=False).eval()
+    randomise(driven.reducer, seed=1)
+    expected = plan(driven.backbone.spec, driven.reducer, (14, 14))
+    trace = driven.trace(x)
+    assert trace.logits.shape == (2, 1000) and torch.isfinite(trace.logits).all()
+    for block, tokens in zip(trace.blocks, expected, strict=True):
+        stages = (
+            (block.attended, tokens.attended),
+            (block.fed, tokens.fed),
+            (block.left, tokens.left),
+        )
+        for state, count in stages:
+            if driven.reducer.fixed_count:
+                assert state.layout.lengths == (count, count)
+            elif method == "ats":
+                assert max(state.layout.lengths) <= count
+            else:
+                assert max(state.layout.lengths) <= 197 + 3
+    assert min(trace.counts()[-1]) < 197
+    assert torch.equal(logits(driven, x), trace.logits)
+    alone = logits(driven, x[:1])
+    assert relative(alone, trace.logits[:1]) < 1e-4
+    assert driven.forward_features(x).restore().shape == (2, 196, 768)
