@@ -38,7 +38,9 @@ def _fits(value: Any, hint: Any) -> bool:
         return len(value) == len(parts) and all(map(_fits, value, parts))
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return isinstance(value, hint)
+    if hint in (bool, str, type(None)):
+        return isinstance(value, hint)
+    return True  # a method that declares other kinds of options checks them itself
 
 
 def _words(hint: Any) -> str:
@@ -48,4 +50,4 @@ def _words(hint: Any) -> str:
         parts = get_args(hint)
         several = f"several, each {_words(parts[0])}"
         return several if parts[-1] is Ellipsis else f"{len(parts)} values, each {_words(parts[0])}"
-    return "None" if hint is type(None) else _WORDS[hint]
+    return "None" if hint is type(None) else _WORDS.get(hint, str(hint))
