@@ -144,6 +144,14 @@ def test_a_timm_model_that_was_resized_and_given_another_head(tmp_path: Path) ->
     assert torch.equal(logits(foveate.load(tmp_path).eval(), x), logits(model, x))
 
 
+def test_a_head_given_after_the_method(tmp_path: Path) -> None:
+    model = made("evit(keep=0.6)", tiny())
+    foveate.unwrap(model).reset_classifier(3)
+    foveate.save(model, tmp_path, everything=True)
+    x = images(2, (64, 64))
+    assert torch.equal(logits(foveate.load(tmp_path).eval(), x), logits(model, x))
+
+
 def test_everything_of_a_hand_made_model_asks_for_one(tmp_path: Path) -> None:
     model = made()
     foveate.save(model, tmp_path, everything=True)

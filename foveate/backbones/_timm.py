@@ -23,6 +23,16 @@ class TimmBackbone(Backbone):
         super().bind(model)
         self._blocks: list[Any] = list(self.model.blocks)
 
+    def current(self) -> bool:
+        """Nobody has given the model another head, pooling, size or other blocks since."""
+        model, spec = self.model, self.spec
+        return (
+            model.num_classes == spec.classes
+            and (model.global_pool != "token") == spec.pools_patches
+            and tuple(model.patch_embed.grid_size) == spec.grid
+            and list(model.blocks) == self._blocks
+        )
+
     def grid_of(self, images: Tensor) -> tuple[int, int]:
         """Patch rows and columns; an image that the patch does not divide is refused."""
         embed = self.model.patch_embed

@@ -68,7 +68,10 @@ def attend(
     elif state.layout.is_even:
         mask = None if bias is None else state.layout.rect(bias)[:, None, None, :]
         if state.visible is not None:
-            mask = state.visible[:, None, None, :]
+            # With no key left in an image every key is shown, or its softmax would be NaN; a
+            # method that hides keys throws away what comes of it.
+            shown = state.visible | ~state.visible.any(1, keepdim=True)
+            mask = shown[:, None, None, :]
         out = _fused(heads, state.layout, mask)
     else:
         out = _packed(heads, state.layout, bias)

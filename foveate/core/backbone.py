@@ -80,6 +80,10 @@ class Backbone:
         # Any: what a family reads off its model is known to the family file alone.
         self.model: Any = model
 
+    def current(self) -> bool:
+        """Whether the model still is what ``spec`` and the parts were read from."""
+        return True
+
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:
         """Whether the model is of this family at all, drivable or not."""

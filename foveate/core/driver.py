@@ -95,12 +95,14 @@ class ReducedViT(nn.Module):
 
     @property
     def backbone(self) -> Backbone:
-        """The parts of ``vit``; bound anew where a replica of this module has its own ``vit``."""
-        if self._backbone.model is not self.vit:
-            backbone = copy.copy(self._backbone)
+        """The parts of ``vit``; read anew where the model has changed since."""
+        backbone = self._backbone
+        if backbone.model is not self.vit:  # a replica of this module has its own
+            backbone = copy.copy(backbone)
             backbone.bind(self.vit)
-            return backbone
-        return self._backbone
+        elif not torch.compiler.is_compiling() and not backbone.current():
+            backbone = self._backbone = type(backbone)(self.vit)  # type: ignore[call-arg]
+        return backbone
 
     # Switches ----------------------------------------------------------------------------------
 
@@ -172,18 +174,20 @@ class ReducedViT(nn.Module):
         self, images: Tensor, keep_mask: Tensor | None = None, *, track: bool = False
     ) -> Outcome:
         """Logits together with the final tokens and the method's notes."""
-        state, rotary = self._begin(images, keep_mask, track)
-        for block in range(self.backbone.spec.depth):
-            state = self._block(block, state, rotary)
-        state = self._end(state, track)
-        return Outcome(self.backbone.head(state), state, state.notes)
+        backbone = self.backbone
+        state, rotary = self._begin(backbone, images, keep_mask, track)
+        for block in range(backbone.spec.depth):
+            state = self._block(backbone, block, state, rotary)
+        state = self._end(backbone, state, track)
+        return Outcome(backbone.head(state), state, state.notes)
 
     def forward_features(self, images: Tensor, keep_mask: Tensor | None = None) -> TokenState:
         """Final, normed tokens; ``.restore()`` puts them back on the grid."""
-        state, rotary = self._begin(images, keep_mask, True)
-        for block in range(self.backbone.spec.depth):
-            state = self._block(block, state, rotary)
-        return self._end(state, True)
+        backbone = self.backbone
+        state, rotary = self._begin(backbone, images, keep_mask, True)
+        for block in range(backbone.spec.depth):
+            state = self._block(backbone, block, state, rotary)
+        return self._end(backbone, state, True)
 
     def forward_intermediates(
         self,
@@ -206,14 +210,15 @@ class ReducedViT(nn.Module):
             gone: as in ``TokenState.restore``.
         """
         check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
-        wanted = self._indices(indices)
+        backbone = self.backbone
+        wanted = self._indices(indices, backbone.spec.depth)
         found: dict[int, Tensor] = {}
-        state, rotary = self._begin(images, keep_mask, True)
+        state, rotary = self._begin(backbone, images, keep_mask, True)
         for block in range(max(wanted) + 1):
-            state = self._block(block, state, rotary)
+            state = self._block(backbone, block, state, rotary)
             if block in wanted:
                 grid = state.restore(gone)
-                grid = self.backbone.norm(grid) if norm else grid
+                grid = backbone.norm(grid) if norm else grid
                 if output_fmt == "NCHW":
                     grid = grid.transpose(1, 2).unflatten(2, state.grid).contiguous()
                 found[block] = grid
@@ -222,12 +227,13 @@ class ReducedViT(nn.Module):
     @torch.no_grad()
     def trace(self, images: Tensor, keep_mask: Tensor | None = None) -> Trace:
         """Run once and record every block's tokens."""
-        state, rotary = self._begin(images, keep_mask, True)
+        backbone = self.backbone
+        state, rotary = self._begin(backbone, images, keep_mask, True)
         records: list[BlockTrace] = []
-        for block in range(self.backbone.spec.depth):
-            state = self._step(block, state, rotary, records)
-        state = self._end(state, True)
-        return Trace(self.backbone.head(state), state.grid, records, state, state.notes)
+        for block in range(backbone.spec.depth):
+            state = self._step(backbone, block, state, rotary, records)
+        state = self._end(backbone, state, True)
+        return Trace(backbone.head(state), state.grid, records, state, state.notes)
 
     # Parameters --------------------------------------------------------------------------------
 
@@ -238,8 +244,8 @@ class ReducedViT(nn.Module):
 
     # Inside ------------------------------------------------------------------------------------
 
-    def _indices(self, indices: int | Sequence[int] | None) -> list[int]:
-        depth = self.backbone.spec.depth
+    @staticmethod
+    def _indices(indices: int | Sequence[int] | None, depth: int) -> list[int]:
         if indices is None:
             return list(range(depth))
         if isinstance(indices, int):
@@ -255,18 +261,18 @@ class ReducedViT(nn.Module):
         return wanted
 
     def _begin(
-        self, images: Tensor, keep_mask: Tensor | None, track: bool
+        self, backbone: Backbone, images: Tensor, keep_mask: Tensor | None, track: bool
     ) -> tuple[TokenState, Tensor | None]:
-        spec, reducer = self.backbone.spec, self.reducer
+        spec, reducer = backbone.spec, self.reducer
         if images.ndim != 4:
             raise ValueError(f"images must be [B, channels, H, W], got {list(images.shape)}")
         if len(images) == 0:
             raise ValueError("the batch is empty: at least one image is needed")
-        grid = self.backbone.grid_of(images)
+        grid = backbone.grid_of(images)
         mode = self.resolved_mode(keep_mask is not None)
         if mode == "gathered" and keep_mask is not None:
             raise ValueError("with a keep_mask images differ in count: use mode 'packed'")
-        embedded = self.backbone.embed(images)
+        embedded = backbone.embed(images)
         state = TokenState.begin(
             embedded.x,
             prefix=spec.prefix,
@@ -314,35 +320,40 @@ class ReducedViT(nn.Module):
             return state.keep_where(mask)
         return state.replace(layout=Layout.ragged(state.layout.lengths))
 
-    def _end(self, state: TokenState, track: bool) -> TokenState:
+    def _end(self, backbone: Backbone, state: TokenState, track: bool) -> TokenState:
         """Bring parked tokens back, apply the final norm, and refill the grid if asked to."""
         state = self.reducer.finish(state.recalled())
         canvas = state.canvas
         if canvas is not None and (track or self.reducer.preserves):
-            canvas = self.backbone.norm(canvas)
-        state = state.replace(x=self.backbone.norm(state.x), canvas=canvas)
+            canvas = backbone.norm(canvas)
+        state = state.replace(x=backbone.norm(state.x), canvas=canvas)
         if self.reducer.preserves:
             state = state.refill()
         return state
 
-    def _block(self, block: int, state: TokenState, rotary: Tensor | None) -> TokenState:
-        if self.backbone.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._step, block, state, rotary, use_reentrant=False)
-        return self._step(block, state, rotary)
+    def _block(
+        self, backbone: Backbone, block: int, state: TokenState, rotary: Tensor | None
+    ) -> TokenState:
+        if backbone.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._step, backbone, block, state, rotary, use_reentrant=False)
+        return self._step(backbone, block, state, rotary)
 
     def _step(
         self,
+        backbone: Backbone,
         block: int,
         state: TokenState,
         table: Tensor | None,
         records: list[BlockTrace] | None = None,
     ) -> TokenState:
-        backbone, reducer = self.backbone, self.reducer
+        reducer = self.reducer
         state = reducer.before(block, state)
         attended = state
         heads = backbone.qkv(block, state.x, self._rotary(block, state, table))
         out = attend(heads, state, proportional=reducer.proportional, eps=reducer.softmax_eps)
-        x = state.x + self._dropped(block, 0, backbone.project(block, out, heads), state)
+        x = state.x + _dropped(
+            backbone.drop_path(block, 0), backbone.project(block, out, heads), state
+        )
         state = state.replace(x=x)
         if reducer.wants(block):
             mean = backbone.key_mean(block, heads) if "key_mean" in reducer.needs else None
@@ -356,7 +367,9 @@ class ReducedViT(nn.Module):
             )
             state = reducer.between(block, state, seen)
         fed = state
-        x = state.x + self._dropped(block, 1, backbone.feedforward(block, state.x), state)
+        x = state.x + _dropped(
+            backbone.drop_path(block, 1), backbone.feedforward(block, state.x), state
+        )
         state = reducer.after(block, state.replace(x=x))
         if records is not None:
             records.append(BlockTrace(attended, fed, state))
@@ -371,13 +384,13 @@ class ReducedViT(nn.Module):
         rows = table[block] if table.ndim == 4 else table
         return rows.index_select(0, state.place)
 
-    def _dropped(self, block: int, branch: int, values: Tensor, state: TokenState) -> Tensor:
-        """Stochastic depth: a branch is dropped for whole images, also when tokens are flat."""
-        module = self.backbone.drop_path(block, branch)
-        if module is None or not module.training:
-            return values
-        scale = module(values.new_ones(state.batch, 1))
-        return values * state.layout.spread(scale)
+
+def _dropped(module: nn.Module | None, values: Tensor, state: TokenState) -> Tensor:
+    """Stochastic depth: a branch is dropped for whole images, also when tokens are flat."""
+    if module is None or not module.training:
+        return values
+    scale = module(values.new_ones(state.batch, 1))
+    return values * state.layout.spread(scale)
 
 
 def _working(state: TokenState) -> Tensor:

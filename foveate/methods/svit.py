@@ -193,8 +193,6 @@ class SViT(Reducer):
         """Training: all tokens are computed; the rest of the work is done after the block."""
         assert state.alive is not None
         visible = (keep.detach() * state.alive.detach()) > 0
-        # With no key left in an image every key is shown; what comes of it is thrown away.
-        visible = visible | ~visible.any(1, keepdim=True)
         extras = {
             **state.extras,
             "svit.gate": state.layout.flat(keep).to(state.x.dtype),

@@ -182,3 +182,33 @@ def test_untokened_pooling_needs_equal_counts() -> None:
         model(images(), keep_mask=keep_masks(3, (6, 6)))
     model = made("evit(keep=0.5, preserve=True)", global_pool="", num_classes=0)
     assert logits(model, images(), keep_mask=keep_masks(3, (6, 6))).shape == (3, 37, 48)
+
+
+# What is changed after apply ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["evit(keep=0.5)", "spvit", "tome(r=4)", "evovit", "static"])
+def test_a_model_given_another_head_and_pooling_later(method: str) -> None:
+    """As for fine-tuning: no fused, package or representative token enters the mean."""
+    early = made(method)
+    early.vit.reset_classifier(5, "avg")
+    randomise(early.vit.head)
+    late = foveate.apply(early.vit, method)
+    late.reducer.load_state_dict(early.reducer.state_dict())
+    assert torch.equal(logits(early, images()), logits(late.eval(), images()))
+
+
+def test_a_block_replaced_later() -> None:
+    model = made("random(keep=1.0)")
+    model.vit.blocks[2] = randomise(type(model.vit.blocks[2])(48, 3), seed=7).eval()
+    torch.testing.assert_close(
+        logits(model, images()), model.vit(images()).detach(), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_a_model_resized_later() -> None:
+    model = made("evit(keep=0.5)")
+    model.vit.set_input_size(img_size=64)
+    again = foveate.apply(model.vit, "evit(keep=0.5)").eval()
+    x = images(2, (64, 64))
+    assert torch.equal(logits(model, x), logits(again, x))

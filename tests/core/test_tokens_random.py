@@ -51,6 +51,13 @@ class Walk:
         self.naive.compute(0.5)
         self.state = self.state.replace(x=self.state.x * 0.5 + 1)
 
+    def mark(self) -> None:
+        """What a method does with an extra, say a running score."""
+        for image in self.naive.images:
+            for token in image.tokens:
+                token.mark += 100
+        self.state = self.state.replace(extras={"mark": self.state.extras["mark"] + 100})
+
     def keep(self) -> None:
         rows = self.chosen()
         self.naive.keep(rows)
@@ -132,6 +139,7 @@ class Walk:
         self.state = self.state.append(tokens, torch.tensor(some))
         self.check()
         self.compute()
+        self.mark()
         self.naive.discard(some)
         self.state = self.state.discard(torch.tensor(some))
         change = self.tokens() if self.dice.random() < 0.5 else None
@@ -143,6 +151,7 @@ class Walk:
 
     VERBS = (
         "compute",
+        "mark",
         "keep",
         "keep_where",
         "merge",

@@ -78,6 +78,9 @@ def test_random_seeds_and_stages_draw_different_patches() -> None:
     ]
     assert not torch.equal(drawn[0], drawn[1])
     assert torch.equal(drawn[0], drawn[2])  # of the stage, not of the block
+    first = control("random(keep=0.25, blocks=[1])").trace(images(1)).blocks[3].active()
+    second = control("random(keep=0.5, blocks=[1, 2])").trace(images(1)).blocks[3].active()
+    assert first.sum() == second.sum() and not torch.equal(first, second)
 
 
 def test_random_takes_any_seed() -> None:

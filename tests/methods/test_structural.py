@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from small import images, keep_masks, randomise, vit
+from small import built, images, keep_masks, noise, randomise, vit
 from torch import Tensor
 
 import foveate
-from foveate.core import ReducedViT
+from foveate.core import ReducedViT, TokenState
 
 
 def structural(method: str = "structural(after_block=1)", **options: object) -> ReducedViT:
@@ -71,6 +71,18 @@ def test_after_a_method_that_reorders_the_grid() -> None:
             group = (cells[b] == cell) & there
             assert len(left.source[b, group].unique()) <= 1
         assert left.counts[b] == len(cells[b, there].unique())
+
+
+def test_a_whole_grid_in_another_order() -> None:
+    """Nothing is missing, but every image has its own order: cells are the same."""
+    x = noise(3, 2 + 15, 4)
+    state = TokenState.begin(x, prefix=2, grid=(3, 5), place=True, track=True)
+    order = noise(3, 15, seed=1).argsort(1)
+    method = built("structural(after_block=1)", prefix=2, grid=(3, 5))
+    plain, other = method.after(1, state), method.after(1, state.keep(order))
+    torch.testing.assert_close(other.x, plain.x)
+    assert torch.equal(other.source, plain.source)
+    assert other.layout.is_even and torch.equal(other.size, plain.size)
 
 
 def test_tokens_without_a_place_stay_behind_the_cells() -> None:
