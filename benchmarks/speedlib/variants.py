@@ -180,7 +180,7 @@ def _spvit_gates(model: ReducedViT) -> Iterator[None]:
         counted = counted if present is None else counted & present
         odds = (out[..., 0] - out[..., 1]).float()[counted]
         wanted = reducer.schedule.share(stage) * state.patches * state.batch
-        _set(odds, wanted, [part.out[-1] for part in reducer.selectors[stage].predictors])
+        _set(odds, wanted, [reducer.selectors[stage].predictors.rest[-1]])
         return logits_of(stage, state)
 
     reducer.logits = logits
@@ -197,5 +197,5 @@ def _set(odds: Tensor, wanted: float, layers: list[nn.Module]) -> None:
     threshold = float(odds.sort().values[dropped])
     for layer in layers:
         layer.weight /= spread
-        layer.bias[0] = (layer.bias[0] - threshold) / spread
-        layer.bias[1] /= spread
+        layer.bias[..., 0] = (layer.bias[..., 0] - threshold) / spread
+        layer.bias[..., 1] /= spread

@@ -131,7 +131,7 @@ class TokenState:
         return self.x.index_select(0, rows.flatten()).view(self.batch, self.prefix, self.x.shape[1])
 
     def mean(self, values: Tensor) -> Tensor:
-        """Mean of flat values ``[T, C]`` over each image's live tokens after the prefix."""
+        """Mean of flat values ``[T, ...]`` over each image's live tokens after the prefix."""
         if self.layout.is_even and self.alive is None:
             return self.after_prefix(values).mean(1)
         weight = self.layout.valid(values.device) if self.alive is None else self.alive
@@ -139,7 +139,8 @@ class TokenState:
         front = torch.arange(weight.shape[1], device=values.device) >= self.prefix
         flat = self.layout.flat((weight * front).to(values.dtype))
         total = self.layout.sum(flat).clamp_min(1e-6)
-        return self.layout.sum(values * flat[:, None]) / total[:, None]
+        per_token = (-1, *[1] * (values.ndim - 1))
+        return self.layout.sum(values * flat.view(per_token)) / total.view(per_token)
 
     def after_prefix(self, values: Tensor, fill: float = 0.0) -> Tensor:
         """Lay flat values ``[T, ...]`` out as ``[B, longest - prefix, ...]``."""

@@ -23,6 +23,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from foveate.core import BackboneSpec, GatedReducer, TokenState, check_choice
 from foveate.registry import register
@@ -30,28 +31,53 @@ from foveate.registry import register
 __all__ = ["SPViT", "Selector"]
 
 
-class HeadPredictor(nn.Module):
-    """DynamicViT's predictor on one head's channels, for ``heads`` weights at once or shared."""
+class Grouped(nn.Module):
+    """One linear layer a head, all in one batched product."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, heads: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(
+            nn.init.trunc_normal_(torch.empty(heads, inputs, outputs), std=0.02)
+        )
+        self.bias = nn.Parameter(torch.zeros(heads, 1, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From ``[heads, T, inputs]`` to ``[heads, T, outputs]``."""
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class HeadPredictors(nn.Module):
+    """DynamicViT's predictor on every head's own channels."""
+
+    def __init__(self, heads: int, dim: int) -> None:
         super().__init__()
         half, quarter = max(1, dim // 2), max(1, dim // 4)
-        self.split = half
-        self.local = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU())
-        self.out = nn.Sequential(
-            nn.Linear(dim, half),
-            nn.GELU(),
-            nn.Linear(half, quarter),
-            nn.GELU(),
-            nn.Linear(quarter, 2),
+        self.gain = nn.Parameter(torch.ones(heads, 1, dim))
+        self.shift = nn.Parameter(torch.zeros(heads, 1, dim))
+        self.into = Grouped(heads, dim, dim)
+        self.first = Grouped(heads, dim, half)
+        self.rest = nn.Sequential(
+            nn.GELU(), Grouped(heads, half, quarter), nn.GELU(), Grouped(heads, quarter, 2)
         )
 
     def forward(self, x: Tensor, state: TokenState) -> Tensor:
-        """Un-normalised keep and drop scores ``[T, 2]`` from one head's channels ``[T, d]``."""
-        u = self.local(x)
-        local, shared = u[:, : self.split], u[:, self.split :]
-        z = torch.cat([local, state.layout.spread(state.mean(shared))], -1)
-        return self.out(z)
+        """Un-normalised keep and drop scores ``[H, T, 2]`` of channels ``[T, H, d]``."""
+        tokens, heads, dim = x.shape
+        half = self.first.weight.shape[-1]
+        # The norm's gain and shift go into the next layer's weights, which are small.
+        weight = self.gain.transpose(1, 2) * self.into.weight
+        bias = torch.baddbmm(self.into.bias, self.shift, self.into.weight)
+        x = F.layer_norm(x, (dim,)).transpose(0, 1)
+        if len(weight) < heads:  # one predictor shared by all heads
+            x = x.reshape(1, heads * tokens, dim)
+        u = F.gelu(torch.baddbmm(bias, x, weight)).view(heads, tokens, dim)
+        # The mean is the same for all tokens of an image, so its half of the next layer runs
+        # once an image instead of once a token.
+        mean = state.mean(u[..., half:].transpose(0, 1)).transpose(0, 1)  # [H, B, d - half]
+        own = u[..., :half] @ self.first.weight[:, :half]
+        common = mean @ self.first.weight[:, half:] + self.first.bias  # [H, B, half]
+        z = own + state.layout.spread(common.transpose(0, 1)).transpose(0, 1)
+        return self.rest(z.reshape(len(self.gain), -1, half)).view(heads, tokens, 2)
 
 
 class Selector(nn.Module):
@@ -60,12 +86,12 @@ class Selector(nn.Module):
     def __init__(self, heads: int, dim: int, shared: bool) -> None:
         super().__init__()
         self.heads, self.dim = heads, dim
-        self.predictors = nn.ModuleList(HeadPredictor(dim) for _ in range(1 if shared else heads))
+        self.predictors = HeadPredictors(1 if shared else heads, dim)
         hidden = max(1, heads // 2)
         self.weigh = nn.Sequential(
             nn.Linear(heads, hidden), nn.GELU(), nn.Linear(hidden, heads), nn.Sigmoid()
         )
-        for layer in self.modules():
+        for layer in self.weigh:
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
@@ -74,17 +100,13 @@ class Selector(nn.Module):
         """Aggregated log-probabilities ``[T, 2]`` and keep probabilities ``[T]``."""
         parts = state.x.view(-1, self.heads, self.dim)
         importance = self.weigh(parts.mean(-1)).float()  # [T, H]
-        importance = importance / importance.sum(1, keepdim=True)
-        scores = torch.stack(
-            [
-                self.predictors[h % len(self.predictors)](parts[:, h], state).float()
-                for h in range(self.heads)
-            ],
-            1,
-        )  # [T, H, 2]
-        log_prob = (importance[..., None] * scores.log_softmax(-1)).sum(1)
-        prob = (importance[..., None] * scores.softmax(-1)).sum(1)
-        return log_prob, prob[:, 0]
+        importance = (importance / importance.sum(1, keepdim=True)).T  # [H, T]
+        scores = self.predictors(parts, state).float()
+        odds = scores[..., 0] - scores[..., 1]
+        # A softmax over two values, as sigmoids: log drop = log keep - log odds.
+        log_keep = (importance * F.logsigmoid(odds)).sum(0)
+        log_drop = log_keep - (importance * odds).sum(0)
+        return torch.stack([log_keep, log_drop], -1), (importance * odds.sigmoid()).sum(0)
 
 
 @register("spvit")

@@ -6,16 +6,27 @@ import pytest
 import torch
 from small import batch_state, images, keep_masks, randomise, vit
 from torch import Tensor
+from torch.nn import functional as F
 
 import foveate
 from foveate.core import BlockTrace, ReducedViT, TokenState
-from foveate.methods.spvit import Selector, SPViT
+from foveate.methods.spvit import Grouped, Selector, SPViT
 
 
 def spvit(options: str = "keep=0.7", **changes: object) -> ReducedViT:
     model = foveate.apply(randomise(vit(**changes)), f"spvit({options})")
     randomise(model.reducer, seed=1)
-    return model.eval()
+    return balanced(model.eval())
+
+
+@torch.no_grad()
+def balanced(model: ReducedViT) -> ReducedViT:
+    """Move the gates one after the other so that each keeps some patches and drops some."""
+    for block, selector in zip(model.reducer.acts, model.reducer.selectors, strict=True):
+        log_prob, _ = selector(model.trace(images()).blocks[block - 1].left)
+        odds = log_prob[:, 0] - log_prob[:, 1]
+        selector.predictors.rest[-1].bias[..., 0] -= odds.quantile(0.4)
+    return model
 
 
 def probabilities(model: ReducedViT, stage: int, state: TokenState) -> tuple[Tensor, Tensor]:
@@ -54,8 +65,7 @@ def test_packages_are_never_dropped() -> None:
     """Gates that close altogether leave one patch, and every stage's package."""
     model = spvit()
     for selector in model.reducer.selectors:
-        for predictor in selector.predictors:
-            predictor.out[-1].bias.data.copy_(torch.tensor([-50.0, 50.0]))
+        selector.predictors.rest[-1].bias.data.copy_(torch.tensor([-50.0, 50.0]))
     for mode in ("packed", "masked"):
         model.mode = mode
         states = [block.attended for block in model.trace(images()).blocks[1:]]
@@ -69,8 +79,7 @@ def test_packages_are_never_dropped() -> None:
 def test_nothing_dropped_no_package() -> None:
     model = spvit()
     for selector in model.reducer.selectors:
-        for predictor in selector.predictors:
-            predictor.out[-1].bias.data.copy_(torch.tensor([50.0, -50.0]))
+        selector.predictors.rest[-1].bias.data.copy_(torch.tensor([50.0, -50.0]))
     model.mode = "packed"
     trace = model.trace(images())
     assert trace.counts() == [(37,) * 3] * 4
@@ -110,17 +119,25 @@ def test_an_accumulating_package_stays_a_single_one() -> None:
             torch.testing.assert_close(new, old + weight @ x)
 
 
+def linear(layer: Grouped, head: int, x: Tensor) -> Tensor:
+    return x @ layer.weight[head] + layer.bias[head]
+
+
 def naive_selector(selector: Selector, x: Tensor) -> tuple[Tensor, Tensor]:
     """As methods.md 5.1 has it, for the patches ``x [N, C]`` of one image."""
     heads = x.view(len(x), selector.heads, selector.dim)
     importance = selector.weigh(heads.mean(-1))
     log_prob, prob = 0, 0
     for h in range(selector.heads):
-        predictor = selector.predictors[h % len(selector.predictors)]
-        u = predictor.local(heads[:, h])
-        half = selector.dim // 2
+        all_heads, half = selector.predictors, selector.dim // 2
+        own = h % len(all_heads.gain)
+        norm = F.layer_norm(heads[:, h], (selector.dim,), all_heads.gain[own, 0])
+        u = F.gelu(linear(all_heads.into, own, norm + all_heads.shift[own]))
         z = torch.cat([u[:, :half], u[:, half:].mean(0).expand(len(x), -1)], 1)
-        scores, share = predictor.out(z), importance[:, h : h + 1] / importance.sum(1, True)
+        z = F.gelu(linear(all_heads.first, own, z))
+        z = F.gelu(linear(all_heads.rest[1], own, z))
+        scores = linear(all_heads.rest[3], own, z)
+        share = importance[:, h : h + 1] / importance.sum(1, True)
         log_prob = log_prob + share * scores.log_softmax(-1)
         prob = prob + share * scores.softmax(-1)
     return log_prob, prob[:, 0]
@@ -130,7 +147,7 @@ def naive_selector(selector: Selector, x: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("counts", [6, [5, 3, 7]], ids=str)
 def test_selector(shared: bool, counts: int | list[int]) -> None:
     selector = randomise(Selector(3, 4, shared))
-    assert len(selector.predictors) == (1 if shared else 3)
+    assert len(selector.predictors.gain) == (1 if shared else 3)
     state = batch_state(counts, width=12)
     log_prob, prob = selector(state)
     row = 0
