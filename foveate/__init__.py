@@ -1,7 +1,43 @@
 """foveate makes vision transformers look only where it matters."""
 
-from foveate.api import apply, describe, load, save, unwrap
-from foveate.core import Schedule
-from foveate.registry import list_methods
+from __future__ import annotations
 
-__all__ = ["Schedule", "apply", "describe", "list_methods", "load", "save", "unwrap"]
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from foveate.api import apply, save, unwrap
+    from foveate.convert import load
+    from foveate.core import Schedule
+    from foveate.facts import count, describe
+    from foveate.registry import list_methods
+
+__all__ = ["Schedule", "apply", "count", "describe", "list_methods", "load", "save", "unwrap"]
+
+_HOMES = {
+    "Schedule": "core",
+    "apply": "api",
+    "count": "facts",
+    "describe": "facts",
+    "list_methods": "registry",
+    "load": "convert",
+    "save": "api",
+    "unwrap": "api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for: torch takes seconds, and ``foveate --help`` needs none of it."""
+    if name in _HOMES:
+        found = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    elif not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):
+        found = importlib.import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

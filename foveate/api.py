@@ -1,4 +1,4 @@
-"""The public verbs: apply a method to a model, take it off again, describe, save and load."""
+"""The public verbs: apply a method to a model, take it off again, save and load."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import foveate.methods  # noqa: F401  (registers every method)
-from foveate.backbones import backbone_for
+from foveate.backbones import backbone_for, rebuild
 from foveate.core import Backbone, Chain, ReducedViT, Reducer, TokenState, attend
 from foveate.core.backbone import BackboneSpec
-from foveate.core.cost import plan, total_macs
+from foveate.core.budget import parse_budget, solve
+from foveate.core.cost import cost
 from foveate.registry import make, method_class, parse
 
-__all__ = ["apply", "check_driven", "describe", "load", "save", "unwrap"]
+__all__ = ["apply", "check_driven", "load", "save", "unwrap", "write_whole"]
 
 _log = logging.getLogger(__name__)
 _FORMAT = 1
@@ -30,7 +31,12 @@ _CONFIG, _WEIGHTS = "foveate.json", "foveate.safetensors"
 
 
 def apply(
-    model: nn.Module, method: str | Reducer | type[Reducer], *, check: bool = True, **options: Any
+    model: nn.Module,
+    method: str | Reducer | type[Reducer],
+    *,
+    budget: str | None = None,
+    check: bool = True,
+    **options: Any,
 ) -> ReducedViT:
     """Run a vision transformer with a reduction method. The model itself is untouched.
 
@@ -38,6 +44,8 @@ def apply(
         model: a plain ViT of a supported family; its weights are shared, not copied.
         method: a name with options as keywords (``"evit", keep=0.7``), a string
             (``"evit(keep=0.7)"``, ``"evit + tome(r=4, blocks=[11])"``), a class or an instance.
+        budget: solve the method's rate (keep, r or K) so that an image of the model's own size
+            costs this much: "2.9 GMACs", "0.6x" of the dense model, "60%".
         check: compare driven with native, block by block, before handing the model over. Needs
             one small forward pass; models on the meta device are not checked.
         options: the method's options when ``method`` is a plain name or a class.
@@ -48,6 +56,8 @@ def apply(
     backbone = backbone_for(model)
     if check:
         check_driven(backbone)
+    if budget is not None:
+        reducer = _within(budget, reducer, backbone.spec)
     reducer.build(backbone.spec)
     reference = next(model.parameters())
     reducer.to(device=reference.device)
@@ -59,7 +69,8 @@ def apply(
             "each token receives instead, which needs the whole map and is slower",
             reducer.name,
         )
-    return ReducedViT(backbone, reducer)
+    driver: type[ReducedViT] = backbone.driver or ReducedViT
+    return driver(backbone, reducer)
 
 
 def _reducer(method: str | Reducer | type[Reducer], options: Mapping[str, Any]) -> Reducer:
@@ -78,6 +89,18 @@ def _reducer(method: str | Reducer | type[Reducer], options: Mapping[str, Any]) 
             raise ValueError(f"give options inside {method!r} or as keywords, not both")
         return make(method, options)
     return make(method) if method.isidentifier() else parse(method)
+
+
+def _within(budget: str, reducer: Reducer, spec: BackboneSpec) -> Reducer:
+    """The same method at the rate that meets a budget."""
+    if isinstance(reducer, Chain):
+        raise ValueError("a budget sets the rate of one method; give the rates of a chain yourself")
+    given = reducer.config()
+    if given.get(reducer.rate) != type(reducer)().config().get(reducer.rate):
+        raise ValueError(f"give {reducer.rate} or a budget, not both")
+    target = parse_budget(budget, cost(spec, None, spec.grid).total)
+    solved = solve(spec, lambda options: make(reducer.name, {**given, **options}), target)
+    return make(reducer.name, {**given, **solved})
 
 
 def _rebuilt(method: Reducer) -> Reducer:
@@ -133,50 +156,74 @@ def check_driven(backbone: Backbone) -> None:
 
 
 def _compare(backbone: Backbone, reference: Tensor) -> None:
-    model, spec = backbone.model, backbone.spec
+    spec, blocks = backbone.spec, backbone.blocks
     # One part in a few hundred in half precision: the same sums in another order.
     tolerance = 1e-3 if reference.dtype in (torch.float32, torch.float64) else 5e-2
     size = [n * p for n, p in zip(spec.grid, spec.patch, strict=True)]
-    channels = model.patch_embed.proj.in_channels
     noise = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=noise).to(reference.device, reference.dtype)
 
-    images = random(1, channels, *size)
-    entered: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    hook = model.blocks[0].register_forward_pre_hook(
-        lambda _, args, kwargs: entered.append((args, kwargs)), with_kwargs=True
-    )
-    try:
-        native = model(images)
-    finally:
-        hook.remove()
-    if not entered:
-        raise ValueError(f"{spec.family}: the model never calls its first block; cannot be driven")
-    args, kwargs = entered[0]
+    images = random(1, backbone.channels, *size)
+    calls, native = _watched(backbone, images)
     embedded = backbone.embed(images)
-    _expect("embedding", embedded.x, args[0], tolerance, spec.family)
+    _expect("embedding", embedded.x, calls[0][0][0], tolerance, spec.family)
     rotary = embedded.table is not None
-    for block, stock in enumerate(model.blocks):
-        x = random(*args[0].shape)
+    for block, (stock, (args, kwargs)) in enumerate(zip(blocks, calls, strict=True)):
+        x = random(*embedded.x.shape)
         state = TokenState.begin(x, prefix=spec.prefix, grid=embedded.grid, place=rotary)
         table = ReducedViT._rotary(block, state, embedded.table)
         heads = backbone.qkv(block, state.x, table)
         middle = state.x + backbone.project(block, attend(heads, state), heads)
         driven = middle + backbone.feedforward(block, middle) - state.x
-        if rotary and kwargs.get("rope") is not None and model.rope_mixed:
-            tables = model.rope.get_embed(shape=list(embedded.grid))
-            kwargs = {**kwargs, "rope": tables[block]}
-        change = stock(x, *args[1:], **kwargs) - x
+        change = _first(stock(x, *args[1:], **kwargs)) - x
         _expect(f"block {block}", driven.view_as(x), change, tolerance, spec.family)
-    tokens = random(*args[0].shape)
+    tokens = random(*embedded.x.shape)
     state = TokenState.begin(tokens, prefix=spec.prefix, grid=embedded.grid)
     driven = backbone.head(state.replace(x=backbone.norm(state.x)))
-    head = model.forward_head(backbone.norm(tokens))
-    _expect("head", driven, head, tolerance, spec.family)
-    whole = ReducedViT(backbone, _Nothing())(images)
+    _expect("head", driven, _native_head(backbone, images, tokens), tolerance, spec.family)
+    whole = ReducedViT(backbone, _Nothing()).run(images).logits
     _expect("logits", whole, native, 10 * tolerance, spec.family)
+
+
+def _watched(backbone: Backbone, images: Tensor) -> tuple[list[Any], Tensor]:
+    """What every block of the model is called with, and the model's own answer."""
+    calls: dict[int, Any] = {}
+
+    def watch(number: int, block: nn.Module) -> Any:
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls[number] = (args, kwargs)
+
+        return block.register_forward_pre_hook(note, with_kwargs=True)
+
+    handles = [watch(number, block) for number, block in enumerate(backbone.blocks)]
+    try:
+        native = backbone.native(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if sorted(calls) != list(range(len(backbone.blocks))):
+        raise ValueError(
+            f"{backbone.spec.family}: the model calls only {len(calls)} of its "
+            f"{len(backbone.blocks)} blocks; cannot be driven"
+        )
+    return [calls[number] for number in sorted(calls)], native
+
+
+def _native_head(backbone: Backbone, images: Tensor, tokens: Tensor) -> Tensor:
+    """The model's own answer, had its last block given these tokens."""
+    handle = backbone.blocks[-1].register_forward_hook(
+        lambda _, __, out: (tokens, *out[1:]) if isinstance(out, tuple) else tokens
+    )
+    try:
+        return backbone.native(images)
+    finally:
+        handle.remove()
+
+
+def _first(out: Any) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
 
 
 class _Nothing(Reducer):
@@ -196,72 +243,6 @@ def _expect(what: str, driven: Tensor, native: Tensor, tolerance: float, family:
             "plain pre-norm vision transformers with global attention; hooks or parametrisations "
             "that change a block's output must be removed first"
         )
-
-
-# Describing --------------------------------------------------------------------------------------
-
-
-def describe(model: ReducedViT, image_size: int | tuple[int, int] | None = None) -> str:
-    """One screen of facts: the method, tokens per block, multiply-adds, training.
-
-    Args:
-        model: a model from ``apply``.
-        image_size: other than the model's own.
-    """
-    spec, reducer = _reduced(model).backbone.spec, model.reducer
-    grid = spec.grid if image_size is None else _grid(image_size, spec.patch)
-    blocks = plan(spec, reducer, grid)
-    dense, reduced = (total_macs(spec, r, grid) / 1e9 for r in (None, reducer))
-    fixed = reducer.fixed_count
-    new = sum(p.numel() for p in reducer.parameters())
-    attention = "fused"
-    if "attention" in reducer.needs or ("cls_row" in reducer.needs and not spec.class_token):
-        attention = "fused, and the whole map beside it where scores are read"
-    elif "cls_row" in reducer.needs:
-        attention = "fused, and one row beside it where scores are read"
-    lines = [
-        f"{reducer!r} on {spec.family}, width {spec.width}, depth {spec.depth}, "
-        f"{grid[0]} x {grid[1]} patches, {spec.prefix} prefix token{'s' * (spec.prefix != 1)}",
-        f"tokens per block: {' '.join(str(b.fed) for b in blocks)}"
-        + ("" if fixed else "  (expected or at most: each image has its own count)"),
-        f"GMACs: {reduced:.{_digits(reduced)}f} of {dense:.{_digits(dense)}f} "
-        f"({reduced / dense:.0%}){'' if fixed else ', at those counts'}; scoring not counted",
-        f"attention: {attention}",
-        f"training: {reducer.training_need}"
-        + (f" (losses beside the task: {', '.join(_losses(reducer))})" if _losses(reducer) else ""),
-        f"new parameters: {new:,}",
-        f"modes: {', '.join(_modes(reducer))}",
-    ]
-    return "\n".join(lines)
-
-
-def _digits(value: float) -> int:
-    return 2 if value >= 0.1 else 4
-
-
-def _losses(reducer: Reducer) -> list[str]:
-    return [
-        f"{name} x {weight:g}"
-        for part in reducer.members
-        for name, weight in part.loss_weights.items()
-    ]
-
-
-def _modes(reducer: Reducer) -> list[str]:
-    modes = ["gathered", "packed"] if reducer.fixed_count else ["packed"]
-    if reducer.maskable:
-        modes.append("masked")
-    return modes
-
-
-def _grid(image_size: int | tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
-    sizes = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(sizes) != 2 or not all(isinstance(size, int) for size in sizes):
-        raise ValueError(f"image_size must be one or two whole numbers, got {image_size!r}")
-    for size, side in zip(sizes, patch, strict=True):
-        if size <= 0 or size % side:
-            raise ValueError(f"image size {size} is not a multiple of the patch's {side}")
-    return sizes[0] // patch[0], sizes[1] // patch[1]
 
 
 # Saving and loading ------------------------------------------------------------------------------
@@ -299,12 +280,12 @@ def save(model: ReducedViT, folder: str | os.PathLike[str], *, everything: bool 
             "classes": spec.classes,
             "prefix": spec.prefix,
         },
-        "timm": _timm_recipe(unwrap(model)) if everything else None,
+        "model": model.backbone.recipe() if everything else None,
         "everything": everything,
     }
-    _write(folder / _WEIGHTS, lambda path: save_file(tensors, path))
+    write_whole(folder / _WEIGHTS, lambda path: save_file(tensors, path))
     text = json.dumps(config, indent=2) + "\n"
-    _write(folder / _CONFIG, lambda path: Path(path).write_text(text, encoding="utf-8"))
+    write_whole(folder / _CONFIG, lambda path: Path(path).write_text(text, encoding="utf-8"))
 
 
 def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> ReducedViT:
@@ -313,7 +294,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> Redu
     Args:
         folder: the folder.
         model: the backbone to apply the method to. May be left out when everything was saved
-            from a model that ``timm.create_model`` made.
+            from a model that can be made again: by timm, or one of Hugging Face's.
     """
     folder = Path(folder)
     config, tensors = _read_config(folder), _read_tensors(folder / _WEIGHTS)
@@ -356,60 +337,29 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
 
 
-def _write(path: Path, write: Any) -> None:
+def write_whole(path: Path, write: Callable[[str], object]) -> None:
     """Write to a neighbour and rename, so that a killed run leaves no half file."""
     partial = path.with_name(path.name + ".partial")
+    partial.touch()
+    mode = partial.stat().st_mode
     write(str(partial))
+    partial.chmod(mode)  # as other new files: safetensors writes for its owner alone
     os.replace(partial, path)
 
 
-def _timm_recipe(model: Any) -> dict[str, Any] | None:
-    """How timm builds the model again, or None where that is not known."""
-    import timm
-
-    name = getattr(model, "pretrained_cfg", {}).get("architecture")
-    if not name:
-        return None
-    arguments = {
-        **getattr(model, "_model_args", {}),
-        # These may have been changed since.
-        "num_classes": model.num_classes,
-        "global_pool": model.global_pool,
-        "img_size": list(model.patch_embed.img_size),
-    }
-    try:
-        json.dumps(arguments)
-        with torch.device("meta"):
-            twin = timm.create_model(name, pretrained=False, **arguments)
-    except (TypeError, RuntimeError, ValueError) as error:
-        _log.warning("the model cannot be rebuilt from its name %s: %s", name, error)
-        return None
-    shapes = {key: value.shape for key, value in model.state_dict().items()}
-    if shapes != {key: value.shape for key, value in twin.state_dict().items()}:
-        _log.warning("the model differs from timm's %s; loading will need a model", name)
-        return None
-    return {"name": name, "arguments": arguments}
-
-
 def _rebuild(folder: Path, config: Mapping[str, Any]) -> nn.Module:
-    import timm
-
-    recipe = config.get("timm")
+    recipe = config["model"]
     if not config["everything"] or recipe is None:
         why = (
-            "the backbone was not built by timm.create_model, so it cannot be rebuilt"
+            "the backbone is none that can be made again from plain data"
             if config["everything"]
             else "only the method's own parameters were saved"
         )
         raise ValueError(f"{folder}: {why}; pass the backbone as load(folder, model)")
-    name = recipe["name"]
-    # Only timm's own constructors: a prefixed name would make timm fetch or read elsewhere.
-    if not timm.is_model(name) or "pretrained" in recipe["arguments"]:
-        raise ValueError(f"{folder}: this timm knows no model {name!r} to rebuild")
     try:
-        return timm.create_model(name, pretrained=False, **recipe["arguments"])
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise ValueError(f"{folder}: {name} cannot be rebuilt: {error}") from error
+        return rebuild(config["backbone"]["family"], recipe)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: {error}") from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -436,7 +386,7 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         "mode": str,
         "backbone": dict,
         "everything": bool,
-        "timm": (dict, type(None)),
+        "model": (dict, type(None)),
     }
     for key, kind in fields.items():
         if key not in config or not isinstance(config[key], kind):
@@ -444,11 +394,6 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
     unknown = set(config["backbone"]) - {f.name for f in dataclasses.fields(BackboneSpec)}
     if unknown:
         raise ValueError(f"{path} names unknown facts of a backbone: {sorted(unknown)}")
-    recipe = config["timm"]
-    if recipe is not None and not (
-        isinstance(recipe.get("name"), str) and isinstance(recipe.get("arguments"), dict)
-    ):
-        raise ValueError(f"{path} is not what foveate.save writes: see its field 'timm'")
     for part in config["methods"]:
         good = isinstance(part, dict) and isinstance(part.get("options"), dict)
         if not good or not isinstance(part.get("name"), str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -16,13 +17,20 @@ _METHODS: dict[str, type[Reducer]] = {}
 _R = TypeVar("_R", bound=type[Reducer])
 
 
+def _methods() -> dict[str, type[Reducer]]:
+    """The table, with everything that ships in it."""
+    # The rooms below import nothing of foveate.methods, so whoever asks first has it filled.
+    importlib.import_module("foveate.methods")
+    return _METHODS
+
+
 def register(name: str) -> Callable[[_R], _R]:
     """Register a method class under its name: the paper's, in lower case, letters only."""
 
     def add(cls: _R) -> _R:
         if not (name.isalnum() and name.islower()):
             raise ValueError(f"method names are lower-case letters and digits, got {name!r}")
-        if name in _METHODS:
+        if name in _methods():
             raise ValueError(f"a method named {name!r} is registered already")
         if not cls.paper or not cls.summary or not cls.hooks:
             raise ValueError(f"{cls.__name__} must declare its paper, summary and hooks")
@@ -35,14 +43,14 @@ def register(name: str) -> Callable[[_R], _R]:
 
 def list_methods() -> list[str]:
     """Names of all methods, sorted."""
-    return sorted(_METHODS)
+    return sorted(_methods())
 
 
 def method_class(name: str) -> type[Reducer]:
     """The class of a method; ValueError with the near miss and all names for an unknown one."""
-    if name not in _METHODS:
+    if name not in _methods():
         raise ValueError(suggest("method", name, list_methods()))
-    return _METHODS[name]
+    return _methods()[name]
 
 
 def suggest(kind: str, given: str, legal: Iterable[str]) -> str:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # Workers share the cores, and small tensors gain nothing from threads.
 torch.set_num_threads(1)
 
 # The machine that checks may be slow, and a failure must come back: no deadline, no chance.
-settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=40)
+settings.register_profile(
+    "repeatable",
+    deadline=None,
+    derandomize=True,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("repeatable")

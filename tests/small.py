@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from contract.table import close, eva, images, randomise, vit
+from contract.table import close, eva, hf, images, randomise, said, vit
 from torch import Tensor, nn
 
 from foveate.core import BackboneSpec, Layout, ReducedViT, Reducer, TokenState
@@ -18,11 +18,13 @@ __all__ = [
     "built",
     "close",
     "eva",
+    "hf",
     "images",
     "keep_masks",
     "logits",
     "noise",
     "randomise",
+    "said",
     "spec",
     "vit",
 ]
@@ -54,7 +56,7 @@ def keep_masks(batch: int, grid: tuple[int, int], share: float = 0.6, seed: int 
 def logits(model: ReducedViT, x: Tensor, **options: object) -> Tensor:
     """A forward pass without gradients."""
     with torch.no_grad():
-        return model(x, **options)
+        return said(model, x, **options)
 
 
 def spec(**changes: object) -> BackboneSpec:

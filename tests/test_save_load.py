@@ -152,12 +152,18 @@ def test_a_head_given_after_the_method(tmp_path: Path) -> None:
     assert torch.equal(logits(foveate.load(tmp_path).eval(), x), logits(model, x))
 
 
-def test_everything_of_a_hand_made_model_asks_for_one(tmp_path: Path) -> None:
+def test_everything_of_a_hand_made_model_needs_none(tmp_path: Path) -> None:
     model = made()
     foveate.save(model, tmp_path, everything=True)
-    with pytest.raises(ValueError, match=r"cannot be rebuilt; pass the backbone as load\(folder"):
+    assert torch.equal(logits(foveate.load(tmp_path).eval(), images()), logits(model, images()))
+
+
+def test_a_model_that_plain_data_cannot_make_asks_for_one(tmp_path: Path) -> None:
+    model = made(model=randomise(vit(act_layer="relu")))
+    foveate.save(model, tmp_path, everything=True)
+    with pytest.raises(ValueError, match=r"from plain data; pass the backbone as load\(folder"):
         foveate.load(tmp_path)
-    other = randomise(vit(), seed=8)  # its weights are replaced
+    other = randomise(vit(act_layer="relu"), seed=8)  # its weights are replaced
     again = foveate.load(tmp_path, other).eval()
     assert torch.equal(logits(again, images()), logits(model, images()))
 
@@ -319,15 +325,20 @@ def test_what_is_no_folder_of_ours(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "recipe",
     [
-        {"name": "no_such_model", "arguments": {}},
-        {"name": "resnet18", "arguments": {"num_classes": 7}},
-        {"name": "vit_tiny_patch16_224", "arguments": {"no_such": 1}},
-        {"name": "vit_tiny_patch16_224"},
-        {"name": 5, "arguments": {}},
+        {"timm": "no_such_model", "arguments": {}},
+        {"timm": "resnet18", "arguments": {"num_classes": 7}},
+        {"timm": "vit_tiny_patch16_224", "arguments": {"no_such": 1}},
+        {"timm": "vit_tiny_patch16_224", "arguments": {"pretrained": True}},
+        {"timm": "vit_tiny_patch16_224"},
+        {"timm": 5, "arguments": {}},
         "vit_tiny_patch16_224",
-        {"name": "hf-hub:somebody/model", "arguments": {}},
-        {"name": "hf_hub:somebody/model", "arguments": {}},
-        {"name": "local-dir:/tmp", "arguments": {}},
+        {"timm": "hf-hub:somebody/model", "arguments": {}},
+        {"timm": "hf_hub:somebody/model", "arguments": {}},
+        {"timm": "local-dir:/tmp", "arguments": {}},
+        {"plain": {"img_size": "x"}},
+        {"plain": {"no_such": 1}},
+        {"plain": 5},
+        {},
     ],
     ids=str,
 )
@@ -335,7 +346,7 @@ def test_a_foreign_recipe_is_refused_and_nothing_is_fetched(
     recipe: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     foveate.save(made("evit(keep=0.6)", tiny()), tmp_path, everything=True)
-    edit(tmp_path, lambda c: c.update(timm=recipe))
+    edit(tmp_path, lambda c: c.update(model=recipe))
     create = timm.create_model
 
     def no_network(name: str, *args: object, **options: object) -> nn.Module:

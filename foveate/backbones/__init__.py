@@ -2,22 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import nn
 
+from foveate.backbones._shared import refuse
+from foveate.backbones.hf_clip import HfClip
+from foveate.backbones.hf_dinov2 import HfDinov2
+from foveate.backbones.hf_folder import HF_FAMILIES, from_folder
+from foveate.backbones.hf_siglip import HfSiglip
+from foveate.backbones.hf_vit import HfViT
+from foveate.backbones.lvvit import LVViT, LVViTBackbone, lvvit_m, lvvit_s
 from foveate.backbones.timm_eva import TimmEva
-from foveate.backbones.timm_vit import TimmViT
+from foveate.backbones.timm_vit import TimmViT, plain_vit
 from foveate.core import Backbone
 
-__all__ = ["FAMILIES", "TimmEva", "TimmViT", "backbone_for"]
+__all__ = [
+    "FAMILIES",
+    "HfClip",
+    "HfDinov2",
+    "HfSiglip",
+    "HfViT",
+    "LVViT",
+    "LVViTBackbone",
+    "TimmEva",
+    "TimmViT",
+    "backbone_for",
+    "from_folder",
+    "lvvit_m",
+    "lvvit_s",
+    "plain_vit",
+    "rebuild",
+]
 
-FAMILIES: tuple[type[Backbone], ...] = (TimmViT, TimmEva)
+# In this order: an LV-ViT is also a timm VisionTransformer.
+FAMILIES: tuple[type[Backbone], ...] = (LVViTBackbone, TimmViT, TimmEva, *HF_FAMILIES)
 
 
 def backbone_for(model: nn.Module) -> Backbone:
     """Find the family of a model; ValueError naming what is supported where there is none."""
-    from foveate.backbones._timm import refuse
-
     for family in FAMILIES:
         if family.accepts(model):
             return family(model)  # type: ignore[call-arg]
     raise refuse(model, "an architecture that is not a plain ViT")
+
+
+def rebuild(family: str, recipe: Mapping[str, Any]) -> nn.Module:
+    """Make a model from its family's recipe (``Backbone.recipe``), without its weights."""
+    for known in FAMILIES:
+        if known.family == family:
+            return known.rebuild(recipe)
+    raise ValueError(f"no model family is called {family!r}")

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import timm
 import torch
 from timm.layers import PatchEmbed, resample_abs_pos_embed
 from torch import Tensor, nn
 
-from foveate.core import Backbone, BackboneSpec, TokenState, pool_mask, pool_tokens
+from foveate.backbones._shared import patch_grid, refuse, same_modules
+from foveate.core import (
+    Backbone,
+    BackboneSpec,
+    TokenState,
+    linear_cost,
+    pool_mask,
+    pool_tokens,
+)
 
-__all__ = ["TimmBackbone", "linear_cost", "refuse", "spec_of"]
+__all__ = ["TimmBackbone", "spec_of"]
 
+_log = logging.getLogger(__name__)
 _POOLS = ("", "avg", "avgmax", "max", "token", "map")
 
 
@@ -23,12 +36,57 @@ class TimmBackbone(Backbone):
         super().bind(model)
         self._blocks: list[Any] = list(self.model.blocks)
 
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The model's own blocks."""
+        return self._blocks
+
+    @property
+    def channels(self) -> int:
+        """Channels that the patch projection takes."""
+        return int(self.model.patch_embed.proj.in_channels)
+
+    def recipe(self) -> dict[str, Any] | None:
+        """Name and arguments of ``timm.create_model``."""
+        model = self.model
+        name = getattr(model, "pretrained_cfg", {}).get("architecture")
+        if not name:
+            return None
+        arguments = {
+            **getattr(model, "_model_args", {}),
+            # These may have been changed since.
+            "num_classes": model.num_classes,
+            "global_pool": model.global_pool,
+            "img_size": list(model.patch_embed.img_size),
+        }
+        try:
+            json.dumps(arguments)
+            with torch.device("meta"):
+                twin = timm.create_model(name, pretrained=False, **arguments)
+        except (TypeError, RuntimeError, ValueError) as error:
+            _log.warning("the model cannot be made again from its name %s: %s", name, error)
+            return None
+        return {"timm": name, "arguments": arguments} if same_modules(model, twin) else None
+
+    @classmethod
+    def rebuild(cls, recipe: Mapping[str, Any]) -> nn.Module:
+        """Make a model by timm's name for it; nothing is fetched."""
+        name, arguments = recipe["timm"], recipe["arguments"]
+        # Only timm's own constructors: a prefixed name would make timm fetch or read elsewhere.
+        known = isinstance(name, str) and timm.is_model(name)
+        if not known or "pretrained" in arguments:
+            raise ValueError(f"this timm knows no model {name!r} to make again")
+        try:
+            return timm.create_model(name, pretrained=False, **arguments)
+        except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+            raise ValueError(f"{name} cannot be made again: {error}") from error
+
     def current(self) -> bool:
         """Nobody has given the model another head, pooling, size or other blocks since."""
         model, spec = self.model, self.spec
         return (
             model.num_classes == spec.classes
-            and (model.global_pool != "token") == spec.pools_patches
+            and self._pools() == spec.pools_patches
             and tuple(model.patch_embed.grid_size) == spec.grid
             and list(model.blocks) == self._blocks
         )
@@ -36,17 +94,9 @@ class TimmBackbone(Backbone):
     def grid_of(self, images: Tensor) -> tuple[int, int]:
         """Patch rows and columns; an image that the patch does not divide is refused."""
         embed = self.model.patch_embed
-        sizes, patch = images.shape[-2:], self.spec.patch
         if embed.dynamic_img_pad:
-            return tuple(embed.dynamic_feat_size(tuple(sizes)))
-        for name, size, side in zip(("height", "width"), sizes, patch, strict=True):
-            if size % side or size == 0:
-                raise ValueError(
-                    f"image {name} {size} is not a multiple of the patch's {side}; "
-                    f"the nearest that are: {max(1, size // side) * side} and "
-                    f"{(size // side + 1) * side}"
-                )
-        return sizes[0] // patch[0], sizes[1] // patch[1]
+            return tuple(embed.dynamic_feat_size(tuple(images.shape[-2:])))
+        return patch_grid(images, self.spec.patch)
 
     def _patches(self, images: Tensor) -> Tensor:
         """Patch embeddings ``[B, H*W, C]`` at any size, also where the model insists on one."""
@@ -114,33 +164,26 @@ class TimmBackbone(Backbone):
             pooled = pool_tokens(state, how, include_prefix=self._pools_prefix())
         return model.head(model.head_drop(model.fc_norm(pooled)))
 
+    def _pools(self) -> bool:
+        """Whether the head reads patch tokens."""
+        return self.model.global_pool != "token"
+
     def _pools_prefix(self) -> bool:
         return bool(getattr(self.model, "pool_include_prefix", False))
 
 
-def refuse(model: nn.Module, what: str) -> ValueError:
-    """The error for a model that cannot be driven: names it and says what can."""
-    return ValueError(
-        f"{type(model).__name__} with {what} cannot be driven. Supported are plain pre-norm "
-        "vision transformers with global attention: timm VisionTransformer (ViT, DeiT, DeiT-III, "
-        "DINOv2, CLIP, SigLIP, MAE) and timm Eva (EVA-02, DINOv3, rotary ViTs)"
-    )
-
-
-def linear_cost(*modules: nn.Module | None) -> int:
-    """Multiply-adds per token of all linear layers in some modules."""
-    return sum(
-        layer.in_features * layer.out_features
-        for module in modules
-        if module is not None
-        for layer in module.modules()
-        if isinstance(layer, nn.Linear)
-    )
-
-
-def spec_of(family: str, model: Any, *, class_token: bool, rotary: bool) -> BackboneSpec:
+def spec_of(
+    family: str,
+    model: Any,
+    *,
+    class_token: bool,
+    rotary: bool,
+    pools_prefix: bool,
+    thin_key_mean: bool = False,
+    stem: type[PatchEmbed] = PatchEmbed,
+) -> BackboneSpec:
     """Read the facts off a timm model whose blocks have been checked."""
-    if type(model.patch_embed) is not PatchEmbed:
+    if type(model.patch_embed) is not stem:
         raise refuse(model, f"a {type(model.patch_embed).__name__} patch embedding")
     if model.patch_embed.grid_size is None:
         raise refuse(model, "a patch embedding without a size of its own")
@@ -152,7 +195,12 @@ def spec_of(family: str, model: Any, *, class_token: bool, rotary: bool) -> Back
         raise refuse(model, "patch dropout")
     first, blocks = model.blocks[0].attn, list(model.blocks)
     patch = tuple(model.patch_embed.patch_size)
-    heads = [getattr(model, name, None) for name in ("head", "head_dist", "attn_pool")]
+    head_cost = linear_cost(model.head, getattr(model, "head_dist", None))
+    pool, pool_cost = getattr(model, "attn_pool", None), 0
+    if pool is not None:
+        pool_cost = linear_cost(pool.kv) + 2 * pool.latent_len * model.embed_dim
+        head_cost += pool.latent_len * linear_cost(pool.q, pool.proj, pool.mlp)
+        head_cost += model.num_prefix_tokens * pool_cost if pools_prefix else 0
     return BackboneSpec(
         family=family,
         width=model.embed_dim,
@@ -169,5 +217,7 @@ def spec_of(family: str, model: Any, *, class_token: bool, rotary: bool) -> Back
         qkv_cost=tuple(linear_cost(block.attn) for block in blocks),
         mlp_cost=tuple(linear_cost(block.mlp) for block in blocks),
         embed_cost=model.patch_embed.proj.weight.numel(),
-        head_cost=linear_cost(*heads),
+        head_cost=head_cost,
+        pool_cost=pool_cost,
+        thin_key_mean=thin_key_mean,
     )

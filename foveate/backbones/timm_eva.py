@@ -11,7 +11,8 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveate.backbones._timm import TimmBackbone, refuse, spec_of
+from foveate.backbones._shared import refuse
+from foveate.backbones._timm import TimmBackbone, spec_of
 from foveate.core import Embedded, Heads
 
 __all__ = ["TimmEva"]
@@ -19,6 +20,8 @@ __all__ = ["TimmEva"]
 
 class TimmEva(TimmBackbone):
     """Parts of a stock ``Eva``."""
+
+    family = "timm Eva"
 
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:
@@ -35,10 +38,11 @@ class TimmEva(TimmBackbone):
             if type(block.attn) not in (EvaAttention, AttentionRope):
                 raise refuse(model, f"{type(block.attn).__name__} attention")
         spec = spec_of(
-            "timm Eva",
+            self.family,
             model,
             class_token=model.cls_token is not None,
             rotary=model.rope is not None,
+            pools_prefix=model.attn_pool is not None,
         )
         super().__init__(model, spec)
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+import torch
 from timm.layers import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from foveate.backbones._timm import TimmBackbone, refuse, spec_of
+from foveate.backbones._shared import key_average, refuse, same_modules
+from foveate.backbones._timm import TimmBackbone, spec_of
 from foveate.core import Embedded, Heads
 
-__all__ = ["TimmViT"]
+__all__ = ["TimmViT", "check_blocks_plain", "plain_vit"]
 
 
 class TimmViT(TimmBackbone):
     """Parts of a stock ``VisionTransformer`` or ``VisionTransformerDistilled``."""
+
+    family = "timm VisionTransformer"
 
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:
@@ -26,25 +32,36 @@ class TimmViT(TimmBackbone):
     def __init__(self, model: Any) -> None:
         if type(model) not in (VisionTransformer, VisionTransformerDistilled):
             raise refuse(model, "a class of its own")
-        for block in model.blocks:
-            if type(block) is not Block:
-                kind = type(block).__name__
-                named = {
-                    "ResPostBlock": "post-norm blocks",
-                    "ParallelScalingBlock": "parallel blocks",
-                    "DiffParallelScalingBlock": "parallel blocks",
-                    "ParallelThingsBlock": "parallel blocks",
-                }
-                raise refuse(model, named.get(kind, f"{kind} blocks"))
-            if type(block.attn) is not Attention:
-                raise refuse(model, f"{type(block.attn).__name__} attention")
+        check_blocks_plain(model)
         spec = spec_of(
-            "timm VisionTransformer",
+            self.family,
             model,
             class_token=model.cls_token is not None,
             rotary=False,
+            pools_prefix=model.pool_include_prefix,
+            thin_key_mean=isinstance(model.blocks[0].attn.k_norm, nn.Identity),
         )
         super().__init__(model, spec)
+
+    def recipe(self) -> dict[str, Any] | None:
+        """Timm's name for the model, or else what ``plain_vit`` takes to make it."""
+        named = super().recipe()
+        if named is not None:
+            return named
+        arguments = _arguments(self.model)
+        with torch.device("meta"):
+            twin = plain_vit(**arguments)
+        return {"plain": arguments} if same_modules(self.model, twin) else None
+
+    @classmethod
+    def rebuild(cls, recipe: Mapping[str, Any]) -> nn.Module:
+        """By name, or from the arguments of ``plain_vit``."""
+        if "plain" not in recipe:
+            return super().rebuild(recipe)
+        try:
+            return plain_vit(**recipe["plain"])
+        except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+            raise ValueError(f"the model cannot be made again: {error}") from error
 
     def embed(self, images: Tensor) -> Embedded:
         """Patches, prefix tokens, positions, and the norm before the blocks (CLIP)."""
@@ -82,10 +99,78 @@ class TimmViT(TimmBackbone):
         layer's own weights give.
         """
         attn = self._blocks[block].attn
-        hooked = attn.qkv._forward_hooks or attn.qkv._forward_pre_hooks
-        if not isinstance(attn.k_norm, nn.Identity) or type(attn.qkv) is not nn.Linear or hooked:
+        if not isinstance(attn.k_norm, nn.Identity):
             return None
-        shape = (3, attn.num_heads, attn.head_dim)
-        weight = attn.qkv.weight.view(*shape, -1)[1].mean(0)  # [d, C]
-        bias = None if attn.qkv.bias is None else attn.qkv.bias.view(shape)[1].mean(0)
-        return nn.functional.linear(heads.y, weight, bias)
+        return key_average(attn.qkv, heads.y, attn.num_heads, part=1, parts=3)
+
+
+def check_blocks_plain(model: Any) -> None:
+    """Refuse any block that is not timm's plain pre-norm one."""
+    for block in model.blocks:
+        if type(block) is not Block:
+            kind = type(block).__name__
+            named = {
+                "ResPostBlock": "post-norm blocks",
+                "ParallelScalingBlock": "parallel blocks",
+                "DiffParallelScalingBlock": "parallel blocks",
+                "ParallelThingsBlock": "parallel blocks",
+            }
+            raise refuse(model, named.get(kind, f"{kind} blocks"))
+        if type(block.attn) is not Attention:
+            raise refuse(model, f"{type(block.attn).__name__} attention")
+
+
+def plain_vit(
+    *, distilled: bool = False, eps: float = 1e-6, block_eps: float | None = None, **arguments: Any
+) -> VisionTransformer:
+    """A timm ViT from plain data alone.
+
+    Args:
+        distilled: with a distillation token and its own head.
+        eps: of the layer norms.
+        block_eps: of those inside the blocks, where it differs.
+        arguments: as timm's ``VisionTransformer`` takes them.
+    """
+    kind = VisionTransformerDistilled if distilled else VisionTransformer
+    model = kind(norm_layer=partial(nn.LayerNorm, eps=eps), **arguments)
+    if block_eps is not None:
+        for norm in model.blocks.modules():
+            if isinstance(norm, nn.LayerNorm):
+                norm.eps = block_eps
+    return model
+
+
+def _arguments(model: Any) -> dict[str, Any]:
+    """What ``plain_vit`` takes to make this model, read off its layers."""
+    block, distilled = model.blocks[0], isinstance(model, VisionTransformerDistilled)
+    norm_eps = [m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)]
+    positions = 0 if model.pos_embed is None else model.pos_embed.shape[1]
+    scaled = not isinstance(block.ls1, nn.Identity)
+    after_pool = not isinstance(model.fc_norm, nn.Identity)
+    return {
+        "distilled": distilled,
+        "eps": norm_eps[-1],  # the final norm, or the one after pooling
+        "block_eps": block.norm1.eps if block.norm1.eps != norm_eps[-1] else None,
+        "img_size": list(model.patch_embed.img_size),
+        "patch_size": list(model.patch_embed.patch_size),
+        "in_chans": model.patch_embed.proj.in_channels,
+        "num_classes": model.num_classes,
+        "global_pool": model.global_pool,
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": block.attn.num_heads,
+        "mlp_ratio": block.mlp.fc1.out_features / model.embed_dim,
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
+        "init_values": 1.0 if scaled else None,
+        "class_token": model.cls_token is not None,
+        "pos_embed": "learn" if positions else "none",
+        "no_embed_class": bool(model.no_embed_class),
+        "reg_tokens": 0 if model.reg_token is None else model.reg_token.shape[1],
+        "pre_norm": not isinstance(model.norm_pre, nn.Identity),
+        "final_norm": after_pool or not isinstance(model.norm, nn.Identity),
+        "fc_norm": after_pool,
+        "pool_include_prefix": bool(model.pool_include_prefix),
+        "dynamic_img_size": bool(model.dynamic_img_size),
+        "dynamic_img_pad": bool(model.patch_embed.dynamic_img_pad),
+    }

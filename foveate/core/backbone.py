@@ -6,8 +6,9 @@ model class; the softmax, the tokens and the order of things are the core's.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,8 @@ class BackboneSpec:
         qkv_cost, mlp_cost: multiply-adds per token of a block's linear layers, per block.
         embed_cost: multiply-adds per patch of the embedding.
         head_cost: multiply-adds of the head per image.
+        pool_cost: multiply-adds of the head per patch token that is left at the end.
+        thin_key_mean: head-averaged keys cost a product of their own (``Backbone.key_mean``).
     """
 
     family: str
@@ -53,6 +56,8 @@ class BackboneSpec:
     mlp_cost: tuple[int, ...]
     embed_cost: int
     head_cost: int
+    pool_cost: int = 0
+    thin_key_mean: bool = False
 
 
 @dataclass(eq=False)
@@ -69,7 +74,16 @@ class Embedded:
 
 
 class Backbone:
-    """The parts of one model. Holds the model, adds nothing to it."""
+    """The parts of one model. Holds the model, adds nothing to it.
+
+    ``family`` is the name that errors, ``describe`` and saved folders use.
+
+    ``driver`` is the class that runs models of the family where ReducedViT's own interface (images
+    in, logits out) is not theirs.
+    """
+
+    family: ClassVar[str] = ""
+    driver: ClassVar[Any] = None  # a kind of ReducedViT, which is built on this file
 
     def __init__(self, model: nn.Module, spec: BackboneSpec) -> None:
         self.spec = spec
@@ -88,6 +102,36 @@ class Backbone:
     def accepts(cls, model: nn.Module) -> bool:
         """Whether the model is of this family at all, drivable or not."""
         raise NotImplementedError
+
+    # The model as it is ------------------------------------------------------------------------
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The model's own blocks, in order."""
+        raise NotImplementedError
+
+    @property
+    def channels(self) -> int:
+        """Channels of an input image."""
+        raise NotImplementedError
+
+    def native(self, images: Tensor) -> Tensor:
+        """The model's own answer to these images, of which ``head`` gives the reduced one."""
+        return self.model(images)
+
+    def recipe(self) -> dict[str, Any] | None:
+        """Plain data from which ``rebuild`` makes the model again, without its weights.
+
+        None where the model is not one that can be made again.
+        """
+        return None
+
+    @classmethod
+    def rebuild(cls, recipe: Mapping[str, Any]) -> nn.Module:
+        """Make a model from what ``recipe`` gave; ValueError saying what does not fit."""
+        raise NotImplementedError
+
+    # The model in parts ------------------------------------------------------------------------
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
         """Patch rows and columns of these images; ValueError when the patch does not fit."""
@@ -154,7 +198,7 @@ def pool_tokens(state: TokenState, how: str, include_prefix: bool = False) -> Te
         total = weight.sum(1, keepdim=True)
         # An image with nothing to pool gives zeros, not NaN.
         share = weight / torch.where(total > 0, total, torch.ones_like(total))
-        mean = (share.to(x.dtype)[:, None, :] @ x).squeeze(1)
+        mean = (share.to(x.dtype)[..., None] * x).sum(1)
         best = None
         if how != "avg":
             best = x.masked_fill((weight <= 0)[..., None], float("-inf")).amax(1)

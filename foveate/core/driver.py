@@ -8,7 +8,7 @@ Nothing of the model is patched, subclassed or copied; its weights are shared.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -175,19 +175,12 @@ class ReducedViT(nn.Module):
     ) -> Outcome:
         """Logits together with the final tokens and the method's notes."""
         backbone = self.backbone
-        state, rotary = self._begin(backbone, images, keep_mask, track)
-        for block in range(backbone.spec.depth):
-            state = self._block(backbone, block, state, rotary)
-        state = self._end(backbone, state, track)
+        state = self._tokens(backbone, images, keep_mask, track)
         return Outcome(backbone.head(state), state, state.notes)
 
     def forward_features(self, images: Tensor, keep_mask: Tensor | None = None) -> TokenState:
         """Final, normed tokens; ``.restore()`` puts them back on the grid."""
-        backbone = self.backbone
-        state, rotary = self._begin(backbone, images, keep_mask, True)
-        for block in range(backbone.spec.depth):
-            state = self._block(backbone, block, state, rotary)
-        return self._end(backbone, state, True)
+        return self._tokens(self.backbone, images, keep_mask, True)
 
     def forward_intermediates(
         self,
@@ -243,6 +236,24 @@ class ReducedViT(nn.Module):
         return {"new": new, "backbone": [p for p in self.vit.parameters() if p.requires_grad]}
 
     # Inside ------------------------------------------------------------------------------------
+
+    def _tokens(
+        self,
+        backbone: Backbone,
+        images: Tensor,
+        keep_mask: Tensor | None,
+        track: bool,
+        visit: Callable[[TokenState], None] | None = None,
+    ) -> TokenState:
+        """Final, normed tokens. ``visit`` is shown the embedded ones and every block's."""
+        state, rotary = self._begin(backbone, images, keep_mask, track)
+        if visit is not None:
+            visit(state)
+        for block in range(backbone.spec.depth):
+            state = self._block(backbone, block, state, rotary)
+            if visit is not None:
+                visit(state)
+        return self._end(backbone, state, track)
 
     @staticmethod
     def _indices(indices: int | Sequence[int] | None, depth: int) -> list[int]:

@@ -97,6 +97,16 @@ class GatedReducer(ScoreReducer):
         logits = self.logits(stage, state)
         return logits[..., 0] - logits[..., 1]
 
+    def scoring(self, stage: int, tokens: int) -> int:
+        """Multiply-adds of ``logits`` on an image of so many tokens, prefix included."""
+        return 0
+
+    def macs(self, block: int, hook: str, tokens: int, left: int) -> int:
+        """Scoring, wherever anything may be dropped."""
+        if hook != "before" or block not in self.acts or (self.fixed_count and left == tokens):
+            return 0
+        return self.scoring(self.acts.index(block), tokens)
+
     def _droppable_counts(
         self, stage: int, state: TokenState, logits: Tensor, eligible: Tensor | None
     ) -> list[int]:

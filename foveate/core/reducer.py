@@ -38,6 +38,7 @@ class Reducer(nn.Module):
     * ``drops``: tokens may disappear (``preserve`` then brings them back at the end);
     * ``parks``: tokens are set aside and come back;
     * ``identity``: options under which the method changes nothing, or None if there are none;
+    * ``rate``: the option that says how much is reduced, "" if there is none;
     * ``loss_weights``: what training minimises besides the task, and how strongly.
     """
 
@@ -53,6 +54,7 @@ class Reducer(nn.Module):
     parks: ClassVar[bool] = False
     needs_place: ClassVar[bool] = False
     identity: ClassVar[Mapping[str, Any] | None] = None
+    rate: ClassVar[str] = ""
     loss_weights: ClassVar[Mapping[str, float]] = {}
     softmax_eps: ClassVar[float] = 0.0
 
@@ -85,7 +87,7 @@ class Reducer(nn.Module):
         options = []
         for f in fields(self):
             value = getattr(self, f.name)
-            if value != f.default or f.name in _RATES:
+            if value != f.default or f.name == self.rate:
                 options.append(f"{f.name}={value!r}")
         return f"{self.name}({', '.join(options)})"
 
@@ -144,6 +146,25 @@ class Reducer(nn.Module):
         """
         return current
 
+    def at_level(self, level: float) -> dict[str, Any] | None:
+        """Options from level 0, nothing reduced, to 1, as few tokens as the method can leave.
+
+        For budgets, once the method is built. None where there is no rate to set.
+        """
+        return None
+
+    def reads(self, block: int, tokens: int, left: int) -> bool:
+        """Whether attention is read in a block that ``between`` takes from one count to another."""
+        return self.wants(block) and left < tokens
+
+    def macs(self, block: int, hook: str, tokens: int, left: int) -> int:
+        """Multiply-adds of the method's own products for one image when a hook runs.
+
+        ``tokens`` enter and ``left`` leave, prefix included. What is read off attention is counted
+        by core/cost.py and does not belong here.
+        """
+        return 0
+
     def losses(self, notes: Mapping[str, Any]) -> dict[str, Tensor]:
         """The method's own losses, un-weighted, from what a forward pass left in its notes."""
         return {}
@@ -181,6 +202,7 @@ class ScoreReducer(Reducer):
 
     drops: ClassVar[bool] = True
     identity: ClassVar[Mapping[str, Any] | None] = {"keep": 1.0}
+    rate: ClassVar[str] = "keep"
 
     def validate(self) -> None:
         """Check the rate and, where blocks are given, the rest of the schedule."""
@@ -257,6 +279,10 @@ class ScoreReducer(Reducer):
             score = score.masked_fill(~present, float("-inf"))
         idx, valid = top_k(score, k)
         return self.reduce(state, seen, score, idx, valid)
+
+    def at_level(self, level: float) -> dict[str, Any]:
+        """One rate for all stages."""
+        return {"keep": max(1.0 - level, 1e-6)}
 
     def planned(self, block: int, hook: str, current: int, grid: tuple[int, int]) -> int:
         """Counts follow the schedule."""
@@ -439,7 +465,6 @@ class Chain(Reducer):
         }
 
 
-_RATES = ("keep", "r", "K")  # always shown, default or not
 _NEEDS = ("none", "recommended", "required")
 _MERGED: dict[str, Any] = {
     "hooks": lambda parts: tuple(

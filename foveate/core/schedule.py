@@ -8,8 +8,13 @@ methods train with.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from foveate.core.backbone import BackboneSpec
+    from foveate.core.reducer import ScoreReducer
 
 __all__ = ["Schedule", "check_blocks", "check_choice", "check_keep", "stage_blocks"]
 
@@ -134,3 +139,23 @@ class Schedule:
     def stage(self, block: int) -> int | None:
         """Which stage a block is, or None where it does not reduce."""
         return self.blocks.index(block) if block in self.blocks else None
+
+    @staticmethod
+    def for_macs(budget: str, spec: BackboneSpec, method: ScoreReducer) -> Schedule:
+        """The schedule at which a scoring method meets a budget of multiply-adds.
+
+        Args:
+            budget: as ``foveate.apply`` takes it: "2.9 GMACs", "0.6x", "60%".
+            spec: facts of the backbone, ``model.backbone.spec``.
+            method: its blocks, rounding and other options hold; its rate is replaced.
+        """
+        from foveate.core.budget import parse_budget, solve  # both stand on this file
+        from foveate.core.cost import cost
+
+        def make(options: Mapping[str, Any]) -> ScoreReducer:
+            return type(method)(**{**method.config(), **options})
+
+        target = parse_budget(budget, cost(spec, None, spec.grid).total)
+        solved = make(solve(spec, make, target))
+        solved.build(spec)
+        return solved.schedule

@@ -55,6 +55,7 @@ class ATS(Reducer):
     needs: ClassVar[frozenset[str]] = frozenset({"cls_row", "value_norm"})
     drops: ClassVar[bool] = True
     maskable: ClassVar[bool] = True
+    rate: ClassVar[str] = "K"
     identity: ClassVar[Mapping[str, Any] | None] = None
 
     def validate(self) -> None:
@@ -122,6 +123,16 @@ class ATS(Reducer):
         step = torch.arange(most, device=cdf.device, dtype=cdf.dtype) / max(1, most - 1)
         marks = nearest(cdf, start + (1 - start) * step, alive)
         return torch.zeros_like(marks).scatter(1, order, marks)
+
+    def at_level(self, level: float) -> dict[str, Any]:
+        """The most tokens any image may keep."""
+        assert self.spec is not None
+        patches = self.spec.grid[0] * self.spec.grid[1]
+        return {"K": max(1, round((1 - level) * patches))}
+
+    def reads(self, block: int, tokens: int, left: int) -> bool:
+        """Scores decide how many tokens stay, so they are always read."""
+        return self.wants(block)
 
     def planned(self, block: int, hook: str, current: int, grid: tuple[int, int]) -> int:
         """At most K; how many fewer depends on the image."""

@@ -21,7 +21,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveate.core import BackboneSpec, GatedReducer, TokenState
+from foveate.core import BackboneSpec, GatedReducer, TokenState, linear_cost
 from foveate.registry import register
 
 __all__ = ["DynamicViT", "Predictor"]
@@ -85,3 +85,9 @@ class DynamicViT(GatedReducer):
     def logits(self, stage: int, state: TokenState) -> Tensor:
         """Predictor of this stage over the live patches."""
         return state.after_prefix(self.predictors[stage](state))
+
+    def scoring(self, stage: int, tokens: int) -> int:
+        """Every layer once a token, but for the mean's half of one of them."""
+        assert self.spec is not None
+        half = self.spec.width // 2
+        return tokens * linear_cost(self.predictors[stage]) - (tokens - 1) * half * half

@@ -67,6 +67,13 @@ class EViT(ScoreReducer):
             score = score.clamp_min(0.0)  # padding was marked with -inf
         return state.fuse(idx, score, valid, exists)
 
+    def macs(self, block: int, hook: str, tokens: int, left: int) -> int:
+        """The fused token, a weighted sum."""
+        if not self.fuse or hook != "between" or block not in self.acts or left == tokens:
+            return 0
+        assert self.spec is not None
+        return (tokens - self.spec.prefix) * self.spec.width
+
     def planned(self, block: int, hook: str, current: int, grid: tuple[int, int]) -> int:
         """One more token wherever something is fused."""
         count = super().planned(block, hook, current, grid)

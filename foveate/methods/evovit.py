@@ -33,6 +33,7 @@ from foveate.core import (
     check_blocks,
     check_choice,
     check_keep,
+    linear_cost,
 )
 from foveate.core.tokens import zero_at
 from foveate.ops import top_k
@@ -71,6 +72,7 @@ class EvoViT(Reducer):
     needs: ClassVar[frozenset[str]] = frozenset({"cls_row"})
     training_need: ClassVar[str] = "required"
     parks: ClassVar[bool] = True
+    rate: ClassVar[str] = "keep"
     identity: ClassVar[Mapping[str, Any] | None] = {"keep": 1.0}
     loss_weights: ClassVar[Mapping[str, float]] = {"aux": 1.0}
 
@@ -170,6 +172,24 @@ class EvoViT(Reducer):
             return state
         token = self.aux_norm(state.prefix_tokens()[:, 0])
         return self.note(state, "aux_logits", self.aux_head(token))
+
+    def at_level(self, level: float) -> dict[str, Any]:
+        """One rate."""
+        return {"keep": max(1.0 - level, 1e-6)}
+
+    def reads(self, block: int, tokens: int, left: int) -> bool:
+        """Scores are updated in every block from the one before the first stage on."""
+        return self.wants(block)
+
+    def macs(self, block: int, hook: str, tokens: int, left: int) -> int:
+        """The representative token, and the auxiliary head at the end."""
+        assert self.spec is not None
+        total = 0
+        if hook == "before" and block in self.acts and self.variant == "paper" and left < tokens:
+            total += (tokens - self.spec.prefix) * self.spec.width
+        if self.aux and hook == "after" and block == self.spec.depth - 1:
+            total += linear_cost(self.aux_head)
+        return total
 
     def planned(self, block: int, hook: str, current: int, grid: tuple[int, int]) -> int:
         """The selected share and the representative inside a stage, everything outside."""

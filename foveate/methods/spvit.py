@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveate.core import BackboneSpec, GatedReducer, TokenState, check_choice
+from foveate.core import BackboneSpec, GatedReducer, TokenState, check_choice, linear_cost
 from foveate.registry import register
 
 __all__ = ["SPViT", "Selector"]
@@ -190,6 +190,22 @@ class SPViT(GatedReducer):
             + state.layout.spread(package * exists.to(package.dtype)[:, None]) * rows[:, None]
         )
         return state.replace(x=x), exists & ~old.any(1)
+
+    def scoring(self, stage: int, tokens: int) -> int:
+        """All heads' predictors, the weights of the heads, and the package."""
+        assert self.spec is not None
+        selector = self.selectors[stage]
+        assert isinstance(selector, Selector)
+        parts = selector.predictors
+        heads, dim, half = selector.heads, selector.dim, parts.first.weight.shape[-1]
+        each = parts.into.weight[0].numel() + half * half
+        each += sum(part.weight[0].numel() for part in parts.rest if isinstance(part, Grouped))
+        return (
+            heads * (tokens * each + (dim - half) * half)
+            + len(parts.gain) * dim * dim  # the norm's shift goes into a bias
+            + tokens * linear_cost(selector.weigh)
+            + (tokens - self.spec.prefix) * self.spec.width
+        )
 
     def planned(self, block: int, hook: str, current: int, grid: tuple[int, int]) -> int:
         """The scheduled patches and the package tokens so far."""

@@ -33,6 +33,7 @@ from foveate.core import (
     check_choice,
     check_keep,
     decide,
+    linear_cost,
 )
 from foveate.core.gates import DECISIONS, ratio_loss
 from foveate.registry import register
@@ -84,6 +85,7 @@ class SViT(Reducer):
     gated: ClassVar[bool] = True
     maskable: ClassVar[bool] = True
     parks: ClassVar[bool] = True
+    rate: ClassVar[str] = "keep"
     identity: ClassVar[Mapping[str, Any] | None] = {"keep": 1.0, "gate": "topk"}
     loss_weights: ClassVar[Mapping[str, float]] = {"ratio": 4.0}
 
@@ -228,6 +230,16 @@ class SViT(Reducer):
         """Distance of the used shares from the gates' targets."""
         shares = self.noted(notes, "kept_share", {})
         return ratio_loss(shares, self.target, per_image=self.ratio == "fixed")
+
+    def at_level(self, level: float) -> dict[str, Any]:
+        """One rate."""
+        return {"keep": max(1.0 - level, 1e-6)}
+
+    def macs(self, block: int, hook: str, tokens: int, left: int) -> int:
+        """The gate, on every token."""
+        if hook != "before" or block not in self.acts:
+            return 0
+        return tokens * linear_cost(self.gates[self.acts.index(block)])
 
     def planned(self, block: int, hook: str, current: int, grid: tuple[int, int]) -> int:
         """The target share inside a gated block, everything outside."""

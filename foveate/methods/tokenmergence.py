@@ -109,3 +109,14 @@ class TokenMergence(ScoreReducer):
             for i in (idx_src, idx)
         )
         return pairwise(src, kept, self.similarity)
+
+    def macs(self, block: int, hook: str, tokens: int, left: int) -> int:
+        """The similarity of every token that leaves to every kept one."""
+        if (
+            hook != "between"
+            or block not in self.acts
+            or self.similarity in ("attention", "random")
+        ):
+            return 0
+        assert self.spec is not None
+        return (tokens - left) * (left - self.spec.prefix) * self.spec.width

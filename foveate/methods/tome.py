@@ -48,6 +48,7 @@ class ToMe(MatchReducer):
     paper: ClassVar[str] = "Bolya et al., Token Merging, ICLR 2023"
     summary: ClassVar[str] = "merges the most similar pairs of tokens in every block"
     needs: ClassVar[frozenset[str]] = frozenset({"key_mean"})
+    rate: ClassVar[str] = "r"
     identity: ClassVar[Mapping[str, Any] | None] = {"r": 0}
 
     def validate(self) -> None:
@@ -89,6 +90,10 @@ class ToMe(MatchReducer):
         first, last = self.r * (1 - self.inflection), self.r * (1 + self.inflection)
         step = (last - first) / max(1, blocks - 1)
         return [int(first + step * i) for i in range(blocks)]
+
+    def wants(self, block: int) -> bool:
+        """Keys are read only where anything is merged."""
+        return super().wants(block) and self.removed[block] > 0
 
     def match(self, block: int, state: TokenState, seen: Seen | None) -> Match | None:
         """Pair up tokens and pick the most similar pairs."""
@@ -148,6 +153,23 @@ class ToMe(MatchReducer):
             valid_keep.gather(1, order),
             valid,
         )
+
+    def at_level(self, level: float) -> dict[str, Any]:
+        """A number a block, one more in the first ones where they do not come out even."""
+        assert self.spec is not None
+        blocks, patches = len(self.acts), self.spec.grid[0] * self.spec.grid[1]
+        each, more = divmod(round(level * min(patches, blocks * (patches // 2))), blocks)
+        if not more:
+            return {"r": each}
+        return {"r": tuple(each + (i < more) for i in range(blocks))}
+
+    def macs(self, block: int, hook: str, tokens: int, left: int) -> int:
+        """The similarity of every source to every target."""
+        if hook != "between" or block not in self.acts or left == tokens:
+            return 0
+        assert self.spec is not None
+        patches = tokens - self.spec.prefix
+        return (patches // 2) * (patches - patches // 2) * self.spec.head_dim
 
     def planned(self, block: int, hook: str, current: int, grid: tuple[int, int]) -> int:
         """Reduce by r, but never more than half."""

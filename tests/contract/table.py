@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import foveate
+from foveate.backbones import LVViT
 from foveate.core import ReducedViT
 
 IMAGE = 48  # pixels; patch 8 gives a 6 x 6 grid
@@ -75,7 +77,7 @@ def eva(**options: object) -> nn.Module:
     return vit(Eva, **options)
 
 
-# Every form of the two families; their prefixes are 0, 1, 2 and 5 tokens long.
+# Every form of the families; their prefixes are 0, 1, 2 and 5 tokens long.
 FORMS: dict[str, Callable[[], nn.Module]] = {
     "vit": vit,
     "vit_average": lambda: vit(global_pool="avg"),
@@ -91,6 +93,7 @@ FORMS: dict[str, Callable[[], nn.Module]] = {
     "siglip": lambda: vit(class_token=False, global_pool="map"),
     "siglip_average": lambda: vit(class_token=False, global_pool="avg", dynamic_img_size=True),
     "mae": lambda: vit(global_pool="avg", fc_norm=False),
+    "lvvit": lambda: vit(LVViT),
     "eva02": lambda: eva(
         use_rot_pos_emb=True,
         swiglu_mlp=True,
@@ -125,6 +128,32 @@ if "num_kv_heads" in inspect.signature(Eva).parameters:
     )
 
 
+def hf(name: str, **options: object) -> nn.Module:
+    """A small model of transformers, by the name of its class."""
+    import transformers
+
+    kind = getattr(transformers, name)
+    base = dict(
+        hidden_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        image_size=IMAGE,
+        patch_size=8,
+        num_labels=10,
+    )
+    base["mlp_ratio" if "Dinov2" in name else "intermediate_size"] = 2 if "Dinov2" in name else 96
+    return kind(kind.config_class(**{**base, **options}))
+
+
+HF_FORMS: dict[str, Callable[[], nn.Module]] = {
+    "hf_vit": lambda: hf("ViTForImageClassification"),
+    "hf_dinov2_reg4": lambda: hf("Dinov2WithRegistersForImageClassification"),
+    "hf_siglip": lambda: hf("SiglipVisionModel"),
+}
+if importlib.util.find_spec("transformers"):
+    FORMS.update(HF_FORMS)
+
+
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     """Give every parameter a value that matters: scales near 1, biases far from 0."""
     noise = torch.Generator().manual_seed(seed)
@@ -134,7 +163,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if "gamma" in name or (p.ndim == 1 and name.endswith("weight")):
+            if "gamma" in name or "lambda" in name or (p.ndim == 1 and name.endswith("weight")):
                 p.copy_(1 + 0.1 * normal(p))
             elif p.ndim == 1:
                 p.copy_(0.1 * normal(p))
@@ -167,6 +196,14 @@ def images(batch: int = 3, size: tuple[int, int] = (IMAGE, IMAGE), seed: int = 0
     coarse = torch.randn(batch, 3, size[0] // 8, size[1] // 8, generator=noise)
     fine = torch.randn(batch, 3, *size, generator=noise)
     return coarse.repeat_interleave(8, 2).repeat_interleave(8, 3) + 0.5 * fine
+
+
+def said(model: nn.Module, x: Tensor, **options: object) -> Tensor:
+    """What a model answers: logits, or the field that stands for them where it has several."""
+    output = model(x, **options)
+    if isinstance(output, dict):
+        return output["logits" if "logits" in output else "pooler_output"]
+    return output[0] if isinstance(output, tuple) else output
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 2e-5) -> None:

@@ -106,7 +106,8 @@ class Naive:
                 mean = sum(float(weight[b, i]) * rest[i].x for i in group)
                 kept[slot].x = mean / total
                 kept[slot].patches = set().union(*(rest[i].patches for i in group))
-                kept[slot].size = sum(rest[i].size for i in group)
+                if self.sized:  # sizes count from the first merge that tracks them
+                    kept[slot].size = sum(rest[i].size for i in group)
             image.tokens = self.front(image) + kept
 
     def append(self, tokens: Tensor, exists: Sequence[bool]) -> None:

@@ -66,7 +66,10 @@ class Walk:
     def keep_where(self) -> None:
         rows = [sorted(row) for row in self.chosen()]
         # Marks on padding are no tokens.
-        marks = torch.tensor([[n <= i for i in range(max(self.counts()))] for n in self.counts()])
+        longest = max(self.counts())  # may be 0, and no values have no type of their own
+        marks = torch.tensor(
+            [[n <= i for i in range(longest)] for n in self.counts()], dtype=torch.bool
+        )
         for b, row in enumerate(rows):
             marks[b, row] = True
         self.naive.keep(rows)

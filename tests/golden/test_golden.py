@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
-from golden_files import golden, images, plain_vit
-from torch import Tensor
+from golden_files import golden, images, released
+from torch import Tensor, nn
 
 import foveate
 
@@ -39,10 +41,15 @@ def chain_kept(answers: dict[str, Tensor], fused: bool) -> list[list[set[int]]]:
     return stages
 
 
-def test_tome() -> None:
+def load(name: str, tmp_path: Path, **options: object) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A case as its users get it, and the original's answers."""
+    state, answers = golden(name)
+    return foveate.load(released(state, tmp_path), num_heads=3, **options), answers
+
+
+def test_tome(tmp_path: Path) -> None:
     for name, options in (("tome", {}), ("tome_plain", {"prop_attn": False})):
-        state, answers = golden(name)
-        model = foveate.apply(plain_vit(state), "tome", r=13, **options).eval()
+        model, answers = load(name, tmp_path, method="tome", r=13, **options)
         trace = model.trace(images())
         assert_logits(trace.logits, answers)
         final = trace.final
@@ -50,112 +57,72 @@ def test_tome() -> None:
         assert torch.equal(final.layout.rect(final.size), answers["size"])
 
 
-def test_evit() -> None:
+def test_evit(tmp_path: Path) -> None:
     for name, fuse in (("evit", True), ("evit_nofuse", False)):
-        state, answers = golden(name)
-        model = foveate.apply(plain_vit(state), "evit", keep=0.7, fuse=fuse)
+        model, answers = load(name, tmp_path, origin="evit", keep=0.7, fuse=fuse)
         logits, blocks = run(model)
         assert_logits(logits, answers)
         for block, expected in zip((3, 6, 9), chain_kept(answers, fuse), strict=True):
             assert left_patches(blocks[block].left) == expected
 
 
-def test_dynamicvit() -> None:
-    state, answers = golden("dynamicvit")
-    names = {"in_conv.0": "local.0", "in_conv.1": "local.1"}
-    names |= {f"out_conv.{i}": f"out.{i}" for i in (0, 2, 4)}
-    new, plain = {}, {}
-    for key, value in state.items():
-        if not key.startswith("score_predictor."):
-            plain[key] = value
-            continue
-        _, stage, rest = key.split(".", 2)
-        layer, leaf = rest.rsplit(".", 1)
-        new[f"predictors.{stage}.{names[layer]}.{leaf}"] = value
-    model = foveate.apply(plain_vit(plain), "dynamicvit", keep=0.7)
-    model.reducer.load_state_dict(new)
-    logits, blocks = run(model)
-    assert_logits(logits, answers)
-    for stage, block in enumerate((3, 6, 9)):
+def assert_kept(blocks: list, answers: dict[str, Tensor], stages: tuple[int, ...]) -> None:
+    for stage, block in enumerate(stages):
         kept = [set(row) for row in answers[f"kept{stage}"].tolist()]
         assert left_patches(blocks[block].attended) == kept
 
 
-def test_dynamicvit_scores() -> None:
-    """The predictor's log-probabilities, not only their order."""
-    state, answers = golden("dynamicvit")
-    from foveate.methods.dynamicvit import Predictor
+def test_dynamicvit(tmp_path: Path) -> None:
+    model, answers = load("dynamicvit", tmp_path)
+    logits, blocks = run(model)
+    assert_logits(logits, answers)
+    assert_kept(blocks, answers, (3, 6, 9))
 
-    predictor = Predictor(48)
-    names = {"in_conv.0": "local.0", "in_conv.1": "local.1"}
-    names |= {f"out_conv.{i}": f"out.{i}" for i in (0, 2, 4)}
-    weights = {}
-    for key, value in state.items():
-        if key.startswith("score_predictor.0."):
-            layer, leaf = key.removeprefix("score_predictor.0.").rsplit(".", 1)
-            weights[f"{names[layer]}.{leaf}"] = value
-    predictor.load_state_dict(weights)
-    plain = {k: v for k, v in state.items() if not k.startswith("score_predictor.")}
-    model = foveate.apply(plain_vit(plain), "random", keep=1.0).eval()
-    entering = model.trace(images()).blocks[3].attended
-    got = entering.after_prefix(predictor(entering))[..., 0]
+
+def test_dynamicvit_scores(tmp_path: Path) -> None:
+    """The predictor's log-probabilities, not only their order."""
+    model, answers = load("dynamicvit", tmp_path)
+    entering = model.trace(images()).blocks[2].left
+    got = model.reducer.logits(0, entering)[..., 0]
     torch.testing.assert_close(got, answers["keep_logprob0"], atol=TOLERANCE, rtol=0)
 
 
-def test_evovit_deit() -> None:
-    state, answers = golden("evovit_deit")
-    plain: dict[str, Tensor] = {}
-    for key, value in state.items():
-        head, *rest = key.split(".")
-        if head in ("head_cls", "norm_cls"):
-            continue  # used in training only
-        if head == "norms":
-            plain[f"blocks.{rest[0]}.norm1.{rest[1]}"] = value
-        elif head == "projs":
-            plain[f"blocks.{rest[0]}.attn.proj.{rest[1]}"] = value
-        elif head == "qks":
-            block, _, leaf = rest
-            both = torch.cat([value, state[f"vs.{block}.v.{leaf}"]])
-            plain[f"blocks.{block}.attn.qkv.{leaf}"] = both
-        elif head == "norm":
-            plain[f"fc_norm.{rest[0]}"] = value
-        elif head != "vs":
-            plain[key] = value
-    vit = plain_vit(plain, global_pool="avg")
-    model = foveate.apply(vit, "evovit", keep=0.5, variant="deit")
+def test_dynamicvit_lvvit(tmp_path: Path) -> None:
+    model, answers = load("dynamicvit_lvvit", tmp_path)
+    logits, blocks = run(model)
+    assert_logits(logits, answers)
+    assert_kept(blocks, answers, (2, 4, 6))
+
+
+def test_lvvit(tmp_path: Path) -> None:
+    state, answers = golden("dynamicvit_lvvit")
+    dense = {key: value for key, value in state.items() if not key.startswith("score_predictor.")}
+    model = foveate.load(released(dense, tmp_path), num_heads=3)
+    with torch.no_grad():
+        token, patches = model.forward_labels(images())
+    torch.testing.assert_close(token, answers["dense_class"], atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(patches, answers["dense_aux"], atol=TOLERANCE, rtol=0)
+
+
+def test_evovit_deit(tmp_path: Path) -> None:
+    model, answers = load("evovit_deit", tmp_path)
     assert_logits(run(model)[0], answers)
 
 
-def test_svit() -> None:
-    state, answers = golden("svit")
-    layer_names = {
-        "self_attn.in_proj_weight": "attn.qkv.weight",
-        "self_attn.in_proj_bias": "attn.qkv.bias",
-        "self_attn.out_proj.weight": "attn.proj.weight",
-        "self_attn.out_proj.bias": "attn.proj.bias",
-    }
-    plain, gates = {}, {}
-    gate_names = {"norm": "0", "mlp.fc1": "1", "mlp.fc2": "3"}
-    for key, value in state.items():
-        if key.startswith("selective_modules."):
-            _, stage, rest = key.split(".", 2)
-            layer, leaf = rest.rsplit(".", 1)
-            gates[f"gates.{stage}.{gate_names[layer]}.{leaf}"] = value
-        elif ".TransformerEncoderLayer." in key:
-            block, rest = key.removeprefix("blocks.").split(".TransformerEncoderLayer.")
-            rest = layer_names.get(rest, rest)
-            rest = rest.replace("linear1", "mlp.fc1").replace("linear2", "mlp.fc2")
-            plain[f"blocks.{block}.{rest}"] = value
-        else:
-            plain[key] = value
-    vit = plain_vit(plain)
-    for block in vit.blocks:
-        block.norm1.eps = block.norm2.eps = 1e-5
+def test_svit(tmp_path: Path) -> None:
     for gate_prefix_last in (True, False):  # the class token stays active in these images
-        model = foveate.apply(vit, "svit", gate_prefix_last=gate_prefix_last)
-        model.reducer.load_state_dict(gates)
+        model, answers = load("svit", tmp_path, gate_prefix_last=gate_prefix_last)
         logits, blocks = run(model)
         assert_logits(logits, answers)
         active = answers["active"].bool()
         for gate in range(9):
             assert torch.equal(blocks[3 + gate].active(), active[:, gate, 1:])
+
+
+def test_mae_encoder(tmp_path: Path) -> None:
+    """Answers are of the whole autoencoder: here that its encoder is all there is."""
+    model, _ = load("mae", tmp_path)
+    state, _ = golden("mae")
+    encoder = {k: v for k, v in state.items() if not k.startswith(("decoder_", "mask_token"))}
+    assert model.state_dict().keys() == encoder.keys() and model.num_classes == 0
+    assert all(torch.equal(value, encoder[key]) for key, value in model.state_dict().items())

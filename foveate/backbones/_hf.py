@@ -1,0 +1,481 @@
+"""What Hugging Face's vision transformers share: parts, heads, outputs, and their own driver.
+
+Their blocks differ in names alone. transformers itself is never imported here: whoever has such a
+model has imported it, and its classes are known by their module and name.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from foveate.backbones._shared import key_average, patch_grid, refuse, same_modules
+from foveate.core import Backbone, BackboneSpec, Embedded, Heads, TokenState, linear_cost
+from foveate.core.driver import ReducedViT
+
+__all__ = ["OLDEST", "Form", "HfBackbone", "ReducedHf", "classifier", "library_class"]
+
+# Since then DINOv2, the last family to change, has the same layers as the others.
+OLDEST = "5.18"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Form:
+    """One class of a family: where its encoder is and what it answers with.
+
+    Attributes:
+        tower: attribute that holds the encoder; the model itself where empty.
+        output: class of the answer.
+        main: the field of the answer that ``run`` and ``trace`` call logits.
+        tokens: the answer has a ``last_hidden_state``.
+        labels: the model computes a loss.
+    """
+
+    tower: str = ""
+    output: str = "BaseModelOutputWithPooling"
+    main: str = "pooler_output"
+    tokens: bool = True
+    labels: bool = False
+
+
+def classifier(tower: str) -> Form:
+    """The form of an image classifier."""
+    return Form(tower, "ImageClassifierOutput", "logits", tokens=False, labels=True)
+
+
+class ReducedHf(ReducedViT):
+    """A Hugging Face model that runs with few tokens and answers as the model itself does."""
+
+    main_input_name = "pixel_values"
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        keep_mask: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
+        return_dict: bool | None = None,
+        gone: str = "last",
+        interpolate_pos_encoding: bool | None = None,
+        output_attentions: bool | None = None,
+        attention_mask: Tensor | None = None,
+        bool_masked_pos: Tensor | None = None,
+    ) -> Any:
+        """The model's own kind of answer for ``pixel_values [B, 3, H, W]``.
+
+        ``last_hidden_state`` and ``hidden_states`` are ``[B, prefix + H*W, C]`` whatever was
+        dropped or merged: prefix tokens first, then every patch in its place. While it trains, the
+        method's own weighted losses are part of ``loss``.
+
+        Args:
+            pixel_values: preprocessed images of any size that the patch divides.
+            keep_mask: as ``ReducedViT.forward`` takes it.
+            labels: as the model takes them.
+            output_hidden_states: the embedding's tokens and every block's too; numbers name some.
+            return_dict: False for a tuple.
+            gone: what a patch whose token is gone shows, as in ``TokenState.restore``.
+            interpolate_pos_encoding: any size works, whatever is said here.
+            output_attentions: refused, as are the two below.
+            attention_mask: refused.
+            bool_masked_pos: refused.
+        """
+        backbone, config = self.backbone, self.vit.config
+        assert isinstance(backbone, HfBackbone)
+        form, own = backbone.form, backbone.tower.config
+        if own.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError(
+                "attention stays fused, so there are no maps to give: leave out output_attentions"
+            )
+        if attention_mask is not None:
+            raise ValueError(
+                "attention_mask is not supported: say with keep_mask which patches take part"
+            )
+        if bool_masked_pos is not None:
+            raise ValueError(
+                "bool_masked_pos is not supported: a reduced model has no masked "
+                "modelling; keep_mask leaves patches out"
+            )
+        if labels is not None and not form.labels:
+            raise ValueError(
+                f"{type(self.vit).__name__} has no loss: labels are for image classifiers"
+            )
+        if output_hidden_states is None:
+            output_hidden_states = own.output_hidden_states
+        if return_dict is None:
+            return_dict = config.return_dict
+        wanted = _selected(output_hidden_states, backbone.spec.depth + 1)
+        hidden: list[Tensor | None] = []
+
+        def visit(state: TokenState) -> None:
+            take = wanted is None or len(hidden) in wanted
+            hidden.append(_on_grid(state, gone) if take else None)
+
+        state = self._tokens(
+            backbone,
+            pixel_values,
+            keep_mask,
+            form.tokens or bool(output_hidden_states),
+            visit if output_hidden_states else None,
+        )
+        fields: dict[str, Any] = dict(backbone.answers(state))
+        if form.tokens:
+            fields["last_hidden_state"] = _on_grid(state, gone)
+        if labels is not None:
+            fields["loss"] = self._loss(labels, fields["logits"], state)
+        if output_hidden_states:
+            fields["hidden_states"] = tuple(hidden)
+        output = backbone.output(**fields)
+        return output if return_dict else output.to_tuple()
+
+    def _loss(self, labels: Tensor, logits: Tensor, state: TokenState) -> Tensor:
+        """The model's own loss and, in training, the method's."""
+        loss = self.vit.loss_function(labels, logits, self.vit.config)
+        if self.training:
+            for part in self.reducer.members:
+                for name, value in part.losses(state.notes).items():
+                    loss = loss + part.loss_weights[name] * value
+        return loss
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self.vit.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.vit.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the model's parameters."""
+        return self.vit.dtype
+
+    def can_generate(self) -> bool:
+        """Pipelines ask; it makes no text."""
+        return False
+
+
+def _selected(which: bool | int | Sequence[int] | None, count: int) -> frozenset[int] | None:
+    """Numbers of the hidden states that are wanted, of ``count``; None means all."""
+    if which is None or isinstance(which, bool):
+        return None
+    numbers = [which] if isinstance(which, int) else which
+    for number in numbers:
+        if not -count <= number < count:
+            raise ValueError(f"hidden states are numbered {-count}..{count - 1}, got {number}")
+    return frozenset(number % count for number in numbers)
+
+
+def _on_grid(state: TokenState, gone: str) -> Tensor:
+    """Prefix tokens and every patch in its place, ``[B, prefix + H*W, C]``."""
+    state = state.recalled()
+    return torch.cat([state.prefix_tokens(), state.restore(gone)], 1)
+
+
+class HfBackbone(Backbone):
+    """Parts of a Hugging Face vision transformer; families fill in names and heads.
+
+    Attributes:
+        library: module of transformers that the family lives in.
+        forms: the classes that can be driven, by name.
+        names: what the family calls its layers' attention, its output projection and its norms.
+        layers: where the encoder keeps its layers.
+        patches: where the encoder keeps the convolution that makes the patches.
+        always_resizes: positions fit any image without being asked to.
+    """
+
+    driver = ReducedHf
+    library: ClassVar[tuple[str, ...]]
+    forms: ClassVar[Mapping[str, Form]]
+    attention: ClassVar[str] = "attention"
+    out: ClassVar[str] = "o_proj"
+    norms: ClassVar[tuple[str, str]]
+    layers: ClassVar[str]
+    patches: ClassVar[str] = "embeddings.patch_embeddings.projection"
+    always_resizes: ClassVar[bool] = False
+
+    @classmethod
+    def accepts(cls, model: nn.Module) -> bool:
+        """Take every model of the family's modules; the constructor refuses what is not plain."""
+        return _library_class(type(model), cls.library) is not None
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model, self._facts(model))
+
+    def bind(self, model: nn.Module) -> None:
+        """Keep the layers in a list, and the class of the model's answers."""
+        super().bind(model)
+        self.form = self.forms[type(model).__name__]
+        self.tower: Any = _find(model, self.form.tower)
+        self.output: Any = getattr(sys.modules[type(model).__module__], self.form.output)
+        self._blocks: list[Any] = list(_find(self.tower, self.layers))
+        self._size = _size(self.tower.embeddings)
+
+    # The model as it is ------------------------------------------------------------------------
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The model's own layers."""
+        return self._blocks
+
+    @property
+    def channels(self) -> int:
+        """Channels that the patch projection takes."""
+        return int(_find(self.tower, self.patches).in_channels)
+
+    def native(self, images: Tensor) -> Tensor:
+        """The main field of the model's own answer."""
+        resize = {} if self.always_resizes else {"interpolate_pos_encoding": self._resizes(images)}
+        output = self.model(images, output_hidden_states=False, return_dict=True, **resize)
+        answer = getattr(output, self.form.main)
+        if answer is None:
+            last = output.last_hidden_state
+            answer = last[:, 0] if self.spec.class_token else last.mean(1)
+        return answer
+
+    def current(self) -> bool:
+        """Nobody has given the model another head or other layers since."""
+        return (
+            _outputs(self.model, self.form) == self.spec.classes
+            and list(_find(self.tower, self.layers)) == self._blocks
+        )
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether the layers would checkpoint themselves: in training alone."""
+        return any(layer.gradient_checkpointing and layer.training for layer in self._blocks)
+
+    def recipe(self) -> dict[str, Any] | None:
+        """Name of the class, its configuration, and what its constructor was told besides."""
+        model = self.model
+        config = {k: v for k, v in model.config.to_dict().items() if not _names_code(k)}
+        recipe = {
+            "transformers": type(model).__name__,
+            "config": config,
+            "arguments": self._arguments(),
+        }
+        try:
+            recipe = json.loads(json.dumps(recipe))
+            with torch.device("meta"):
+                twin = self.rebuild(recipe)
+        except (TypeError, ValueError) as error:
+            _log.warning("the model cannot be made again from its configuration: %s", error)
+            return None
+        return recipe if same_modules(model, twin) else None
+
+    @classmethod
+    def rebuild(cls, recipe: Mapping[str, Any]) -> nn.Module:
+        """Make a model of one of the known classes; nothing is fetched, no other code runs."""
+        name, config = recipe["transformers"], recipe["config"]
+        if name not in cls.forms:
+            raise ValueError(f"no {cls.family} model is called {name!r}")
+        kind = library_class(name)
+        plain = {k: v for k, v in dict(config).items() if not _names_code(k)}
+        try:
+            made = kind.config_class.from_dict(plain)
+            made._attn_implementation = "sdpa"
+            return kind(made, **recipe.get("arguments", {}))
+        except Exception as error:  # configurations check themselves, each in its own way
+            raise ValueError(f"{name} cannot be made again: {error}") from error
+
+    def _arguments(self) -> dict[str, Any]:
+        """What the constructor was told besides the configuration."""
+        return {}
+
+    # The model in parts ------------------------------------------------------------------------
+
+    def grid_of(self, images: Tensor) -> tuple[int, int]:
+        """Patch rows and columns; an image that the patch does not divide is refused."""
+        return patch_grid(images, self.spec.patch)
+
+    def embed(self, images: Tensor) -> Embedded:
+        """The model's own embeddings, their positions resized where the image needs it."""
+        grid = self.grid_of(images)
+        resizes = self._resizes(images)
+        rows, columns = self.spec.grid
+        if resizes and rows != columns:
+            raise ValueError(
+                f"this model has positions for {rows} x {columns} patches, and transformers "
+                f"resizes square ones alone: images must be {self._size[0]} x {self._size[1]}, "
+                f"got {images.shape[-2]} x {images.shape[-1]}"
+            )
+        options = {} if self.always_resizes else {"interpolate_pos_encoding": resizes}
+        images = images.to(_find(self.tower, self.patches).weight.dtype)
+        return Embedded(self.tower.embeddings(images, **options), grid)
+
+    def _resizes(self, images: Tensor) -> bool:
+        return tuple(images.shape[-2:]) != self._size
+
+    def qkv(self, block: int, x: Tensor, rotary: Tensor | None) -> Heads:
+        """First norm and the three projections."""
+        layer = self._blocks[block]
+        attn = getattr(layer, self.attention)
+        y = getattr(layer, self.norms[0])(x)
+        shape = (self.spec.heads, attn.head_dim)
+        q, k, v = (p(y).unflatten(-1, shape) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+        return Heads(q, k, v, y, _scale(attn), _dropout(attn) if attn.training else 0.0)
+
+    def project(self, block: int, out: Tensor, heads: Heads) -> Tensor:
+        """The output projection."""
+        return getattr(getattr(self._blocks[block], self.attention), self.out)(out)
+
+    def feedforward(self, block: int, x: Tensor) -> Tensor:
+        """Second norm and MLP."""
+        layer = self._blocks[block]
+        return layer.mlp(getattr(layer, self.norms[1])(x))
+
+    def drop_path(self, block: int, branch: int) -> nn.Module | None:
+        """None: most families have no stochastic depth."""
+        return None
+
+    def key_mean(self, block: int, heads: Heads) -> Tensor | None:
+        """One thin product with the head-averaged key weights."""
+        attn = getattr(self._blocks[block], self.attention)
+        return key_average(attn.k_proj, heads.y, self.spec.heads)
+
+    def answers(self, state: TokenState) -> dict[str, Tensor | None]:
+        """Fields of the model's answer, from normed tokens, without the tokens themselves."""
+        raise NotImplementedError
+
+    def head(self, state: TokenState) -> Tensor:
+        """The main field of the answer; the class token where the model has no head."""
+        answer = self.answers(state)[self.form.main]
+        return self._headless(state) if answer is None else answer
+
+    def _headless(self, state: TokenState) -> Tensor:
+        return state.prefix_tokens()[:, 0]
+
+    # Reading the facts -------------------------------------------------------------------------
+
+    def _facts(self, model: Any) -> BackboneSpec:
+        kind = type(model)
+        if _library_class(kind, self.library) is not kind:
+            raise refuse(model, "a class of its own")
+        if kind.__name__ not in self.forms:
+            raise refuse(model, f"a form that is none of {', '.join(self.forms)}")
+        form = self.forms[kind.__name__]
+        tower = _find(model, form.tower)
+        blocks: list[Any] = self._checked(model, tower)
+        attn, conv = getattr(blocks[0], self.attention), _find(tower, self.patches)
+        patch = tuple(conv.kernel_size)
+        height, width = _size(tower.embeddings)
+        if self.always_resizes and height != width:
+            raise refuse(model, "positions on a grid that is not square")
+        head_cost, pool_cost = self._head_costs(model, form)
+        return BackboneSpec(
+            family=self.family,
+            width=conv.out_channels,
+            depth=len(blocks),
+            heads=attn.q_proj.out_features // attn.head_dim,
+            head_dim=attn.head_dim,
+            prefix=self._prefix(tower),
+            class_token=self._prefix(tower) > 0,
+            patch=patch,
+            grid=(height // patch[0], width // patch[1]),
+            classes=_outputs(model, form),
+            rotary=False,
+            pools_patches=self._pools(tower, form),
+            qkv_cost=tuple(linear_cost(getattr(layer, self.attention)) for layer in blocks),
+            mlp_cost=tuple(linear_cost(layer.mlp) for layer in blocks),
+            embed_cost=conv.weight.numel(),
+            head_cost=head_cost,
+            pool_cost=pool_cost,
+            thin_key_mean=True,
+        )
+
+    def _checked(self, model: Any, tower: Any) -> list[Any]:
+        """The layers, none of them other than the family's own."""
+        try:
+            layers = list(_find(tower, self.layers))
+            for layer in layers:
+                attn = getattr(layer, self.attention)
+                for part in (layer, attn, layer.mlp):
+                    if _library_class(type(part), self.library) is not type(part):
+                        raise refuse(model, f"{type(part).__name__} in its layers")
+                _ = attn.q_proj, attn.head_dim
+        except AttributeError:
+            raise ValueError(
+                f"this {type(model).__name__} has the layers of an older transformers: "
+                f"{OLDEST} or newer is needed, pip install 'transformers>={OLDEST}'"
+            ) from None
+        return layers
+
+    def _prefix(self, tower: Any) -> int:
+        """Tokens in front of the patches."""
+        return 1
+
+    def _pools(self, tower: Any, form: Form) -> bool:
+        """Whether the head reads patches."""
+        return False
+
+    def _head_costs(self, model: Any, form: Form) -> tuple[int, int]:
+        """Multiply-adds of the head: an image, and a patch that it reads."""
+        outside = [part for name, part in model.named_children() if name != form.tower]
+        return linear_cost(*outside) if form.tower else 0, 0
+
+
+def library_class(name: str) -> Any:
+    """A class of transformers by its name; ImportError saying what to install."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            "Hugging Face models need transformers: pip install 'foveate[hf]'"
+        ) from error
+    return getattr(transformers, name)
+
+
+def _library_class(kind: type, modules: Sequence[str]) -> type | None:
+    """The first class of these modules that a class is or descends from."""
+    for base in kind.__mro__:
+        if base.__module__.startswith(tuple(f"transformers.models.{m}." for m in modules)):
+            return base
+    return None
+
+
+def _names_code(key: str) -> bool:
+    """Entries of a configuration that may name code to fetch or run."""
+    return key in ("auto_map", "custom_pipelines", "quantization_config") or "attn_impl" in key
+
+
+def _find(model: Any, path: str) -> Any:
+    """The module at a dotted path; the model itself where the path is empty."""
+    for name in path.split(".") if path else ():
+        model = getattr(model, name)
+    return model
+
+
+def _size(embeddings: Any) -> tuple[int, int]:
+    """Image height and width that the positions were made for."""
+    holder = getattr(embeddings, "patch_embeddings", embeddings)
+    size = holder.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
+
+
+def _outputs(model: Any, form: Form) -> int:
+    """Outputs of the head; 0 for none."""
+    for name in ("classifier", "cls_classifier", "visual_projection"):
+        if form.tower and hasattr(model, name):
+            return int(getattr(getattr(model, name), "out_features", 0))
+    return 0
+
+
+def _scale(attn: Any) -> float:
+    return attn.scaling if hasattr(attn, "scaling") else attn.scale
+
+
+def _dropout(attn: Any) -> float:
+    rate = attn.dropout if hasattr(attn, "dropout") else attn.attention_dropout
+    return float(rate)

@@ -1,0 +1,56 @@
+"""Hugging Face CLIP: the vision model, alone, with its projection or with a classifier."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from foveate.backbones._hf import Form, HfBackbone, classifier
+from foveate.core import Embedded, TokenState, pool_tokens
+
+__all__ = ["HfClip"]
+
+
+class HfClip(HfBackbone):
+    """Parts of ``CLIPVisionModel``, the same with projection, and ``CLIPForImageClassification``.
+
+    The last norm is the head's: tokens leave the last layer as they are.
+    """
+
+    family = "Hugging Face CLIP"
+    library = ("clip",)
+    forms = {
+        "CLIPVisionModel": Form(),
+        "CLIPVisionModelWithProjection": Form(
+            "vision_model", "CLIPVisionModelOutput", "image_embeds"
+        ),
+        "CLIPForImageClassification": classifier("vision_model"),
+    }
+    attention = "self_attn"
+    out = "out_proj"
+    norms = ("layer_norm1", "layer_norm2")
+    layers = "encoder.layers"
+    patches = "embeddings.patch_embedding"
+
+    def embed(self, images: Tensor) -> Embedded:
+        """The model's own embeddings and the norm before the layers."""
+        embedded = super().embed(images)
+        return Embedded(self.tower.pre_layrnorm(embedded.x), embedded.grid)
+
+    def norm(self, x: Tensor) -> Tensor:
+        """Nothing."""
+        return x
+
+    def answers(self, state: TokenState) -> dict[str, Tensor | None]:
+        """The normed class token, its projection, or the classifier on the patches' mean."""
+        model = self.model
+        if self.form.main == "logits":
+            return {"logits": model.classifier(pool_tokens(state, "avg"))}
+        token = self.tower.post_layernorm(state.prefix_tokens()[:, 0])
+        if not self.form.tower:
+            return {"pooler_output": token}
+        return {"image_embeds": model.visual_projection(token)}
+
+    def _pools(self, tower: Any, form: Form) -> bool:
+        return form.main == "logits"

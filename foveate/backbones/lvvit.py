@@ -1,0 +1,264 @@
+"""LV-ViT: a deeper, narrower ViT with a convolutional stem and a second head on every patch.
+
+Paper: Jiang et al., "All Tokens Matter: Token Labeling for Training Better Vision Transformers",
+NeurIPS 2021. A base model of the DynamicViT and Token Mergence papers that no library holds.
+
+Differences from a ViT: four convolutions make the patches, the MLP is three times as wide as the
+tokens, queries, keys and values have no bias, and every residual branch is halved. ``head`` reads
+the class token and ``aux_head`` each patch (token labelling); the prediction is the class logits
+plus half of the largest auxiliary logit of each class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from foveate.backbones._shared import refuse, same_modules
+from foveate.backbones._timm import spec_of
+from foveate.backbones.timm_vit import TimmViT, check_blocks_plain
+from foveate.core import TokenState, pool_mask
+
+__all__ = ["LVViT", "LVViTBackbone", "lvvit_m", "lvvit_s"]
+
+_AUX_WEIGHT = 0.5
+
+
+class Stem(PatchEmbed):
+    """Three convolutions at half the resolution, then one that makes the patches."""
+
+    def __init__(self, *, patch_size: int, in_chans: int, embed_dim: int, **options: Any) -> None:
+        super().__init__(
+            patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, bias=True, **options
+        )
+        side = patch_size // 2
+        self.conv1 = nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.conv2 = nn.Conv2d(64, 64, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(64)
+        self.conv3 = nn.Conv2d(64, 64, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(64)
+        self.proj = nn.Conv2d(64, embed_dim, side, stride=side)
+
+    def patches(self, images: Tensor) -> Tensor:
+        """Patches ``[B, H*W, C]`` of images of any size that the patch divides."""
+        x = self.bn1(self.conv1(images)).relu()
+        x = self.bn2(self.conv2(x)).relu()
+        x = self.bn3(self.conv3(x)).relu()
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Patches of images of the model's own size."""
+        if tuple(images.shape[-2:]) != tuple(self.img_size):
+            raise ValueError(
+                f"this LV-ViT takes images of {self.img_size[0]} x {self.img_size[1]}, got "
+                f"{images.shape[-2]} x {images.shape[-1]}; call set_input_size first"
+            )
+        return self.patches(images)
+
+    def cost(self) -> int:
+        """Multiply-adds per patch."""
+        inside = self.proj.kernel_size[0] ** 2  # cells of the convolutions' grid in one patch
+        convs = sum(conv.weight.numel() for conv in (self.conv1, self.conv2, self.conv3))
+        return inside * convs + self.proj.weight.numel()
+
+
+class Half(nn.Module):
+    """Halves a residual branch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Half of ``x``."""
+        return x * 0.5
+
+
+class LVViT(VisionTransformer):
+    """LV-ViT of any size, on timm's plain blocks, with timm's interface.
+
+    Args:
+        img_size: input size; others by ``set_input_size``, or when driven by ``foveate.apply``.
+        patch_size: even.
+        embed_dim: width of the tokens.
+        depth: number of blocks.
+        num_heads: attention heads.
+        mlp_ratio: width of the MLP over that of the tokens.
+        num_classes: of both heads; 0 for none.
+        in_chans: channels of the images.
+        drop_path_rate: stochastic depth of the last block; earlier ones have less.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        embed_dim: int = 384,
+        depth: int = 16,
+        num_heads: int = 6,
+        mlp_ratio: float = 3.0,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        if patch_size % 2:
+            raise ValueError(f"patch_size must be even: the stem halves it, got {patch_size}")
+        super().__init__(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=False,
+            drop_path_rate=drop_path_rate,
+            embed_layer=_stem,
+            norm_layer=partial(nn.LayerNorm, eps=1e-5),
+        )
+        for block in self.blocks:
+            block.ls1, block.ls2 = Half(), Half()
+        self.aux_head = self._new_aux_head(num_classes)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Give the model other classes; both heads start anew."""
+        if global_pool not in (None, "token"):
+            raise ValueError(f"LV-ViT reads its class token; global_pool={global_pool!r} does not")
+        super().reset_classifier(num_classes)
+        like = next(self.blocks.parameters())
+        aux_head = self._new_aux_head(num_classes).to(like.device, like.dtype)
+        self.aux_head = aux_head.train(self.training)
+
+    def _new_aux_head(self, num_classes: int) -> nn.Module:
+        if not num_classes:
+            return nn.Identity()
+        head = nn.Linear(self.embed_dim, num_classes)
+        nn.init.trunc_normal_(head.weight, std=0.02)
+        nn.init.zeros_(head.bias)
+        return head
+
+    def forward_labels(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the class token ``[B, K]`` and of every patch ``[B, N, K]``."""
+        x = self.forward_features(images)
+        return self.head(x[:, 0]), self.aux_head(x[:, self.num_prefix_tokens :])
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Class logits plus half of the largest auxiliary logits, from normed tokens."""
+        if pre_logits or not self.num_classes:
+            return x[:, 0]
+        return self.predict(x[:, 0], x[:, self.num_prefix_tokens :])
+
+    def predict(self, token: Tensor, patches: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The prediction from a class token ``[B, C]`` and patches ``[B, N, C]``.
+
+        ``mask [B, N]`` says which patches count; an image without any has its class logits alone.
+        """
+        aux = self.aux_head(patches)
+        if mask is not None:
+            aux = aux.masked_fill(~mask[..., None], float("-inf"))
+        best = aux.amax(1)
+        if mask is not None:
+            best = torch.where(mask.any(1, keepdim=True), best, torch.zeros_like(best))
+        return self.head(token) + _AUX_WEIGHT * best
+
+
+def _stem(**options: Any) -> Stem:
+    """Drop what timm's ViT says to its patch embedding and the stem has settled."""
+    for name in ("bias", "device", "dtype"):
+        options.pop(name, None)
+    return Stem(**options)
+
+
+def lvvit_s(**options: Any) -> LVViT:
+    """LV-ViT-S: 26.2 million parameters, untrained; options as ``LVViT`` takes them."""
+    return LVViT(**{"embed_dim": 384, "depth": 16, "num_heads": 6, **options})
+
+
+def lvvit_m(**options: Any) -> LVViT:
+    """LV-ViT-M: 55.8 million parameters, untrained; options as ``LVViT`` takes them."""
+    return LVViT(**{"embed_dim": 512, "depth": 20, "num_heads": 8, **options})
+
+
+class LVViTBackbone(TimmViT):
+    """Parts of an LV-ViT; its blocks are timm's."""
+
+    family = "LV-ViT"
+
+    @classmethod
+    def accepts(cls, model: nn.Module) -> bool:
+        """Take LV-ViTs alone."""
+        return isinstance(model, LVViT)
+
+    def __init__(self, model: Any) -> None:
+        if type(model) is not LVViT:
+            raise refuse(model, "a class of its own")
+        check_blocks_plain(model)
+        spec = spec_of(
+            self.family,
+            model,
+            class_token=True,
+            rotary=False,
+            pools_prefix=False,
+            thin_key_mean=True,
+            stem=Stem,
+        )
+        super(TimmViT, self).__init__(
+            model,
+            replace(
+                spec,
+                pools_patches=bool(model.num_classes),
+                embed_cost=model.patch_embed.cost(),
+                pool_cost=model.embed_dim * model.num_classes,
+            ),
+        )
+
+    @property
+    def channels(self) -> int:
+        """Channels that the first convolution takes."""
+        return int(self.model.patch_embed.conv1.in_channels)
+
+    def _pools(self) -> bool:
+        return bool(self.model.num_classes)
+
+    def _patches(self, images: Tensor) -> Tensor:
+        return self.model.patch_embed.patches(images)
+
+    def head(self, state: TokenState) -> Tensor:
+        """Both heads, the auxiliary one on the patches that are left."""
+        model, token = self.model, state.prefix_tokens()[:, 0]
+        if not model.num_classes:
+            return token
+        mask = pool_mask(state)
+        if mask is not None:
+            mask = mask[:, 0, 0, state.prefix :]
+        return model.predict(token, state.tokens()[:, state.prefix :], mask)
+
+    def recipe(self) -> dict[str, Any] | None:
+        """The arguments of ``LVViT``."""
+        model = self.model
+        arguments = {
+            "img_size": list(model.patch_embed.img_size),
+            "patch_size": model.patch_embed.patch_size[0],
+            "embed_dim": model.embed_dim,
+            "depth": len(model.blocks),
+            "num_heads": self.spec.heads,
+            "mlp_ratio": model.blocks[0].mlp.fc1.out_features / model.embed_dim,
+            "num_classes": model.num_classes,
+            "in_chans": self.channels,
+        }
+        with torch.device("meta"):
+            twin = LVViT(**arguments)
+        return {"lvvit": arguments} if same_modules(model, twin) else None
+
+    @classmethod
+    def rebuild(cls, recipe: Mapping[str, Any]) -> nn.Module:
+        """From the arguments of ``LVViT``."""
+        try:
+            return LVViT(**recipe["lvvit"])
+        except (TypeError, ValueError, KeyError) as error:
+            raise ValueError(f"the LV-ViT cannot be made again: {error}") from error

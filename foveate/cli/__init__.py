@@ -1,0 +1,86 @@
+"""The ``foveate`` command: one file of this folder for each of its commands.
+
+A command's file has a docstring, whose first line is its help, ``add_arguments(parser)`` and
+``run(args)``. It imports whatever is heavy inside ``run``, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS = ("bench", "convert", "show")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; gives 0, or 2 for what the user can mend, said in one sentence."""
+    parser, commands = _parsers()
+    args, rest = parser.parse_known_args(argv)
+    # Between and after options argparse takes no more positional values.
+    several = getattr(args, getattr(args, "more", "options"), None)
+    if several is not None:
+        several += [text for text in rest if not text.startswith("-")]
+        rest = [text for text in rest if text.startswith("-")]
+    command = commands[args.command]
+    if rest:
+        command.error(_unknown(rest[0], command))
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        if args.debug:
+            raise
+        print(f"foveate {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    parser = argparse.ArgumentParser(
+        prog="foveate", description="Vision transformers that look only where it matters."
+    )
+    parser.add_argument("--version", action=_Version)
+    several = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = {}
+    for name in COMMANDS:
+        module = importlib.import_module(f"{__name__}.{name}")
+        text = str(module.__doc__)
+        command = several.add_parser(
+            name,
+            help=text.splitlines()[0],
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.add_argument(
+            "--debug", action="store_true", help="show the traceback of an error too"
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+        commands[name] = command
+    return parser, commands
+
+
+class _Version(argparse.Action):
+    """Look the version up only when asked."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="show the version and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"foveate {importlib.metadata.version('foveate')}")
+        parser.exit()
+
+
+def _unknown(text: str, command: argparse.ArgumentParser) -> str:
+    """Word the error about an unknown flag, with the near miss."""
+    flag = text.partition("=")[0]
+    near = difflib.get_close_matches(flag, command._option_string_actions, n=1)
+    return f"unknown option {flag}" + (f"; did you mean {near[0]}?" if near else "")

@@ -1,0 +1,113 @@
+"""Convert a checkpoint that authors released into a folder or file of this library.
+
+The origin is read off the checkpoint's keys unless it is given; EViT's must be given. A model with
+a method becomes a folder that foveate.load reads alone; one without becomes a .safetensors file
+with timm's keys. Nothing in the checkpoint is executed.
+
+In a terminal:
+  foveate convert dynamic-vit_384_r0.7.pth dynamicvit/ keep=0.7
+  foveate convert evit-0.7-img224-deit-s.pth evit/ --origin evit keep=0.7
+  foveate convert deit_small_patch16_224.pth tome/ --method "tome(r=13)"
+  foveate convert mae_pretrain_vit_base.pth mae.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from pathlib import Path
+from typing import Any
+
+__all__ = ["add_arguments", "run"]
+
+_WORDS = {"true": True, "false": False, "none": None}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command line."""
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="a .pth, .pt or .safetensors file, or a Hugging Face folder")
+    add("out", type=Path, help="folder for a model with a method, else a .safetensors file")
+    add("options", nargs="*", default=[], metavar="OPTION=VALUE", help="options of the method")
+    add("--origin", help="vit, mae, lvvit, dynamicvit, evit, evovit or svit")
+    add("--method", help='runs a plain model with it, such as "tome(r=13)"')
+    add("--num-heads", type=int, metavar="N", help="where heads are not 64 wide")
+    add(
+        "--image-size",
+        type=_size,
+        metavar="N or HxW",
+        help="another size than the checkpoint's; positions are resized",
+    )
+    add("--no-antialias", action="store_true", help="resize positions without antialiasing")
+    add("--weights", choices=("auto", "model", "ema"), default="auto", help="where there are both")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert and say what was recognised."""
+    options = dict(_option(text) for text in args.options)
+    if not args.checkpoint.exists():  # said before seconds of imports
+        raise ValueError(f"{args.checkpoint} does not exist; expected a checkpoint or a folder")
+
+    from foveate import api
+    from foveate.backbones import backbone_for
+    from foveate.convert import Settings, open_model, save_plain
+    from foveate.core import ReducedViT
+
+    settings = Settings(
+        origin=args.origin,
+        num_heads=args.num_heads,
+        image_size=args.image_size,
+        antialias=not args.no_antialias,
+        weights=args.weights,
+    )
+    loaded = open_model(args.checkpoint, None, args.method, options, settings)
+    model = loaded.model
+    reduced = isinstance(model, ReducedViT)
+    if loaded.origin == "hugging face" and not reduced:
+        raise ValueError(f"foveate.load reads {args.checkpoint} as it is; give it a --method")
+    _check_out(args.checkpoint, args.out, folder=reduced)
+    spec = (model.backbone if isinstance(model, ReducedViT) else backbone_for(model)).spec
+    print(f"origin   {loaded.origin}")
+    print(
+        f"model    {spec.family}, width {spec.width}, depth {spec.depth}, {spec.heads} heads, "
+        f"patch {spec.patch[0]} x {spec.patch[1]}, grid {spec.grid[0]} x {spec.grid[1]}, "
+        f"{spec.classes} classes"
+    )
+    if isinstance(model, ReducedViT):
+        print(f"method   {model.reducer!r}")
+    for note in loaded.notes:
+        print(f"note     {note}")
+    if isinstance(model, ReducedViT):
+        api.save(model, args.out, everything=True)
+    else:
+        save_plain(model, args.out)
+    print(f"wrote    {args.out}")
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Height and width from "384" or "224x384"; argparse words the error."""
+    sides = [int(side) for side in text.lower().split("x")]
+    height, width = sides if len(sides) == 2 else sides * 2
+    return height, width
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise ValueError(f"options of the method go as OPTION=VALUE, got {text!r}")
+    if value.lower() in _WORDS:
+        return name, _WORDS[value.lower()]
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value  # a word, such as deit
+
+
+def _check_out(checkpoint: Path, out: Path, *, folder: bool) -> None:
+    """Refuse a target of the wrong kind before anything is written."""
+    if folder and (out.suffix == ".safetensors" or out.is_file()):
+        raise ValueError(f"{out} must be a folder: the model has a method to save beside weights")
+    if not folder and (out.suffix != ".safetensors" or out.is_dir()):
+        raise ValueError(f"{out} must end in .safetensors: a model without a method is one file")
+    if out.exists() and checkpoint.exists() and out.samefile(checkpoint):
+        raise ValueError(f"{out} is the checkpoint itself; give another target")

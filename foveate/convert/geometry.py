@@ -1,0 +1,213 @@
+"""The size and form of a plain ViT or LV-ViT, read off its tensors."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from foveate.backbones import LVViT, plain_vit
+from foveate.convert.read import ANCHOR, EXPECTED, Checkpoint
+from foveate.facts import image_grid
+
+__all__ = ["GRID", "HEADS", "Geometry"]
+
+# What tensors do not show; files that were written here say it in their metadata.
+HEADS, GRID = "foveate.num_heads", "foveate.grid"
+_HEAD_WIDTH = 64
+_STEM = "patch_embed.conv1.weight"  # LV-ViT's
+_Grid = tuple[int, int]
+
+
+class Geometry:
+    """What the tensors of a model say about it. ValueError where they say nothing sensible.
+
+    Args:
+        checkpoint: where they are from; gets notes.
+        state: the tensors by their names in timm.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> None:
+        self.path, self.metadata = checkpoint.path, checkpoint.metadata
+        self.notes, self.state = checkpoint.notes, state
+
+    def model(
+        self,
+        num_heads: int | None,
+        image_size: int | tuple[int, int] | None,
+        special: Mapping[str, Any],
+    ) -> nn.Module:
+        """Make the model that the tensors are of, on the meta device.
+
+        Args:
+            num_heads: instead of what a head width of 64 gives.
+            image_size: instead of the size that the stored positions are for.
+            special: arguments of ``plain_vit`` that the origin knows.
+        """
+        hidden, width = self._shape("blocks.0.mlp.fc1.weight", 2)
+        if self._shape("blocks.0.mlp.fc2.weight", 2)[1] != hidden:
+            raise ValueError(
+                f"{self.path} has a gated feed forward, expected a plain one; make the model "
+                "yourself and pass it as load(path, model)"
+            )
+        patch, channels = self._patch()
+        wanted = None if image_size is None else image_grid(image_size, patch)
+        stored, front = self.positions(wanted)
+        grid = wanted or stored
+        if grid is None:
+            raise ValueError(f"{self.path} has no positions to read a size off; give image_size=")
+        ratio = hidden / width
+        if int(width * ratio) != hidden:  # the model multiplies again and rounds down
+            ratio = math.nextafter(ratio, math.inf)
+        kind: Any = LVViT
+        arguments: dict[str, Any] = {
+            "img_size": [n * side for n, side in zip(grid, patch, strict=True)],
+            "patch_size": patch[0],
+            "in_chans": channels,
+            "num_classes": self._shape("head.weight", 2)[0] if "head.weight" in self.state else 0,
+            "embed_dim": width,
+            "depth": self._depth(),
+            "num_heads": self._heads(width, num_heads),
+            "mlp_ratio": ratio,
+        }
+        if _STEM not in self.state:
+            kind = plain_vit
+            arguments |= {"patch_size": list(patch), **self._form(front), **special}
+        with torch.device("meta"):
+            return kind(**arguments)
+
+    def positions(self, wanted: _Grid | None) -> tuple[_Grid | None, int]:
+        """The grid that stored positions are for, and how many belong to prefix tokens.
+
+        ``wanted`` is believed only where their number is no square, so that it can mean another
+        grid than the stored one.
+        """
+        saved = self._saved_grid()
+        if "pos_embed" not in self.state:
+            return saved, 0
+        count = self._shape("pos_embed", 3)[1]
+        tokens = [k for k in ("cls_token", "dist_token", "reg_token") if k in self.state]
+        prefix = sum(self._shape(token, 3)[1] for token in tokens)
+        # Models with register tokens have positions for patches alone, others for all tokens.
+        # Where both readings give a square, this decides; it takes a tiny grid.
+        fronts = (0, prefix) if "reg_token" in self.state else (prefix, 0)
+        for known in (saved, "square", wanted):
+            for front in fronts:
+                side = math.isqrt(max(0, count - front))
+                grid = (side, side) if known == "square" else known
+                if isinstance(grid, tuple) and grid[0] * grid[1] == count - front > 0:
+                    return grid, front
+        raise ValueError(
+            f"{self.path} has {count} positions and {prefix} prefix tokens, which is no square "
+            "grid; say the size that they are for with image_size=(height, width)"
+        )
+
+    def placed(self, grid: _Grid, antialias: bool) -> dict[str, Tensor]:
+        """The tensors with positions for a grid, resized where they were for another."""
+        stored, front = self.positions(grid)
+        if stored is None or stored == grid or "pos_embed" not in self.state:
+            return dict(self.state)
+        self.notes.append(
+            f"positions resized from {stored[0]} x {stored[1]} to {grid[0]} x {grid[1]} patches, "
+            f"{'with' if antialias else 'without'} antialiasing"
+        )
+        positions = resample_abs_pos_embed(
+            self.state["pos_embed"],
+            new_size=list(grid),
+            old_size=list(stored),
+            num_prefix_tokens=front,
+            antialias=antialias,
+        )
+        return {**self.state, "pos_embed": positions}
+
+    def _shape(self, key: str, ndim: int) -> tuple[int, ...]:
+        if key not in self.state:
+            raise ValueError(f"{self.path} has no {key}; {EXPECTED}")
+        shape = tuple(self.state[key].shape)
+        if len(shape) != ndim or 0 in shape:
+            raise ValueError(
+                f"{self.path} has {key} of shape {list(shape)}, expected {ndim} dimensions"
+            )
+        return shape
+
+    def _patch(self) -> tuple[_Grid, int]:
+        """Height and width of a patch, and the channels of images."""
+        _, channels, height, width = self._shape(ANCHOR, 4)
+        if _STEM in self.state:  # it halves images before patches are made
+            return (2 * height, 2 * width), self._shape(_STEM, 4)[1]
+        return (height, width), channels
+
+    def _depth(self) -> int:
+        blocks = {int(m[1]) for key in self.state if (m := re.match(r"blocks\.(\d+)\.", key))}
+        missing = sorted(set(range(len(blocks))) - blocks)
+        if missing:
+            raise ValueError(
+                f"{self.path} has {len(blocks)} blocks, expected blocks.{missing[0]} among them"
+            )
+        return len(blocks)
+
+    def _heads(self, width: int, given: int | None) -> int:
+        normed = self.state.get("blocks.0.attn.q_norm.weight")
+        if given is None and normed is not None and width % normed.numel() == 0:
+            return width // normed.numel()
+        if given is None and HEADS in self.metadata:
+            given = self._numbers(HEADS, 1)[0]
+        if given is None and width % _HEAD_WIDTH:
+            raise ValueError(
+                f"{self.path} has width {width}, which heads of width {_HEAD_WIDTH} do not "
+                "divide; say how many heads there are with num_heads="
+            )
+        heads = width // _HEAD_WIDTH if given is None else given
+        if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or width % heads:
+            raise ValueError(
+                f"num_heads must be a whole number that divides the width {width} of "
+                f"{self.path}, got {heads!r}"
+            )
+        return heads
+
+    def _saved_grid(self) -> _Grid | None:
+        if GRID not in self.metadata:
+            return None
+        rows, columns = self._numbers(GRID, 2)
+        return rows, columns
+
+    def _numbers(self, key: str, count: int) -> list[int]:
+        text = self.metadata[key]
+        parts = text.split("x")
+        if len(parts) != count or not all(part.isdecimal() for part in parts):
+            raise ValueError(f"{self.path} says {key} {text!r}, expected {'x'.join('N' * count)}")
+        return [int(part) for part in parts]
+
+    def _form(self, front: int) -> dict[str, Any]:
+        """What kind of ViT it is, by the tensors that are there, for ``plain_vit``."""
+        has = self.state.keys()
+        pool = "token" if "cls_token" in has else "avg"
+        if "attn_pool.latent" in has:
+            pool = "map"
+        elif "fc_norm.weight" in has:
+            pool = "avg"
+        clip = "norm_pre.weight" in has
+        if clip:
+            self.notes.append(
+                "a norm before the blocks, as CLIP has it: layer norms have eps 1e-5, and the "
+                "activation is taken as GELU; for OpenAI's QuickGELU weights pass the model"
+            )
+        return {
+            "distilled": "dist_token" in has,
+            "eps": 1e-5 if clip else 1e-6,
+            "global_pool": pool,
+            "qkv_bias": "blocks.0.attn.qkv.bias" in has,
+            "qk_norm": "blocks.0.attn.q_norm.weight" in has,
+            "init_values": 1.0 if "blocks.0.ls1.gamma" in has else None,
+            "class_token": "cls_token" in has,
+            "pos_embed": "learn" if "pos_embed" in has else "none",
+            "no_embed_class": "pos_embed" in has and not front,
+            "reg_tokens": self._shape("reg_token", 3)[1] if "reg_token" in has else 0,
+            "pre_norm": clip,
+            "fc_norm": "fc_norm.weight" in has,
+        }

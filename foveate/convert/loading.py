@@ -1,0 +1,226 @@
+"""One door for everything that can be loaded: our folders, Hugging Face folders, checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from foveate import api
+from foveate.backbones import backbone_for, from_folder
+from foveate.convert.geometry import GRID, HEADS, Geometry
+from foveate.convert.origins import ORIGINS, Origin, find, translate
+from foveate.convert.read import few, read
+from foveate.core import ReducedViT, Reducer
+from foveate.registry import suggest
+
+__all__ = ["Loaded", "Settings", "load", "open_model", "save_plain"]
+
+_log = logging.getLogger(__name__)
+_Method = str | Reducer | type[Reducer]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to read a checkpoint file; see ``load``."""
+
+    origin: str | None = None
+    num_heads: int | None = None
+    image_size: int | tuple[int, int] | None = None
+    antialias: bool = True
+    weights: str = "auto"
+
+    def changed(self) -> list[str]:
+        """Names of what is not at its default."""
+        return [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+
+
+@dataclass
+class Loaded:
+    """A model, whose checkpoint it was, and what was understood on the way."""
+
+    model: nn.Module
+    origin: str
+    notes: list[str] = field(default_factory=list)
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    origin: str | None = None,
+    method: _Method | None = None,
+    num_heads: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    antialias: bool = True,
+    weights: str = "auto",
+    **options: Any,
+) -> Any:
+    """Load a model, ready to run: a folder that ``save`` wrote, or a checkpoint of others.
+
+    A checkpoint is a ``.pth``, ``.pt`` or ``.safetensors`` file of a plain ViT (timm, DeiT, MAE),
+    LV-ViT, DynamicViT, EViT, Evo-ViT (DeiT) or SViT classifier, or the folder of a Hugging Face
+    model. Sizes are read off its tensors. No code in a file is run.
+
+    Gives a reduced model, in eval mode, where there is a method and else the model itself.
+
+    Args:
+        path: the file or folder.
+        model: gets the weights instead of a new model. A folder that holds the method's own part
+            alone needs it; for files it says what tensors do not show, such as an activation.
+        origin: "vit", "mae", "lvvit", "dynamicvit", "evit", "evovit" or "svit". None reads it off
+            the keys, which EViT's do not tell from a plain ViT's.
+        method: runs a plain model with this method, as ``apply`` takes it.
+        num_heads: where heads are not 64 wide.
+        image_size: makes the model for another size and resizes its positions.
+        antialias: resizes them as timm does by default; False as most releases do.
+        weights: "model" or "ema" where a file has both; "auto" prefers the model's.
+        options: of the method.
+    """
+    settings = Settings(origin, num_heads, image_size, antialias, weights)
+    loaded = open_model(path, model, method, options, settings)
+    for note in loaded.notes:
+        _log.info("%s: %s", path, note)
+    return loaded.model
+
+
+def open_model(
+    path: str | os.PathLike[str],
+    model: nn.Module | None,
+    method: _Method | None,
+    options: Mapping[str, Any],
+    settings: Settings,
+) -> Loaded:
+    """As ``load``, and what was recognised."""
+    path = Path(path)
+    if isinstance(model, ReducedViT):
+        raise ValueError("the model is reduced already; foveate.unwrap() it first")
+    if not path.is_dir():
+        return _from_file(path, model, method, options, settings)
+    if settings.changed():
+        raise ValueError(f"{path} is a folder; {few(settings.changed())} is for checkpoint files")
+    if (path / "config.json").is_file() and not (path / "foveate.json").is_file():
+        if model is not None:
+            raise ValueError(f"{path} is a Hugging Face folder with its own model; pass no other")
+        return Loaded(_with_method(from_folder(path), method, options), "hugging face")
+    if method is not None or options:
+        given = few([*["method"] * (method is not None), *options])
+        raise ValueError(f"{path} was saved with its method; {given} cannot be given again")
+    return Loaded(api.load(path, model), "foveate")
+
+
+def _from_file(
+    path: Path,
+    model: nn.Module | None,
+    method: _Method | None,
+    options: Mapping[str, Any],
+    settings: Settings,
+) -> Loaded:
+    checkpoint = read(path, settings.weights)
+    name, keys = settings.origin, checkpoint.tensors.keys()
+    # A model whose very keys these are settles whose they are, for families of other keys too.
+    exact = model is not None and name is None and keys == model.state_dict().keys()
+    origin = ORIGINS["vit"] if exact else find(checkpoint, name)
+    if origin.method is not None and method is not None:
+        raise ValueError(
+            f"{path} is a checkpoint of {origin.title}, which has its method; expected options of "
+            "it as keywords, or none"
+        )
+    state, own = (checkpoint.tensors, {}) if exact else translate(checkpoint, origin)
+    geometry = Geometry(checkpoint, state)
+    new = model is None
+    if model is None:
+        model = geometry.model(settings.num_heads, settings.image_size, origin.geometry)
+    elif settings.num_heads is not None or settings.image_size is not None:
+        raise ValueError("num_heads and image_size are the given model's own; leave them out")
+    elif origin.geometry:
+        checkpoint.notes.append(
+            f"{origin.title} has {dict(origin.geometry)}; the model is not asked"
+        )
+    state = geometry.placed(backbone_for(model).spec.grid, settings.antialias)
+    what = f"the {type(model).__name__} " + ("that its sizes describe" if new else "given")
+    if new:  # copies, so that the file may change or go
+        state = {key: value.contiguous().clone() for key, value in state.items()}
+    _fill(path, what, model, state, assign=new)
+    if origin.method is None:
+        result: nn.Module = _with_method(model, method, options)
+    else:
+        result = _own_method(path, origin, model, own, options)
+    return Loaded(result, origin.name, checkpoint.notes)
+
+
+def _fill(
+    path: Path, what: str, target: nn.Module, state: Mapping[str, Tensor], *, assign: bool = False
+) -> None:
+    """Give a module its tensors; ValueError naming what does not fit before any is changed."""
+    shapes = {key: value.shape for key, value in target.state_dict().items()}
+    extra = [key for key in state if key not in shapes]
+    missing = [key for key in shapes if key not in state]
+    if missing or extra:
+        words = [f"{few(extra)} too many"] * bool(extra) + [f"no {few(missing)}"] * bool(missing)
+        raise ValueError(f"{path} has {' and '.join(words)}; expected exactly the keys of {what}")
+    for key, shape in shapes.items():
+        if state[key].shape != shape:
+            raise ValueError(
+                f"{path} has {key} of shape {list(state[key].shape)}; expected {list(shape)} as "
+                f"in {what}"
+            )
+        if not state[key].isfinite().all():
+            raise ValueError(f"{path} has values in {key} that are not finite; expected numbers")
+    target.load_state_dict(dict(state), assign=assign)
+
+
+def _with_method(model: nn.Module, method: _Method | None, options: Mapping[str, Any]) -> nn.Module:
+    """A plain model in eval mode, with a method if there is one."""
+    model.eval()
+    if method is not None:
+        return api.apply(model, method, **options).eval()
+    if options:
+        names = ["method", *(f.name for f in fields(Settings))]
+        raise ValueError(
+            f"{suggest('keyword', min(options), names)}. Options of a method need method=, or an "
+            "origin= that has one"
+        )
+    api.check_driven(backbone_for(model))
+    return model
+
+
+def _own_method(
+    path: Path,
+    origin: Origin,
+    model: nn.Module,
+    own: Mapping[str, Tensor],
+    options: Mapping[str, Any],
+) -> ReducedViT:
+    """The model with the method that its origin trained it for."""
+    assert origin.method is not None
+    reduced = api.apply(model, origin.method, **{**origin.options, **options})
+    reducer = reduced.reducer
+    if origin.modules is not None:
+        stages = len({key.split(".")[1] for key in own})
+        if stages != len(reducer.acts):
+            raise ValueError(
+                f"{path} has {origin.modules} for {stages} blocks, expected {len(reducer.acts)} "
+                f"for {origin.method} at blocks {list(reducer.acts)}; say which with blocks="
+            )
+    _fill(path, f"the method {origin.method}", reducer, own)
+    return reduced.eval()
+
+
+def save_plain(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a plain model as one safetensors file with timm's keys, that ``load`` reads too."""
+    path, spec = Path(path), backbone_for(model).spec
+    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+    metadata = {
+        "format": "pt",
+        HEADS: str(spec.heads),
+        GRID: f"{spec.grid[0]}x{spec.grid[1]}",
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    api.write_whole(path, lambda partial: save_file(tensors, partial, metadata))

@@ -1,0 +1,98 @@
+"""Budgets: find the rate at which a method costs a given number of multiply-adds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from foveate.core.backbone import BackboneSpec
+from foveate.core.cost import cost
+from foveate.core.reducer import Reducer
+
+__all__ = ["parse_budget", "solve"]
+
+_TOLERANCE = 0.01
+_UNITS = {"": 1.0, "M": 1e6, "G": 1e9, "T": 1e12}
+_ABSOLUTE = re.compile(r"(\d+(?:\.\d+)?)\s*([MGT])?\s*(?:MACs?|FLOPs)?", re.IGNORECASE)
+_RELATIVE = re.compile(r"(\d*\.?\d+)\s*(x|%)", re.IGNORECASE)
+
+
+def parse_budget(budget: str, dense: float) -> float:
+    """Read "2.9 GMACs", "800M", "0.6x" or "60%" as multiply-adds.
+
+    ``dense`` is what the model costs without a method. What papers call GFLOPs are GMACs, and both
+    are understood as such.
+    """
+    text = budget.strip() if isinstance(budget, str) else ""
+    if relative := _RELATIVE.fullmatch(text):
+        share = float(relative[1]) / (100 if relative[2] == "%" else 1)
+        target = share * dense
+    elif (absolute := _ABSOLUTE.fullmatch(text)) and absolute[2]:
+        target = float(absolute[1]) * _UNITS[absolute[2].upper()]
+    else:
+        raise ValueError(
+            f"budget must read like '2.9 GMACs', '800 MMACs', '0.6x' or '60%', got {budget!r}"
+        )
+    if not 0 < target <= dense * (1 + _TOLERANCE):
+        raise ValueError(
+            f"budget {budget!r} is {target / 1e9:.4g} GMACs; the model without a method costs "
+            f"{dense / 1e9:.4g}"
+        )
+    return target
+
+
+def solve(
+    spec: BackboneSpec, make: Callable[[Mapping[str, Any]], Reducer], target: float
+) -> dict[str, Any]:
+    """Options at which a method meets a number of multiply-adds, within one per cent.
+
+    Args:
+        spec: facts of the backbone.
+        make: builds the method from options that override the user's; called many times.
+        target: multiply-adds of one image at the model's own size.
+    """
+    template = make({})
+    template.build(spec)
+    if template.at_level(0.5) is None:
+        raise ValueError(f"{template.name} has no rate that could be set to meet a budget")
+
+    def price(options: Mapping[str, Any]) -> float:
+        reducer = make(options)
+        with torch.device("meta"):  # only the sizes of a method's layers are asked for
+            reducer.build(spec)
+        return cost(spec, reducer, spec.grid).total
+
+    def at(level: float) -> dict[str, Any]:
+        options = template.at_level(level)
+        assert options is not None
+        return options
+
+    low, high = 0.0, 1.0  # few tokens are dropped at the low level, and the price is high
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if price(at(middle)) >= target else (low, middle)
+    best = min((at(level) for level in (low, high)), key=lambda o: abs(price(o) - target))
+    if abs(price(best) - target) > _TOLERANCE * target:
+        least, most, *near = (price(at(level)) / 1e9 for level in (1.0, 0.0, high, low))
+        inside = least < target / 1e9 < most
+        raise ValueError(
+            f"{template.name} cannot meet {target / 1e9:.4g} GMACs within {_TOLERANCE:.0%}: it "
+            f"reaches from {least:.4g} to {most:.4g}"
+            + (f", and nearest to the budget {near[0]:.4g} and {near[1]:.4g}" if inside else "")
+        )
+    return _short(best, lambda options: abs(price(options) - target) <= _TOLERANCE / 4 * target)
+
+
+def _short(options: dict[str, Any], good: Callable[[Mapping[str, Any]], bool]) -> dict[str, Any]:
+    """Round a rate to as few digits as still meet the budget."""
+    (name, value), *others = options.items()
+    if others or not isinstance(value, float):
+        return options
+    for digits in range(1, 6):
+        rounded = {name: round(value, digits)}
+        if 0 < rounded[name] <= 1 and good(rounded):
+            return rounded
+    return options

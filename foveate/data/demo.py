@@ -1,0 +1,34 @@
+"""The small ViT that ships with the package, trained on Fashion-MNIST."""
+
+from __future__ import annotations
+
+from importlib.resources import as_file, files
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import nn
+
+__all__ = ["demo_arguments", "demo_vit"]
+
+
+def demo_arguments() -> dict[str, Any]:
+    """Arguments of timm's VisionTransformer: 1.3 million parameters, 7 x 7 patches, 12 blocks."""
+    return {
+        "img_size": 28,
+        "patch_size": 4,
+        "in_chans": 1,
+        "embed_dim": 96,
+        "depth": 12,
+        "num_heads": 3,
+        "num_classes": 10,
+    }
+
+
+def demo_vit() -> nn.Module:
+    """The trained model in evaluation mode: grey images of 28 x 28 in, ten classes out."""
+    from timm.models import VisionTransformer
+
+    model = VisionTransformer(**demo_arguments())
+    with as_file(files("foveate.data").joinpath("files", "demo_vit.safetensors")) as path:
+        model.load_state_dict({k: v.float() for k, v in load_file(path).items()})
+    return model.eval()
