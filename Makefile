@@ -8,12 +8,13 @@ ARGS    ?=
 VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.docs-installed
 
 # One thread a worker: two workers with a thread pool each would fight for the same cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format slow speed clean
+.PHONY: help demo test check format slow speed docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,12 +42,19 @@ slow: $(STAMP) ## the slow tests: full-size models, compilation
 speed: $(STAMP) ## measure the table of speed goals
 	$(BIN)/python benchmarks/speed.py $(ARGS)
 
+docs: $(DOCS_STAMP) ## build the documentation into site/; warnings are errors
+	$(ONE_THREAD) $(BIN)/python -m mkdocs build --strict $(ARGS)
+
 clean: ## remove caches and build output; .venv stays
-	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 # The stamp is written last, so an installation that broke off is done again.
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -e '.[dev]'
+	touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install -e '.[docs]'
 	touch $@

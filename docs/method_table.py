@@ -15,10 +15,21 @@ from foveate.registry import method_class
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
 TRAINING = {"none": "works as it is", "recommended": "recommended", "required": "required"}
+HOOKS = {
+    ("before",): "before a block",
+    ("between",): "between attention and MLP",
+    ("after",): "after a block",
+}
+NEEDS = {
+    "cls_row": "class attention",
+    "key_mean": "keys",
+    "value_norm": "value lengths",
+    "attention": "the attention map",
+}
 
 
-def table() -> str:
-    """The table as Markdown."""
+def table(link: str = "foveate/methods/{name}.py") -> str:
+    """The table as Markdown, with links to a file or page for each method."""
     lines = [
         "| method | what it does | acts | reads | training | count | paper |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -26,20 +37,11 @@ def table() -> str:
     for name in foveate.list_methods():
         cls = method_class(name)
         method = cls()
-        acts = {
-            ("before",): "before a block",
-            ("between",): "between attention and MLP",
-            ("after",): "after a block",
-        }.get(cls.hooks, "around blocks")
-        reads = {
-            "cls_row": "class attention",
-            "key_mean": "keys",
-            "value_norm": "value lengths",
-        }
-        needs = ", ".join(reads[need] for need in sorted(cls.needs)) or "-"
+        acts = HOOKS.get(cls.hooks, "around blocks")
+        needs = ", ".join(NEEDS[need] for need in sorted(cls.needs)) or "-"
         count = "fixed" if method.fixed_count else "per image"
         lines.append(
-            f"| [`{name}`](foveate/methods/{name}.py) | {cls.summary} | {acts} | {needs} "
+            f"| [`{name}`]({link.format(name=name)}) | {cls.summary} | {acts} | {needs} "
             f"| {TRAINING[cls.training_need]} | {count} | {cls.paper} |"
         )
     return "\n".join(lines)

@@ -1,7 +1,9 @@
-"""What README and the examples show runs, and prints what it says."""
+"""What README, the documentation and the examples show runs, and prints what it says."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -10,50 +12,143 @@ from pathlib import Path
 
 import pytest
 
+import foveate
+
 ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+CODE = re.compile(r"^```python(?: title=\"(.*?)\")?\n(.*?)^```", re.DOTALL | re.MULTILINE)
+TUTORIAL = "adding-a-method.md"
+
+# What an example is run with so that it is quick, and what it must print.
+EXAMPLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "quickstart.py": (
+        ("--model", "deit_tiny_patch16_224", "--batch", "1", "--rounds", "2"),
+        ("tome(r=13)", "features back on the grid: [1, 196, 192]"),
+    ),
+}
 
 
-def run(*command: str, cwd: Path) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def run(*command: str, cwd: Path, path: tuple[Path, ...] = ()) -> str:
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, path)),
+    }
     done = subprocess.run(
         [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def snippets(text: str) -> list[tuple[str, str]]:
+    """Title and code of every Python block of a page."""
+    return [(title or "", code) for title, code in CODE.findall(text)]
+
+
+# README ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", range(len(snippets(README))))
 def test_readme_snippets_run(number: int, tmp_path: Path) -> None:
-    printed = run("-c", SNIPPETS[number], cwd=tmp_path)
+    printed = run("-c", snippets(README)[number][1], cwd=tmp_path)
     if number == 0:
         shown = re.search(r"prints\n\n```text\n(.*?)```", README, re.DOTALL)
         assert shown is not None and printed == shown[1]
 
 
 def test_readme_table_of_methods_is_current() -> None:
-    run(str(ROOT / "docs" / "method_table.py"), "--check", cwd=ROOT)
+    run(str(DOCS / "method_table.py"), "--check", cwd=ROOT)
 
 
-def test_quickstart_example_runs(tmp_path: Path) -> None:
-    script = str(ROOT / "examples" / "quickstart.py")
-    small = ("--model", "deit_tiny_patch16_224", "--batch", "1", "--rounds", "2")
-    printed = run(script, *small, cwd=tmp_path)
-    assert "tome(r=13)" in printed and "features back on the grid: [1, 196, 192]" in printed
+# Pages -------------------------------------------------------------------------------------------
+
+PAGES = sorted(page.name for page in DOCS.glob("*.md") if snippets(page.read_text("utf-8")))
 
 
-def test_contributing_example_is_a_method_that_works(tmp_path: Path) -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    code = next(c for c in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "@register" in c)
-    name = re.search(r'@register\("(\w+)"\)', code)
-    assert name is not None
-    use = f"""
-import timm, torch, foveate
-vit = timm.create_model("deit_tiny_patch16_224", img_size=64, num_classes=3)
-model = foveate.apply(vit, "{name[1]}", keep=0.5).eval()
-print(model(torch.randn(2, 3, 64, 64)).shape)
+@pytest.mark.parametrize("page", [page for page in PAGES if page != TUTORIAL])
+def test_a_page_runs_from_top_to_bottom(page: str, tmp_path: Path) -> None:
+    """Later blocks build on earlier ones, as a reader does."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    if "import transformers" in text or "from transformers" in text:
+        pytest.importorskip("transformers")
+    script = tmp_path / "page.py"
+    script.write_text("\n".join(code for _, code in snippets(text)), encoding="utf-8")
+    run(str(script), cwd=tmp_path)
+
+
+def test_the_tutorial_makes_a_method_that_keeps_the_promises(tmp_path: Path) -> None:
+    """The method, its use, its contract row and its own test, as the page has them."""
+    parts = dict(snippets((DOCS / TUTORIAL).read_text(encoding="utf-8")))
+    method, use = parts["foveate/methods/norm.py"], parts[""]
+    row = parts["tests/contract/table.py"].strip()
+    check = f"""
+from contract.table import FORMS, G, P, Row
+from contract.test_methods import test_modes_agree, test_rows_stand_alone_and_batches_permute
+for form in ("vit", "dinov2_reg4", "dinov3"):
+    test_modes_agree({row}, form)
+    test_rows_stand_alone_and_batches_permute({row}, form)
 """
-    file = tmp_path / "method.py"
-    file.write_text(code + use, encoding="utf-8")
-    assert "torch.Size([2, 3])" in run(str(file), cwd=tmp_path)
+    own = parts["tests/methods/test_norm.py"]
+    called = "\n".join(f"{name}()" for name in re.findall(r"^def (test_\w+)", own, re.MULTILINE))
+    (tmp_path / "norm.py").write_text(method, encoding="utf-8")
+    (tmp_path / "use.py").write_text(f"import norm\n{use}\n{check}\n{own}\n{called}\n", "utf-8")
+    tests = ROOT / "tests"
+    printed = run(str(tmp_path / "use.py"), cwd=tmp_path, path=(tests, tests / "contract"))
+    assert called and printed.startswith("norm(keep=0.5) on timm VisionTransformer")
+
+
+# Examples ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("example", sorted(p.name for p in (ROOT / "examples").glob("*.py")))
+def test_examples_run(example: str, tmp_path: Path) -> None:
+    arguments, expected = EXAMPLES.get(example, ((), ()))
+    printed = run(str(ROOT / "examples" / example), *arguments, cwd=tmp_path)
+    assert printed and all(text in printed for text in expected)
+
+
+# The site ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def method_pages() -> dict[str, str]:
+    """Pages of the methods by name."""
+    pytest.importorskip("yaml")
+    code = "import json, method_pages; print(json.dumps(method_pages.all_pages()))"
+    pages = json.loads(run("-c", code, cwd=ROOT, path=(DOCS,)))
+    return {Path(address).stem: text for address, text in pages.items()}
+
+
+def test_every_method_has_a_page(method_pages: dict[str, str]) -> None:
+    assert sorted(method_pages) == sorted([*foveate.list_methods(), "index"])
+    for name in foveate.list_methods():
+        page = method_pages[name]
+        for part in ("<svg", "Paper: ", "## When to take it", "## Options", "GMACs"):
+            assert part in page, f"{name} has no {part}"
+        described = re.findall(r"^\| `(\w+)` \| <code>.*\| (.*) \|$", page, re.MULTILINE)
+        undescribed = [option for option, words in described if not words.strip()]
+        assert not undescribed, f"{name}: {undescribed} are not in a docstring"
+        assert f"]({name}.md)" in method_pages["index"]
+
+
+def test_when_to_take_it_is_said_of_methods_that_exist() -> None:
+    yaml = pytest.importorskip("yaml")
+    said = yaml.safe_load((DOCS / "when.yml").read_text(encoding="utf-8"))
+    assert sorted(said) == foveate.list_methods()
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    """Strict: a dead link, a missing anchor or a page outside the navigation fails."""
+    for needed in ("mkdocs", "material", "mkdocstrings_handlers.python", "matplotlib"):
+        if importlib.util.find_spec(needed.partition(".")[0]) is None:
+            pytest.skip(f"{needed} is not installed: pip install 'foveate[docs]'")
+    site = tmp_path / "site"
+    run("-m", "mkdocs", "build", "--strict", "--site-dir", str(site), cwd=ROOT)
+    for name in foveate.list_methods():
+        assert (site / "methods" / f"{name}.html").is_file()
+    # Readable without a network: what a page loads comes from the site.
+    loads = re.compile(r'<(?:script|img|link rel="stylesheet")[^>]*(?:src|href)="(https?:[^"]+)"')
+    for page in site.rglob("*.html"):
+        assert not loads.findall(page.read_text(encoding="utf-8")), page
