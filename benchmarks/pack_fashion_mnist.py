@@ -2,6 +2,7 @@
 
 python benchmarks/pack_fashion_mnist.py FOLDER
 """
+
 from __future__ import annotations
 
 import io

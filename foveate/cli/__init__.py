@@ -15,12 +15,18 @@ from collections.abc import Sequence
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = ("bench", "convert", "show")
+COMMANDS = ("bench", "convert", "data", "demo", "describe", "env", "list", "show")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; gives 0, or 2 for what the user can mend, said in one sentence."""
     parser, commands = _parsers()
+    # Not list(...): the command of that name is an attribute of this package.
+    given = [*(sys.argv[1:] if argv is None else argv)]
+    if given and not given[0].startswith("-") and given[0] not in COMMANDS:
+        near = difflib.get_close_matches(given[0], COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        parser.error(f"unknown command {given[0]!r}{hint} There are {', '.join(COMMANDS)}")
     args, rest = parser.parse_known_args(argv)
     # Between and after options argparse takes no more positional values.
     several = getattr(args, getattr(args, "more", "options"), None)

@@ -18,7 +18,7 @@ import ast
 from pathlib import Path
 from typing import Any
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "image_size", "run"]
 
 _WORDS = {"true": True, "false": False, "none": None}
 
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-heads", type=int, metavar="N", help="where heads are not 64 wide")
     add(
         "--image-size",
-        type=_size,
+        type=image_size,
         metavar="N or HxW",
         help="another size than the checkpoint's; positions are resized",
     )
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"wrote    {args.out}")
 
 
-def _size(text: str) -> tuple[int, int]:
+def image_size(text: str) -> tuple[int, int]:
     """Height and width from "384" or "224x384"; argparse words the error."""
     sides = [int(side) for side in text.lower().split("x")]
     height, width = sides if len(sides) == 2 else sides * 2

@@ -8,6 +8,8 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import nn
 
+from foveate.data.fashion import MEAN, STD
+
 __all__ = ["demo_arguments", "demo_vit"]
 
 
@@ -29,6 +31,8 @@ def demo_vit() -> nn.Module:
     from timm.models import VisionTransformer
 
     model = VisionTransformer(**demo_arguments())
+    # Where timm's models say how their images are prepared.
+    model.pretrained_cfg = {"mean": (MEAN,), "std": (STD,), "input_size": (1, 28, 28)}
     with as_file(files("foveate.data").joinpath("files", "demo_vit.safetensors")) as path:
         model.load_state_dict({k: v.float() for k, v in load_file(path).items()})
     return model.eval()

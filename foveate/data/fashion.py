@@ -42,7 +42,7 @@ CLASSES = (
     "bag",
     "ankle boot",
 )
-_MEAN, _STD = 0.2860, 0.3530  # of the training pixels
+MEAN, STD = 0.2860, 0.3530  # of the training pixels
 _PARTS = ("train", "test")
 _DIGESTS = {  # SHA-256 of the content
     "train-images-idx3-ubyte.gz": (
@@ -65,7 +65,7 @@ class LabelledImages(NamedTuple):
 
 def normalise(images: Tensor) -> Tensor:
     """Turn uint8 pixels into floats of zero mean and unit spread over the training set."""
-    return (images.float() / 255 - _MEAN) / _STD
+    return (images.float() / 255 - MEAN) / STD
 
 
 def fashion_mnist_mini(part: str = "test") -> LabelledImages:

@@ -61,7 +61,7 @@ def test_version() -> None:
     ("words", "message"),
     [
         ((), "required: COMMAND"),
-        (("convrt",), "invalid choice"),
+        (("convrt",), "did you mean convert"),
         (("convert",), "required: checkpoint, out"),
         (("convert", "a", "b", "--orgin", "evit"), "unknown option --orgin; did you mean --origin"),
         (("convert", "a", "b", "--image-size", "x"), "--image-size"),

@@ -1,0 +1,147 @@
+"""Draw what methods do to images: patches kept, groups merged, depth, heat maps, a sheet.
+
+The kinds of picture:
+  sheet         a column for each method, a row for each image (the default)
+  kept          the patches that take part in each stage, the others dimmed
+  groups        merged patches, one colour a group
+  depth         how many blocks worked on each patch
+  brought-back  patches that are unused in a block and used by a later one
+  heat          where the model itself looks, without any method
+
+In a terminal:
+  foveate show demo "evit(keep=0.7)" "tome(r=3)" --images photos/ --out sheet.png
+  foveate show deit_small_patch16_224 "evit(keep=0.7)" --images cat.jpg --kind kept --out cat.png
+  foveate show svit/ --images photos/ --kind brought-back --out pictures/
+  foveate show vit.safetensors --images cat.jpg --kind heat --out heat.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foveate.cli.models import MODEL_HELP
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import nn
+
+    from foveate.data import ImageFiles
+
+__all__ = ["add_arguments", "run"]
+
+_KINDS = ("sheet", "kept", "groups", "depth", "brought-back", "heat")
+_SUFFIXES = (".jpeg", ".jpg", ".pdf", ".png", ".tif", ".tiff", ".webp")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command line."""
+    add = parser.add_argument
+    add("model", help=MODEL_HELP)
+    add("methods", nargs="*", default=[], metavar="METHOD", help='such as "evit(keep=0.7)"')
+    parser.set_defaults(more="methods")
+    add("--images", nargs="+", required=True, metavar="PATH", help="image files and folders")
+    add("--out", type=Path, required=True, help="a .png file, or a folder for one file a picture")
+    add("--kind", choices=_KINDS, default="sheet", help="of picture (sheet)")
+    add(
+        "--fit",
+        choices=("stretch", "crop", "aspect"),
+        default="stretch",
+        help="how an image becomes the model's input: stretched to its size, the middle alone, or "
+        "in its own shape with about as many patches",
+    )
+    add(
+        "--how",
+        choices=("attention", "rollout", "relevance"),
+        nargs="+",
+        help="which heat maps (all that the model has)",
+    )
+    add("--target", type=int, metavar="CLASS", help="class that relevance explains (the predicted)")
+    add("--strict", action="store_true", help="stop at the first image that cannot be read")
+    add("--untrained", action="store_true", help="a timm model with random weights")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draw and write."""
+    one_file = bool(args.out.suffix) and not args.out.is_dir()
+    if one_file and args.out.suffix.lower() not in _SUFFIXES:
+        raise ValueError(f"{args.out}: pictures are written as {', '.join(_SUFFIXES)}")
+    folder = args.out.parent if one_file else args.out
+    folder.mkdir(parents=True, exist_ok=True)  # an unwritable place is said before the work
+
+    from foveate.cli.models import open_models
+    from foveate.data import ImageFiles
+
+    files = ImageFiles(args.images, strict=args.strict)
+    heat = args.kind == "heat"
+    models = open_models(args.model, [] if heat else args.methods, untrained=args.untrained)
+    if not heat:
+        _check_reduced(args, models)
+    pictures = _sheet(args, models, files) if args.kind == "sheet" else _each(args, models, files)
+    if one_file:
+        from foveate.viz import stacked
+
+        _write(stacked([picture for _, picture in pictures]), args.out)
+    else:
+        for name, picture in pictures:
+            _write(picture, args.out / f"{name}.png")
+
+
+def _check_reduced(args: argparse.Namespace, models: list[nn.Module]) -> None:
+    from foveate.core import ReducedViT
+
+    if not all(isinstance(model, ReducedViT) for model in models):
+        raise ValueError(
+            f'{args.model} has no method: name one, such as "evit(keep=0.7)", or ask for '
+            "--kind heat"
+        )
+
+
+def _sheet(
+    args: argparse.Namespace, models: list[Any], files: ImageFiles
+) -> Iterator[tuple[str, Image]]:
+    from foveate import viz
+    from foveate.data import Preprocessing
+
+    yield "sheet", viz.sheet(models, files, preprocessing=Preprocessing.of(models[0], fit=args.fit))
+
+
+def _each(
+    args: argparse.Namespace, models: list[Any], files: ImageFiles
+) -> Iterator[tuple[str, Image]]:
+    """One picture for each image and model, with a name for its file."""
+    from foveate import viz
+    from foveate.data import Preprocessing
+
+    preprocessing = Preprocessing.of(models[0], fit=args.fit)
+    seen: dict[str, int] = {}
+    for path, image in files:
+        for model in models:
+            if args.kind == "heat":
+                words = "heat"
+                picture = viz.heat(
+                    model, image, args.how, target=args.target, preprocessing=preprocessing
+                )
+            else:
+                words = f"{model.reducer!r}-{args.kind}"
+                picture = viz.draw(model, image, args.kind, preprocessing=preprocessing)
+            name = f"{path.stem}-{re.sub(r'[^A-Za-z0-9.=+-]+', '_', words)}"
+            seen[name] = seen.get(name, 0) + 1  # folders may hold files of one name
+            yield (name if seen[name] == 1 else f"{name}-{seen[name]}"), picture
+
+
+def _write(picture: Image, path: Path) -> None:
+    """Write to a neighbour and rename, so that a killed run leaves no half file."""
+    from PIL import Image as Library
+
+    kinds = Library.registered_extensions()
+    partial = path.with_name(path.name + ".partial")
+    try:
+        picture.save(partial, format=kinds[path.suffix.lower()])
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"wrote    {path} ({picture.width} x {picture.height} pixels)")

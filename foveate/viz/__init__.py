@@ -1,0 +1,27 @@
+"""Pictures of what a method does to an image, all of them from the trace, for every method.
+
+``draw``, ``heat`` and ``sheet`` start from models and images; ``kept``, ``groups``, ``depth`` and
+``brought_back`` from a trace that was made already, of any image in it.
+"""
+
+from foveate.viz.captions import caption
+from foveate.viz.layout import stacked
+from foveate.viz.relevance import HEATS, heat_map
+from foveate.viz.show import KINDS, SHEETS, draw, heat, sheet
+from foveate.viz.tokens import brought_back, depth, groups, kept
+
+__all__ = [
+    "HEATS",
+    "KINDS",
+    "SHEETS",
+    "brought_back",
+    "caption",
+    "depth",
+    "draw",
+    "groups",
+    "heat",
+    "heat_map",
+    "kept",
+    "sheet",
+    "stacked",
+]

@@ -1,0 +1,45 @@
+"""What a picture says in words: the method and its rate, tokens of every block, multiply-adds."""
+
+from __future__ import annotations
+
+from foveate.core import ReducedViT, Trace
+from foveate.core.cost import BlockPlan, cost
+from foveate.viz.steps import check_index, live_tokens
+
+__all__ = ["caption", "giga", "image_cost"]
+
+
+def caption(model: ReducedViT, trace: Trace, index: int = 0) -> list[str]:
+    """Lines for one image: the method, the tokens that each block feeds forward, GMACs.
+
+    Tokens and multiply-adds are those of this very image, prefix tokens included. In a masked
+    pass, which computes all tokens, they are those of the tokens that take part.
+    """
+    now, dense = image_cost(model, trace, index)
+    return [
+        repr(model.reducer),
+        f"tokens per block: {' '.join(str(block.fed) for block in _plan(trace, index))}",
+        f"{giga(now, dense)} GMACs ({now / dense:.0%})",
+    ]
+
+
+def image_cost(model: ReducedViT, trace: Trace, index: int = 0) -> tuple[float, float]:
+    """Multiply-adds of one image of a trace, and what it would cost without the method."""
+    spec = model.backbone.spec
+    now = cost(spec, model.reducer, trace.grid, _plan(trace, index))
+    return now.total, cost(spec, None, trace.grid).total
+
+
+def _plan(trace: Trace, index: int) -> list[BlockPlan]:
+    """Working tokens of one image, block by block."""
+    index = check_index(trace, index)
+    return [
+        BlockPlan(*(int(live_tokens(s, index).sum()) for s in (b.attended, b.fed, b.left)))
+        for b in trace.blocks
+    ]
+
+
+def giga(value: float, dense: float) -> str:
+    """Both in billions, with as many digits as the smaller one needs."""
+    digits = 2 if min(value, dense) >= 1e8 else 4
+    return f"{value / 1e9:.{digits}f} of {dense / 1e9:.{digits}f}"

@@ -1,0 +1,151 @@
+"""Patch cells on the pixels of an image."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageFilter
+from torch import Tensor
+
+from foveate.data import read_image, to_rgb
+
+__all__ = ["Box", "Panel", "as_image", "panel", "seen"]
+
+Box = tuple[float, float, float, float]
+
+_SMALLEST = 224  # longer side of a panel: smaller images grow by a whole factor
+_CELL = 4  # and a cell of the grid has at least so many pixels
+_UNSEEN = 0.75  # how far to white goes what a cropped image does not show the model
+_MOST_PIXELS = 40_000_000  # of a picture: with many panels, large images shrink
+
+
+def as_image(image: Any) -> Image.Image:
+    """An RGB image from a path, a PIL image or uint8 pixels ``[C, H, W]``, C = 1 or 3."""
+    if isinstance(image, (str, os.PathLike)):
+        return read_image(Path(image))
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if isinstance(image, Tensor):
+        image = image.detach().cpu().numpy()
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3:
+        if image.shape[0] in (1, 3) and image.size:
+            pixels = np.repeat(image, 3 // image.shape[0], axis=0)
+            return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    raise ValueError(
+        "an image is a path, a PIL image or uint8 pixels of [1 or 3, H, W]; got "
+        f"{type(image).__name__} {getattr(image, 'dtype', '')} "
+        f"{list(getattr(image, 'shape', ()))}"
+    )
+
+
+@dataclass(frozen=True)
+class Panel:
+    """An image as it is drawn, and the patch that each of its pixels belongs to.
+
+    Attributes:
+        pixels: ``[h, w, 3]`` float RGB.
+        cell: patch of each pixel, ``[h, w]``; -1 outside of what the model saw.
+        thickness: of outlines, in pixels.
+    """
+
+    pixels: np.ndarray
+    cell: np.ndarray
+    thickness: int
+
+    def of(self, values: np.ndarray, outside: Any = 0) -> np.ndarray:
+        """Spread one value a patch, ``[H*W, ...]``, over the pixels."""
+        padded = np.concatenate([values, np.full_like(values[:1], outside)])
+        return padded[self.cell]
+
+    def where(self, patches: np.ndarray, pixels: np.ndarray) -> Panel:
+        """The panel with other pixels in some patches, ``[H*W]`` bool."""
+        here = self.of(patches, False)[..., None]
+        return Panel(np.where(here, pixels, self.pixels), self.cell, self.thickness)
+
+    def painted(self, mask: np.ndarray, colour: tuple[int, int, int]) -> Panel:
+        """The panel with some pixels, ``[h, w]`` bool, in one colour."""
+        pixels = np.where(mask[..., None], np.array(colour, dtype=np.float32), self.pixels)
+        return Panel(pixels, self.cell, self.thickness)
+
+    def borders(self, values: np.ndarray) -> np.ndarray:
+        """Pixels next to patches of another value, ``[h, w]`` bool; the image's rim is none."""
+        labels = self.of(values, -2)
+        near = np.zeros(labels.shape, dtype=bool)
+        down, right = labels[1:] != labels[:-1], labels[:, 1:] != labels[:, :-1]
+        near[1:] |= down
+        near[:-1] |= down
+        near[:, 1:] |= right
+        near[:, :-1] |= right
+        if self.thickness == 1:
+            return near
+        wide = Image.fromarray(near).convert("L").filter(ImageFilter.MaxFilter(self._kernel))
+        return np.asarray(wide) > 0
+
+    @property
+    def _kernel(self) -> int:
+        return 2 * self.thickness - 1
+
+    def image(self) -> Image.Image:
+        """As a picture."""
+        return Image.fromarray(np.round(self.pixels).clip(0, 255).astype(np.uint8))
+
+
+def panel(
+    image: Image.Image, grid: tuple[int, int], box: Box | None = None, panels: int = 1
+) -> Panel:
+    """Lay a grid of patches over an RGB image at its own resolution.
+
+    Args:
+        image: the image.
+        grid: patch rows and columns.
+        box: left, top, right and bottom of what the patches cover; None is the whole image.
+        panels: how many of them the picture will have.
+    """
+    full = (0.0, 0.0, float(image.width), float(image.height))
+    box = full if box is None else box
+    drawn = image.resize(_size(image, grid, panels), _filter(image, grid, panels))
+    across = _cells(drawn.width, image.width, box[0], box[2], grid[1])
+    downwards = _cells(drawn.height, image.height, box[1], box[3], grid[0])
+    cell = downwards[:, None] * grid[1] + across
+    cell = np.where((downwards[:, None] < 0) | (across < 0), -1, cell)
+    side = min(drawn.width / grid[1], drawn.height / grid[0])
+    thickness = 1 + int(side >= 28) + int(side >= 64)
+    return Panel(np.asarray(drawn, dtype=np.float32), cell, thickness)
+
+
+def seen(base: Panel) -> Panel:
+    """The panel with what the model was not shown faded to white."""
+    faded = (1 - _UNSEEN) * base.pixels + _UNSEEN * 255
+    pixels = np.where((base.cell < 0)[..., None], faded, base.pixels)
+    return Panel(pixels, base.cell, base.thickness)
+
+
+def _size(image: Image.Image, grid: tuple[int, int], panels: int) -> tuple[int, int]:
+    """Width and height to draw an image at."""
+    width, height = image.size
+    factor = max(1, -(-_SMALLEST // max(width, height)))
+    width, height = width * factor, height * factor
+    # A strip of a few pixels' height would have no room for its cells.
+    width = max(width, width * -(-_CELL * grid[1] // width))
+    height = max(height, height * -(-_CELL * grid[0] // height))
+    shrink = (_MOST_PIXELS / (panels * width * height)) ** 0.5
+    if shrink < 1:
+        width, height = max(1, int(width * shrink)), max(1, int(height * shrink))
+    return width, height
+
+
+def _filter(image: Image.Image, grid: tuple[int, int], panels: int) -> Image.Resampling:
+    """Whole pixels while an image grows, a smooth filter where it shrinks."""
+    grows = _size(image, grid, panels)[0] >= image.width
+    return Image.Resampling.NEAREST if grows else Image.Resampling.LANCZOS
+
+
+def _cells(drawn: int, real: int, low: float, high: float, count: int) -> np.ndarray:
+    """Row or column of the grid that each drawn pixel's middle lies in; -1 = none."""
+    middle = (np.arange(drawn) + 0.5) * (real / drawn)
+    cell = np.floor((middle - low) / max(high - low, 1e-9) * count).astype(int)
+    return np.where((cell >= 0) & (cell < count), cell, -1)

@@ -1,0 +1,142 @@
+"""Where a base model looks: class attention, attention rollout, and gradient-weighted relevance.
+
+* attention: the class token's attention in one block, mean over heads;
+* rollout: Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020: the product
+  over blocks of (A + I) / 2, A the mean over heads;
+* relevance: Chefer et al., "Generic Attention-model Explainability for Interpreting Bi-Modal and
+  Encoder-Decoder Transformers", ICCV 2021: R = I, then in every block R += A' R, A' the mean over
+  heads of the positive part of A times the gradient of a class's logit with respect to A.
+
+All of them give one number for each pair of tokens, and the row of the class token is the map.
+Where there is none, or the head reads patch tokens, it is the mean of the rows that are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from foveate.backbones import backbone_for
+from foveate.core import Backbone, ReducedViT, TokenState
+from foveate.core.schedule import check_choice
+
+__all__ = ["HEATS", "evaluating", "heat_map"]
+
+HEATS = ("attention", "rollout", "relevance")
+
+
+def heat_map(
+    model: nn.Module,
+    images: Tensor,
+    how: str = "relevance",
+    *,
+    block: int = -1,
+    target: int | None = None,
+) -> Tensor:
+    """How much each patch counts for a base model, ``[B, rows, columns]`` float32.
+
+    Args:
+        model: a plain ViT, or a model from ``foveate.apply``, whose base model is taken.
+        images: preprocessed, ``[B, channels, H, W]``.
+        how: "attention", "rollout" or "relevance".
+        block: the block whose attention is meant; for "attention" only.
+        target: the class that "relevance" explains; None is each image's own prediction.
+    """
+    check_choice("how", how, HEATS)
+    backbone = model.backbone if isinstance(model, ReducedViT) else backbone_for(model)
+    spec = backbone.spec
+    if not -spec.depth <= block < spec.depth:
+        raise ValueError(f"block must lie in {-spec.depth}..{spec.depth - 1}, got {block}")
+    if how == "relevance" and not spec.classes:
+        raise ValueError("relevance explains a class, and this model has no head: ask for rollout")
+    with evaluating(backbone.model), torch.inference_mode(False):
+        maps, state, logits = _maps(backbone, images.clone(), how == "relevance")
+        if how == "attention":
+            pairs, by_class = maps[block].mean(1), spec.class_token
+        else:
+            by_class = spec.class_token and not spec.pools_patches
+            pairs = (
+                _rollout(maps) if how == "rollout" else _relevance(maps, _chosen(logits, target))
+            )
+    pairs = pairs.detach()[:, :, spec.prefix :]
+    row = pairs[:, 0] if by_class else pairs[:, _readers(backbone, how) :].mean(1)
+    return row.unflatten(1, state.grid)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode and back, each module as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _readers(backbone: Backbone, how: str) -> int:
+    """The first token whose row counts: attention is shared by all, the head reads patches."""
+    return 0 if how == "attention" else backbone.spec.prefix
+
+
+def _maps(
+    backbone: Backbone, images: Tensor, with_gradient: bool
+) -> tuple[list[Tensor], TokenState, Tensor]:
+    """The attention maps ``[B, H, N, N]`` of all blocks, un-fused, and the model's logits."""
+    spec = backbone.spec
+    with torch.set_grad_enabled(with_gradient):
+        embedded = backbone.embed(images)
+        # From here on gradients are needed, whether or not the weights take any.
+        x = embedded.x.detach().requires_grad_(with_gradient)
+        state = TokenState.begin(x, prefix=spec.prefix, grid=embedded.grid, place=spec.rotary)
+        maps = []
+        for block in range(spec.depth):
+            rotary = ReducedViT._rotary(block, state, embedded.table)
+            heads = backbone.qkv(block, state.x, rotary)
+            q, k, v = (
+                t.view(state.batch, -1, *t.shape[1:]).transpose(1, 2)
+                for t in (heads.q, heads.k, heads.v)
+            )
+            attention = (q @ k.transpose(-2, -1) * heads.scale).float().softmax(-1)
+            maps.append(attention)
+            out = (attention.to(v.dtype) @ v).transpose(1, 2).flatten(0, 1).flatten(1)
+            state = state.replace(x=state.x + backbone.project(block, out, heads))
+            state = state.replace(x=state.x + backbone.feedforward(block, state.x))
+        logits = backbone.head(state.replace(x=backbone.norm(state.x)))
+    return maps, state, logits
+
+
+def _chosen(logits: Tensor, target: int | None) -> Tensor:
+    """The logit to explain, summed over images, which do not touch each other's gradients."""
+    if logits.ndim != 2:
+        raise ValueError("relevance explains a class, and this model returns un-pooled tokens")
+    if target is None:
+        return logits.amax(1).sum()
+    if not 0 <= target < logits.shape[1]:
+        raise ValueError(f"target must lie in 0..{logits.shape[1] - 1}, got {target}")
+    return logits[:, target].sum()
+
+
+def _rollout(maps: list[Tensor]) -> Tensor:
+    total: Tensor | None = None
+    for attention in maps:
+        step = attention.mean(1)
+        step = 0.5 * (step + torch.eye(step.shape[-1], device=step.device))
+        total = step if total is None else step @ total
+    assert total is not None
+    return total
+
+
+def _relevance(maps: list[Tensor], logit: Tensor) -> Tensor:
+    """R less its identity, which would mark every patch as relevant to itself alike."""
+    gradients = torch.autograd.grad(logit, maps)
+    batch, _, count, _ = maps[0].shape
+    identity = torch.eye(count, device=logit.device).expand(batch, -1, -1)
+    total = identity
+    for attention, gradient in zip(maps, gradients, strict=True):
+        total = total + (gradient * attention.detach()).clamp_min(0).mean(1) @ total
+    return total - identity

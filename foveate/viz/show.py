@@ -1,0 +1,207 @@
+"""Pictures from models and images alone: preprocess, run, draw."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from PIL import Image
+from torch import Tensor, nn
+
+from foveate.backbones import backbone_for
+from foveate.core import Backbone, ReducedViT, Trace
+from foveate.core.schedule import check_choice
+from foveate.data import ImageFiles, Prepared, Preprocessing
+from foveate.viz.captions import giga, image_cost
+from foveate.viz.colours import EXTRA
+from foveate.viz.grid import Panel, as_image, panel, seen
+from foveate.viz.layout import Bar, Cell, page
+from foveate.viz.relevance import HEATS, evaluating, heat_map
+from foveate.viz.steps import Step, steps
+from foveate.viz.tokens import (
+    LEFT_OUT,
+    MERGED,
+    SUMS_UP,
+    brought_back,
+    depth,
+    depth_bar,
+    groups,
+    kept,
+    tinted,
+    with_depth,
+    with_groups,
+)
+
+__all__ = ["KINDS", "SHEETS", "draw", "heat", "sheet"]
+
+_PICTURES: Mapping[str, Callable[..., Image.Image]] = {
+    "kept": kept,
+    "groups": groups,
+    "depth": depth,
+    "brought-back": brought_back,
+}
+KINDS = tuple(_PICTURES)
+SHEETS = ("tokens", "depth")
+_THUMB = 256  # longer side of an image in a sheet
+
+
+def draw(
+    model: ReducedViT, image: Any, kind: str = "kept", *, preprocessing: Preprocessing | None = None
+) -> Image.Image:
+    """Run a reduced model on one image and draw what became of its patches.
+
+    Args:
+        model: from ``foveate.apply``.
+        image: path, PIL image or uint8 pixels.
+        kind: "kept", "groups", "depth" or "brought-back".
+        preprocessing: None is the model's own.
+    """
+    check_choice("kind", kind, KINDS)
+    picture = as_image(image)
+    trace, prepared = _run(model, picture, preprocessing)
+    return _PICTURES[kind](trace, picture, model=model, box=prepared.box)
+
+
+def heat(
+    model: nn.Module,
+    image: Any,
+    how: str | Sequence[str] | None = None,
+    *,
+    block: int = -1,
+    target: int | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> Image.Image:
+    """Draw where the base model looks, from the least to the most of each map.
+
+    Args:
+        model: a plain ViT, or a reduced model, whose base model is taken.
+        image: path, PIL image or uint8 pixels.
+        how: "attention", "rollout", "relevance", or several of them; None is all that the model
+            has, which is no relevance without a head.
+        block: the block whose attention is meant.
+        target: the class that relevance explains; None is the model's own prediction.
+        preprocessing: None is the model's own.
+    """
+    picture, backbone = as_image(image), _backbone(model)
+    prepared = (preprocessing or Preprocessing.of(model))(picture)
+    if how is None:
+        how = HEATS if backbone.spec.classes else HEATS[:2]
+    ways = [how] if isinstance(how, str) else list(how)
+    batch = _batch(model, prepared)
+    maps = [heat_map(model, batch, way, block=block, target=target)[0] for way in ways]
+    grid = (maps[0].shape[0], maps[0].shape[1])
+    base = seen(panel(picture, grid, prepared.box, 1 + len(maps)))
+    cells = [Cell(base.image(), ["input"])]
+    for way, values in zip(ways, maps, strict=True):
+        flat = values.flatten().cpu().numpy()
+        low, high = float(flat.min()), float(flat.max())
+        drawn = tinted(base, (flat - low) / max(high - low, 1e-12))
+        words = [_heat_words(way, backbone, block, target), f"{low:.2g} to {high:.2g}"]
+        cells.append(Cell(drawn.image(), words))
+    title = [f"{backbone.spec.family}: where the model looks before anything is reduced"]
+    return page(cells, title, bar=Bar("each map from its least to its most", ["least", "most"]))
+
+
+def _heat_words(how: str, backbone: Backbone, block: int, target: int | None) -> str:
+    if how == "rollout":
+        return "attention rollout"
+    if how == "relevance":
+        return f"relevance for {'its prediction' if target is None else f'class {target}'}"
+    what = "class attention" if backbone.spec.class_token else "attention received"
+    return f"{what}, block {range(backbone.spec.depth)[block]}"
+
+
+def sheet(
+    models: Sequence[ReducedViT] | Mapping[str, ReducedViT],
+    images: Sequence[Any] | Mapping[str, Any] | ImageFiles,
+    *,
+    kind: str = "tokens",
+    preprocessing: Preprocessing | None = None,
+) -> Image.Image:
+    """Set methods side by side: a column for each model, a row for each image.
+
+    Args:
+        models: reduced models, by name where their methods' options do not say enough.
+        images: paths, PIL images or uint8 pixels, by name if the rows shall have names.
+            ``ImageFiles`` are read one after another.
+        kind: "tokens" draws what the last block works on, dropped patches dimmed and merged ones
+            in the colour of their group; "depth" how many blocks worked on each patch.
+        preprocessing: None is each model's own.
+    """
+    check_choice("kind", kind, SHEETS)
+    columns, rows = list(_named(models)), _named(images)
+    cells: list[Cell] = []
+    costs: list[list[tuple[float, float]]] = [[] for _ in columns]  # with and without the method
+    extra = False
+    for name, image in rows:
+        picture = _thumbnail(as_image(image))
+        for column, (_, model) in enumerate(columns):
+            trace, prepared = _run(model, picture, preprocessing)
+            costs[column].append(image_cost(model, trace))
+            base = seen(panel(picture, trace.grid, prepared.box))
+            if not column:
+                cells.append(Cell(base.image(), [name] if name else []))
+            last = steps(trace)[-1]
+            extra |= last.extra > 0
+            cells.append(_sheet_cell(base, trace, last, kind))
+    if not cells:
+        raise ValueError("a sheet needs at least one model and one image")
+    heads: list[list[str]] = [["input"]]
+    for (name, model), found in zip(columns, costs, strict=True):
+        means = [fmean(values) for values in zip(*found, strict=True)]
+        heads.append([name or repr(model.reducer), f"{giga(means[0], means[1])} GMACs"])
+    if kind == "depth":
+        depths = {model.backbone.spec.depth for _, model in columns}
+        bar = depth_bar(depths.pop() if len(depths) == 1 else None)
+        return page(cells, bar=bar, columns=1 + len(columns), heads=heads)
+    legend = [MERGED, LEFT_OUT, *([SUMS_UP] if extra else [])]
+    return page(cells, legend=legend, columns=1 + len(columns), heads=heads)
+
+
+def _sheet_cell(base: Panel, trace: Trace, last: Step, kind: str) -> Cell:
+    if kind == "depth":
+        drawn, mean = with_depth(base, trace, 0)
+        return Cell(drawn.image(), [f"{mean:.1f} of {len(trace.blocks)} blocks a patch"])
+    words = f"{last.tokens} tokens, {int(last.working.sum())} of {len(last.working)} patches"
+    return Cell(with_groups(base, last).image(), [words], last.extra, EXTRA)
+
+
+def _named(given: Any) -> Iterator[tuple[str, Any]]:
+    """Names and values; a path is its own name."""
+    if isinstance(given, ImageFiles):
+        yield from ((path.name, image) for path, image in given)
+    elif isinstance(given, Mapping):
+        yield from given.items()
+    else:
+        for value in given:
+            is_path = isinstance(value, (str, os.PathLike))
+            yield Path(value).name if is_path else "", value
+
+
+def _thumbnail(picture: Image.Image) -> Image.Image:
+    small = picture.copy()
+    small.thumbnail((_THUMB, _THUMB), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return small
+
+
+def _backbone(model: nn.Module) -> Backbone:
+    return model.backbone if isinstance(model, ReducedViT) else backbone_for(model)
+
+
+def _run(
+    model: ReducedViT, picture: Image.Image, preprocessing: Preprocessing | None
+) -> tuple[Trace, Prepared]:
+    """A trace of one image, as the model runs in evaluation."""
+    if not isinstance(model, ReducedViT):
+        raise ValueError(f"a model from foveate.apply is needed, got {type(model).__name__}")
+    prepared = (preprocessing or Preprocessing.of(model))(picture)
+    with evaluating(model):
+        return model.trace(_batch(model, prepared)), prepared
+
+
+def _batch(model: nn.Module, prepared: Prepared) -> Tensor:
+    """One image where the model is and in its precision."""
+    return prepared.tensor[None].to(next(model.parameters()))

@@ -1,0 +1,137 @@
+"""What a trace says of one image, block by block: who carries each patch, and who carries none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from foveate.core import TokenState, Trace
+
+__all__ = ["Step", "changes", "check_index", "live_tokens", "steps"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """The tokens that one block fed forward, or that the last one left.
+
+    Attributes:
+        label: which block, as captions say it.
+        carrier: for each patch the token that carries it and works, ``[H*W]``; -1 = none.
+        tokens: working tokens, prefix included.
+        extra: those of them that stand for no patch of the grid: fused, package, representative.
+        hue: number of the colour that each patch's group has, ``[H*W]``. Of groups that merge the
+            larger one keeps its own, so colours change as little as can be from block to block.
+    """
+
+    label: str
+    carrier: np.ndarray
+    tokens: int
+    extra: int
+    hue: np.ndarray
+
+    @cached_property
+    def working(self) -> np.ndarray:
+        """Patches that take part, ``[H*W]`` bool."""
+        return self.carrier >= 0
+
+    @cached_property
+    def group(self) -> np.ndarray:
+        """For each patch the first one of its group, ``[H*W]``; -1 = none."""
+        _, first, back = np.unique(self.carrier, return_index=True, return_inverse=True)
+        return np.where(self.working, first[back.reshape(-1)], -1)
+
+    @cached_property
+    def merged(self) -> np.ndarray:
+        """Patches that share their token with others, ``[H*W]`` bool."""
+        count = np.bincount(self.group[self.working], minlength=len(self.group))
+        return self.working & (count[self.group] > 1)
+
+
+def check_index(trace: Trace, index: int) -> int:
+    """The image number, if the trace has it."""
+    batch = trace.blocks[0].fed.batch
+    if not 0 <= index < batch:
+        raise ValueError(f"index must lie in 0..{batch - 1}, the images of the trace; got {index}")
+    return index
+
+
+def steps(trace: Trace, index: int = 0) -> list[Step]:
+    """One step a block, and one more where the last block leaves fewer tokens than it fed."""
+    index = check_index(trace, index)
+    states = [(block.fed, f"block {n}") for n, block in enumerate(trace.blocks)]
+    last = trace.blocks[-1].left
+    if last.layout.lengths[index] < states[-1][0].layout.lengths[index]:
+        states.append((last, f"after block {len(trace.blocks) - 1}"))
+    found: list[Step] = []
+    hue = np.arange(trace.grid[0] * trace.grid[1])
+    for state, label in states:
+        found.append(_step(state, index, label, hue))
+        hue = found[-1].hue
+    return found
+
+
+def changes(found: list[Step], field: str) -> list[Step]:
+    """The steps at which a field is not what it was before: the stages of a method."""
+    before = np.ones(len(found[0].carrier), dtype=bool)
+    if field == "group":
+        before = np.arange(len(before))
+    stages = []
+    for step in found:
+        now = getattr(step, field)
+        if not np.array_equal(now, before):
+            stages.append(step)
+        before = now
+    return stages
+
+
+def live_tokens(state: TokenState, index: int) -> np.ndarray:
+    """Which tokens of an image take part, ``[N]`` bool."""
+    alive = state.alive if state.visible is None else state.visible
+    if alive is None:
+        return np.ones(state.layout.lengths[index], dtype=bool)
+    return (alive[index].detach() > 0).cpu().numpy()
+
+
+def _step(state: TokenState, index: int, label: str, hue: np.ndarray) -> Step:
+    assert state.source is not None
+    live = live_tokens(state, index)
+    source = state.source[index].cpu().numpy()
+    working = source >= 0
+    working[working] = live[source[working]]
+    carrier = np.where(working, source, -1)
+    return Step(
+        label=label,
+        carrier=carrier,
+        tokens=int(live.sum()),
+        extra=int((live & _carries_none(state, index)).sum()),
+        hue=_hues(carrier, hue),
+    )
+
+
+def _hues(carrier: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """What each group was mostly coloured in before; patches that do not work keep theirs."""
+    hue = before.copy()
+    for token in np.unique(carrier[carrier >= 0]):
+        members = carrier == token
+        colours, counts = np.unique(before[members], return_counts=True)
+        hue[members] = colours[counts.argmax()]
+    return hue
+
+
+def _carries_none(state: TokenState, index: int) -> np.ndarray:
+    """Which tokens of an image are neither prefix tokens nor ever stood for a patch, ``[N]``."""
+    length = state.layout.lengths[index]
+    if state.outer is not None and state.home is not None:
+        # Some prefix tokens may be parked too, so where each token came from decides.
+        begin = sum(state.layout.lengths[:index])
+        home = state.home[begin : begin + length].cpu().numpy()
+        outside = _carries_none(state.outer, index)
+        return (home < 0) | outside[np.maximum(home - sum(state.outer.layout.lengths[:index]), 0)]
+    assert state.source is not None
+    carried = state.source[index].cpu().numpy()
+    none = np.ones(length, dtype=bool)
+    none[carried[carried >= 0]] = False
+    none[: state.prefix] = False
+    return none

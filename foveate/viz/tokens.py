@@ -1,0 +1,238 @@
+"""Pictures of a trace: patches kept, groups merged, depth of work, patches brought back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from foveate.core import ReducedViT, Trace
+from foveate.viz.captions import caption
+from foveate.viz.colours import (
+    BROUGHT_BACK,
+    EXTRA,
+    OKABE_ITO,
+    blend,
+    dimmed,
+    group_colours,
+    overlay,
+)
+from foveate.viz.grid import Box, Panel, as_image, panel, seen
+from foveate.viz.layout import Bar, Cell, Key, page
+from foveate.viz.steps import Step, changes, steps
+
+__all__ = [
+    "LEFT_OUT",
+    "MERGED",
+    "SUMS_UP",
+    "brought_back",
+    "depth",
+    "depth_bar",
+    "groups",
+    "kept",
+    "tinted",
+    "with_depth",
+    "with_groups",
+]
+
+_RIM = (255, 255, 255)
+_DARK = (0, 0, 0)
+LEFT_OUT = Key("left out", ((64, 64, 64),))
+MERGED = Key("merged: one colour a group", OKABE_ITO[:3])
+SUMS_UP = Key("a token that sums up patches left out", (EXTRA,))
+
+
+def kept(
+    trace: Trace,
+    image: Any,
+    *,
+    index: int = 0,
+    model: ReducedViT | None = None,
+    box: Box | None = None,
+) -> Image.Image:
+    """Draw which patches take part, once for each stage; the others are dimmed.
+
+    A stage is a block whose patches differ from the block before. Tokens that stand for no patch
+    (fused, package, representative) are counted as squares below the panel.
+
+    Args:
+        trace: of ``ReducedViT.trace``.
+        image: path, PIL image or uint8 pixels; the picture has its resolution.
+        index: number of the image in the trace.
+        model: puts the method, its tokens and multiply-adds above the picture.
+        box: part of the image that the model saw, as ``Preprocessing`` gives it; None is all.
+    """
+    found = steps(trace, index)
+    stages = changes(found, "working") or found[-1:]
+    return _strip(trace, image, index, model, box, stages, _with_kept, _kept_words, [LEFT_OUT])
+
+
+def groups(
+    trace: Trace,
+    image: Any,
+    *,
+    index: int = 0,
+    model: ReducedViT | None = None,
+    box: Box | None = None,
+) -> Image.Image:
+    """Draw merged patches in one colour a group, outlined, once for each stage.
+
+    A group keeps its colour from block to block, and of groups that merge the larger one does.
+    Patches that stand for themselves are left as they are; those left out are dimmed. Arguments
+    are those of ``kept``.
+    """
+    found = steps(trace, index)
+    stages = changes(found, "group") or found[-1:]
+    legend = [MERGED, LEFT_OUT]
+    return _strip(trace, image, index, model, box, stages, with_groups, _group_words, legend)
+
+
+def depth(
+    trace: Trace,
+    image: Any,
+    *,
+    index: int = 0,
+    model: ReducedViT | None = None,
+    box: Box | None = None,
+) -> Image.Image:
+    """Draw how many blocks worked on each patch; the scale is all blocks of the model.
+
+    Arguments are those of ``kept``.
+    """
+    base = seen(panel(as_image(image), trace.grid, box, 2))
+    drawn, mean = with_depth(base, trace, index)
+    blocks = len(trace.blocks)
+    cells = [
+        Cell(base.image(), ["input"]),
+        Cell(drawn.image(), [f"{mean:.1f} of {blocks} blocks a patch"]),
+    ]
+    return page(cells, _title(model, trace, index), bar=depth_bar(blocks))
+
+
+def with_depth(base: Panel, trace: Trace, index: int) -> tuple[Panel, float]:
+    """A panel with the number of blocks that worked on each patch in colour, and their mean."""
+    found = steps(trace, index)[: len(trace.blocks)]
+    worked = np.stack([step.working for step in found]).sum(0)
+    return tinted(base, worked / len(found)), float(worked.mean())
+
+
+def depth_bar(blocks: int | None) -> Bar:
+    """The scale of ``with_depth``; None where models of different depth share it."""
+    words = "blocks that worked on a patch"
+    if blocks is None:
+        return Bar(words, ["none", "all"])
+    return Bar(words, [str(n) for n in range(blocks + 1)], blocks + 1)
+
+
+def brought_back(
+    trace: Trace,
+    image: Any,
+    *,
+    index: int = 0,
+    model: ReducedViT | None = None,
+    box: Box | None = None,
+) -> Image.Image:
+    """Draw, once for each stage, the patches that are unused now but used by a later block.
+
+    Those never used again are dimmed. Arguments are those of ``kept``.
+    """
+    found = steps(trace, index)
+    later = _later_used(found)
+    stages = changes(found, "working") or found[-1:]
+    place = {id(step): n for n, step in enumerate(found)}
+
+    def draw(base: Panel, step: Step) -> Panel:
+        waits = later[place[id(step)]] & ~step.working
+        gone = ~step.working & ~waits
+        lit = base.where(gone, dimmed(base.pixels))
+        lit = lit.where(waits, blend(base.pixels, np.array(BROUGHT_BACK), 0.6))
+        label = np.where(waits, 1, np.where(gone, 2, 0))
+        edge = base.borders(label) & (base.of(label) > 0)
+        return lit.painted(edge, _RIM)
+
+    def words(step: Step) -> list[str]:
+        waits = int((later[place[id(step)]] & ~step.working).sum())
+        return [step.label, f"{waits} brought back later"]
+
+    legend = [
+        Key("unused here, used later", (BROUGHT_BACK,)),
+        Key("not used again", LEFT_OUT.colours),
+    ]
+    return _strip(trace, image, index, model, box, stages, draw, words, legend)
+
+
+def _later_used(found: Sequence[Step]) -> list[np.ndarray]:
+    """For each step the patches that any later one works on, ``[H*W]`` bool."""
+    later = [np.zeros_like(found[-1].working)]
+    for step in reversed(found[1:]):
+        later.append(later[-1] | step.working)
+    return later[::-1]
+
+
+def with_groups(base: Panel, step: Step) -> Panel:
+    """A panel with one step's groups in colour, and what is left out dimmed."""
+    drawn = _with_kept(base, step)
+    if not step.merged.any():
+        return drawn
+    colours = group_colours(len(step.hue))[step.hue]
+    drawn = drawn.where(step.merged, blend(base.pixels, base.of(colours), 0.6))
+    # Between groups, and around them: a patch alone has no outline against its like.
+    label = np.where(step.merged, step.group, -1)
+    return drawn.painted(base.borders(label) & base.of(step.merged), _DARK)
+
+
+def _with_kept(base: Panel, step: Step) -> Panel:
+    """A panel with what one step leaves out dimmed, outlined on its own side."""
+    drawn = base.where(~step.working, dimmed(base.pixels))
+    return drawn.painted(base.borders(step.working) & base.of(~step.working), _RIM)
+
+
+def _kept_words(step: Step) -> list[str]:
+    words = f"{int(step.working.sum())} of {len(step.working)} patches"
+    if step.merged.any():
+        words += f" in {len(np.unique(step.group[step.working]))} tokens"
+    return [step.label, words]
+
+
+def _group_words(step: Step) -> list[str]:
+    alone = len(np.unique(step.group[step.working & ~step.merged]))
+    return [
+        step.label,
+        f"{len(np.unique(step.group[step.merged]))} groups, {alone} patches alone",
+    ]
+
+
+def _strip(
+    trace: Trace,
+    image: Any,
+    index: int,
+    model: ReducedViT | None,
+    box: Box | None,
+    stages: Sequence[Step],
+    draw: Callable[[Panel, Step], Panel],
+    words: Callable[[Step], list[str]],
+    legend: Sequence[Key],
+) -> Image.Image:
+    """The input and one panel a stage."""
+    base = seen(panel(as_image(image), trace.grid, box, 1 + len(stages)))
+    rows, columns = trace.grid
+    cells = [Cell(base.image(), ["input", f"{rows} x {columns} patches"])]
+    for step in stages:
+        cells.append(Cell(draw(base, step).image(), words(step), step.extra, EXTRA))
+    if all(step.working.all() for step in stages):
+        legend = [key for key in legend if key is not LEFT_OUT]
+    if any(step.extra for step in stages):
+        legend = [*legend, SUMS_UP]
+    return page(cells, _title(model, trace, index), legend=legend)
+
+
+def tinted(base: Panel, values: np.ndarray) -> Panel:
+    """The panel in grey under a colour scale of one value a patch, 0 to 1."""
+    shown = np.ones(len(values), dtype=bool)
+    return base.where(shown, overlay(base.pixels, base.of(values)))
+
+
+def _title(model: ReducedViT | None, trace: Trace, index: int) -> list[str]:
+    return [] if model is None else caption(model, trace, index)

@@ -1,0 +1,88 @@
+"""The small commands: list, describe, env, data, and what all of them share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from small import vit
+
+import foveate
+from foveate.cli import COMMANDS, main
+
+
+def said(capsys: pytest.CaptureFixture[str], *command: str, code: int = 0) -> str:
+    """What a command prints, on the stream that goes with its exit code."""
+    assert main(command) == code
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    return err if code else out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([command, "--help"])
+    assert left.value.code == 0
+    assert f"In a terminal:\n  foveate {command}" in capsys.readouterr().out
+
+
+def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["lst"])
+    assert left.value.code == 2
+    assert "unknown command 'lst'; did you mean list?" in capsys.readouterr().err
+
+
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(capsys, "list")
+    for name in foveate.list_methods():
+        assert f"\n{name} " in text
+    rows = json.loads(said(capsys, "list", "--json"))
+    assert [row["method"] for row in rows] == foveate.list_methods()
+    assert json.loads(said(capsys, "list", "tome", "--json"))[0]["options"]["r"] == 13
+    assert "reactivate=True" in said(capsys, "list", "svit")
+    assert "did you mean 'tome'?" in said(capsys, "list", "tomee", code=2)
+
+
+def test_describe_a_timm_model(capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(capsys, "describe", "deit_tiny_patch16_224", "evit", "tome", "--budget", "0.6x")
+    assert text.count("(60%)") == 2 and text.startswith("evit(keep=")
+    text = said(capsys, "describe", "deit_tiny_patch16_224", "--image-size", "224x448")
+    assert text.startswith("deit_tiny_patch16_224, without a method\ntokens per block: 393 ")
+
+
+def test_describe_a_saved_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    foveate.save(foveate.apply(vit(), "evit(keep=0.5)"), tmp_path, everything=True)
+    assert said(capsys, "describe", str(tmp_path)).startswith("evit(keep=0.5) on timm Vision")
+    text = said(capsys, "describe", str(tmp_path), "tome", code=2)
+    assert "was saved with its method evit(keep=0.5); name no other" in text
+
+
+def test_describe_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(capsys, "describe", "deit_tny_patch16_224", "evit", code=2)
+    assert "no model that timm knows; did you mean deit_tiny_patch16_224" in text
+    text = said(capsys, "describe", "deit_tiny_patch16_224", "--budget", "0.6x", code=2)
+    assert "--budget sets the rate of a METHOD" in text
+    text = said(capsys, "describe", "deit_tiny_patch16_224", "evit(keep=2)", code=2)
+    assert "keep must lie in (0, 1], got 2" in text
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(ValueError, match="keep must lie in"):
+        main(["describe", "deit_tiny_patch16_224", "evit(keep=2)", "--debug"])
+
+
+def test_env(capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(capsys, "env")
+    assert f"torch         {torch.__version__.split('+')[0]}" in text and "threads " in text
+
+
+def test_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "MIT licence" in said(capsys, "data", "fashion-mnist")
+    text = said(capsys, "data", "fashion-mnist", str(tmp_path), code=2)
+    assert "holds no train-images-idx3-ubyte.gz" in text
+    with pytest.raises(SystemExit):
+        main(["data", "imagenet"])
