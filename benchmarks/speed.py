@@ -5,38 +5,120 @@
     python benchmarks/speed.py --compile --batches 32 --dtypes bf16
     python benchmarks/speed.py --profile evit --batches 1 --dtypes fp32
 
-Each cell (batch x dtype) is one interleaved run: in every round each variant is timed once, in
-random order. Ratios are taken round by round. The dense model runs twice under two names; how far
-their ratio strays from 1 is what counts as noise. The oracle of a method has the same token counts
-by slicing, without scoring; for methods whose images differ in count it is packed.
+The measuring is foveate.bench's; here are the goals, and the models and methods they are about.
+Weights are random, as speed does not depend on them, but for methods with a count per image:
+foveate.bench sets gates to keep about their target share, and ats runs on a copy of the model whose
+query and key rows are multiplied by 3 from a quarter of the depth on, because attention of a random
+model is so flat that nearly every token would be kept.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import time
-import types
-from collections.abc import Callable
+import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
-from speedlib import machine, profiling, report
-from speedlib.oracle import Counts, oracle_for
-from speedlib.report import AGAIN, DENSE, Cell
-from speedlib.timing import measure, peak_memory
-from speedlib.variants import (
-    METHODS,
-    MODELS,
-    build_model,
-    natural_images,
-    reduced_model,
-    sharpen,
-)
-from torch import Tensor, nn
+from torch import nn
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+import foveate
+from foveate.bench import Cell, Result, Row, explain, machine, speed
+from foveate.bench.progress import progress_bar
+from foveate.bench.report import closing, show_latest, terminal
+
+MODELS = {
+    "deit_s": "deit_small_patch16_224",
+    "deit_b": "deit_base_patch16_224",
+    "tiny": "tiny",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table: the method, and which row of the goals applies."""
+
+    text: str
+    bars: str
+
+
+METHODS = {
+    "evit": Method("evit", "pruning"),
+    "evit-nofuse": Method("evit(fuse=False)", "pruning"),
+    "attention": Method("attention", "pruning"),
+    "dynamicvit": Method("dynamicvit", "pruning"),
+    "tokenmergence": Method("tokenmergence", "mergence"),
+    "tome": Method("tome(r=13)", "tome"),
+    "svit-topk": Method("svit(gate='topk')", "pruning"),
+    "ats": Method("ats", "varying"),
+    "svit": Method("svit(gate='argmax')", "varying"),
+    "spvit": Method("spvit(gate='argmax')", "varying"),
+}
+
+# Bars by batch size, or "compiled" at any batch; what has no bar is only reported.
+GOALS: dict[str, dict[str, dict[str, float]]] = {
+    "pruning": {"share": {"1": 0.92, "8": 0.95, "32": 0.95, "compiled": 0.95}},
+    "mergence": {"share": {"1": 0.88, "8": 0.92, "32": 0.92, "compiled": 0.93}},
+    "tome": {"over_dense": {"8": 1.10, "32": 1.20}, "share": {"8": 0.82, "32": 0.82}},
+    "varying": {"share": {"8": 0.90, "32": 0.93}},
+}
+WORDS = {"share": "oracle", "over_dense": "dense"}
+
+
+def judge(cell: Cell) -> None:
+    """Hold every method of a cell to its goals; a bar also holds within the A/A spread."""
+    column = "compiled" if cell.compiled else str(cell.batch)
+    for row in cell.rows:
+        goals = GOALS[METHODS[row.method].bars]
+        row.bars = [
+            judged(row, what, bars[column], cell.spread)
+            for what, bars in goals.items()
+            if column in bars
+        ]
+
+
+def judged(row: Row, what: str, bar: float, noise: float) -> dict[str, Any]:
+    value = getattr(row, what).median
+    if value >= bar:
+        verdict = "reached"
+    elif value >= bar * (1 - noise):
+        verdict = "within A/A spread"
+    else:
+        verdict = "missed"
+    return {"of": WORDS[what], "value": round(value, 4), "goal": bar, "verdict": verdict}
+
+
+def build_model(name: str) -> nn.Module:
+    """A stock timm model with seeded random weights, for inference."""
+    torch.manual_seed(0)
+    if name == "tiny":
+        model = timm.models.VisionTransformer(
+            img_size=64, patch_size=8, embed_dim=64, depth=12, num_heads=2, num_classes=10
+        )
+    else:
+        model = timm.create_model(MODELS[name], pretrained=False)
+    return model.eval().requires_grad_(False)
+
+
+def sharpened(vit: nn.Module, factor: float = 3.0) -> nn.Module:
+    """A copy whose attention is less flat from a quarter of the depth on."""
+    vit = copy.deepcopy(vit)
+    for block in vit.blocks[len(vit.blocks) // 4 :]:
+        qkv = block.attn.qkv
+        rows = 2 * qkv.out_features // 3
+        with torch.no_grad():
+            qkv.weight[:rows] *= factor
+            if qkv.bias is not None:
+                qkv.bias[:rows] *= factor
+    return vit
+
+
+def method_for(key: str, vit: nn.Module) -> Any:
+    """What foveate.bench takes: a method, or for ats a model of its own."""
+    text = METHODS[key].text
+    return foveate.apply(sharpened(vit), text) if text == "ats" else text
 
 
 def arguments() -> argparse.Namespace:
@@ -47,9 +129,9 @@ def arguments() -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--model", choices=tuple(MODELS), default="deit_s")
     add("--batches", type=int, nargs="+", default=[1, 8, 32])
-    add("--dtypes", choices=tuple(DTYPES), nargs="+", default=list(DTYPES))
+    add("--dtypes", choices=("fp32", "bf16"), nargs="+", default=["fp32", "bf16"])
     add("--methods", choices=tuple(METHODS), nargs="+", default=list(METHODS))
-    add("--rounds", type=int, default=30, help="rounds that count; at least 30 for a result")
+    add("--rounds", type=int, default=30, help="rounds that count, at least 30")
     add("--warmup", type=int, default=3, help="rounds before them that do not")
     add("--sample-ms", type=float, default=20.0, help="least time of one sample, by repeats")
     add("--compile", action="store_true", help="compiled instead of eager; fixed counts only")
@@ -57,7 +139,7 @@ def arguments() -> argparse.Namespace:
     add("--threads", type=int, help="CPU threads; default: physical cores")
     add("--seed", type=int, default=0)
     add("--out", type=Path, help="JSON with everything, written anew after every cell")
-    add("--raw", action="store_true", help="every sample into the JSON")
+    add("--plot", type=Path, help="the result as a picture")
     add("--commit", help="what to record where git cannot tell")
     add("--profile", choices=tuple(METHODS), metavar="METHOD", help="explain one method instead")
     add("--quick", action="store_true", help="smoke test: tiny model, batch 1 and 2, 3 rounds")
@@ -65,174 +147,64 @@ def arguments() -> argparse.Namespace:
     if args.quick:
         args.model, args.batches, args.rounds, args.warmup = "tiny", [1, 2], 3, 1
         args.dtypes, args.sample_ms = ["fp32"], 0.0
-    if args.rounds < 1 or args.warmup < 0 or min(args.batches) < 1:
-        parser.error("rounds and batches must be at least 1, warmup at least 0")
     return args
-
-
-# One cell ----------------------------------------------------------------------------------------
-
-
-class Bench:
-    """Models and calls of one dtype; cells differ in the batch."""
-
-    def __init__(self, args: argparse.Namespace, dtype: str) -> None:
-        self.args, self.dtype = args, dtype
-        self.vit = build_model(args.model, DTYPES[dtype], args.device)
-        self.side = self.vit.patch_embed.img_size[0]
-        keys = [args.profile] if args.profile else args.methods
-        self.keys = [key for key in keys if not (args.compile and METHODS[key].varies)]
-        sharp = sharpen(self.vit) if "ats" in self.keys else None
-        with torch.no_grad():
-            self.models = {
-                key: reduced_model(key, self.vit, sharp, self.side, args.seed) for key in self.keys
-            }
-
-    def cell(self, batch: int) -> dict[str, Any]:
-        """Calls of all variants at one batch size, and what to know about them."""
-        images = natural_images(batch, self.side, self.args.seed + 1000)
-        images = images.to(self.args.device, DTYPES[self.dtype])
-        calls = {name: self._call(self.vit, images) for name in (DENSE, AGAIN)}
-        oracles: dict[str, str] = {}
-        facts: dict[str, dict[str, Any]] = {}
-        known: dict[tuple[Any, ...], str] = {}
-        for key, model in self.models.items():
-            trace = model.trace(images)
-            counts = Counts.of(trace)
-            oracle = oracle_for(model, trace)
-            same = (type(oracle), id(model.vit), counts)
-            if same not in known:  # methods with one schedule share the oracle
-                known[same] = f"oracle of {key}"
-                calls[known[same]] = self._call(oracle, images)
-            calls[key] = self._call(model, images)
-            oracles[key] = known[same]
-            facts[key] = {
-                "tokens": counts.summary(),
-                "acting_blocks": len(model.reducer.acts),
-                "depth": model.backbone.spec.depth,
-            }
-        return {"calls": calls, "oracles": oracles, "facts": facts}
-
-    def _call(self, model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
-        if not self.args.compile:
-            return lambda: model(images)
-
-        def run() -> Tensor:
-            return model(images)
-
-        # A code object of its own for each variant, so that none of them waits for the guards
-        # of the others.
-        fresh = types.FunctionType(
-            run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__
-        )
-        return torch.compile(fresh, fullgraph=True, dynamic=False, mode=self.args.compile_mode)
-
-
-def run_cell(bench: Bench, batch: int, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    cell = Cell(args.model, bench.dtype, batch, args.compile)
-    parts = bench.cell(batch)
-    calls = parts["calls"]
-    start = time.perf_counter()
-    for call in calls.values():  # compiles, and fills every cache
-        call()
-    if args.compile:
-        print(f"  compiled {len(calls)} variants in {time.perf_counter() - start:.0f} s")
-    timings = measure(
-        calls,
-        rounds=args.rounds,
-        warmup=args.warmup,
-        sample_ms=args.sample_ms,
-        device=args.device,
-        seed=args.seed,
-        announce=lambda text: print(f"  {text}", flush=True),
-    )
-    memory = None
-    if args.device == "cuda":
-        memory = {name: peak_memory(call) for name, call in calls.items()}
-    rows = report.rows_of(cell, timings, parts["oracles"], parts["facts"])
-    text = report.text_of(cell, timings, rows, memory)
-    return text, report.cell_json(cell, timings, rows, memory, args.raw)
-
-
-def profile_method(args: argparse.Namespace) -> None:
-    bench, batch = Bench(args, args.dtypes[0]), args.batches[0]
-    parts = bench.cell(batch)
-    calls, key = parts["calls"], args.profile
-    oracle = calls[parts["oracles"][key]]
-    print(f"{key} against its oracle: {args.model}, {bench.dtype}, batch {batch}, {args.device}\n")
-    print(profiling.compare(calls[key], oracle, args.device), "\n")
-    print(profiling.table(calls[key], args.device))
-
-
-# All cells ---------------------------------------------------------------------------------------
 
 
 def main() -> None:
     args = arguments()
-    machine.tune_malloc(args.device)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("no CUDA device here; use --device cpu")
-    threads = args.threads or machine.physical_cores()
-    torch.set_num_threads(threads)
-    if args.compile:
-        import torch._inductor.config as inductor
+    machine.tune_malloc(args.device, "speed.py")
+    torch.set_num_threads(args.threads or machine.physical_cores())
+    vit = build_model(args.model)
+    if args.profile:
+        print(
+            explain(
+                vit,
+                method_for(args.profile, vit),
+                batch=args.batches[0],
+                dtype=args.dtypes[0],
+                device=args.device,
+                seed=args.seed,
+            )
+        )
+        return
+    console = terminal(150)
 
-        # Constant weights, as deployed; on a CPU the linear layers are packed for it.
-        inductor.freezing = args.device == "cpu"
-    about = machine.facts(args.device, threads)
-    print(
-        f"torch {about['torch']}, timm {about['timm']}, python {about['python']}; "
-        f"{about.get('gpu', about['cpu'])}, {threads} threads",
-        flush=True,
-    )
-    # Freezing and inference tensors do not go together; without gradients both cost the same
-    # once compiled.
-    with torch.no_grad() if args.compile else torch.inference_mode():
-        if args.profile:
-            profile_method(args)
-            return
-        run_all(args, about)
+    def finished(result: Result) -> None:
+        result.commit = args.commit or result.commit
+        if args.model != "tiny":
+            judge(result.cells[-1])
+        if args.out is not None:
+            result.save(args.out)
+        show_latest(result, console)
 
-
-def run_all(args: argparse.Namespace, about: dict[str, Any]) -> None:
-    content: dict[str, Any] = {
-        "what": "speed of foveate's methods against the dense model and their oracles",
-        "command": machine.command(),
-        "commit": machine.commit(args.commit),
-        "machine": about,
-        "settings": {
-            "seed": args.seed,
-            "warmup_rounds": args.warmup,
-            "least_sample_ms": args.sample_ms,
-            "gradients": "no_grad" if args.compile else "inference_mode",
-            "compile_mode": args.compile_mode if args.compile else None,
-            "freezing": args.compile and args.device == "cpu",
-            "weights": "random; ats: query and key rows x3 from a quarter of the depth on; svit, "
-            "spvit with a count per image: gates scaled and shifted to their target share",
-            "images": "synthetic, 1/f noise with varying exponent, contrast and flat regions",
-            "noise": "aa_spread: how far the 95 % interval of the dense model's A/A ratio reaches "
-            "from 1; a bar missed by less is 'within A/A spread'",
-            "share_of_oracle": "oracle time / method time, median over rounds",
-        },
-        "cells": [],
-    }
-    for dtype in args.dtypes:
-        bench = Bench(args, dtype)
-        for batch in args.batches:
-            print(f"\n{args.model}, {dtype}, batch {batch}:", flush=True)
-            text, found = run_cell(bench, batch, args)
-            print(text, flush=True)
-            content["cells"].append(found)
-            if args.out is not None:
-                report.write(args.out, content)
-            if args.compile:
-                torch._dynamo.reset()
-            gc.collect()
-        del bench
-    print("\n" + report.legend(args.device == "cuda"))
-    if args.rounds < 30:
-        print(f"{args.rounds} rounds only: a trial, not a result.")
+    with progress_bar() as progress:
+        result = speed(
+            vit,
+            {key: method_for(key, vit) for key in args.methods},
+            batches=args.batches,
+            dtypes=args.dtypes,
+            rounds=args.rounds,
+            warmup=args.warmup,
+            sample_ms=args.sample_ms,
+            device=args.device,
+            compile=args.compile,
+            compile_mode=args.compile_mode,
+            seed=args.seed,
+            name=args.model,
+            command=machine.command("python benchmarks/speed.py"),
+            notes={"weights": "random; ats: query and key rows x3 from a quarter of the depth on"},
+            quick=args.quick,
+            progress=progress,
+            finished=finished,
+        )
+    for part in closing(result):
+        console.print(part)
+    if args.plot is not None:
+        result.plot(args.plot)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        raise SystemExit(f"speed.py: {error}") from error

@@ -357,34 +357,36 @@ class ReducedViT(nn.Module):
         table: Tensor | None,
         records: list[BlockTrace] | None = None,
     ) -> TokenState:
+        attended = self.reducer.before(block, state)
+        fed = self._attention(backbone, block, attended, table)
+        x = fed.x + _dropped(backbone.drop_path(block, 1), backbone.feedforward(block, fed.x), fed)
+        left = self.reducer.after(block, fed.replace(x=x))
+        if records is not None:
+            records.append(BlockTrace(attended, fed, left))
+        return left
+
+    def _attention(
+        self, backbone: Backbone, block: int, state: TokenState, table: Tensor | None
+    ) -> TokenState:
+        """Attention and what a method does after it.
+
+        A function of its own so that queries, keys and values are freed before the feed forward,
+        where memory peaks.
+        """
         reducer = self.reducer
-        state = reducer.before(block, state)
-        attended = state
         heads = backbone.qkv(block, state.x, self._rotary(block, state, table))
         out = attend(heads, state, proportional=reducer.proportional, eps=reducer.softmax_eps)
         x = state.x + _dropped(
             backbone.drop_path(block, 0), backbone.project(block, out, heads), state
         )
         state = state.replace(x=x)
-        if reducer.wants(block):
-            mean = backbone.key_mean(block, heads) if "key_mean" in reducer.needs else None
-            seen = Seen(
-                heads,
-                state,
-                reducer.needs,
-                backbone.spec.class_token,
-                reducer.proportional,
-                mean,
-            )
-            state = reducer.between(block, state, seen)
-        fed = state
-        x = state.x + _dropped(
-            backbone.drop_path(block, 1), backbone.feedforward(block, state.x), state
+        if not reducer.wants(block):
+            return state
+        mean = backbone.key_mean(block, heads) if "key_mean" in reducer.needs else None
+        seen = Seen(
+            heads, state, reducer.needs, backbone.spec.class_token, reducer.proportional, mean
         )
-        state = reducer.after(block, state.replace(x=x))
-        if records is not None:
-            records.append(BlockTrace(attended, fed, state))
-        return state
+        return reducer.between(block, state, seen)
 
     @staticmethod
     def _rotary(block: int, state: TokenState, table: Tensor | None) -> Tensor | None:

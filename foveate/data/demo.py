@@ -30,7 +30,7 @@ def demo_vit() -> nn.Module:
     """The trained model in evaluation mode: grey images of 28 x 28 in, ten classes out."""
     from timm.models import VisionTransformer
 
-    model = VisionTransformer(**demo_arguments())
+    model: Any = VisionTransformer(**demo_arguments())
     # Where timm's models say how their images are prepared.
     model.pretrained_cfg = {"mean": (MEAN,), "std": (STD,), "input_size": (1, 28, 28)}
     with as_file(files("foveate.data").joinpath("files", "demo_vit.safetensors")) as path:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["command", "commit", "facts", "physical_cores", "tune_malloc"]
+__all__ = ["command", "commit", "facts", "malloc_untuned", "physical_cores", "tune_malloc"]
 
 # Without these, glibc returns large activations to the system after every call and the page faults
 # make a dense DeiT-S up to 40 % slower, differently in every process.
@@ -23,12 +23,25 @@ _MALLOC = {
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-def tune_malloc(device: str) -> None:
-    """On a CPU under glibc, start this program anew with malloc tuned, unless it is already."""
+def malloc_untuned(device: str) -> dict[str, str]:
+    """Settings of malloc that this process should have been started with and was not.
+
+    None are missing on CUDA, with another C library than glibc, or under a preloaded malloc.
+    """
     if device != "cpu" or platform.libc_ver()[0] != "glibc" or os.environ.get("LD_PRELOAD"):
-        return
-    missing = {name: value for name, value in _MALLOC.items() if name not in os.environ}
-    if not missing:
+        return {}
+    return {name: value for name, value in _MALLOC.items() if name not in os.environ}
+
+
+def tune_malloc(device: str, program: str = "foveate") -> None:
+    """Start this program anew with malloc tuned, unless it is already.
+
+    Nothing happens in a process that is another program, such as one that imports this one.
+    """
+    missing = malloc_untuned(device)
+    main = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
+    # The script that pip makes is .../foveate; python -m foveate runs foveate/__main__.py.
+    if not missing or program not in (main.name, main.parent.name):
         return
     listed = " ".join(f"{name}={value}" for name, value in missing.items())
     print(f"malloc is not tuned: starting again with {listed}", flush=True)
@@ -52,14 +65,14 @@ def physical_cores() -> int:
     return max(1, len(cores))
 
 
-def commit(given: str | None) -> str | None:
+def commit() -> str | None:
     """The commit that is measured, marked where the working tree differs; None if unknown."""
-    if given:
-        return given
+    if not (_ROOT / ".git").exists():  # installed, perhaps into somebody else's repository
+        return None
     try:
         head = _git("rev-parse", "HEAD")
         changed = _git("status", "--porcelain", "--", "foveate", "benchmarks")
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.SubprocessError):
         return None
     return head + (" with uncommitted changes" if changed else "")
 
@@ -71,13 +84,13 @@ def _git(*words: str) -> str:
     return done.stdout.strip()
 
 
-def command() -> str:
-    """The command line, with folders of this machine left out."""
+def command(program: str) -> str:
+    """The command line after the program's name, with folders of this machine left out."""
     words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
-    return shlex.join(["python", "benchmarks/speed.py", *words])
+    return f"{program} {shlex.join(words)}".strip()
 
 
-def facts(device: str, threads: int) -> dict[str, Any]:
+def facts(device: str) -> dict[str, Any]:
     """Versions and names: all that somebody needs to judge a number, nothing private."""
     import timm
     import torch
@@ -86,28 +99,30 @@ def facts(device: str, threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": timm.__version__,
-        "foveate": _foveate_version(),
+        "transformers": _version("transformers"),
+        "foveate": _version("foveate"),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
-        "threads": threads,
+        "threads": torch.get_num_threads(),
         "device": device,
         "malloc": {name: os.environ.get(name) for name in _MALLOC} if device == "cpu" else None,
+        "malloc_tuned": not malloc_untuned(device),
         "preload": bool(os.environ.get("LD_PRELOAD")),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
     if device == "cuda":
-        card = torch.cuda.get_device_properties(0)
+        card = torch.cuda.get_device_properties(device)
         found["gpu"] = card.name
         found["gpu_memory_gib"] = round(card.total_memory / 2**30, 1)
         found["cuda"] = torch.version.cuda
     return found
 
 
-def _foveate_version() -> str | None:
+def _version(package: str) -> str | None:
     try:
-        return importlib.metadata.version("foveate")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return None  # run from a checkout
+        return None  # not installed, or run from a checkout
 
 
 def _cpu_name() -> str:

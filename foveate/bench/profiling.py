@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["compare", "table"]
+__all__ = ["compare", "silenced", "table"]
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Keep what torch's profiler says about itself, on the error output, from the terminal."""
+    said, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(said, 2)
+        os.close(said)
+        os.close(nowhere)
 
 
 def _profiled(call: Callable[[], Any], device: str, calls: int) -> Any:
@@ -17,7 +32,7 @@ def _profiled(call: Callable[[], Any], device: str, calls: int) -> Any:
         activities.append(ProfilerActivity.CUDA)
     for _ in range(3):
         call()
-    with profile(activities=activities) as found:
+    with silenced(), profile(activities=activities) as found:
         for _ in range(calls):
             call()
         if device == "cuda":

@@ -12,9 +12,22 @@ from typing import Any
 
 import torch
 
-__all__ = ["Interval", "Timings", "measure", "median_of", "peak_memory"]
+__all__ = [
+    "AGAIN",
+    "DENSE",
+    "UNFUSED",
+    "Call",
+    "Interval",
+    "Timings",
+    "measure",
+    "median_of",
+    "paired_ratio",
+]
 
 Call = Callable[[], Any]
+
+# Names of the variants that every run has besides the methods and their oracles.
+DENSE, AGAIN, UNFUSED = "dense", "dense again", "dense un-fused"
 
 
 @dataclass(frozen=True)
@@ -29,6 +42,15 @@ class Interval:
     def rounded(self, digits: int = 4) -> dict[str, float]:
         """As a dictionary for JSON."""
         return {name: round(value, digits) for name, value in asdict(self).items()}
+
+    def beyond(self, spread: float) -> str:
+        """What a ratio says where so much strays by itself: "faster", "slower" or "no difference".
+
+        The whole interval must lie outside 1 +- spread; anything else was not measured.
+        """
+        if self.low > 1 + spread:
+            return "faster"
+        return "slower" if self.high < 1 - spread else "no difference"
 
     def __str__(self) -> str:
         return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
@@ -55,6 +77,11 @@ def _coverage(n: int, rank: int) -> float:
     return max(0.0, 1 - 2 * outside / 2**n)
 
 
+def paired_ratio(own: Sequence[float], reference: Sequence[float]) -> Interval:
+    """How many times faster ``own`` is than ``reference``, from their times round by round."""
+    return median_of([other / time for other, time in zip(reference, own, strict=True)])
+
+
 @dataclass
 class Timings:
     """Milliseconds per call of every variant, one number a round."""
@@ -68,8 +95,7 @@ class Timings:
 
     def ratio(self, name: str, to: str) -> Interval:
         """How many times faster ``name`` is than ``to``: time of ``to`` over time of ``name``."""
-        pairs = zip(self.samples[to], self.samples[name], strict=True)
-        return median_of([reference / own for reference, own in pairs])
+        return paired_ratio(self.samples[name], self.samples[to])
 
     def extra_ms(self, name: str, over: str) -> float:
         """Median of the per-round difference in time."""
@@ -85,7 +111,7 @@ def measure(
     sample_ms: float,
     device: str,
     seed: int = 0,
-    announce: Callable[[str], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Timings:
     """Time all variants, interleaved.
 
@@ -95,19 +121,13 @@ def measure(
         warmup: rounds before them that do not.
         sample_ms: one sample repeats its call until the fastest variant takes about this long;
             the number of repeats is the same for all variants.
-        device: "cpu" or "cuda"; on CUDA the device is synchronised around every sample.
+        device: on CUDA the device is synchronised around every sample.
         seed: of the order within rounds.
-        announce: told once how long it will take.
+        progress: told, between rounds, how many of all rounds are done.
     """
     sync = torch.cuda.synchronize if device == "cuda" else _nothing
-    probe = {name: min(_sample(call, 1, sync) for _ in range(3)) for name, call in calls.items()}
-    repeats = max(1, math.ceil(sample_ms / min(probe.values())))
-    if announce is not None:
-        seconds = sum(probe.values()) * repeats * (rounds + warmup) / 1e3
-        announce(
-            f"{len(calls)} variants, {warmup} + {rounds} rounds of {repeats} calls: about "
-            f"{seconds:.0f} s"
-        )
+    probe = min(min(_sample(call, 1, sync) for _ in range(3)) for call in calls.values())
+    repeats = max(1, math.ceil(sample_ms / probe))
     order, shuffle = list(calls), random.Random(seed)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(-warmup, rounds):
@@ -116,6 +136,8 @@ def measure(
             taken = _sample(calls[name], repeats, sync)
             if turn >= 0:
                 samples[name].append(taken)
+        if progress is not None:
+            progress(warmup + turn + 1, warmup + rounds)
     return Timings(samples, repeats)
 
 
@@ -130,13 +152,3 @@ def _sample(call: Call, repeats: int, sync: Call) -> float:
 
 def _nothing() -> None:
     return None
-
-
-def peak_memory(call: Call) -> int:
-    """Bytes that one call needs on the GPU beyond what is there before it."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before

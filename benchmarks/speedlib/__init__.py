@@ -1,1 +1,0 @@
-"""Parts of ``benchmarks/speed.py``: machine facts, timing, models and images, oracles, report."""

@@ -1,0 +1,91 @@
+"""Gates nobody has trained decide arbitrarily; here they are set to keep about their target.
+
+Only gates that let each image have its own count need it. The last layer of each is scaled so that
+the log-odds of keeping have unit spread, and its bias moved so that a calibration batch keeps
+exactly the gate's target share; other images then keep about that share, each its own count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.core import GatedReducer, ReducedViT, TokenState
+
+__all__ = ["calibrate"]
+
+# The layer that makes a gate's log-odds, by method and stage.
+_LAST: dict[str, Callable[[Any, int], nn.Module]] = {
+    "dynamicvit": lambda reducer, stage: reducer.predictors[stage].out[-1],
+    "spvit": lambda reducer, stage: reducer.selectors[stage].predictors.rest[-1],
+    "svit": lambda reducer, stage: reducer.gates[stage][-1],
+}
+
+
+@torch.no_grad()
+def calibrate(model: ReducedViT, images: Tensor) -> bool:
+    """Set every gate in one pass, each on the tokens that the gates before it leave.
+
+    Says whether there was any gate to set.
+    """
+    gated = [
+        part
+        for part in model.reducer.members
+        if part.gated and not part.fixed_count and part.name in _LAST
+    ]
+    for part in gated:
+        vars(part)["before"] = _setting(part)
+    try:
+        if gated:
+            model.run(images)
+    finally:
+        for part in gated:
+            del vars(part)["before"]
+    return bool(gated)
+
+
+def _setting(reducer: Any) -> Callable[[int, TokenState], TokenState]:
+    """The method's ``before``, which sets the gate of a block just before it decides."""
+    decide = reducer.before
+
+    def before(block: int, state: TokenState) -> TokenState:
+        if block in reducer.acts:
+            stage = reducer.acts.index(block)
+            odds = _odds(reducer, stage, state)
+            _set(odds, _wanted(reducer, stage, state, odds), _LAST[reducer.name](reducer, stage))
+        return decide(block, state)
+
+    return before
+
+
+def _odds(reducer: Any, stage: int, state: TokenState) -> Tensor:
+    """Log-odds of keeping of every token that the gate decides about, in one row."""
+    counted = state.present()
+    if isinstance(reducer, GatedReducer):
+        logits, candidates = reducer.logits(stage, state), reducer.candidates(state)
+        if candidates is not None:
+            counted = candidates if counted is None else counted & candidates
+    else:
+        logits = state.after_prefix(reducer.gates[stage](state.x))
+    odds = (logits[..., 0] - logits[..., 1]).float()
+    return odds.flatten() if counted is None else odds[counted]
+
+
+def _wanted(reducer: Any, stage: int, state: TokenState, odds: Tensor) -> float:
+    """How many of them its target share is: of all patches, or of those that are there."""
+    if isinstance(reducer, GatedReducer):
+        return reducer.schedule.share(stage) * state.patches * state.batch
+    return reducer.target(stage) * odds.numel()
+
+
+def _set(odds: Tensor, wanted: float, layer: Any) -> None:
+    """Scale a layer that makes log-odds to unit spread; move its bias so ``wanted`` are kept."""
+    spread = float(odds.std().clamp_min(1e-6))
+    dropped = min(max(round(odds.numel() - wanted), 0), odds.numel() - 1)
+    threshold = float(odds.sort().values[dropped])
+    layer.weight /= spread
+    layer.bias[..., 0] = (layer.bias[..., 0] - threshold) / spread
+    layer.bias[..., 1] /= spread

@@ -1,0 +1,93 @@
+"""Images to measure with. They matter to methods whose token count depends on the image."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from foveate.data import ImageFiles, Preprocessing, fashion_mnist_mini, normalise
+
+__all__ = ["Images", "images_for", "natural_images", "read_images"]
+
+_FASHION = (1, 28, 28)
+_SYNTHETIC = "synthetic, 1/f noise with varying exponent, contrast and flat regions"
+
+
+class Images(NamedTuple):
+    """Preprocessed images ``[N, C, H, W]``, and in words where they come from."""
+
+    pixels: Tensor
+    source: str
+
+    def take(self, count: int, start: int = 0) -> Tensor:
+        """So many of them from a place on, from the beginning again when they are used up."""
+        index = torch.arange(start, start + count) % len(self.pixels)
+        return self.pixels.index_select(0, index)
+
+
+def images_for(
+    channels: int, size: tuple[int, int], count: int, seed: int, given: Tensor | Images | None
+) -> Images:
+    """The given images, or the real ones that ship for models they fit, or synthetic ones.
+
+    Args:
+        channels: of the model's input.
+        size: its height and width.
+        count: how many are wanted; given ones may be fewer.
+        seed: of synthetic ones.
+        given: from the user.
+    """
+    shape = (channels, *size)
+    if given is not None:
+        images = given if isinstance(given, Images) else Images(given, "given by the caller")
+        pixels = images.pixels
+        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != shape or len(pixels) == 0:
+            raise ValueError(
+                f"images must be [N, {', '.join(map(str, shape))}] for this model, got "
+                f"{list(pixels.shape)}"
+            )
+        again = ", used again where a batch needs more" if len(pixels) < count else ""
+        return Images(pixels, f"{images.source}: {len(pixels)}{again}")
+    if shape == _FASHION:
+        return Images(normalise(fashion_mnist_mini().images), "Fashion-MNIST, test images")
+    return Images(natural_images(count, size, seed, channels), _SYNTHETIC)
+
+
+def read_images(model: nn.Module, paths: Sequence[str | os.PathLike[str]], count: int) -> Images:
+    """At most so many images of files and folders, as ``model`` takes them."""
+    prepare, files = Preprocessing.of(model), ImageFiles(paths)
+    pixels = torch.stack([prepare(image).tensor for _, image in islice(files, count)])
+    return Images(pixels, "from files")
+
+
+def natural_images(count: int, size: tuple[int, int], seed: int, channels: int = 3) -> Tensor:
+    """Synthetic images with the statistics that matter here, ``[count, C, H, W]`` float32.
+
+    Noise whose amplitude falls as 1 / f**a, as that of photographs does; the exponent, the
+    contrast and a smooth window that leaves part of the picture flat differ between images, so
+    they differ in how much of them is worth a token. Deterministic in ``seed``.
+    """
+    noise = torch.Generator().manual_seed(seed)
+    rows, columns = torch.fft.fftfreq(size[0])[:, None], torch.fft.rfftfreq(size[1])[None]
+    frequency = (rows.square() + columns.square()).sqrt().clamp_min(1 / max(size))
+
+    def field_of(channels: int, exponent: float) -> Tensor:
+        white = torch.randn(channels, *size, generator=noise)
+        smooth = torch.fft.irfft2(torch.fft.rfft2(white) / frequency**exponent, s=size)
+        return (smooth - smooth.mean((1, 2), keepdim=True)) / smooth.std((1, 2), keepdim=True)
+
+    images = []
+    for _ in range(count):
+        exponent, contrast, level = (
+            low + (high - low) * float(torch.rand((), generator=noise))
+            for low, high in ((0.7, 1.6), (0.4, 1.4), (-2.0, 1.0))
+        )
+        grey, colour = field_of(1, exponent), field_of(channels, exponent)
+        window = torch.sigmoid(6 * (field_of(1, 2.5) - level))
+        images.append(contrast * window * (0.9 * grey + 0.4 * colour))
+    return torch.stack(images)

@@ -1,0 +1,177 @@
+"""Measure speed and memory: dense, un-fused, and each method next to its oracle, interleaved.
+
+Every variant is timed once a round, in random order. The table has ratios of paired rounds with
+their 95 % interval and what the dense model strays from itself (A/A); a method is called faster
+only beyond that. On a CPU the command starts itself again with malloc tuned, and says so.
+
+In a terminal:
+  foveate bench deit_small_patch16_224 evit "tome(r=13)" --untrained
+  foveate bench deit_small_patch16_224 evit dynamicvit --batch 1 8 32 --dtype fp32 bf16 --untrained
+  foveate bench demo "evit(keep=0.7)" "ats(K=20)" --quick
+  foveate bench svit/ --images photos/ --out svit.json --plot svit.png
+  foveate bench vit.safetensors evit --device cuda --compile --batch 32 --dtype bf16
+  foveate bench --compare svit.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from foveate.cli.models import MODEL_HELP
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from foveate.bench import Images, Result
+
+__all__ = ["add_arguments", "run"]
+
+_PLOTS = (".pdf", ".png", ".svg")
+_QUICK_ROUNDS = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command line."""
+    add = parser.add_argument
+    add("model", nargs="?", help=MODEL_HELP)
+    add("methods", nargs="*", default=[], metavar="METHOD", help='such as "evit(keep=0.7)"')
+    parser.set_defaults(more="methods")
+    add("--batch", type=int, nargs="+", metavar="N", help="batch sizes (1 8 32)")
+    add(
+        "--dtype",
+        nargs="+",
+        choices=("fp32", "bf16", "fp16"),
+        default=["fp32"],
+        help="of weights and images (fp32)",
+    )
+    add("--device", default="cpu", help="cpu or cuda (cpu)")
+    add("--compile", action="store_true", help="compiled instead of eager; fixed counts alone")
+    add("--compile-mode", default="default", help="of torch.compile, such as reduce-overhead")
+    add(
+        "--images",
+        nargs="+",
+        metavar="PATH",
+        help="image files and folders, for methods whose token count depends on the image",
+    )
+    add("--rounds", type=int, metavar="N", help="rounds that count, at least 30 (30)")
+    add("--threads", type=int, metavar="N", help="CPU threads (the physical cores)")
+    add("--seed", type=int, default=0, metavar="N", help="of images, gates and order (0)")
+    add("--out", type=Path, metavar="FILE", help="JSON with everything, every round too")
+    add("--plot", type=Path, metavar="FILE", help="the result as a picture: .png, .svg or .pdf")
+    add("--untrained", action="store_true", help="a timm model with random weights")
+    add("--quick", action="store_true", help="few rounds at batch 1 and 2: to see that it works")
+    add("--profile", action="store_true", help="explain one method's time, operator by operator")
+    add(
+        "--compare",
+        nargs="+",
+        metavar="FILE",
+        help="methods of saved results against each other; refused unless they ran interleaved",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, or compare what was measured."""
+    if args.compare:
+        if args.model is not None:
+            raise ValueError("--compare reads saved results; leave MODEL and METHOD out")
+        _compare(args.compare)
+        return
+    if args.model is None:
+        raise ValueError("name a MODEL, or saved results with --compare")
+    if args.plot is not None and args.plot.suffix not in _PLOTS:
+        raise ValueError(f"{args.plot}: plots are written as {', '.join(_PLOTS)}")
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {args.threads}")
+    for path in (args.out, args.plot):
+        if path is not None:  # an unwritable place is said before the work
+            path.parent.mkdir(parents=True, exist_ok=True)
+    from foveate.bench import machine
+
+    machine.tune_malloc(args.device)
+
+    import torch
+
+    torch.set_num_threads(args.threads or machine.physical_cores())
+    _measure(args)
+
+
+def _measure(args: argparse.Namespace) -> None:
+    from foveate import bench
+    from foveate.bench import machine
+    from foveate.bench.progress import progress_bar
+    from foveate.bench.report import closing, show_latest, terminal
+    from foveate.cli.models import open_base
+
+    model = open_base(args.model, untrained=args.untrained)
+    batches = args.batch or ([1, 2] if args.quick else [1, 8, 32])
+    images = _images(args, model, max(batches))
+    if args.profile:
+        if len(args.methods) != 1:
+            raise ValueError("--profile explains one METHOD; name one")
+        found = bench.explain(
+            model,
+            args.methods[0],
+            batch=batches[0],
+            dtype=args.dtype[0],
+            device=args.device,
+            images=images,
+            seed=args.seed,
+        )
+        print(found)
+        return
+    console = terminal()
+
+    def finished(result: Result) -> None:
+        if args.out is not None:
+            result.save(args.out)
+        show_latest(result, console)
+
+    with progress_bar() as progress:
+        result = bench.speed(
+            model,
+            args.methods,
+            batches=batches,
+            dtypes=args.dtype,
+            rounds=args.rounds or (_QUICK_ROUNDS if args.quick else 30),
+            warmup=1 if args.quick else 3,
+            sample_ms=0.0 if args.quick else 20.0,
+            device=args.device,
+            compile=args.compile,
+            compile_mode=args.compile_mode,
+            images=images,
+            seed=args.seed,
+            name=Path(args.model).name,
+            command=machine.command("foveate"),
+            notes={"weights": "random" if args.untrained else "as given"},
+            quick=args.quick,
+            progress=progress,
+            finished=finished,
+        )
+    for part in closing(result):
+        console.print(part)
+    if args.plot is not None:
+        result.plot(args.plot)
+    for path in (args.out, args.plot):
+        if path is not None:
+            print(f"wrote    {path}")
+
+
+def _images(args: argparse.Namespace, model: nn.Module, batch: int) -> Images | None:
+    """The user's images, as many as are needed."""
+    if not args.images:
+        return None
+    from foveate.bench.images import read_images
+    from foveate.bench.run import CALIBRATION_IMAGES
+
+    return read_images(model, args.images, batch + CALIBRATION_IMAGES)
+
+
+def _compare(paths: list[str]) -> None:
+    from foveate.bench import Result, compare_all
+    from foveate.bench.report import comparisons_table, terminal
+
+    console = terminal()
+    for cell, pairs in compare_all([Result.load(path) for path in paths]):
+        console.print(comparisons_table(cell, pairs))

@@ -1,0 +1,124 @@
+"""The cells of the demo: which methods at which rates, and what is measured of each."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from importlib.resources import as_file, files
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import foveate
+from foveate.core import ReducedViT
+from foveate.data import fashion_mnist_mini, normalise
+
+__all__ = ["CELLS", "TRAINED", "Cell", "Row", "accuracy", "build", "evaluate", "test_images"]
+
+# Gates that ship with the package: trained at keep 0.7 on the frozen demo model.
+TRAINED = ("dynamicvit", "spvit", "static", "svit")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one rate."""
+
+    method: str
+    rate: str
+
+    @property
+    def text(self) -> str:
+        """As ``foveate.apply`` takes it; "" is the dense model."""
+        return f"{self.method}({self.rate})" if self.rate else self.method
+
+
+def _rates(method: str, *rates: str) -> list[Cell]:
+    return [Cell(method, rate) for rate in rates]
+
+
+_KEEPS = ("keep=0.9", "keep=0.7", "keep=0.5")
+CELLS = (
+    Cell("", ""),
+    *_rates("attention", *_KEEPS),
+    *_rates("evit", *_KEEPS),
+    *_rates("tokenmergence", *_KEEPS),
+    *_rates("tome", "r=1", "r=2", "r=3"),
+    *_rates("ats", "K=40", "K=28", "K=16"),
+    *_rates("evovit", "keep=0.7", "keep=0.5"),
+    *_rates("dynamicvit", *_KEEPS),
+    *_rates("spvit", "keep=0.7"),
+    *_rates("svit", "keep=0.7"),
+    *_rates("static", *_KEEPS),
+    *_rates("structural", "after_block=5"),
+    *_rates("random", *_KEEPS),
+)
+
+
+@dataclass
+class Row:
+    """What was counted and measured of a cell.
+
+    Attributes:
+        method: "dense" or the method with its rate.
+        accuracy: right answers on the shipped test images, per cent.
+        gmacs: multiply-adds of an image, measured where images differ, in thousands of millions.
+        tokens: tokens of the last block, mean over images.
+        gates: "", or how the method's gates were trained.
+        speed: for each batch size, speed over dense with its interval, and images per second.
+    """
+
+    method: str
+    accuracy: float
+    gmacs: float
+    tokens: float
+    gates: str
+    speed: dict[int, dict[str, float]]
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def test_images() -> tuple[Tensor, Tensor]:
+    """The shipped test images, normalised, and their classes."""
+    images, labels = fashion_mnist_mini("test")
+    return normalise(images), labels
+
+
+def build(cell: Cell, vit: nn.Module) -> nn.Module:
+    """The model of a cell; gates that ship are loaded."""
+    if not cell.method:
+        return vit
+    model = foveate.apply(vit, cell.text, check=False).eval()
+    if cell.method in TRAINED:
+        with as_file(files("foveate.data").joinpath("files", f"demo_{cell.method}")) as folder:
+            shipped = foveate.load(folder, vit)
+        assert isinstance(shipped, ReducedViT)
+        model.reducer.load_state_dict(shipped.reducer.state_dict())
+    return model
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 250) -> float:
+    """Right answers in per cent."""
+    right = 0
+    for x, y in zip(images.split(batch), labels.split(batch), strict=True):
+        right += int((model(x).argmax(1) == y).sum())
+    return 100 * right / len(labels)
+
+
+def evaluate(cell: Cell, vit: nn.Module, images: Tensor, labels: Tensor) -> Row:
+    """Accuracy and counts of a cell; speed is measured for all cells together."""
+    model = build(cell, vit)
+    if isinstance(model, ReducedViT) and not model.reducer.fixed_count:
+        counted = foveate.count(model, images=images[:500])
+    else:
+        counted = foveate.count(model)
+    return Row(
+        method=cell.text or "dense",
+        accuracy=accuracy(model, images, labels),
+        gmacs=counted.macs / 1e9,
+        tokens=counted.tokens[-1],
+        gates="trained at keep 0.7, backbone frozen" if cell.method in TRAINED else "",
+        speed={},
+    )

@@ -1,0 +1,137 @@
+"""The command line of ``foveate bench``, on a small model from a folder."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from small import vit
+
+import foveate
+from foveate.bench import Result, machine
+from foveate.cli import main
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    reduced = foveate.apply(vit(img_size=16, depth=2).eval(), "evit(keep=0.5)")
+    foveate.save(reduced, tmp_path / "small", everything=True)
+    return str(tmp_path / "small")
+
+
+def run(*words: object) -> int:
+    return main(["bench", *map(str, words), "--threads", "1"])
+
+
+def test_quick_run_writes_everything(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, plot = tmp_path / "new" / "r.json", tmp_path / "r.png"
+    words = ("tome(r=1)", "--quick", "--batch", 2, "--rounds", 3, "--out", out, "--plot", plot)
+    assert run(model, *words) == 0
+    printed = capsys.readouterr().out
+    assert "small, fp32, batch 2, eager: 3 rounds of 1 calls" in printed
+    assert "images: synthetic" in printed and "a trial, not a result" in printed
+    assert "evit(keep=0.5)" in printed and "tome(r=1)" in printed
+    assert f"wrote    {out}" in printed and plot.read_bytes().startswith(b"\x89PNG")
+    saved = Result.load(out)
+    assert saved.methods == ["evit(keep=0.5)", "tome(r=1)"]
+    assert saved.command is not None and saved.command.startswith("foveate")
+    assert main(["bench", "--compare", str(out), str(out)]) == 0
+    assert "tome(r=1)" in capsys.readouterr().out
+
+
+def test_methods_stand_anywhere(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(model, "--quick", "--batch=1", "tome(r=1)", "--rounds=1", "static") == 0
+    printed = capsys.readouterr().out
+    assert "tome(r=1)" in printed and "static" in printed
+
+
+def test_images_of_the_user(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (60, 40)).save(tmp_path / "x.png")
+    assert run(model, "--quick", "--rounds=1", "--images", tmp_path / "x.png") == 0
+    assert "images: from files: 1, used again" in capsys.readouterr().out
+
+
+def test_profile(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(model, "tome(r=1)", "--profile", "--batch", 1) == 0
+    assert "tome(r=1) against its oracle" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("MODEL", "--rounds", 3), "a result needs at least 30 rounds, got 3"),
+        (("MODEL", "evti"), "did you mean 'evit'"),
+        (("MODEL", "--batch", 0), "batches must be whole numbers"),
+        (("MODEL", "--device", "tpu"), "device must be one of"),
+        (("MODEL", "--plot", "x.bmp"), "plots are written as .pdf, .png, .svg"),
+        (("MODEL", "--images", "no"), "no does not exist"),
+        (("MODEL", "--profile"), "explains one METHOD"),
+        (("no_such_model",), "no_such_model is no file"),
+        ((), "name a MODEL"),
+        (("MODEL", "--compare", "x"), "leave MODEL and METHOD out"),
+        (("--compare", "no.json"), "no.json does not exist"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    words: tuple[object, ...], message: str, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*(model if word == "MODEL" else word for word in words)) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert message in said[-1] and said[-1].startswith("foveate bench: ")
+    assert not any("Traceback" in line for line in said)
+
+
+# Malloc ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+    """Environments that a program was started anew with."""
+    found: list[dict[str, str]] = []
+    for name in machine._MALLOC:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(os, "execve", lambda path, words, env: found.append(dict(env)))
+    return found
+
+
+def test_the_program_starts_itself_again_once(
+    started: list[dict[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "/bin/foveate", raising=False)
+    machine.tune_malloc("cpu")
+    assert len(started) == 1 and machine._MALLOC.items() <= started[0].items()
+    assert "starting again with MALLOC_MMAP_MAX_=0" in capsys.readouterr().out
+    for name, value in machine._MALLOC.items():
+        monkeypatch.setenv(name, value)
+    machine.tune_malloc("cpu")
+    assert len(started) == 1 and machine.facts("cpu")["malloc_tuned"]
+
+
+def test_other_programs_and_devices_are_left_alone(
+    started: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.tune_malloc("cpu")  # in a process of pytest
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "/bin/foveate", raising=False)
+    machine.tune_malloc("cuda")
+    monkeypatch.setenv("LD_PRELOAD", "libjemalloc.so")
+    machine.tune_malloc("cpu")
+    assert started == [] and machine.malloc_untuned("cpu") == {}
+
+
+def test_the_library_says_that_malloc_is_not_tuned(
+    started: list[dict[str, str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    options: dict = dict(batches=(1,), rounds=1, sample_ms=0.0, quick=True)
+    found = foveate.bench.speed(vit(img_size=16, depth=2).eval(), **options)
+    assert "malloc is not tuned" in caplog.text
+    assert "malloc was not tuned" in found.table()
