@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import foveate
 from foveate.data import fashion_mnist_mini, normalise
 from foveate.data.demo import demo_vit
-from foveate.demo.cells import TRAINED, accuracy, test_images
+from foveate.demo.cells import TRAINED, accuracy, shipped_images
 
 ROOT = Path(__file__).parents[1]
 LOG = ROOT / "benchmarks" / "results" / "demo_gates.json"
@@ -55,8 +55,8 @@ def train(method: str, steps: int, batch: int, rate: float) -> dict:
             print(f"{method} step {step + 1}: loss {loss.item():.3f}", flush=True)
     model.eval()
     foveate.save(model, ROOT / "foveate" / "data" / "files" / f"demo_{method}")
-    right = accuracy(model, *test_images())
-    counted = foveate.count(model, images=test_images()[0][:500])
+    right = accuracy(model, *shipped_images())
+    counted = foveate.count(model, images=shipped_images()[0][:500])
     return {
         "method": repr(model.reducer),
         "test_accuracy": right,

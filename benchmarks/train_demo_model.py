@@ -1,6 +1,7 @@
 """Train the small ViT that ships with the package, from scratch on the whole Fashion-MNIST.
 
 python benchmarks/train_demo_model.py FOLDER_OF_FASHION_MNIST
+python benchmarks/train_demo_model.py FOLDER --go-on --epochs 4 --rate 8e-4 --smoothing 0 --path 0
 
 Plain supervised training, so that the demo shows what methods do to a model that never heard of
 them. Writes foveate/data/files/demo_vit.safetensors (half precision) and, beside the other
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -56,12 +57,19 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--smoothing", type=float, default=0.1)
+    parser.add_argument("--path", type=float, default=0.05, help="stochastic depth")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--go-on", action="store_true", help="from the weights that are there")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     train, test = fashion_mnist(options.folder), fashion_mnist(options.folder, "test")
     images, held = normalise(train.images), normalise(test.images)
-    model = timm.models.VisionTransformer(**demo_arguments(), drop_path_rate=0.05)
+    model = timm.models.VisionTransformer(**demo_arguments(), drop_path_rate=options.path)
+    runs = []
+    if options.go_on:
+        model.load_state_dict({k: v.float() for k, v in load_file(WEIGHTS).items()})
+        runs = json.loads(LOG.read_text())["runs"]
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     optimiser = torch.optim.AdamW(
@@ -76,8 +84,9 @@ def main() -> None:
     @torch.compile  # twice as fast here as without, in bfloat16
     def compiled(x: Tensor, y: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            return F.cross_entropy(model(x).float(), y, label_smoothing=0.1)
+            return F.cross_entropy(model(x).float(), y, label_smoothing=options.smoothing)
 
+    settings = {k: v for k, v in vars(options).items() if k != "folder"}
     epochs, started = [], time.time()
     for epoch in range(options.epochs):
         total = 0.0
@@ -105,12 +114,11 @@ def main() -> None:
         save_file({k: v.half() for k, v in model.state_dict().items()}, WEIGHTS)
         record = {
             "what": "the demo model: supervised from scratch on 60 000 images of Fashion-MNIST",
-            "command": "python benchmarks/train_demo_model.py FOLDER",
-            "settings": {k: v for k, v in vars(options).items() if k != "folder"},
+            "command": "python benchmarks/train_demo_model.py FOLDER, once for each run",
             "model": demo_arguments(),
             "machine": {"cores": torch.get_num_threads(), "processor": platform.machine()},
             "torch": torch.__version__,
-            "epochs": epochs,
+            "runs": [*runs, {"settings": settings, "epochs": epochs}],
         }
         LOG.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -13,7 +13,7 @@ import foveate
 from foveate.core import ReducedViT
 from foveate.data import fashion_mnist_mini, normalise
 
-__all__ = ["CELLS", "TRAINED", "Cell", "Row", "accuracy", "build", "evaluate", "test_images"]
+__all__ = ["CELLS", "TRAINED", "Cell", "Row", "accuracy", "build", "evaluate", "shipped_images"]
 
 # Gates that ship with the package: trained at keep 0.7 on the frozen demo model.
 TRAINED = ("dynamicvit", "spvit", "static", "svit")
@@ -79,7 +79,7 @@ class Row:
         return asdict(self)
 
 
-def test_images() -> tuple[Tensor, Tensor]:
+def shipped_images() -> tuple[Tensor, Tensor]:
     """The shipped test images, normalised, and their classes."""
     images, labels = fashion_mnist_mini("test")
     return normalise(images), labels

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from rich.table import Table
 
-__all__ = ["page", "table"]
+__all__ = ["page", "plots", "table", "write"]
 
 # Okabe and Ito's colours and markers of their own: told apart without colours too.
 _LOOKS = (
@@ -33,25 +33,20 @@ def _speed(row: Row, batch: int) -> str:
     speed = row.speed.get(batch)
     if speed is None:
         return "-"
-    return f"{speed['ratio']:.2f} [{speed['low']:.2f}, {speed['high']:.2f}]"
+    return f"{speed['ratio']:.2f} ({speed['low']:.2f}-{speed['high']:.2f})"
 
 
 def table(rows: Sequence[Row], batches: Sequence[int]) -> Table:
     """The rows for the terminal; speed over the dense model with its 95 % interval."""
     from rich.table import Table
 
-    shown = Table(title=None, header_style="bold", pad_edge=False)
+    shown = Table(header_style="bold", pad_edge=False, box=None, padding=(0, 1, 0, 0))
     shown.add_column("method", no_wrap=True)
-    for name in ("accuracy %", "MMACs", "tokens left"):
-        shown.add_column(name, justify="right")
+    for name in ("right\n%", "MMACs\n", "tokens\nleft"):
+        shown.add_column(name, justify="right", no_wrap=True)
     for batch in batches:
-        shown.add_column(f"speed x dense, batch {batch}", justify="right")
-    family = ""
+        shown.add_column(f"speed over dense\nat batch {batch}", justify="right", no_wrap=True)
     for row in rows:
-        name = row.method.partition("(")[0]
-        if family and name != family:
-            shown.add_section()
-        family = name
         shown.add_row(
             row.method + (" *" if row.gates else ""),
             f"{row.accuracy:.1f}",
@@ -62,35 +57,48 @@ def table(rows: Sequence[Row], batches: Sequence[int]) -> Table:
     return shown
 
 
+def plots(rows: Sequence[Row], batches: Sequence[int]) -> dict[str, str]:
+    """Accuracy against counted cost and against measured speed, as SVG text by name."""
+    batch = max(batches)
+    return {
+        "accuracy-macs": _plot(rows, lambda r: 1000 * r.gmacs, "million multiply-adds an image"),
+        "accuracy-speed": _plot(
+            rows,
+            lambda r: r.speed[batch]["per_second"],
+            f"images a second at batch {batch}, measured",
+        ),
+    }
+
+
 def page(
-    rows: Sequence[Row], batches: Sequence[int], facts: Mapping[str, Any], sheet: Image
+    rows: Sequence[Row],
+    batches: Sequence[int],
+    facts: Mapping[str, Any],
+    drawn: Mapping[str, str],
+    sheet: Image,
 ) -> str:
     """One HTML page with everything inside: no file, script or address beside it."""
     dense = rows[0]
     picture = io.BytesIO()
     sheet.save(picture, "PNG", optimize=True)
     encoded = base64.b64encode(picture.getvalue()).decode()
-    by_macs = _plot(rows, lambda r: 1000 * r.gmacs, "million multiply-adds an image")
-    fastest = max(batches)
-    by_speed = _plot(
-        rows,
-        lambda r: r.speed[fastest]["per_second"] if fastest in r.speed else None,
-        f"images a second, batch {fastest}, measured",
-    )
-    body = [_table(rows, batches)]
     listed = "".join(
         f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>" for k, v in facts.items()
     )
-    return (
-        _TEMPLATE.replace("{{style}}", _STYLE)
-        .replace("{{accuracy}}", f"{dense.accuracy:.1f}")
-        .replace("{{macs}}", f"{1000 * dense.gmacs:.1f}")
-        .replace("{{by_macs}}", by_macs)
-        .replace("{{by_speed}}", by_speed)
-        .replace("{{table}}", "".join(body))
-        .replace("{{sheet}}", f"data:image/png;base64,{encoded}")
-        .replace("{{facts}}", listed)
-    )
+    parts = {
+        "style": _STYLE,
+        "accuracy": f"{dense.accuracy:.1f}",
+        "macs": f"{1000 * dense.gmacs:.1f}",
+        "by_macs": drawn["accuracy-macs"],
+        "by_speed": drawn["accuracy-speed"],
+        "table": _table(rows, batches),
+        "sheet": f"data:image/png;base64,{encoded}",
+        "facts": listed,
+    }
+    text = _TEMPLATE
+    for name, part in parts.items():
+        text = text.replace("{{" + name + "}}", part)
+    return text
 
 
 def write(path: Path, text: str) -> None:
@@ -115,7 +123,7 @@ def _table(rows: Sequence[Row], batches: Sequence[int]) -> str:
         lines += [f"<td>{cell}</td>" for cell in cells]
         for batch in batches:
             speed = row.speed.get(batch)
-            slow = speed is not None and speed["high"] < 1
+            slow = row is not rows[0] and speed is not None and speed["high"] < 1
             lines.append(f'<td class="{"slow" if slow else "speed"}">{_speed(row, batch)}</td>')
         lines.append("</tr>")
     return "<table>" + "".join(lines) + "</tbody></table>"
@@ -126,7 +134,7 @@ def _plot(rows: Sequence[Row], across: Any, label: str) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.add_subplot()
     families: dict[str, list[Row]] = {}
@@ -134,7 +142,7 @@ def _plot(rows: Sequence[Row], across: Any, label: str) -> str:
         families.setdefault(row.method.partition("(")[0], []).append(row)
     for number, (name, members) in enumerate(families.items()):
         colour, marker = _LOOKS[number % len(_LOOKS)]
-        points = [(across(row), row.accuracy) for row in members if across(row) is not None]
+        points = [(across(row), row.accuracy) for row in members]
         axes.plot(
             *zip(*sorted(points), strict=True),
             color=colour,
@@ -166,8 +174,8 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
 h1 { font-size: 1.8rem; margin-bottom: .2rem; }
 h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem; }
 p.lead { font-size: 1.1rem; color: #333; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(28rem, 1fr)); gap: 1rem; }
-.plots svg, img { width: 100%; height: auto; }
+figure { margin: 0 0 1.5rem; }
+svg, img { width: 100%; height: auto; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap; }
@@ -194,14 +202,15 @@ _TEMPLATE = """<!doctype html>
 every method. Dense it is right on {{accuracy}} % of the 2 000 shipped test images and costs
 {{macs}} million multiply-adds an image.</p>
 <h2>Accuracy against cost</h2>
-<div class="plots"><figure>{{by_macs}}</figure><figure>{{by_speed}}</figure></div>
+<figure>{{by_macs}}</figure>
+<figure>{{by_speed}}</figure>
 <h2>Every cell</h2>
 <div class="scroll">{{table}}</div>
 <p class="note"><sup>*</sup> gates trained at keep 0.7 with the backbone frozen; all other methods
 work on the model as it is. Speed is over the dense model with its 95 % interval, measured on this
 machine in one interleaved run; <span style="color:#9a3412">slower than dense</span> is marked. The
-model is tiny (49 patches, 96 channels): at batch 1 the time goes into starting operations, not into
-arithmetic, and removing tokens does not pay.</p>
+model is tiny (49 patches, 96 channels): at batch 1 much of the time goes into starting operations
+instead of arithmetic, and whatever a method computes beside weighs more.</p>
 <h2>What each method looks at</h2>
 <p><img alt="One row an image, one column a method: what each kept or merged"
 src="{{sheet}}"></p>

@@ -17,8 +17,8 @@ from foveate.bench.timing import AGAIN, DENSE, measure
 from foveate.core import ReducedViT
 from foveate.data import CLASSES, fashion_mnist_mini
 from foveate.data.demo import demo_vit
-from foveate.demo.cells import CELLS, Row, build, evaluate, test_images
-from foveate.demo.report import page, table, write
+from foveate.demo.cells import CELLS, Row, build, evaluate, shipped_images
+from foveate.demo.report import page, plots, table, write
 
 __all__ = ["run_demo"]
 
@@ -32,7 +32,7 @@ def run_demo(
     """Evaluate the shipped model with every method; print and write what came of it.
 
     Args:
-        out: folder for demo.html and demo.json, made if missing.
+        out: folder for demo.html, its plots and picture, and demo.json; made if missing.
         batches: batch sizes to time.
         rounds: rounds of the interleaved timing.
         images: use only so many test images, for a quick look.
@@ -43,7 +43,7 @@ def run_demo(
     out.mkdir(parents=True, exist_ok=True)
     console, started = Console(), time.monotonic()
     vit = demo_vit()
-    pictures, labels = test_images()
+    pictures, labels = shipped_images()
     pictures, labels = pictures[:images], labels[:images]
     console.print(
         f"A ViT of 12 blocks, 96 channels and 49 patches, trained on Fashion-MNIST, on "
@@ -65,16 +65,21 @@ def run_demo(
     console.print(table(rows, batches))
     console.print(
         "* gates trained at keep 0.7 with the backbone frozen; the rest works on the model as it "
-        "is.\nSpeed: over the dense model, median of interleaved rounds and its 95 % interval. The "
-        "model is tiny:\nat batch 1 the time goes into starting operations, and removing tokens "
-        "does not pay."
+        "is.\nSpeed is the median of interleaved rounds with its 95 % interval. The model is tiny: "
+        "at batch 1\nmuch of the time goes into starting operations, and what a method computes "
+        "beside weighs more.",
+        soft_wrap=True,
     )
     facts = _facts(rounds, len(labels), time.monotonic() - started)
     shown = {name: model for name, model in models.items() if name in _SHOWN}
-    write(out / "demo.html", page(rows, batches, facts, _sheet(shown)))
+    drawn, sheet = plots(rows, batches), _sheet(shown)
+    write(out / "demo.html", page(rows, batches, facts, drawn, sheet))
     record = {"facts": facts, "rows": [row.plain() for row in rows]}
     write(out / "demo.json", json.dumps(record, indent=1) + "\n")
-    console.print(f"The page with plots and pictures: {out / 'demo.html'}")
+    for name, svg in drawn.items():
+        write(out / f"{name}.svg", svg)
+    sheet.save(out / "sheet.png", optimize=True)
+    console.print(f"The page with plots and pictures: {out / 'demo.html'}", soft_wrap=True)
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from small import vit
 
 import foveate
-from foveate.cli import COMMANDS, main
+from foveate.cli import COMMANDS, _parsers, main
 
 
 def said(capsys: pytest.CaptureFixture[str], *command: str, code: int = 0) -> str:
@@ -27,6 +28,21 @@ def test_every_help_has_an_example(command: str, capsys: pytest.CaptureFixture[s
         main([command, "--help"])
     assert left.value.code == 0
     assert f"In a terminal:\n  foveate {command}" in capsys.readouterr().out
+
+
+def test_the_documented_commands_parse() -> None:
+    """Every line of docs/commands.md and the README that starts with foveate."""
+    root = Path(__file__).parents[2]
+    lines = [
+        line.removeprefix("$ ").partition("  #")[0]
+        for page in ("docs/commands.md", "README.md")
+        for line in (root / page).read_text(encoding="utf-8").splitlines()
+        if line.startswith("$ foveate ")
+    ]
+    assert {line.split()[1] for line in lines} == set(COMMANDS)
+    parser, _ = _parsers()
+    for line in lines:
+        parser.parse_args(shlex.split(line)[1:])
 
 
 def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,112 @@
+"""The demo: what ships, what it evaluates, and the page it writes."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import foveate
+from foveate.cli import main
+from foveate.core import ReducedViT
+from foveate.data.demo import demo_vit
+from foveate.demo import run_demo
+from foveate.demo.cells import CELLS, TRAINED, Cell, accuracy, build, shipped_images
+from foveate.registry import method_class
+
+
+@pytest.fixture(scope="module")
+def vit() -> nn.Module:
+    return demo_vit()
+
+
+def test_what_ships_is_small() -> None:
+    folder = files("foveate.data").joinpath("files")
+    assert len(folder.joinpath("demo_vit.safetensors").read_bytes()) < 5_000_000
+    for method in TRAINED:
+        weights = folder.joinpath(f"demo_{method}", "foveate.safetensors").read_bytes()
+        assert len(weights) < 500_000
+
+
+def test_the_model_is_trained_and_its_log_says_how_well(vit: nn.Module) -> None:
+    log = Path(__file__).parents[2] / "benchmarks" / "results" / "demo_vit.json"
+    said = json.loads(log.read_text())["runs"][-1]["epochs"][-1]["test_accuracy"]
+    assert accuracy(vit, *shipped_images()) == pytest.approx(
+        said, abs=1.5
+    )  # 2 000 of 10 000 images
+    assert said > 80
+
+
+def test_every_method_has_a_cell() -> None:
+    assert {cell.method for cell in CELLS} == {"", *foveate.list_methods()}
+    needing = {n for n in foveate.list_methods() if method_class(n).gated}
+    assert needing == set(TRAINED)
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_shipped_gates_are_better_than_fresh_ones(vit: nn.Module, method: str) -> None:
+    images, labels = shipped_images()
+    trained = accuracy(build(Cell(method, "keep=0.7"), vit), images, labels)
+    torch.manual_seed(0)
+    fresh = foveate.apply(vit, method, keep=0.7, check=False).eval()
+    counted = foveate.count(build(Cell(method, "keep=0.7"), vit), images=images[:200])
+    assert counted.ratio < 0.8  # the gates do drop
+    if fresh.reducer.fixed_count:  # otherwise fresh gates may keep everything
+        assert trained > accuracy(fresh, images, labels)
+
+
+class Seen(HTMLParser):
+    """Collects tags and whatever would be fetched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.fetched: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href") and value:
+                self.fetched.append(value)
+
+
+def test_the_page_stands_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = run_demo(tmp_path / "deep", batches=(4, 1), rounds=2, images=40)
+    assert [row.method for row in rows][:2] == ["dense", "attention(keep=0.9)"]
+    assert len(rows) == len(CELLS)
+    for row in rows:
+        assert set(row.speed) == {4, 1} and 0 <= row.accuracy <= 100
+        assert row.speed[4]["low"] <= row.speed[4]["ratio"] <= row.speed[4]["high"]
+    page = (tmp_path / "deep" / "demo.html").read_text(encoding="utf-8")
+    seen = Seen()
+    seen.feed(page)
+    assert all(value.startswith(("data:image/png;base64,", "#")) for value in seen.fetched)
+    assert "script" not in seen.tags and "link" not in seen.tags
+    assert "{{" not in page and seen.tags.count("svg") == 2 and seen.tags.count("table") == 1
+    shown = re.findall(r"<code>(.*?)</code>", page)
+    assert shown == [row.method for row in rows]
+    record = json.loads((tmp_path / "deep" / "demo.json").read_text())
+    assert [r["method"] for r in record["rows"]] == shown
+    printed = capsys.readouterr().out
+    assert "tome(r=3)" in printed and "demo.html" in printed
+    assert not list(tmp_path.glob("deep/*.partial"))
+
+
+def test_wrong_calls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--rounds", "0", "--out", str(tmp_path)]) == 2
+    assert "--rounds must be at least 1" in capsys.readouterr().err
+    (tmp_path / "file").write_text("in the way")
+    assert main(["demo", "--out", str(tmp_path / "file")]) == 2
+    assert "File exists" in capsys.readouterr().err
+
+
+def test_a_dense_cell_is_the_model_itself(vit: nn.Module) -> None:
+    assert build(CELLS[0], vit) is vit
+    model = build(Cell("tome", "r=2"), vit)
+    assert isinstance(model, ReducedViT) and model.vit is vit
