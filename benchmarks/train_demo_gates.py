@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(TRAINED))
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--rate", type=float, default=4e-3)
     options = parser.parse_args()
     results = [
         train(method, options.steps, options.batch, options.rate) for method in options.methods
