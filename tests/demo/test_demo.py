@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from html.parser import HTMLParser
@@ -89,7 +90,7 @@ def test_the_page_stands_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert all(value.startswith(("data:image/png;base64,", "#")) for value in seen.fetched)
     assert "script" not in seen.tags and "link" not in seen.tags
     assert "{{" not in page and seen.tags.count("svg") == 2 and seen.tags.count("table") == 1
-    shown = re.findall(r"<code>(.*?)</code>", page)
+    shown = [html.unescape(name) for name in re.findall(r"<code>(.*?)</code>", page)]
     assert shown == [row.method for row in rows]
     record = json.loads((tmp_path / "deep" / "demo.json").read_text())
     assert [r["method"] for r in record["rows"]] == shown
