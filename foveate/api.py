@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ import foveate.methods  # noqa: F401  (registers every method)
 from foveate.backbones import backbone_for, rebuild
 from foveate.core import Backbone, Chain, ReducedViT, Reducer, TokenState, attend
 from foveate.core.backbone import BackboneSpec
-from foveate.core.budget import parse_budget, solve
-from foveate.core.cost import cost
+from foveate.core.budget import meet
+from foveate.files import read_json, write_text, write_whole
 from foveate.registry import make, method_class, parse
 
-__all__ = ["apply", "check_driven", "load", "save", "unwrap", "write_whole"]
+__all__ = ["apply", "check_driven", "load", "save", "unwrap"]
 
 _log = logging.getLogger(__name__)
 _FORMAT = 1
@@ -98,9 +98,7 @@ def _within(budget: str, reducer: Reducer, spec: BackboneSpec) -> Reducer:
     given = reducer.config()
     if given.get(reducer.rate) != type(reducer)().config().get(reducer.rate):
         raise ValueError(f"give {reducer.rate} or a budget, not both")
-    target = parse_budget(budget, cost(spec, None, spec.grid).total)
-    solved = solve(spec, lambda options: make(reducer.name, {**given, **options}), target)
-    return make(reducer.name, {**given, **solved})
+    return meet(budget, spec, lambda options: make(reducer.name, {**given, **options}))
 
 
 def _rebuilt(method: Reducer) -> Reducer:
@@ -285,7 +283,7 @@ def save(model: ReducedViT, folder: str | os.PathLike[str], *, everything: bool 
     }
     write_whole(folder / _WEIGHTS, lambda path: save_file(tensors, path))
     text = json.dumps(config, indent=2) + "\n"
-    write_whole(folder / _CONFIG, lambda path: Path(path).write_text(text, encoding="utf-8"))
+    write_text(folder / _CONFIG, text)
 
 
 def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> ReducedViT:
@@ -337,16 +335,6 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
 
 
-def write_whole(path: Path, write: Callable[[str], object]) -> None:
-    """Write to a neighbour and rename, so that a killed run leaves no half file."""
-    partial = path.with_name(path.name + ".partial")
-    partial.touch()
-    mode = partial.stat().st_mode
-    write(str(partial))
-    partial.chmod(mode)  # as other new files: safetensors writes for its owner alone
-    os.replace(partial, path)
-
-
 def _rebuild(folder: Path, config: Mapping[str, Any]) -> nn.Module:
     recipe = config["model"]
     if not config["everything"] or recipe is None:
@@ -364,14 +352,7 @@ def _rebuild(folder: Path, config: Mapping[str, Any]) -> nn.Module:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / _CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(
-            f"{folder} holds no {_CONFIG}: not a folder that foveate.save wrote"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from error
+    config = read_json(path, f"{folder} holds no {_CONFIG}: not a folder that foveate.save wrote")
     if not isinstance(config, dict) or config.get("format") != _FORMAT:
         found = config.get("format") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{path} has format {found!r}; this version reads {_FORMAT}")

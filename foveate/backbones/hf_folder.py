@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from pathlib import Path
@@ -15,6 +14,7 @@ from foveate.backbones.hf_clip import HfClip
 from foveate.backbones.hf_dinov2 import HfDinov2
 from foveate.backbones.hf_siglip import HfSiglip
 from foveate.backbones.hf_vit import HfViT
+from foveate.files import read_json
 
 __all__ = ["HF_FAMILIES", "from_folder"]
 
@@ -62,14 +62,8 @@ def from_folder(folder: str | os.PathLike[str]) -> nn.Module:
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / _CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(
-            f"{folder} holds no {_CONFIG}: not a folder that save_pretrained wrote"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from error
+    absent = f"{folder} holds no {_CONFIG}: not a folder that save_pretrained wrote"
+    config = read_json(path, absent)
     if not isinstance(config, dict):
         raise ValueError(f"{path} is no configuration of a model")
     if "quantization_config" in config:

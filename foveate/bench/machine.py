@@ -11,7 +11,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["command", "commit", "facts", "malloc_untuned", "physical_cores", "tune_malloc"]
+__all__ = [
+    "command",
+    "commit",
+    "facts",
+    "malloc_untuned",
+    "physical_cores",
+    "tune_malloc",
+    "version_of",
+]
 
 # Without these, glibc returns large activations to the system after every call and the page faults
 # make a dense DeiT-S up to 40 % slower, differently in every process.
@@ -99,8 +107,8 @@ def facts(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": timm.__version__,
-        "transformers": _version("transformers"),
-        "foveate": _version("foveate"),
+        "transformers": version_of("transformers"),
+        "foveate": version_of("foveate"),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
@@ -118,7 +126,8 @@ def facts(device: str) -> dict[str, Any]:
     return found
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Installed version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate.bench.timing import AGAIN, DENSE, UNFUSED, Interval, Timings, paired_ratio
+from foveate.files import read_json, write_text
 from foveate.registry import suggest
 
 __all__ = [
@@ -427,9 +428,7 @@ class Result:
         """Write JSON in one step, so that an interrupted run leaves the last complete file."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_text(_dumped(self.as_json()) + "\n", encoding="utf-8")
-        os.replace(part, path)
+        write_text(path, _dumped(self.as_json()) + "\n")
 
     def as_json(self) -> dict[str, Any]:
         """Plain data of everything."""
@@ -447,8 +446,9 @@ class Result:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Result:
         """Read what ``save``, of this or an earlier version, wrote."""
+        absent = f"{path} does not exist; expected what foveate bench wrote"
+        found = read_json(Path(path), absent)
         try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
             if found.get("format", 1) > FORMAT:
                 raise ValueError(f"{path} is of a newer version of foveate")
             return cls(
@@ -460,10 +460,6 @@ class Result:
                 [Cell.from_json(cell) for cell in found["cells"]],
                 found.get("left_out", {}),
             )
-        except FileNotFoundError:
-            raise ValueError(f"{path} does not exist; expected what foveate bench wrote") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not readable JSON: {error}") from error
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not what foveate bench writes: see {error}") from error
 

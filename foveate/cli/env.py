@@ -30,21 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print what matters."""
-    import importlib.metadata
     import os
     import platform
 
     import torch
 
-    from foveate.bench.machine import malloc_untuned, physical_cores
+    from foveate.bench.machine import malloc_untuned, physical_cores, version_of
 
     print(f"python        {platform.python_version()}")
     for name in _LIBRARIES:
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            version = "not installed"
-        print(f"{name:13} {version}")
+        print(f"{name:13} {version_of(name) or 'not installed'}")
     print(f"system        {platform.system()} {platform.release()}, {platform.machine()}")
     print(f"cores         {os.cpu_count()}, {physical_cores()} of them physical")
     print(f"threads       {torch.get_num_threads()}")

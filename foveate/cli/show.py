@@ -134,14 +134,10 @@ def _each(
 
 
 def _write(picture: Image, path: Path) -> None:
-    """Write to a neighbour and rename, so that a killed run leaves no half file."""
     from PIL import Image as Library
 
-    kinds = Library.registered_extensions()
-    partial = path.with_name(path.name + ".partial")
-    try:
-        picture.save(partial, format=kinds[path.suffix.lower()])
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    from foveate.files import write_whole
+
+    kind = Library.registered_extensions()[path.suffix.lower()]
+    write_whole(path, lambda partial: picture.save(partial, format=kind))
     print(f"wrote    {path} ({picture.width} x {picture.height} pixels)")

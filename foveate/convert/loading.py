@@ -18,6 +18,7 @@ from foveate.convert.geometry import GRID, HEADS, Geometry
 from foveate.convert.origins import ORIGINS, Origin, find, translate
 from foveate.convert.read import few, read
 from foveate.core import ReducedViT, Reducer
+from foveate.files import write_whole
 from foveate.registry import suggest
 
 __all__ = ["Loaded", "Settings", "load", "open_model", "save_plain"]
@@ -223,4 +224,4 @@ def save_plain(model: nn.Module, path: str | os.PathLike[str]) -> None:
         GRID: f"{spec.grid[0]}x{spec.grid[1]}",
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    api.write_whole(path, lambda partial: save_file(tensors, partial, metadata))
+    write_whole(path, lambda partial: save_file(tensors, partial, metadata))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,11 +12,11 @@ from foveate.core.backbone import BackboneSpec
 from foveate.core.cost import cost
 from foveate.core.reducer import Reducer
 
-__all__ = ["parse_budget", "solve"]
+__all__ = ["meet", "parse_budget", "solve"]
 
 _TOLERANCE = 0.01
-_UNITS = {"": 1.0, "M": 1e6, "G": 1e9, "T": 1e12}
-_ABSOLUTE = re.compile(r"(\d+(?:\.\d+)?)\s*([MGT])?\s*(?:MACs?|FLOPs)?", re.IGNORECASE)
+_UNITS = {"M": 1e6, "G": 1e9, "T": 1e12}
+_ABSOLUTE = re.compile(r"(\d+(?:\.\d+)?)\s*([MGT])\s*(?:MACs?|FLOPs)?", re.IGNORECASE)
 _RELATIVE = re.compile(r"(\d*\.?\d+)\s*(x|%)", re.IGNORECASE)
 
 
@@ -30,7 +30,7 @@ def parse_budget(budget: str, dense: float) -> float:
     if relative := _RELATIVE.fullmatch(text):
         share = float(relative[1]) / (100 if relative[2] == "%" else 1)
         target = share * dense
-    elif (absolute := _ABSOLUTE.fullmatch(text)) and absolute[2]:
+    elif absolute := _ABSOLUTE.fullmatch(text):
         target = float(absolute[1]) * _UNITS[absolute[2].upper()]
     else:
         raise ValueError(
@@ -42,6 +42,15 @@ def parse_budget(budget: str, dense: float) -> float:
             f"{dense / 1e9:.4g}"
         )
     return target
+
+
+_R = TypeVar("_R", bound=Reducer)
+
+
+def meet(budget: str, spec: BackboneSpec, make: Callable[[Mapping[str, Any]], _R]) -> _R:
+    """The method at the rate that meets a budget of multiply-adds; ``make`` as ``solve`` has it."""
+    target = parse_budget(budget, cost(spec, None, spec.grid).total)
+    return make(solve(spec, make, target))
 
 
 def solve(
@@ -56,7 +65,7 @@ def solve(
     """
     template = make({})
     template.build(spec)
-    if template.at_level(0.5) is None:
+    if not template.rate:
         raise ValueError(f"{template.name} has no rate that could be set to meet a budget")
 
     def price(options: Mapping[str, Any]) -> float:
@@ -65,18 +74,15 @@ def solve(
             reducer.build(spec)
         return cost(spec, reducer, spec.grid).total
 
-    def at(level: float) -> dict[str, Any]:
-        options = template.at_level(level)
-        assert options is not None
-        return options
-
     low, high = 0.0, 1.0  # few tokens are dropped at the low level, and the price is high
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if price(at(middle)) >= target else (low, middle)
-    best = min((at(level) for level in (low, high)), key=lambda o: abs(price(o) - target))
+        low, high = (middle, high) if price(template.at_level(middle)) >= target else (low, middle)
+    nearest = [template.at_level(level) for level in (high, low)]
+    best = min(nearest[::-1], key=lambda options: abs(price(options) - target))
     if abs(price(best) - target) > _TOLERANCE * target:
-        least, most, *near = (price(at(level)) / 1e9 for level in (1.0, 0.0, high, low))
+        ends = [template.at_level(level) for level in (1.0, 0.0)]
+        least, most, *near = (price(options) / 1e9 for options in (*ends, *nearest))
         inside = least < target / 1e9 < most
         raise ValueError(
             f"{template.name} cannot meet {target / 1e9:.4g} GMACs within {_TOLERANCE:.0%}: it "

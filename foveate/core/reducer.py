@@ -146,12 +146,13 @@ class Reducer(nn.Module):
         """
         return current
 
-    def at_level(self, level: float) -> dict[str, Any] | None:
-        """Options from level 0, nothing reduced, to 1, as few tokens as the method can leave.
+    def at_level(self, level: float) -> dict[str, Any]:
+        """The rate from level 0, nothing reduced, to 1, as few tokens as the method can leave.
 
-        For budgets, once the method is built. None where there is no rate to set.
+        For budgets, of a method that has a ``rate``, once it is built. A share kept is the common
+        case; methods that count tokens instead override it.
         """
-        return None
+        return {self.rate: max(1.0 - level, 1e-6)}
 
     def reads(self, block: int, tokens: int, left: int) -> bool:
         """Whether attention is read in a block that ``between`` takes from one count to another."""
@@ -279,10 +280,6 @@ class ScoreReducer(Reducer):
             score = score.masked_fill(~present, float("-inf"))
         idx, valid = top_k(score, k)
         return self.reduce(state, seen, score, idx, valid)
-
-    def at_level(self, level: float) -> dict[str, Any]:
-        """One rate for all stages."""
-        return {"keep": max(1.0 - level, 1e-6)}
 
     def planned(self, block: int, hook: str, current: int, grid: tuple[int, int]) -> int:
         """Counts follow the schedule."""

@@ -149,13 +149,11 @@ class Schedule:
             spec: facts of the backbone, ``model.backbone.spec``.
             method: its blocks, rounding and other options hold; its rate is replaced.
         """
-        from foveate.core.budget import parse_budget, solve  # both stand on this file
-        from foveate.core.cost import cost
+        from foveate.core.budget import meet  # which stands on this file
 
         def make(options: Mapping[str, Any]) -> ScoreReducer:
             return type(method)(**{**method.config(), **options})
 
-        target = parse_budget(budget, cost(spec, None, spec.grid).total)
-        solved = make(solve(spec, make, target))
+        solved = meet(budget, spec, make)
         solved.build(spec)
         return solved.schedule

@@ -6,7 +6,6 @@ import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foveate.demo.cells import Row
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from rich.table import Table
 
-__all__ = ["page", "plots", "table", "write"]
+__all__ = ["page", "plots", "table"]
 
 # Okabe and Ito's colours and markers of their own: told apart without colours too.
 _LOOKS = (
@@ -30,9 +29,7 @@ _LOOKS = (
 
 
 def _speed(row: Row, batch: int) -> str:
-    speed = row.speed.get(batch)
-    if speed is None:
-        return "-"
+    speed = row.speed[batch]
     return f"{speed['ratio']:.2f} ({speed['low']:.2f}-{speed['high']:.2f})"
 
 
@@ -51,7 +48,7 @@ def table(rows: Sequence[Row], batches: Sequence[int], *, tokens: bool = True) -
         shown.add_column(f"speed over dense\nat batch {batch}", justify="right", no_wrap=True)
     for row in rows:
         shown.add_row(
-            row.method + (" *" if row.gates else ""),
+            row.method + (" *" if row.trained_gates else ""),
             f"{row.accuracy:.1f}",
             f"{1000 * row.gmacs:.1f}",
             *[f"{row.tokens:.0f}"] * tokens,
@@ -104,13 +101,6 @@ def page(
     return text
 
 
-def write(path: Path, text: str) -> None:
-    """Write the page beside its place first, so that no half page is left."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
 def _table(rows: Sequence[Row], batches: Sequence[int]) -> str:
     heads = ["method", "accuracy %", "MMACs", "tokens left"]
     heads += [f"speed x dense, batch {batch}" for batch in batches]
@@ -122,11 +112,10 @@ def _table(rows: Sequence[Row], batches: Sequence[int]) -> str:
         family = name
         cells = [f"{row.accuracy:.1f}", f"{1000 * row.gmacs:.1f}", f"{row.tokens:.0f}"]
         lines.append(f"<tr{first}><th><code>{html.escape(row.method)}</code>")
-        lines.append("<sup>*</sup></th>" if row.gates else "</th>")
+        lines.append("<sup>*</sup></th>" if row.trained_gates else "</th>")
         lines += [f"<td>{cell}</td>" for cell in cells]
         for batch in batches:
-            speed = row.speed.get(batch)
-            slow = row is not rows[0] and speed is not None and speed["high"] < 1
+            slow = row is not rows[0] and row.speed[batch]["high"] < 1
             lines.append(f'<td class="{"slow" if slow else "speed"}">{_speed(row, batch)}</td>')
         lines.append("</tr>")
     return "<table>" + "".join(lines) + "</tbody></table>"

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
+from foveate.bench import machine
 from foveate.bench.timing import AGAIN, DENSE, measure
 from foveate.core import ReducedViT
 from foveate.data import CLASSES, fashion_mnist_mini
 from foveate.data.demo import demo_vit
 from foveate.demo.cells import CELLS, Row, build, evaluate, shipped_images
-from foveate.demo.report import page, plots, table, write
+from foveate.demo.report import page, plots, table
+from foveate.files import write_text
 
 __all__ = ["run_demo"]
 
@@ -59,8 +60,9 @@ def run_demo(
         task = progress.add_task("accuracy", total=len(CELLS))
         rows, models = [], {}
         for cell in CELLS:
-            rows.append(evaluate(cell, vit, pictures, labels))
-            models[rows[-1].method] = build(cell, vit)
+            model = build(cell, vit)
+            rows.append(evaluate(cell, model, pictures, labels))
+            models[rows[-1].method] = model
             progress.advance(task)
         for batch in batches:
             task = progress.add_task(f"speed at batch {batch}", total=rounds + 2)
@@ -73,11 +75,11 @@ def run_demo(
     facts = _facts(rounds, len(labels), time.monotonic() - started)
     shown = {name: model for name, model in models.items() if name in _SHOWN}
     drawn, sheet = plots(rows, batches), _sheet(shown)
-    write(out / "demo.html", page(rows, batches, facts, drawn, sheet))
-    record = {"facts": facts, "rows": [row.plain() for row in rows]}
-    write(out / "demo.json", json.dumps(record, indent=1) + "\n")
+    write_text(out / "demo.html", page(rows, batches, facts, drawn, sheet))
+    record = {"facts": facts, "rows": [asdict(row) for row in rows]}
+    write_text(out / "demo.json", json.dumps(record, indent=1) + "\n")
     for name, svg in drawn.items():
-        write(out / f"{name}.svg", svg)
+        write_text(out / f"{name}.svg", svg)
     sheet.save(out / "sheet.png", optimize=True)
     console.print(f"The page with plots and pictures: {out / 'demo.html'}", soft_wrap=True)
     return rows
@@ -106,13 +108,11 @@ def _time(
 
 
 def _facts(rounds: int, images: int, seconds: float) -> dict[str, Any]:
+    here = machine.facts("cpu")
     return {
         "images": f"{images} test images of Fashion-MNIST that ship with foveate, 28 x 28",
         "speed": f"{rounds} interleaved rounds; the row of the dense model is its ratio to itself",
-        "threads": torch.get_num_threads(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "versions": f"python {platform.python_version()}, torch {torch.__version__}, "
-        f"timm {timm.__version__}",
+        **{name: here[name] for name in ("cpu", "threads", "system", "python", "torch", "timm")},
         "took": f"{seconds / 60:.1f} minutes",
     }
 

@@ -173,10 +173,6 @@ class EvoViT(Reducer):
         token = self.aux_norm(state.prefix_tokens()[:, 0])
         return self.note(state, "aux_logits", self.aux_head(token))
 
-    def at_level(self, level: float) -> dict[str, Any]:
-        """One rate."""
-        return {"keep": max(1.0 - level, 1e-6)}
-
     def reads(self, block: int, tokens: int, left: int) -> bool:
         """Scores are updated in every block from the one before the first stage on."""
         return self.wants(block)

@@ -231,10 +231,6 @@ class SViT(Reducer):
         shares = self.noted(notes, "kept_share", {})
         return ratio_loss(shares, self.target, per_image=self.ratio == "fixed")
 
-    def at_level(self, level: float) -> dict[str, Any]:
-        """One rate."""
-        return {"keep": max(1.0 - level, 1e-6)}
-
     def macs(self, block: int, hook: str, tokens: int, left: int) -> int:
         """The gate, on every token."""
         if hook != "before" or block not in self.acts:
