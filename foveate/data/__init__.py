@@ -1,5 +1,6 @@
 """Data: the small set that ships with the package, images from anywhere, what models take."""
 
+from foveate.data.augment import Augment, Transform, eval_transform, train_transform
 from foveate.data.fashion import (
     CLASSES,
     LabelledImages,
@@ -9,21 +10,31 @@ from foveate.data.fashion import (
     normalise,
 )
 from foveate.data.images import SUFFIXES, ImageFiles, find_images, read_image, to_rgb
+from foveate.data.loader import Loader, device_batches
 from foveate.data.preprocess import FITS, Prepared, Preprocessing
+from foveate.data.sources import Source, open_source
 
 __all__ = [
     "CLASSES",
     "FITS",
     "SUFFIXES",
+    "Augment",
     "ImageFiles",
     "LabelledImages",
+    "Loader",
     "Prepared",
     "Preprocessing",
+    "Source",
+    "Transform",
+    "device_batches",
+    "eval_transform",
     "fashion_mnist",
     "fashion_mnist_mini",
     "find_fashion_mnist",
     "find_images",
     "normalise",
+    "open_source",
     "read_image",
     "to_rgb",
+    "train_transform",
 ]

@@ -7,12 +7,13 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
-__all__ = ["SUFFIXES", "ImageFiles", "find_images", "read_image", "to_rgb"]
+__all__ = ["SUFFIXES", "ImageFiles", "decode_image", "find_images", "read_image", "to_rgb"]
 
 _log = logging.getLogger(__name__)
 
@@ -114,15 +115,20 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     if not path.is_file():
         kind = "is a folder" if path.is_dir() else "does not exist"
         raise ValueError(f"{path} {kind}; one image file is needed")
+    return decode_image(path, str(path))
+
+
+def decode_image(file: Path | BinaryIO, name: str) -> Image.Image:
+    """Decode an image that a file holds, or bytes do; as ``read_image``."""
     try:
         with warnings.catch_warnings():
             # Of large sizes, which are dealt with here, and of odd metadata, which do not matter.
             warnings.simplefilter("ignore")
-            return _read(path)
+            return _read(file, name)
     except MemoryError:
-        raise ValueError(f"{path}: too large for the memory there is") from None
+        raise ValueError(f"{name}: too large for the memory there is") from None
     except Exception as error:  # decoders raise many kinds, some of them on damaged files alone
-        raise ValueError(f"{path}: {_reason(error)}") from error
+        raise ValueError(f"{name}: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -133,8 +139,8 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _read(path: Path) -> Image.Image:
-    with _opened(path) as image:
+def _read(file: Path | BinaryIO, name: str) -> Image.Image:
+    with _opened(file) as image:
         width, height = image.size
         if width * height > _MOST_PIXELS and image.format == "JPEG":
             image.draft(None, (width // 8, height // 8))
@@ -146,18 +152,18 @@ def _read(path: Path) -> Image.Image:
             factor += 1
         small = image.reduce(factor) if factor > 1 and image.mode in ("L", "RGB", "RGBA") else image
         if small.size != (width, height):
-            _log.info("%s: %d x %d pixels, shrunk to %d x %d", path, width, height, *small.size)
+            _log.info("%s: %d x %d pixels, shrunk to %d x %d", name, width, height, *small.size)
         return to_rgb(_upright(small))
 
 
-def _opened(path: Path) -> Image.Image:
+def _opened(file: Path | BinaryIO) -> Image.Image:
     try:
-        return Image.open(path)
+        return Image.open(file)
     except Image.DecompressionBombError:
         pass
     try:
         # Pillow's guard is for the whole of a file; a JPEG read at an eighth stays small.
-        image = JpegImageFile(path)
+        image = JpegImageFile(file)
     except SyntaxError:  # what a plugin says of a file of another format
         raise ValueError(
             f"more than {_REFUSED_PIXELS // 10**6} million pixels, which only a JPEG may have"

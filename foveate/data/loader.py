@@ -1,0 +1,350 @@
+"""Batches of images in an order that a run can be resumed in, to the image.
+
+Two things make that possible. The order is a function of the seed and the epoch, and what is random
+in an image one of the seed, the epoch and the image; so two numbers say where a run stands. And
+the place counts what was handed out, not what workers have prepared.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from foveate.core.schedule import check_choice
+from foveate.data.augment import Transform
+from foveate.data.sources import Source
+
+__all__ = ["CORRUPT", "Loader", "device_batches"]
+
+_log = logging.getLogger(__name__)
+
+CORRUPT = ("skip", "fail")
+_MOST_IN_A_ROW = 1000  # unreadable neighbours: more than that and the disk is gone, not an image
+
+
+class Loader:
+    """Batches of a source; see the module for what makes it resumable.
+
+    Iterating gives dictionaries: "images" uint8 ``[B, C, H, W]``, "labels" int64 ``[B]`` (-1 where
+    there are none), "index" int64 ``[B]`` in the source, and "unreadable", names of images that
+    could not be read. An iteration that reaches its end moves on to the next epoch; one that is
+    broken off is begun again.
+
+    Args:
+        source: from ``open_source``.
+        transform: from ``train_transform`` or ``eval_transform``.
+        batch: images a batch, on each rank.
+        seed: of order and augmentation.
+        train: shuffle, and drop the last batch if it is not full; else all images in order.
+        workers: processes that read; the batches are the same with any number.
+        repeats: how often an image comes in a row, augmented differently each time. An epoch has as
+            many images as ever, so it sees fewer different ones.
+        rank: number of this process. Training ranks share each batch of ``batch * world``, so that
+            all of them see what one process sees with that batch; in evaluation they take turns
+            image by image, and nothing is seen twice.
+        world: number of processes.
+        corrupt: "skip" takes the next readable image in place of one that is not, and in evaluation
+            leaves it out; "fail" raises.
+        limit: use so many images: in training some of every class, in evaluation evenly spaced.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform,
+        *,
+        batch: int,
+        seed: int = 0,
+        train: bool = True,
+        workers: int = 0,
+        repeats: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        corrupt: str = "skip",
+        limit: int | None = None,
+    ) -> None:
+        _check_whole("batch", batch, 1)
+        _check_whole("seed", seed, 0)
+        _check_whole("workers", workers, 0)
+        _check_whole("repeats", repeats, 1)
+        _check_whole("world", world, 1)
+        _check_whole("rank", rank, 0)
+        if rank >= world:
+            raise ValueError(f"rank must lie in 0..{world - 1} for {world} processes, got {rank}")
+        check_choice("corrupt", corrupt, CORRUPT)
+        if repeats > 1 and not train:
+            raise ValueError(f"repeats is for training; evaluation takes 1, got {repeats}")
+        if limit is not None:
+            _check_whole("limit", limit, 1)
+        self.source, self.transform = source, transform
+        self.batch, self.train, self.workers, self.repeats = batch, train, workers, repeats
+        self.seed, self.rank, self.world = seed, rank, world
+        self.unreadable: dict[str, str] = {}
+        chosen = _choose(source, train, limit)
+        if train and batch * world > len(chosen):
+            on = f" on each of {world} processes" if world > 1 else ""
+            raise ValueError(
+                f"a batch of {batch}{on} needs as many images; the training data have {len(chosen)}"
+            )
+        self._read = _Reader(source, transform, chosen, seed, train, corrupt)
+        self._epoch = self._handed_out = 0
+        self._start = 0  # where an iteration of this epoch begins
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that is under way, or the next one if that is over."""
+        return self._epoch + (self._handed_out == len(self) > 0)
+
+    def __len__(self) -> int:
+        """Batches an epoch, on this rank."""
+        images = len(self._read.chosen)
+        if self.train:
+            return images // (self.batch * self.world)
+        return math.ceil(len(range(self.rank, images, self.world)) / self.batch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of an epoch; in the one under way, stay at the place there."""
+        _check_whole("epoch", epoch, 0)
+        if epoch != self.epoch:
+            self._go(epoch, 0)
+
+    def state_dict(self) -> dict[str, int]:
+        """Say where the run stands: the epoch, and how many batches of it were handed out."""
+        over = self.epoch > self._epoch
+        return {"epoch": self.epoch, "batches": 0 if over else self._handed_out}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Begin the next iteration where a state was taken."""
+        if not {"epoch", "batches"} <= set(state):
+            raise ValueError(f"the state of a loader has epoch and batches, got {sorted(state)}")
+        epoch, batches = state["epoch"], state["batches"]
+        _check_whole("epoch", epoch, 0)
+        _check_whole("batches", batches, 0)
+        if batches > len(self):
+            raise ValueError(
+                f"the state says {batches} batches were handed out, but an epoch has {len(self)}: "
+                "it is of other data or another batch size"
+            )
+        self._go(epoch, batches)
+
+    def _go(self, epoch: int, batches: int) -> None:
+        self._epoch, self._handed_out, self._start = epoch, batches, batches
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self.epoch > self._epoch:  # the iteration before took all batches, but did not ask on
+            self._go(self.epoch, 0)
+        self._handed_out = start = self._start
+        seen = 0
+        for made in self._made(self._plan(start)):
+            self._note(made["unreadable"])
+            self._handed_out += 1
+            seen += len(made["index"])
+            if len(made["index"]):
+                yield {**made, "unreadable": list(made["unreadable"])}
+        if not seen and start < len(self):
+            reason = next(iter(self.unreadable.values()))
+            raise ValueError(f"none of the images is readable: {reason} ...")
+        self._go(self._epoch + 1, 0)
+
+    def _note(self, unreadable: dict[str, str]) -> None:
+        for name, reason in unreadable.items():
+            if name not in self.unreadable:
+                self.unreadable[name] = reason
+                _log.warning("skipped %s", reason)
+
+    def _plan(self, start: int) -> list[_Task]:
+        """What each batch of this epoch is made of, from one of them on."""
+        chosen, batch = len(self._read.chosen), self.batch
+        if not self.train:
+            share = np.arange(self.rank, chosen, self.world)
+            parts = [share[i * batch : (i + 1) * batch] for i in range(start, len(self))]
+            return [_Task(self._epoch, part, np.zeros_like(part)) for part in parts]
+        # This generator of numpy is frozen: the order is the same with every version of it.
+        stream = np.random.MT19937(np.random.SeedSequence([self.seed, self._epoch]))
+        order = np.random.RandomState(stream).permutation(chosen)
+        order = order[: math.ceil(chosen / self.repeats)].repeat(self.repeats)
+        repeat = np.arange(len(order)) % self.repeats
+        firsts = [(number * self.world + self.rank) * batch for number in range(start, len(self))]
+        return [
+            _Task(self._epoch, order[first : first + batch], repeat[first : first + batch])
+            for first in firsts
+        ]
+
+    def _made(self, plan: list[_Task]) -> Iterator[dict[str, Any]]:
+        if not self.workers:
+            yield from map(self._read.batch, plan)
+            return
+        loader = DataLoader(
+            self._read,
+            sampler=plan,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=self.workers,
+            # Without one of its own, it would draw from the generator that the model draws from.
+            generator=torch.Generator(),
+        )
+        try:
+            for made in loader:
+                if isinstance(made, str):
+                    raise ValueError(made)
+                yield made
+        except RuntimeError as error:  # how torch says that a process was killed
+            first = str(error).strip().partition("\n")[0]
+            raise ValueError(f"a worker that reads images has ended: {first}") from error
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One batch: places among the chosen images, and which repeat of each."""
+
+    epoch: int
+    places: np.ndarray
+    repeats: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Reader(Dataset):
+    """Makes batches, in this process or in a worker."""
+
+    source: Source
+    transform: Transform
+    chosen: np.ndarray  # numbers of images in the source, ascending
+    seed: int
+    train: bool
+    corrupt: str
+
+    def __getitem__(self, task: _Task) -> dict[str, Any] | str:
+        """Make a batch in a worker, from where errors come back as a sentence, not a traceback."""
+        try:
+            return self.batch(task)
+        except ValueError as error:
+            return str(error)
+        except Exception as error:
+            return f"{_sentence(error)} (0 workers show where it comes from)"
+
+    def batch(self, task: _Task) -> dict[str, Any]:
+        """Make a batch; what was "unreadable" comes with the reasons."""
+        images = np.empty(
+            (len(task.places), self.transform.channels, *self.transform.size), dtype=np.uint8
+        )
+        index: list[int] = []
+        unreadable: dict[str, str] = {}
+        for place, repeat in zip(task.places.tolist(), task.repeats.tolist(), strict=True):
+            found = self._readable(place, unreadable)
+            if found is None:
+                continue
+            # Of the place and not of what replaced it, which may come in the same batch itself.
+            key = (self.seed, task.epoch, int(self.chosen[place]), repeat)
+            images[len(index)] = self._augmented(*found, key)
+            index.append(found[0])
+        return {
+            "images": torch.from_numpy(images[: len(index)]),
+            "labels": torch.tensor([self.source.label(i) for i in index], dtype=torch.int64),
+            "index": torch.tensor(index, dtype=torch.int64),
+            "unreadable": unreadable,
+        }
+
+    def _readable(
+        self, place: int, unreadable: dict[str, str]
+    ) -> tuple[int, Image.Image | np.ndarray] | None:
+        """Number and image at a place, in training at the next one with a readable image.
+
+        What was unreadable once is tried again: after a resume nobody would know of it.
+        """
+        tries = min(len(self.chosen), _MOST_IN_A_ROW) if self.train else 1
+        reasons = []
+        for step in range(tries):
+            index = int(self.chosen[(place + step) % len(self.chosen)])
+            try:
+                return index, self.source.image(index)
+            except ValueError as error:
+                if self.corrupt == "fail":
+                    raise
+                reasons.append(str(error))
+                unreadable[self.source.name(index)] = str(error)
+        if self.train:
+            which = f"{tries} images in a row" if tries < len(self.chosen) else "the images"
+            raise ValueError(f"none of {which} is readable: {reasons[0]} ...")
+        return None
+
+    def _augmented(
+        self, index: int, image: Image.Image | np.ndarray, key: tuple[int, ...]
+    ) -> np.ndarray:
+        try:
+            return self.transform(image, key)
+        except Exception as error:  # of Pillow, timm or torchvision: they do not know the name
+            name = self.source.name(index)
+            raise ValueError(f"{name} cannot be augmented: {_sentence(error)}") from error
+
+
+def _sentence(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _as_it_is(made: Any) -> Any:
+    return made
+
+
+def _choose(source: Source, train: bool, limit: int | None) -> np.ndarray:
+    """Numbers of the images that are used, ascending."""
+    count = len(source)
+    if limit is None or limit >= count:
+        return np.arange(count)
+    if not train:
+        return np.arange(limit) * count // limit
+    order = np.random.RandomState(0).permutation(count)
+    if source.classes is not None:
+        # One image of each class, then a second one of each, and so on.
+        labels = np.array([source.label(i) for i in order.tolist()])
+        by_class = np.argsort(labels, kind="stable")
+        counts = np.bincount(labels)
+        turn = np.empty(count, dtype=np.int64)
+        turn[by_class] = np.arange(count) - np.repeat(np.cumsum(counts) - counts, counts)
+        order = order[np.argsort(turn, kind="stable")]
+    return np.sort(order[:limit])
+
+
+def _check_whole(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number from {least}, got {value!r}")
+
+
+def device_batches(
+    loader: Iterable[dict[str, Any]],
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device | str,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Bring batches to a device: normalised images, labels, numbers of the images.
+
+    Args:
+        loader: a ``Loader``.
+        mean: of each channel, in 0..1.
+        std: of each channel, in 0..1.
+        device: what the model is on.
+    """
+    device = torch.device(device)
+    if len(mean) != len(std):
+        raise ValueError(f"mean and std need a value each per channel, got {mean!r} and {std!r}")
+    shift, spread = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (mean, std))
+    for batch in loader:
+        tensors = [batch["images"], batch["labels"], batch["index"]]
+        if tensors[0].shape[1] != len(mean):
+            raise ValueError(
+                f"mean {tuple(mean)!r} is of {len(mean)} channels; the images have "
+                f"{tensors[0].shape[1]}"
+            )
+        if device.type == "cuda":  # bytes that are pinned travel while the device computes
+            tensors = [tensor.pin_memory() for tensor in tensors]
+        images, labels, index = (tensor.to(device, non_blocking=True) for tensor in tensors)
+        # Four times the bytes: made once, then changed in place.
+        yield images.float().div_(255).sub_(shift).div_(spread), labels, index

@@ -1,0 +1,58 @@
+"""Any data set from one string: ``open_source("folder:photos", "train")``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from foveate.core.schedule import check_choice
+from foveate.data.sources.base import SPLITS, Source
+from foveate.data.sources.folders import open_folder
+from foveate.data.sources.libraries import open_hf, open_torchvision
+from foveate.data.sources.memory import open_fashion_mnist
+from foveate.data.sources.shards import open_shards
+from foveate.registry import suggest
+
+__all__ = ["KINDS", "SPLITS", "Source", "open_source"]
+
+# Each takes the spec, the location in it ("" if none), the split and whether labels are needed.
+_OPEN: dict[str, Callable[[str, str, str, bool], Source]] = {
+    "fashion-mnist": open_fashion_mnist,
+    "folder": open_folder,
+    "torchvision": open_torchvision,
+    "shards": open_shards,
+    "hf": open_hf,
+}
+KINDS = {
+    "fashion-mnist": "the part that ships; fashion-mnist:FOLDER is the whole",
+    "folder": "folder:PATH, one subfolder a class, in train and val or directly",
+    "torchvision": "torchvision:NAME:FOLDER, a class of torchvision.datasets and its files",
+    "shards": "shards:PATTERN, WebDataset tar files such as data/{split}-{000..012}.tar",
+    "hf": "hf:NAME or hf:PATH, a Hugging Face data set",
+}
+
+
+def open_source(spec: str, split: str = "train", *, labels: bool = True) -> Source:
+    """Open a data set.
+
+    Args:
+        spec: ``KIND`` or ``KIND:LOCATION``, see ``KINDS``; a path alone is a folder.
+        split: "train" or "val".
+        labels: without them ``classes`` is None, and images need not have any.
+    """
+    check_choice("split", split, SPLITS)
+    kind, colon, location = spec.partition(":")
+    if kind not in _OPEN:
+        return _OPEN["folder"](spec, _existing(spec, kind), split, labels)
+    if not location and (colon or kind != "fashion-mnist"):
+        raise ValueError(f"{spec!r} names no place: {KINDS[kind]}")
+    return _OPEN[kind](spec, location, split, labels)
+
+
+def _existing(spec: str, kind: str) -> str:
+    """A path that was given without a kind."""
+    if spec and Path(spec).expanduser().exists():
+        return spec
+    if not spec or "/" in kind or "\\" in kind or kind.startswith((".", "~")):
+        raise ValueError(f"the data {spec!r} do not exist; kinds of data are {', '.join(_OPEN)}")
+    raise ValueError(suggest("data set", kind, _OPEN))

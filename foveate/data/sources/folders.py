@@ -1,0 +1,116 @@
+"""A folder of images, one subfolder a class, or without classes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from foveate.data.images import SUFFIXES, find_images, read_image
+from foveate.data.sources.base import NO_LABEL, VAL_NAMES, PackedNames
+
+__all__ = ["FolderSource", "open_folder"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """Image files of one split; see ``Source``."""
+
+    spec: str
+    split: str
+    files: PackedNames
+    labels: np.ndarray | None
+    classes: tuple[str, ...] | None
+    channels: int = 3
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def image(self, index: int) -> Image.Image:
+        return read_image(self.files[index])
+
+    def label(self, index: int) -> int:
+        return NO_LABEL if self.labels is None else int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        return self.files[index]
+
+
+def open_folder(spec: str, location: str, split: str, labels: bool) -> FolderSource:
+    """Open ``PATH/train/CLASS/...`` and ``PATH/val/CLASS/...``, or ``PATH/CLASS/...`` itself.
+
+    The classes are the subfolders of "train" in order of their names; "val" has them from there
+    too. Without labels every image counts, wherever it lies.
+    """
+    root = Path(location).expanduser()
+    if not root.is_dir():
+        kind = "is a file" if root.exists() else "does not exist"
+        raise ValueError(f"{root} {kind}; a folder of images is needed")
+    splits = _splits(root)
+    if splits and split not in splits:
+        wanted = "train" if split == "train" else " or ".join(VAL_NAMES)
+        found = ", ".join(sorted(folder.name for folder in splits.values()))
+        raise ValueError(f"{root} holds {found} and no folder {wanted} for the split {split!r}")
+    folder = splits.get(split, root)
+    if not labels:
+        files = PackedNames(map(str, find_images(folder)))
+        return FolderSource(spec, split, files, None, None)
+    classes = _classes(splits.get("train", folder))
+    unknown = [name for name in _classes(folder) if name not in classes]
+    if unknown:
+        raise ValueError(
+            f"{folder} has classes that {splits['train']} has not: {', '.join(map(repr, unknown))}"
+        )
+    return _labelled(spec, split, folder, classes)
+
+
+def _labelled(spec: str, split: str, folder: Path, classes: tuple[str, ...]) -> FolderSource:
+    files: list[Path] = []
+    counts = []
+    for name in classes:
+        # A class of "train" may have no image in "val", but not the other way round.
+        inside = find_images(folder / name) if (folder / name).is_dir() else []
+        files += inside
+        counts.append(len(inside))
+    loose = sum(path.name.lower().endswith(SUFFIXES) for path in folder.iterdir())
+    if loose:
+        _log.warning("%s: %d images beside the class folders are left out", folder, loose)
+    labels = np.repeat(np.arange(len(classes)), counts)
+    return FolderSource(spec, split, PackedNames(map(str, files)), labels, classes)
+
+
+def _splits(root: Path) -> dict[str, Path]:
+    """Folders of the splits; empty where the folder's subfolders are classes.
+
+    A class may be called "train" or "test" as well: such a folder is a split if another one is
+    there, if nothing else is, or if it has subfolders.
+    """
+    names = set(_subfolders(root))
+    found = {"train": root / "train"} if "train" in names else {}
+    val = next((name for name in VAL_NAMES if name in names), None)
+    if val:
+        found["val"] = root / val
+    alone = names <= {"train", *VAL_NAMES}
+    sure = len(found) == 2 or alone or any(map(_subfolders, found.values()))
+    return found if sure else {}
+
+
+def _classes(folder: Path) -> tuple[str, ...]:
+    names = _subfolders(folder)
+    if not names:
+        held = f"{len(find_images(folder))} images and no subfolders"
+        raise ValueError(
+            f"{folder} holds {held}: classes are subfolders; only pre-training does without"
+        )
+    return tuple(names)
+
+
+def _subfolders(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))

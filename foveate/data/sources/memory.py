@@ -1,0 +1,53 @@
+"""Images that are held in memory as one array."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from foveate.data.fashion import CLASSES, fashion_mnist, fashion_mnist_mini
+from foveate.data.sources.base import NO_LABEL
+
+__all__ = ["ArraySource", "open_fashion_mnist"]
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """Images ``[N, H, W, C]`` uint8 in memory; see ``Source``."""
+
+    spec: str
+    split: str
+    images: np.ndarray
+    labels: np.ndarray | None
+    classes: tuple[str, ...] | None
+
+    @property
+    def channels(self) -> int:
+        """Of the images, 1 or 3."""
+        return self.images.shape[3]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def image(self, index: int) -> np.ndarray:
+        return self.images[index]
+
+    def label(self, index: int) -> int:
+        return NO_LABEL if self.labels is None else int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        return f"{self.spec} {self.split} {index}"
+
+
+def open_fashion_mnist(spec: str, location: str, split: str, labels: bool) -> ArraySource:
+    """Open the part of Fashion-MNIST that ships, or the whole of it in a folder."""
+    part = "train" if split == "train" else "test"
+    found = fashion_mnist(location, part) if location else fashion_mnist_mini(part)
+    return ArraySource(
+        spec=spec,
+        split=split,
+        images=found.images.permute(0, 2, 3, 1).numpy(),
+        labels=found.labels.numpy() if labels else None,
+        classes=CLASSES if labels else None,
+    )

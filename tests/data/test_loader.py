@@ -1,0 +1,217 @@
+"""Batches: their order, and that workers and ranks change nothing in it."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from samples import PLAIN, Numbers, evaluation, same, seen, train
+
+from foveate.data import (
+    Augment,
+    Loader,
+    device_batches,
+    eval_transform,
+    fashion_mnist_mini,
+    normalise,
+    open_source,
+    train_transform,
+)
+from foveate.data.fashion import MEAN, STD
+
+# Order -------------------------------------------------------------------------------------------
+
+
+def test_what_a_batch_holds() -> None:
+    batch = next(iter(train(transform=PLAIN)))
+    assert batch["images"].shape == (6, 1, 4, 4) and batch["images"].dtype == torch.uint8
+    assert batch["labels"].dtype == batch["index"].dtype == torch.int64
+    assert batch["images"][:, 0, 0, 0].tolist() == batch["index"].tolist()
+    assert batch["labels"].tolist() == [i // 10 for i in batch["index"].tolist()]
+    assert batch["unreadable"] == []
+    assert next(iter(train(Numbers(classes=None))))["labels"].tolist() == [-1] * 6
+
+
+def test_an_epoch_is_a_permutation_and_drops_what_is_not_a_batch() -> None:
+    loader = train()
+    first, second = list(loader), list(loader)
+    assert len(loader) == len(first) == 6
+    for epoch in (first, second):
+        assert len(set(seen(epoch))) == 36
+    assert seen(first) != seen(second) and seen(first) != sorted(seen(first))
+    assert seen(list(train(seed=4))) != seen(first)
+    # Frozen: a run of today must be resumable with a later version.
+    assert seen(first)[:6] == FIRST_SIX
+
+
+FIRST_SIX = [37, 9, 25, 28, 12, 7]
+
+
+def test_evaluation_is_in_order_and_complete() -> None:
+    loader = evaluation()
+    for _ in range(2):
+        batches = list(loader)
+        assert [len(b["index"]) for b in batches] == [6] * 6 + [4] and len(loader) == 7
+        assert seen(batches) == list(range(40))
+
+
+def test_the_epoch_and_the_seed_change_the_augmentation() -> None:
+    def pictures(loader: Loader) -> dict[int, bytes]:
+        return {
+            i: image.numpy().tobytes()
+            for batch in loader
+            for i, image in zip(batch["index"].tolist(), batch["images"], strict=True)
+        }
+
+    loader = train()
+    runs = [pictures(loader), pictures(loader), pictures(train(seed=4)), pictures(train())]
+    assert runs[0] == runs[3]
+    for other in runs[1:3]:
+        common = [i for i in runs[0] if i in other and i > 0]
+        assert sum(runs[0][i] != other[i] for i in common) > len(common) / 2
+
+
+def test_repeats() -> None:
+    source = Numbers(count=40)
+    loader = train(source, repeats=3, batch=10)
+    batches = list(loader)
+    assert len(batches) == 4  # an epoch is as long as ever
+    counts = Counter(seen(batches))
+    assert sorted(counts.values()) == [1] + [3] * 13
+    order = seen(batches)
+    assert order[0] == order[1] == order[2] and order[3] == order[4] == order[5]
+    images = torch.cat([b["images"] for b in batches])
+    differing = sum(not torch.equal(images[i], images[i + 1]) for i in range(0, 36, 3))
+    assert differing > 6
+
+
+# Workers and ranks -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("auto", [None, "rand-m9-mstd0.5-inc1"])
+def test_workers_change_nothing(workers: int, auto: str | None) -> None:
+    transform = train_transform(Augment(auto=auto), (4, 4), 1)
+    source = Numbers(broken=frozenset({2, 3, 17}))
+    alone, helped = (train(source, transform, workers=n) for n in (0, workers))
+    for _ in range(2):
+        assert same(list(alone), list(helped))
+    assert alone.unreadable == helped.unreadable and len(alone.unreadable) == 3
+    alone, helped = (evaluation(source, workers=n) for n in (0, workers))
+    assert same(list(alone), list(helped))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_generators_of_the_process_are_left_alone(workers: int) -> None:
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    before = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state()
+    transform = train_transform(Augment(auto="rand-m9-mstd0.5-inc1"), (4, 4), 1)
+    list(train(transform=transform, workers=workers))
+    assert random.getstate() == before[0]
+    assert np.random.get_state()[1].tobytes() == before[1]
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_ranks_see_what_one_process_sees(repeats: int) -> None:
+    one = list(train(batch=12, repeats=repeats))
+    ranks = [list(train(batch=4, rank=rank, world=3, repeats=repeats)) for rank in range(3)]
+    assert [len(r) for r in ranks] == [len(one)] * 3
+    for number, whole in enumerate(one):
+        for key in ("images", "labels", "index"):
+            joined = torch.cat([ranks[rank][number][key] for rank in range(3)])
+            assert torch.equal(joined, whole[key])
+
+
+@pytest.mark.parametrize("count", [40, 41, 42, 2])
+def test_ranks_evaluate_every_image_once(count: int) -> None:
+    loaders = [evaluation(Numbers(count), rank=rank, world=3, batch=5) for rank in range(3)]
+    shares = [seen(list(loader)) for loader in loaders]
+    assert sorted(sum(shares, [])) == list(range(count))
+    assert shares[1] == list(range(1, count, 3))
+    assert [len(list(loader)) for loader in loaders] == [len(loader) for loader in loaders]
+
+
+# Limits ------------------------------------------------------------------------------------------
+
+
+def test_a_limit_in_training_takes_some_of_every_class() -> None:
+    loader = train(Numbers(count=400, per_class=100), limit=42, batch=42)
+    (batch,) = loader
+    assert sorted(Counter(batch["labels"].tolist()).values()) == [10, 10, 11, 11]
+    (again,) = loader
+    assert set(seen([again])) == set(seen([batch]))
+    (other,) = train(Numbers(count=400, per_class=100), limit=42, batch=42, seed=8)
+    assert set(seen([other])) == set(seen([batch]))  # the seed changes the order alone
+    assert len(set(seen([batch]))) == 42 and max(seen([batch])) - min(seen([batch])) > 300
+
+
+def test_a_limit_beyond_a_small_class_takes_all_of_it() -> None:
+    loader = train(Numbers(count=32), limit=20, batch=20)
+    (batch,) = loader
+    assert Counter(batch["labels"].tolist()) == {0: 6, 1: 6, 2: 6, 3: 2}
+    (unlabelled,) = train(Numbers(classes=None), limit=20, batch=20)
+    assert len(set(seen([unlabelled]))) == 20
+    assert len(list(train(limit=100))) == 6
+
+
+def test_a_limit_in_evaluation_is_evenly_spaced() -> None:
+    assert seen(list(evaluation(limit=8))) == list(range(0, 40, 5))
+    assert seen(list(evaluation(limit=40))) == list(range(40))
+    shares = [seen(list(evaluation(limit=7, rank=r, world=2))) for r in range(2)]
+    assert sorted(sum(shares, [])) == [i * 40 // 7 for i in range(7)]
+
+
+def test_what_stands_in_is_within_the_limit() -> None:
+    chosen = set(seen(list(train(limit=10, batch=10))))
+    broken = frozenset(sorted(chosen)[:4])
+    (batch,) = train(Numbers(broken=broken), limit=10, batch=10)
+    assert set(seen([batch])) == chosen - broken
+
+
+# The rest ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch": 41}, "a batch of 41 needs as many images; the training data have 40"),
+        ({"batch": 21, "world": 2}, "a batch of 21 on each of 2 processes needs as many images"),
+        ({"batch": 11, "limit": 10}, "the training data have 10"),
+        ({"batch": 0}, "batch must be a whole number from 1, got 0"),
+        ({"batch": 2.0}, r"batch must be a whole number from 1, got 2\.0"),
+        ({"seed": -1}, "seed must be a whole number from 0, got -1"),
+        ({"workers": -1}, "workers must be a whole number from 0"),
+        ({"repeats": 0}, "repeats must be a whole number from 1"),
+        ({"repeats": 2, "train": False}, "repeats is for training; evaluation takes 1, got 2"),
+        ({"rank": 2, "world": 2}, r"rank must lie in 0\.\.1 for 2 processes, got 2"),
+        ({"corrupt": "ignore"}, "corrupt must be one of 'skip', 'fail'; got 'ignore'"),
+        ({"limit": 0}, "limit must be a whole number from 1, got 0"),
+    ],
+)
+def test_wrong_options(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(**options)
+
+
+def test_evaluation_takes_a_batch_above_the_data() -> None:
+    assert seen(list(evaluation(batch=100))) == list(range(40))
+
+
+def test_device_batches() -> None:
+    source = open_source("fashion-mnist", "val")
+    loader = Loader(source, eval_transform((28, 28), 1), batch=300, train=False)
+    whole = fashion_mnist_mini("test")
+    found = list(device_batches(loader, (MEAN,), (STD,), "cpu"))
+    assert torch.equal(torch.cat([images for images, _, _ in found]), normalise(whole.images))
+    assert torch.equal(torch.cat([labels for _, labels, _ in found]), whole.labels)
+    assert torch.equal(torch.cat([index for _, _, index in found]), torch.arange(2000))
+    for arguments, message in (
+        (((0.5,), (0.5, 0.5)), "mean and std need a value each per channel"),
+        (((0.5,) * 3, (0.5,) * 3), "is of 3 channels; the images have 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            next(device_batches(loader, *arguments, "cpu"))
