@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import foveate.methods  # noqa: F401  (registers every method)
-from foveate.backbones import backbone_for, rebuild
+from foveate.backbones import backbone_for, image_settings, rebuild, set_image_settings
 from foveate.core import Backbone, Chain, ReducedViT, Reducer, TokenState, attend
 from foveate.core.backbone import BackboneSpec
 from foveate.core.budget import meet
@@ -279,6 +279,7 @@ def save(model: ReducedViT, folder: str | os.PathLike[str], *, everything: bool 
             "prefix": spec.prefix,
         },
         "model": model.backbone.recipe() if everything else None,
+        "images": image_settings(model.vit) if everything else {},
         "everything": everything,
     }
     write_whole(folder / _WEIGHTS, lambda path: save_file(tensors, path))
@@ -345,9 +346,12 @@ def _rebuild(folder: Path, config: Mapping[str, Any]) -> nn.Module:
         )
         raise ValueError(f"{folder}: {why}; pass the backbone as load(folder, model)")
     try:
-        return rebuild(config["backbone"]["family"], recipe)
+        model = rebuild(config["backbone"]["family"], recipe)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: {error}") from error
+    if config.get("images"):
+        set_image_settings(model, config["images"])
+    return model
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from foveate.backbones._shared import refuse
+from foveate.backbones._shared import image_settings, refuse, set_image_settings
 from foveate.backbones.hf_clip import HfClip
 from foveate.backbones.hf_dinov2 import HfDinov2
 from foveate.backbones.hf_folder import HF_FAMILIES, from_folder
@@ -30,10 +30,12 @@ __all__ = [
     "TimmViT",
     "backbone_for",
     "from_folder",
+    "image_settings",
     "lvvit_m",
     "lvvit_s",
     "plain_vit",
     "rebuild",
+    "set_image_settings",
 ]
 
 # In this order: an LV-ViT is also a timm VisionTransformer.

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["key_average", "patch_grid", "refuse", "same_modules"]
+__all__ = [
+    "image_settings",
+    "key_average",
+    "patch_grid",
+    "refuse",
+    "same_modules",
+    "set_image_settings",
+]
 
 
 def refuse(model: nn.Module, what: str) -> ValueError:
@@ -66,3 +76,21 @@ def key_average(
     weight = layer.weight.view(parts, heads, -1, layer.in_features)[part].mean(0)  # [d, C]
     bias = None if layer.bias is None else layer.bias.view(parts, heads, -1)[part].mean(0)
     return F.linear(y, weight, bias)
+
+
+# What timm's models say of their images, besides the size, which their patches know.
+_IMAGE_KEYS = ("mean", "std", "crop_pct", "interpolation")
+
+
+def image_settings(model: nn.Module) -> dict[str, Any]:
+    """How a timm model wants its images prepared, as far as it says so; plain data."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    found = {key: config[key] for key in _IMAGE_KEYS if config.get(key) is not None}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
+
+
+def set_image_settings(model: nn.Module, settings: Mapping[str, Any]) -> None:
+    """Say it where timm's models do; what is not named stays."""
+    config = dict(getattr(model, "pretrained_cfg", None) or {})
+    config |= {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    vars(model)["pretrained_cfg"] = config

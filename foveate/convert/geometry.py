@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -15,10 +16,10 @@ from foveate.backbones import LVViT, plain_vit
 from foveate.convert.read import ANCHOR, EXPECTED, Checkpoint
 from foveate.facts import image_grid
 
-__all__ = ["GRID", "HEADS", "Geometry"]
+__all__ = ["GRID", "HEADS", "IMAGES", "Geometry"]
 
 # What tensors do not show; files that were written here say it in their metadata.
-HEADS, GRID = "foveate.num_heads", "foveate.grid"
+HEADS, GRID, IMAGES = "foveate.num_heads", "foveate.grid", "foveate.images"
 _HEAD_WIDTH = 64
 _STEM = "patch_embed.conv1.weight"  # LV-ViT's
 _Grid = tuple[int, int]
@@ -175,6 +176,17 @@ class Geometry:
             return None
         rows, columns = self._numbers(GRID, 2)
         return rows, columns
+
+    def images(self) -> dict[str, Any]:
+        """How images are prepared, where the file says it."""
+        text = self.metadata.get(IMAGES, "{}")
+        try:
+            found = json.loads(text)
+        except json.JSONDecodeError:
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError(f"{self.path} says {IMAGES} {text!r}, expected a JSON object")
+        return found
 
     def _numbers(self, key: str, count: int) -> list[int]:
         text = self.metadata[key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -13,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from foveate import api
-from foveate.backbones import backbone_for, from_folder
-from foveate.convert.geometry import GRID, HEADS, Geometry
+from foveate.backbones import backbone_for, from_folder, image_settings, set_image_settings
+from foveate.convert.geometry import GRID, HEADS, IMAGES, Geometry
 from foveate.convert.origins import ORIGINS, Origin, find, translate
 from foveate.convert.read import few, read
 from foveate.core import ReducedViT, Reducer
@@ -65,9 +66,10 @@ def load(
 ) -> Any:
     """Load a model, ready to run: a folder that ``save`` wrote, or a checkpoint of others.
 
-    A checkpoint is a ``.pth``, ``.pt`` or ``.safetensors`` file of a plain ViT (timm, DeiT, MAE),
-    LV-ViT, DynamicViT, EViT, Evo-ViT (DeiT) or SViT classifier, or the folder of a Hugging Face
-    model. Sizes are read off its tensors. No code in a file is run.
+    The folder of a training run of ours stands for the model in it. A checkpoint is a ``.pth``,
+    ``.pt`` or ``.safetensors`` file of a plain ViT (timm, DeiT, MAE), LV-ViT, DynamicViT, EViT,
+    Evo-ViT (DeiT) or SViT classifier, or the folder of a Hugging Face model. Sizes are read off its
+    tensors. No code in a file is run.
 
     Gives a reduced model, in eval mode, where there is a method and else the model itself.
 
@@ -99,7 +101,7 @@ def open_model(
     settings: Settings,
 ) -> Loaded:
     """As ``load``, and what was recognised."""
-    path = Path(path)
+    path = _run_folder(Path(path))
     if isinstance(model, ReducedViT):
         raise ValueError("the model is reduced already; foveate.unwrap() it first")
     if not path.is_dir():
@@ -114,6 +116,16 @@ def open_model(
         given = few([*["method"] * (method is not None), *options])
         raise ValueError(f"{path} was saved with its method; {given} cannot be given again")
     return Loaded(api.load(path, model), "foveate")
+
+
+def _run_folder(path: Path) -> Path:
+    """What a training run exported, if the path is the run's folder."""
+    if (path / "recipe.yaml").is_file():
+        for name in ("model.safetensors", "model"):
+            if (path / name).exists():
+                return path / name
+        raise ValueError(f"{path} is a run that has not finished: it holds no model yet")
+    return path
 
 
 def _from_file(
@@ -148,6 +160,7 @@ def _from_file(
     what = f"the {type(model).__name__} " + ("that its sizes describe" if new else "given")
     if new:  # copies, so that the file may change or go
         state = {key: value.contiguous().clone() for key, value in state.items()}
+        set_image_settings(model, geometry.images())
     _fill(path, what, model, state, assign=new)
     if origin.method is None:
         result: nn.Module = _with_method(model, method, options)
@@ -222,6 +235,7 @@ def save_plain(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "format": "pt",
         HEADS: str(spec.heads),
         GRID: f"{spec.grid[0]}x{spec.grid[1]}",
+        IMAGES: json.dumps(image_settings(model)),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda partial: save_file(tensors, partial, metadata))

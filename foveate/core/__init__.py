@@ -3,7 +3,7 @@
 from foveate.core.attention import Heads, Seen, attend
 from foveate.core.backbone import Backbone, BackboneSpec, Embedded, pool_mask, pool_tokens
 from foveate.core.cost import linear_cost
-from foveate.core.driver import BlockTrace, Outcome, ReducedViT, Trace
+from foveate.core.driver import BlockTrace, Outcome, ReducedViT, Trace, dense
 from foveate.core.gated import GatedReducer
 from foveate.core.gates import decide
 from foveate.core.layout import Layout
@@ -41,6 +41,7 @@ __all__ = [
     "check_choice",
     "check_keep",
     "decide",
+    "dense",
     "linear_cost",
     "pool_mask",
     "pool_tokens",

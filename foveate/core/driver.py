@@ -24,7 +24,7 @@ from foveate.core.reducer import Reducer
 from foveate.core.schedule import check_choice
 from foveate.core.tokens import TokenState
 
-__all__ = ["MODES", "BlockTrace", "Outcome", "ReducedViT", "Trace"]
+__all__ = ["MODES", "BlockTrace", "Outcome", "ReducedViT", "Trace", "dense"]
 
 MODES = ("auto", "masked", "gathered", "packed")
 
@@ -143,7 +143,7 @@ class ReducedViT(nn.Module):
         if not 0 <= progress <= 1:
             raise ValueError(f"progress must lie in [0, 1], got {progress!r}")
         for part in self.reducer.members:
-            part.progress = float(progress)
+            part.advance(float(progress))
 
     def resolved_mode(self, masked_input: bool = False) -> str:
         """The mode that the next forward pass will run in."""
@@ -293,14 +293,17 @@ class ReducedViT(nn.Module):
         )
         state.notes["mode"] = mode
         state.notes["training"] = self.training
-        mask = None if keep_mask is None else self._checked_mask(keep_mask, state)
+        mask = None
+        if keep_mask is not None:
+            mask = self._checked_mask(keep_mask, state, spec.pools_patches)
         if mode == "masked":
             state = self._masked(state, mask)
         elif mode == "packed":
             state = self._packed(state, mask)
         return state, embedded.table
 
-    def _checked_mask(self, keep_mask: Tensor, state: TokenState) -> Tensor:
+    @staticmethod
+    def _checked_mask(keep_mask: Tensor, state: TokenState, pools_patches: bool) -> Tensor:
         rows, columns = state.grid
         legal = {(state.batch, rows, columns), (state.batch, rows * columns)}
         if tuple(keep_mask.shape) not in legal or keep_mask.dtype != torch.bool:
@@ -309,9 +312,10 @@ class ReducedViT(nn.Module):
                 f"[{state.batch}, {rows * columns}], got {keep_mask.dtype} {list(keep_mask.shape)}"
             )
         mask = keep_mask.flatten(1).to(state.x.device)
-        empty = (~mask.any(1)).nonzero().flatten().tolist()
-        if empty:
-            raise ValueError(f"keep_mask leaves no patch in image {empty[0]}")
+        if pools_patches or state.prefix == 0:  # a class token alone can be classified
+            empty = (~mask.any(1)).nonzero().flatten().tolist()
+            if empty:
+                raise ValueError(f"keep_mask leaves no patch in image {empty[0]}")
         return mask
 
     @staticmethod
@@ -396,6 +400,25 @@ class ReducedViT(nn.Module):
         assert state.place is not None
         rows = table[block] if table.ndim == 4 else table
         return rows.index_select(0, state.place)
+
+
+class _Dense(Reducer):
+    """No method at all, so that a keep mask alone decides which patches are computed."""
+
+    name = "dense"
+    maskable = True
+
+
+def dense(backbone: Backbone) -> ReducedViT:
+    """Drive a backbone with all tokens: for keep masks, final tokens and traces without a method.
+
+    With a keep mask its mode "packed" computes only the patches that are kept, and "masked" all of
+    them, hidden from each other by a key mask.
+    """
+    reducer = _Dense()
+    reducer.build(backbone.spec)
+    driver: type[ReducedViT] = backbone.driver or ReducedViT
+    return driver(backbone, reducer)
 
 
 def _dropped(module: nn.Module | None, values: Tensor, state: TokenState) -> Tensor:

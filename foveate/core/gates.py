@@ -75,10 +75,25 @@ def ratio_loss(
     Args:
         shares: share that each image kept, ``[B]``, by stage; empty when no gate decided.
         target: the share wanted of a stage.
-        per_image: hold every image to the target, not only their mean.
+        per_image: hold every image to the target, not only their mean: that of the whole batch,
+            over all processes that train together.
     """
     terms = [
-        (((share if per_image else share.mean()) - target(stage)) ** 2).mean()
+        (((share if per_image else _over_ranks(share.mean())) - target(stage)) ** 2).mean()
         for stage, share in shares.items()
     ]
     return {"ratio": torch.stack(terms).mean()} if terms else {}
+
+
+def _over_ranks(mean: Tensor) -> Tensor:
+    """The mean over all processes, with the gradient that their averaged gradients need.
+
+    Every process has the square's outer factor from the whole batch and the inner derivative of
+    its own images; data-parallel training then averages these to the gradient of one process.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return mean
+    whole = mean.detach().clone()
+    torch.distributed.all_reduce(whole)
+    whole /= torch.distributed.get_world_size()
+    return mean + (whole - mean.detach())

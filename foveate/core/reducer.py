@@ -91,6 +91,10 @@ class Reducer(nn.Module):
                 options.append(f"{f.name}={value!r}")
         return f"{self.name}({', '.join(options)})"
 
+    def advance(self, progress: float) -> None:
+        """Follow the training, of which so much is done, 0 to 1; 1 is the method as deployed."""
+        self.progress = progress
+
     @property
     def members(self) -> tuple[Reducer, ...]:
         """The methods that act, in order: itself, or the parts of a chain."""

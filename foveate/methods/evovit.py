@@ -53,7 +53,8 @@ class EvoViT(Reducer):
         keep: share of all patches that a stage processes.
         starts: first block of each stage; a stage lasts until the next. None is a third and two
             thirds of the depth.
-        layerwise: select anew in every block from the first start on, as early in training.
+        layerwise: select anew in every block from the first start on; a number is the share of
+            training, from its beginning, during which this holds (the paper's: 2 / 3).
         tradeoff: weight of the newest attention in the running score from the first stage on.
         variant: "paper", or "deit" for the released DeiT models.
         aux: train an auxiliary classifier on the class token; its logits are noted.
@@ -61,7 +62,7 @@ class EvoViT(Reducer):
 
     keep: float = 0.5
     starts: tuple[int, ...] | None = None
-    layerwise: bool = False
+    layerwise: bool | float = False
     tradeoff: float = 0.5
     variant: str = "paper"
     aux: bool = False
@@ -74,7 +75,7 @@ class EvoViT(Reducer):
     parks: ClassVar[bool] = True
     rate: ClassVar[str] = "keep"
     identity: ClassVar[Mapping[str, Any] | None] = {"keep": 1.0}
-    loss_weights: ClassVar[Mapping[str, float]] = {"aux": 1.0}
+    loss_weights: ClassVar[Mapping[str, float]] = {"class": 0.5, "aux": 0.5}
 
     def validate(self) -> None:
         """Check rate, weight and variant."""
@@ -82,6 +83,8 @@ class EvoViT(Reducer):
             check_blocks(self.starts)
         check_keep(self.keep)
         check_choice("variant", self.variant, ("paper", "deit"))
+        if not 0 <= self.layerwise <= 1:
+            raise ValueError(f"layerwise must lie in [0, 1], got {self.layerwise!r}")
         if not 0 < self.tradeoff <= 1:
             raise ValueError(f"tradeoff must lie in (0, 1], got {self.tradeoff!r}")
 
@@ -94,14 +97,23 @@ class EvoViT(Reducer):
         starts = check_blocks(starts, spec.depth)
         if starts[0] == 0:
             raise ValueError("starts must lie after block 0, whose attention is the first score")
-        self.acts = tuple(range(starts[0], spec.depth)) if self.layerwise else starts
-        self.ends = (*(start - 1 for start in self.acts[1:]), spec.depth - 1)
-        self.schedule = Schedule(self.acts, (self.keep,) * len(self.acts))
+        self._starts = starts
+        self.advance(self.progress)
         if self.aux:
             if not spec.classes or not spec.class_token:
                 raise ValueError("aux=True needs a class token and a classification head")
             self.aux_norm = nn.LayerNorm(spec.width)
             self.aux_head = nn.Linear(spec.width, spec.classes)
+
+    def advance(self, progress: float) -> None:
+        """Select in every block at first, then in stages."""
+        assert self.spec is not None
+        super().advance(progress)
+        starts = self._starts
+        early = progress < self.layerwise or self.layerwise == 1
+        self.acts = tuple(range(starts[0], self.spec.depth)) if early else starts
+        self.ends = (*(start - 1 for start in self.acts[1:]), self.spec.depth - 1)
+        self.schedule = Schedule(self.acts, (self.keep,) * len(self.acts))
 
     def spans(self) -> frozenset[int]:
         """Patches wait from the first stage to the end."""
