@@ -1,0 +1,166 @@
+"""Evaluate models: accuracy, occlusion, pruning without training, statistics of tokens, speed.
+
+Accuracy and multiply-adds are always measured, of every model and every method on it. A method
+that does not name its rate is taken at every one of --rates; a model that was saved with a method
+comes with that one. The other parts are asked for by name:
+  --occlusion   accuracy with patches of the image dropped at random, for each model as it is given
+  --pruning     a plain model pruned at three stages, by chance and by attention, without training
+  --statistics  which patches each method keeps, where, how often, and what it brings back
+  --speed       images a second, all models and methods in one interleaved run
+
+In a terminal:
+  foveate eval demo evit "tome(r=3)" --rates .5 .7 .9 --speed --out results/
+  foveate eval vit.safetensors --data folder:photos --occlusion --pruning --out results/
+  foveate eval full/ --models masked/ --data folder:photos --occlusion 0 .5 .9 --mask-seeds 5
+  foveate eval svit/ --data folder:photos --statistics --device cuda --precision bf16 --workers 8
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from foveate.cli.models import MODEL_HELP
+
+if TYPE_CHECKING:
+    from foveate.evaluate.run import Progress
+
+__all__ = ["add_arguments", "run"]
+
+_DEMO = "fashion-mnist"  # what the demo model was trained on; a part of it ships
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command line."""
+    add = parser.add_argument
+    add("model", help=MODEL_HELP)
+    add("methods", nargs="*", default=[], metavar="METHOD", help='such as "evit(keep=0.7)"')
+    parser.set_defaults(more="methods")
+    add("--models", nargs="+", default=[], metavar="MODEL", help="further models, for comparison")
+    add("--data", metavar="SPEC", help="a data set (for the demo: what ships of Fashion-MNIST)")
+    add("--split", choices=("train", "val"), default="val", help="of the data (val)")
+    add("--batch", type=int, default=64, metavar="N", help="images a call (64)")
+    add("--workers", type=int, default=0, metavar="N", help="processes that read images (0)")
+    add("--limit", type=int, metavar="N", help="use so many images, evenly spaced")
+    add("--rates", type=float, nargs="+", default=[], metavar="RATE", help="keep, r or K")
+    add(
+        "--occlusion",
+        type=float,
+        nargs="*",
+        metavar="RATIO",
+        help="shares of patches to drop (0 .1 ... .9 .95)",
+    )
+    add("--mask-seeds", type=int, default=3, metavar="N", help="of occlusion and pruning (3)")
+    add("--pruning", type=float, nargs="*", metavar="RATE", help="shares a stage keeps (.3 .5 .7)")
+    add("--statistics", action="store_true", help="of tokens, for every method")
+    add("--speed", action="store_true", help="time everything in one interleaved run")
+    add("--rounds", type=int, default=30, metavar="N", help="of that run (30)")
+    add("--device", default="cpu", help="cpu or cuda (cpu)")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: mixed (fp32)")
+    add("--seed", type=int, default=0, metavar="N", help="of new parameters and order (0)")
+    add("--out", type=Path, metavar="DIR", help="folder for JSON, CSV, Markdown and pictures")
+    add("--strict", action="store_true", help="stop at the first image that cannot be read")
+    add("--untrained", action="store_true", help="timm models with random weights")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate, print, and write."""
+    names = [args.model, *args.models]
+    if args.data is None and set(names) != {"demo"}:
+        raise ValueError("say with --data what to evaluate on, such as folder:PATH")
+    if args.out is not None:  # an unwritable place is said before the work
+        args.out.mkdir(parents=True, exist_ok=True)
+    from foveate.bench import machine
+
+    if args.speed:
+        machine.tune_malloc(args.device)
+
+    from foveate.bench.report import terminal
+    from foveate.cli.models import open_base
+    from foveate.evaluate import RATES, RATIOS, Plan, evaluate, write
+    from foveate.evaluate.tables import printed, sheets
+
+    plan = Plan(
+        data=args.data or _DEMO,
+        split=args.split,
+        methods=tuple(args.methods),
+        rates=tuple(args.rates),
+        occlusion=_chosen(args.occlusion, RATIOS),
+        pruning=_chosen(args.pruning, RATES),
+        mask_seeds=args.mask_seeds,
+        statistics=args.statistics,
+        speed=args.speed,
+        rounds=args.rounds,
+        batch=args.batch,
+        workers=args.workers,
+        limit=args.limit,
+        device=args.device,
+        precision=args.precision,
+        strict=args.strict,
+        seed=args.seed,
+    )
+    models = {
+        label: open_base(name, untrained=args.untrained)
+        for label, name in zip(_labels(names), names, strict=True)
+    }
+    with _progress() as progress:
+        report = evaluate(models, plan, command=machine.command("foveate"), progress=progress)
+    if args.untrained:
+        report.settings["weights"] = "random"
+    console = terminal()
+    for sheet in sheets(report, blocks=False):
+        for part in printed(sheet):
+            console.print(part)
+    for entry in report.entries:
+        if entry.about["unreadable"]:
+            print(f"{entry.label}: {entry.about['unreadable']} images could not be read")
+    if args.out is not None:
+        for path in write(report, args.out):
+            print(f"wrote    {path}")
+
+
+def _chosen(given: list[float] | None, default: Sequence[float]) -> tuple[float, ...]:
+    """What an option says that may come alone: not asked for, the default, or its values."""
+    if given is None:
+        return ()
+    return tuple(given or default)
+
+
+def _labels(names: Sequence[str]) -> list[str]:
+    """The last part of each name; more of it where two models would be called the same."""
+    parts = [Path(name).parts or (name,) for name in names]
+    longest = max(map(len, parts))
+    for length in range(1, longest + 1):
+        labels = ["/".join(part[-length:]) for part in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    raise ValueError(f"each model once, got {', '.join(names)}")
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar for each part, on the terminal's error output; gone when it is over."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    bar = Bar(
+        *columns,
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        auto_refresh=False,  # its thread would wake up in the middle of what is timed
+        transient=True,
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def told(title: str, done: int, total: int) -> None:
+        if title not in tasks:
+            tasks[title] = bar.add_task(title)
+        bar.update(tasks[title], completed=done, total=total, visible=done < total, refresh=True)
+
+    with bar:
+        yield told
