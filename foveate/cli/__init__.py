@@ -15,7 +15,10 @@ from collections.abc import Sequence
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = ("bench", "convert", "data", "demo", "describe", "env", "list", "show")
+COMMANDS = (
+    *("bench", "compare", "convert", "data", "demo", "describe", "env", "eval", "finetune", "list"),
+    *("probe", "reduce", "show"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -31,11 +31,11 @@ def test_every_help_has_an_example(command: str, capsys: pytest.CaptureFixture[s
 
 
 def test_the_documented_commands_parse() -> None:
-    """Every line of docs/commands.md and the README that starts with foveate."""
+    """Every line of these pages that starts with foveate; one page has every command."""
     root = Path(__file__).parents[2]
     lines = [
         line.removeprefix("$ ").partition("  #")[0]
-        for page in ("docs/commands.md", "README.md")
+        for page in ("docs/commands.md", "docs/training.md", "README.md")
         for line in (root / page).read_text(encoding="utf-8").splitlines()
         if line.startswith("$ foveate ")
     ]

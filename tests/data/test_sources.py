@@ -309,5 +309,5 @@ def test_hf_errors(saved: Path, tmp_path: Path) -> None:
 
 def test_hf_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match="hf:some/set needs a package: pip install datasets"):
+    with pytest.raises(ValueError, match=r"hf:some/set needs a package: pip install 'foveate\[dat"):
         open_source("hf:some/set")

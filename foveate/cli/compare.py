@@ -1,0 +1,216 @@
+"""Compare methods, rates and seeds under one protocol: train, evaluate, and draw a report.
+
+CONFIG names base models, methods that are trained from them, rates, seeds, and what is measured.
+Every training and every evaluation is a cell with a folder in --out and a process of its own. A
+cell that is finished is not done again, one that was killed goes on, and one whose folder holds
+the training of another recipe is refused. What failed is named at the end; the others go on.
+
+With --launcher ray the cells are tasks of Ray. On a cluster all machines must see --out, the data
+and the current folder under the same paths.
+
+In a terminal:
+  foveate compare --list
+  foveate compare fashion_part --dry-run
+  foveate compare fashion_part --out runs/masked
+  foveate compare fashion_part "seeds=[0]" "settings=[loop.epochs=1]" --out runs/trial
+  foveate compare mine.yaml --out runs/mine --only "reduced/masked/*" --parallel 2
+  foveate compare mine.yaml --out /shared/mine --launcher ray --address auto
+  foveate compare fashion_part --out runs/masked --report
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from foveate.cli.training import show_recipes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from foveate.compare.cells import Cell
+    from foveate.compare.launch import Outcome
+    from foveate.compare.settings import Comparison
+    from foveate.compare.state import State
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command line."""
+    add = parser.add_argument
+    add("config", nargs="?", metavar="CONFIG", help="one that ships, or a YAML file")
+    add("settings", nargs="*", default=[], metavar="key=value", help="changes of it")
+    parser.set_defaults(more="settings")
+    add("--out", type=Path, metavar="DIR", help="of all cells and the report (runs/compare-CONFIG)")
+    add("--launcher", choices=("local", "ray"), default="local", help="of the cells (local)")
+    add("--address", metavar="ADDR", help="of a cluster of Ray, or auto (this machine)")
+    add("--parallel", type=int, metavar="N", help="cells at a time (local 1, ray all cores)")
+    add("--only", metavar="GLOB", help="such cells alone, by their names in --dry-run")
+    add("--list", action="store_true", help="list the comparisons that ship and stop")
+    add("--dry-run", action="store_true", help="list the cells and how far they are, and stop")
+    add("--report", action="store_true", help="draw the report of what is there, and stop")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what is not done yet, and draw the report."""
+    if args.list:
+        show_recipes("compare")
+        return
+    if args.config is None or "=" in args.config:
+        raise ValueError("name a comparison first; foveate compare --list shows those that ship")
+    if args.parallel is not None and args.parallel < 1:
+        raise ValueError(f"--parallel must be at least 1, got {args.parallel}")
+    if args.address is not None and args.launcher != "ray":
+        raise ValueError("--address is of a cluster: it needs --launcher ray")
+    from foveate import config
+    from foveate.compare.cells import chosen, make_cells
+    from foveate.compare.settings import Comparison
+    from foveate.compare.state import refuse, states_of
+
+    path = config.find_recipe("compare", args.config)
+    comparison = config.read(Comparison, path, args.settings)
+    out = args.out or Path("runs", f"compare-{path.stem}")
+    cells = make_cells(comparison, out)
+    states = states_of(cells)
+    if args.dry_run:
+        _list(states, chosen(cells, args.only))
+        return
+    if args.report:
+        _report(comparison, cells, states, out, path.stem)
+        return
+    if comparison.evaluate.speed and (args.launcher == "ray" or (args.parallel or 1) > 1):
+        raise ValueError(
+            "evaluate.speed=true: cells at the same time would disturb each other; take it with "
+            "--launcher local and --parallel 1"
+        )
+    wanted = chosen(cells, args.only)
+    refuse({name: states[name] for name in cells if name in wanted})
+    lost = _work(args, comparison, cells, states, wanted)
+    states = states_of(cells)
+    _report(comparison, cells, states, out, path.stem)
+    if lost:
+        first = next((o for o in lost if o.kind == "failed"), lost[0])
+        failed = sum(o.kind == "failed" for o in lost)
+        story = f"; the whole story is in {cells[first.name].log}" if failed else ""
+        raise ValueError(
+            f"cells failed: {failed}, were skipped: {len(lost) - failed}; {first.name}: "
+            f"{first.why}{story}"
+        )
+
+
+def _work(
+    args: argparse.Namespace,
+    comparison: Comparison,
+    cells: Mapping[str, Cell],
+    states: Mapping[str, State],
+    wanted: set[str],
+) -> list[Outcome]:
+    """Run what is to be done; gives what failed or was skipped."""
+    from foveate.compare.cluster import run_ray
+    from foveate.compare.launch import run_local
+    from foveate.compare.state import DONE
+
+    ready = [name for name, state in states.items() if state.kind == DONE]
+    todo = [name for name in cells if name in wanted and name not in ready]
+    print(f"{len(ready)} of {len(cells)} cells are done, {len(todo)} to do")
+    lost = []
+    with _progress(len(todo)) as (advance, told):
+        if args.launcher == "ray":
+            outcomes = run_ray(
+                cells,
+                todo,
+                ready,
+                resources=comparison.resources,
+                address=args.address,
+                parallel=args.parallel,
+            )
+        else:
+            outcomes = run_local(cells, todo, ready, parallel=args.parallel or 1, told=told)
+        for outcome in outcomes:
+            advance(outcome)
+            if outcome.kind != DONE:
+                lost.append(outcome)
+    return lost
+
+
+@contextmanager
+def _progress(
+    total: int,
+) -> Iterator[tuple[Callable[[Outcome], None], Callable[[Sequence[str]], None]]]:
+    """One bar for the whole, and a line for each cell that is over."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[at]}"),
+    )
+    bar = Progress(*columns, transient=True)
+    task = bar.add_task("cells", total=total, at="")
+
+    def advance(outcome: Outcome) -> None:
+        minutes = f", {outcome.seconds / 60:.1f} min" if outcome.seconds else ""
+        why = f": {outcome.why}" if outcome.why else ""
+        words = f"{outcome.kind:8s} {outcome.name}{minutes}{why}"
+        bar.console.print(words, highlight=False, markup=False, soft_wrap=True)
+        bar.advance(task)
+
+    def told(names: Sequence[str]) -> None:
+        bar.update(task, at=", ".join(names))
+
+    with bar:
+        yield advance, told
+
+
+def _list(states: Mapping[str, State], wanted: set[str]) -> None:
+    """Print every cell with its state."""
+    from collections import Counter
+
+    from rich.table import Table
+
+    from foveate.bench.report import terminal
+
+    styles = {"done": "green", "unfinished": "yellow", "differs": "red"}
+    table = Table("cell", "state", "", box=None, pad_edge=False)
+    for name, state in states.items():
+        if name in wanted:
+            style = styles.get(state.kind, "")
+            words = f"[{style}]{state.kind}[/]" if style else state.kind
+            table.add_row(name, words, state.why.replace("[", "\\["))
+    console = terminal()
+    console.print(table)
+    counts = Counter(state.kind for name, state in states.items() if name in wanted)
+    console.print(f"{len(wanted)} cells: " + ", ".join(f"{n} {k}" for k, n in counts.items()))
+
+
+def _report(
+    comparison: Comparison,
+    cells: Mapping[str, Cell],
+    states: Mapping[str, State],
+    out: Path,
+    title: str,
+) -> None:
+    from foveate.bench import machine
+    from foveate.bench.report import terminal
+    from foveate.compare.report import draw
+    from foveate.evaluate.tables import printed
+
+    command = machine.command("foveate")
+    tables, written = draw(comparison, cells, states, out, title=title, command=command)
+    console = terminal()
+    for sheet in tables:
+        for part in printed(sheet):
+            console.print(part)
+    for path in written:
+        print(f"wrote    {path}")

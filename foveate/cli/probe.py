@@ -1,0 +1,54 @@
+"""Measure frozen features: a linear classifier and the nearest neighbours on them.
+
+In a terminal:
+  foveate probe --list
+  foveate probe fashion_part model.start=runs/finetune-fashion_part_full
+  foveate probe imagenet model.start=mae_pretrain_vit_base.pth data.train=folder:imagenet
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from foveate.cli.training import add_recipe_arguments, open_recipe, show_recipes
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command line."""
+    add_recipe_arguments(parser, resumable=False)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Take features, fit, and say what came of it."""
+    if args.list:
+        show_recipes("probe")
+        return
+    from foveate import config
+    from foveate.train.recipe import Probe
+
+    recipe, out = open_recipe("probe", Probe, args)
+    if args.print:
+        print(config.dump(recipe), end="")
+        return
+    from rich.progress import Progress
+
+    from foveate.bench import machine
+
+    machine.tune_malloc("cpu")
+    from foveate.train.probe import probe
+
+    with Progress(transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def advance(what: str, done: int, of: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=of)
+            bar.update(tasks[what], completed=done)
+
+        result = probe(recipe, out, advance)
+    for name, words in (("knn", f"{recipe.neighbours} nearest neighbours"), ("linear", "linear")):
+        if name in result:
+            print(f"{words}: {result[name]:.2f} % of {result['images']['val']} images")

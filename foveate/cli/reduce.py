@@ -1,0 +1,27 @@
+"""Train a model together with a reduction method: gates, rates and backbone.
+
+In a terminal:
+  foveate reduce --list
+  foveate reduce fashion_part_dynamicvit model.start=runs/finetune-fashion_part_masked
+  foveate reduce fashion_part_dynamicvit "method=svit(keep=0.7)" --out runs/svit
+  foveate reduce --resume runs/svit
+  torchrun --nproc-per-node 8 -m foveate reduce imagenet_deit_s_dynamicvit data.train=folder:in1k
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from foveate.cli.training import add_recipe_arguments, run_job
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command line."""
+    add_recipe_arguments(parser, resumable=True)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train."""
+    run_job("reduce", args)

@@ -1,0 +1,87 @@
+"""What the commands that run recipes share: their arguments, and from words to a recipe."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+__all__ = ["add_recipe_arguments", "open_recipe", "run_job", "show_recipes"]
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser, *, resumable: bool) -> None:
+    """Describe the command line of a job."""
+    add = parser.add_argument
+    add("recipe", nargs="?", metavar="RECIPE", help="name of a recipe that ships, or a YAML file")
+    add(
+        "settings",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="changes of the recipe, such as optim.lr=1e-4 or data.train=folder:photos",
+    )
+    parser.set_defaults(more="settings")
+    add("--out", type=Path, metavar="FOLDER", help="of the run (runs/JOB-RECIPE)")
+    add("--list", action="store_true", help="list the recipes that ship and stop")
+    if resumable:
+        add("--resume", action="store_true", help="go on with the run in the folder")
+    add("--print", action="store_true", help="print the resolved recipe and stop")
+
+
+def show_recipes(job: str) -> None:
+    """Print the recipes of a job with the first line of each."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from foveate import config
+
+    table = Table("recipe", "what it does", box=None, pad_edge=False)
+    for name, header in config.headers(job).items():
+        table.add_row(name, header)
+    Console().print(table)
+
+
+def open_recipe(job: str, cls: type, args: argparse.Namespace) -> tuple[Any, Path]:
+    """The recipe with its changes, and the folder of the run."""
+    from foveate import config
+
+    resume = getattr(args, "resume", False)
+    if resume:
+        if args.out is None and args.recipe and not args.settings:
+            args.out, args.recipe = Path(args.recipe), None
+        if args.out is None or args.recipe or args.settings:
+            raise ValueError(
+                f"a run goes on with its own recipe: foveate {job} --resume FOLDER, nothing else"
+            )
+        path = args.out / "recipe.yaml"
+        if not path.is_file():
+            raise ValueError(f"{args.out} holds no run to resume: it has no recipe.yaml")
+        return config.read(cls, path), args.out
+    if args.recipe is None:
+        raise ValueError(f"name a recipe; foveate {job} --list shows those that ship")
+    if "=" in args.recipe:
+        raise ValueError(f"the recipe comes first, then settings; got {args.recipe!r}")
+    path = config.find_recipe(job, args.recipe)
+    return config.read(cls, path, args.settings), args.out or Path("runs", f"{job}-{path.stem}")
+
+
+def run_job(job: str, args: argparse.Namespace) -> None:
+    """Do what a training command does: list, print, or train and say what came of it."""
+    if args.list:
+        show_recipes(job)
+        return
+    from foveate import config
+    from foveate.train import recipe as recipes
+
+    recipe, out = open_recipe(job, getattr(recipes, job.capitalize()), args)
+    if args.print:
+        print(config.dump(recipe), end="")
+        return
+    from foveate.bench import machine
+
+    machine.tune_malloc("cpu")  # training on a CPU allocates large activations in every step
+    from foveate.train.run import train
+
+    result = train(recipe, out, resume=args.resume)
+    if "model" in result:  # the first of several processes
+        print(f"accuracy {result['accuracy']:.2f} %, the model is {out / result['model']}")

@@ -1,0 +1,1 @@
+"""Training: tasks, recipes, and the run around them."""

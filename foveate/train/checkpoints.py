@@ -1,0 +1,118 @@
+"""Checkpoints that a killed run can trust: written whole, the last few kept, damage noticed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from foveate.files import write_whole
+
+__all__ = ["Checkpoints", "WholeFiles", "any_checkpoint", "newest"]
+
+_log = logging.getLogger(__name__)
+_NAME = re.compile(r"update-(\d+)\.ckpt")
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes each checkpoint beside its place, to the disk, and renames it."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        """Write; a process killed meanwhile leaves the older files alone."""
+
+        def write(partial: str) -> None:
+            torch.save(checkpoint, partial)
+            with open(partial, "rb+") as file:  # the name must not reach the disk before the data
+                os.fsync(file.fileno())
+
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(Path(path), write)
+
+
+class Checkpoints(Callback):
+    """Saves at the end of every epoch and every so many updates; keeps the last few.
+
+    Args:
+        folder: of the files.
+        every: updates between checkpoints inside an epoch; None saves at its end only.
+        keep: files that stay.
+    """
+
+    def __init__(self, folder: Path, every: int | None, keep: int) -> None:
+        self.folder, self.every, self.keep = folder, every, keep
+        self._saved = -1
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """The checkpoint that was resumed from is there already; later ones are damaged."""
+        self._saved = trainer.global_step
+        if trainer.is_global_zero:
+            # Else they would count among the newest that stay, and push out those that are whole.
+            for path in _found(self.folder):
+                if _update(path) > self._saved:
+                    path.unlink(missing_ok=True)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        """Save inside an epoch, between updates; its last batch is left to the epoch's end."""
+        step = trainer.global_step
+        last = index + 1 >= int(trainer.num_training_batches)
+        if self.every and step and step % self.every == 0 and not last and step != self._saved:
+            self.save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Save after the epoch's evaluation."""
+        self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Write one and remove the oldest beyond those that stay."""
+        self._saved = trainer.global_step
+        trainer.save_checkpoint(self.folder / f"update-{self._saved:08d}.ckpt")
+        if trainer.is_global_zero:
+            for path in _found(self.folder)[self.keep :]:
+                path.unlink(missing_ok=True)
+
+
+def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that can be read, and its content; damaged ones are named in a warning.
+
+    None where there is none at all, ValueError where none of them can be read.
+    """
+    found = _found(folder)
+    if not found:
+        return None
+    for path in found:
+        try:
+            return path, torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a zip that is cut short raises many kinds
+            reason = str(error).split("\n", 1)[0]
+            _log.warning("%s is damaged (%s); the one before it is used", path, reason)
+    raise ValueError(f"none of the checkpoints in {folder} can be read")
+
+
+def any_checkpoint(folder: Path) -> bool:
+    """Whether there is one, whole or not."""
+    return bool(_found(folder))
+
+
+def _found(folder: Path) -> list[Path]:
+    """Checkpoints, the newest first."""
+    if not folder.is_dir():
+        return []
+    named = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(named, key=_update, reverse=True)
+
+
+def _update(path: Path) -> int:
+    """Updates that were done when a checkpoint was written."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])

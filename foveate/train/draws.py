@@ -1,0 +1,59 @@
+"""Random numbers of a training step: a function of the seed and the step, so that runs resume.
+
+A killed run that goes on must draw what it would have drawn. So nothing depends on how many
+numbers were drawn before: every step seeds the generators anew, from the seed, the epoch and the
+place in it. What belongs to an image is drawn for the whole batch of all processes and cut, so
+that it does not depend on the process that the image is on.
+"""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Draws", "seed_step"]
+
+
+def seed_step(seed: int, epoch: int, step: int, rank: int = 0) -> None:
+    """Seed Python, numpy and torch for a step; ranks get noise of their own."""
+    value = _mixed(seed, epoch, step, rank)
+    random.seed(value)
+    np.random.seed(value % 2**32)
+    torch.manual_seed(value)
+
+
+class Draws:
+    """Uniform numbers for the images of a step, the same on however many processes.
+
+    Attributes:
+        rank: of this process.
+        world: how many there are; each has the same number of images.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        epoch: int,
+        step: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.rank, self.world, self.device = rank, world, torch.device(device)
+        self._generator = torch.Generator(self.device).manual_seed(_mixed(seed, epoch, step, -1))
+
+    def uniform(self, batch: int, *shape: int) -> Tensor:
+        """Numbers in [0, 1) for this process's images, ``[batch, *shape]``."""
+        size = (batch * self.world, *shape)
+        drawn = torch.rand(size, generator=self._generator, device=self.device)
+        return drawn[self.rank * batch : (self.rank + 1) * batch]
+
+
+def _mixed(*parts: int) -> int:
+    """One number from several, such that neighbours are not alike."""
+    words = [part % 2**32 for part in parts]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)

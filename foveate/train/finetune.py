@@ -1,0 +1,93 @@
+"""Fine-tuning a plain ViT, on whole images or on what random masks leave of them.
+
+Masked fine-tuning: Shi and Wang, "Bridging The Gaps Between Token Pruning and Full Pre-training via
+Masked Fine-tuning". Every image draws a share of patches to hide; the model classifies from the
+rest, and a teacher that sees the whole image may add its opinion. The teacher gets the same
+augmented image; the KL term is KL(teacher || student), summed over classes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from foveate.backbones import backbone_for
+from foveate.convert import save_plain
+from foveate.core import dense
+from foveate.train.draws import Draws
+from foveate.train.losses import distillation, hard_distillation
+from foveate.train.masking import draw_masks, kept_patches
+from foveate.train.recipe import Distill, Masking
+from foveate.train.task import LOGITS, Task, logits_of
+
+__all__ = ["FinetuneTask"]
+
+
+class FinetuneTask(Task):
+    """Classification loss on masked or whole images, and distillation if there is a teacher."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        masking: Masking | None = None,
+        distill: Distill | None = None,
+        teacher: nn.Module | None = None,
+    ) -> None:
+        self.masking, self.distill = masking or Masking(), distill or Distill()
+        if (teacher is None) != (self.distill.kind == "none"):
+            raise ValueError(f"distill.kind={self.distill.kind} and a teacher go together")
+        super().__init__(model, {"distill": self.distill.weight}, teacher)
+        self._driven = None
+        if self.masking.ratios:
+            driven = dense(backbone_for(model))
+            spec = driven.backbone.spec
+            patches, most = spec.grid[0] * spec.grid[1], max(self.masking.ratios)
+            if spec.pools_patches and not kept_patches(patches, most):
+                raise ValueError(
+                    f"masking.ratios holds {most:g}, which leaves nothing of {patches} patches to "
+                    "a model that pools them: use model.pool=token, or a smaller ratio"
+                )
+            driven.mode = "packed" if self.masking.backend == "bucket" else "masked"
+            self._driven = [driven]  # shares the weights of ``model``, which alone is registered
+
+    def forward(self, images: Tensor, targets: Tensor, draws: Draws) -> dict[str, Tensor]:
+        """Losses "class" and, with a teacher, "distill"."""
+        logits = self._logits(images, draws)
+        losses = {"class": F.cross_entropy(logits.float(), targets), LOGITS: logits}
+        if self.teacher is not None:
+            with torch.no_grad():
+                wanted = logits_of(self.teacher(images))
+            if self.distill.kind == "soft":
+                losses["distill"] = distillation(logits, wanted, self.distill.temperature)
+            else:
+                losses["distill"] = hard_distillation(logits, wanted)
+        return losses
+
+    def _logits(self, images: Tensor, draws: Draws) -> Tensor:
+        if self._driven is None:
+            return logits_of(self.model(images))
+        driven = self._driven[0]
+        rows, columns = driven.backbone.grid_of(images)
+        keep = draw_masks(
+            self.masking.ratios,
+            len(images),
+            rows * columns,
+            draws,
+            stratified=self.masking.stratified,
+        )
+        return driven.run(images, keep).logits
+
+    def export(self, model: nn.Module, folder: Path) -> Path:
+        """Write the model's own keys, for its library and ``foveate.load`` alike."""
+        if hasattr(model, "save_pretrained"):
+            path = folder / "model"
+            exporting: Any = model
+            exporting.save_pretrained(path)
+            return path
+        path = folder / "model.safetensors"
+        save_plain(model, path)
+        return path

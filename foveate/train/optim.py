@@ -1,0 +1,176 @@
+"""Parameter groups and the learning rate of every update.
+
+timm makes the optimisers, assigns layers to groups and knows the cosine; here it is decided which
+parameter belongs where. A rate is a function of the update's number alone, so a resumed run needs
+no state for it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+
+from foveate.core import ReducedViT
+from foveate.train.recipe import Optim
+from foveate.train.task import Task
+
+__all__ = ["Rates", "make_optimiser", "parameter_groups", "scaled", "updates_of"]
+
+
+# Positions and prefix tokens. timm's models name theirs, those of transformers do not.
+_UNDECAYED = (
+    *("pos_embed", "position_embeddings", "position_embedding.weight", "class_embedding"),
+    *("cls_token", "dist_token", "distillation_token", "reg_token", "register_tokens"),
+    "mask_token",
+)
+
+
+def scaled(optim: Optim, images: int) -> tuple[float, float, float]:
+    """Peak, last and first learning rate, for so many images an update."""
+    factor = images / optim.lr_batch if optim.lr_batch else 1.0
+    return optim.lr * factor, optim.min_lr * factor, optim.warmup_lr * factor
+
+
+def parameter_groups(task: Task, optim: Optim) -> list[dict[str, Any]]:
+    """Groups with their weight decay and factor of the rate (``lr_scale``).
+
+    What a method added trains at the full rate from the start, the rest at ``backbone_scale`` and
+    after ``frozen_epochs``; groups say which they are in ``new``.
+    """
+    _fix(task, optim)
+    new = task.new_parameters()
+    # Not whatever has a ``vit``: so do the classifiers of transformers, beside their head.
+    vit: Any = task.model.vit if isinstance(task.model, ReducedViT) else task.model
+    unhooked = not hasattr(vit, "group_matcher")
+    if optim.layer_decay != 1 and unhooked:
+        raise ValueError(
+            f"optim.layer_decay={optim.layer_decay} needs a model of timm, which says which layer "
+            f"a parameter is in; {type(vit).__name__} does not: use 1"
+        )
+    plain = set(vit.no_weight_decay()) if hasattr(vit, "no_weight_decay") else set()
+    plain |= {name for name, _ in vit.named_parameters() if name.endswith(_UNDECAYED)}
+    groups: list[dict[str, Any]] = []
+    if optim.layer_decay != 1:
+        for group in param_groups_layer_decay(
+            vit, optim.weight_decay, no_weight_decay_list=plain, layer_decay=optim.layer_decay
+        ):
+            group["params"] = [p for p in group["params"] if p.requires_grad]
+            group["lr_scale"] *= optim.backbone_scale
+            groups.append({**group, "new": False})
+    else:
+        decayed, rest = _by_decay(vit, plain)
+        scale = optim.backbone_scale
+        groups.append(_group(decayed, optim.weight_decay, scale, False))
+        groups.append(_group(rest, 0.0, scale, False))
+    if new:
+        added = [p for p in task.model.parameters() if id(p) in new and p.requires_grad]
+        groups.append(_group([p for p in added if p.ndim > 1], optim.weight_decay, 1.0, True))
+        groups.append(_group([p for p in added if p.ndim <= 1], 0.0, 1.0, True))
+    groups = [
+        {k: v for k, v in group.items() if k != "param_names"}
+        for group in groups
+        if group["params"]
+    ]
+    if not groups:
+        raise ValueError("optim.fixed leaves nothing to train")
+    return groups
+
+
+def make_optimiser(task: Task, optim: Optim, peak: float) -> torch.optim.Optimizer:
+    """The optimiser, by timm's name for it."""
+    options: dict[str, Any] = {} if optim.betas is None else {"betas": tuple(optim.betas)}
+    groups = parameter_groups(task, optim)
+    try:
+        return create_optimizer_v2(
+            groups, optim.name, lr=peak, weight_decay=optim.weight_decay, **options
+        )
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"optim.name={optim.name}: {error}") from error
+
+
+class Rates:
+    """Sets the learning rate of every group for an update.
+
+    Linear from ``warmup_lr`` over the warm-up, then half a cosine down to ``min_lr`` at the end of
+    the run. Groups that are not new wait out ``frozen`` updates at rate zero: they keep their
+    gradients, which data-parallel training counts on.
+
+    Args:
+        optimiser: with groups from ``parameter_groups``.
+        rates: peak, last and first rate.
+        updates: of the whole run.
+        warmup: updates of the warm-up.
+        frozen: updates during which only new parameters move.
+    """
+
+    def __init__(
+        self,
+        optimiser: torch.optim.Optimizer,
+        rates: tuple[float, float, float],
+        *,
+        updates: int,
+        warmup: int = 0,
+        frozen: int = 0,
+    ) -> None:
+        peak, last, first = rates
+        self.optimiser, self.frozen = optimiser, frozen
+        warmup = min(warmup, updates)
+        # warmup_prefix: the cosine begins where the warm-up ends. timm's default begins it at 0,
+        # and jumps down at the end of the warm-up.
+        self._schedule = CosineLRScheduler(
+            optimiser,
+            t_initial=max(1, updates - warmup),
+            lr_min=last,
+            warmup_t=warmup,
+            warmup_lr_init=first,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )
+
+    def set(self, update: int) -> float:
+        """Set the rates for an update, counted from 0; gives the full one."""
+        self._schedule.step_update(update)
+        full = 0.0
+        for group in self.optimiser.param_groups:
+            full = max(full, group["lr"] / group["lr_scale"] if group["lr_scale"] else 0.0)
+            if update < self.frozen and not group["new"]:
+                group["lr"] = 0.0
+        return full
+
+
+def updates_of(epochs: float, batches: int, accumulate: int) -> int:
+    """Updates in so many epochs; the last batches of an epoch make one even if they are few."""
+    return round(epochs * math.ceil(batches / accumulate))
+
+
+def _fix(task: Task, optim: Optim) -> None:
+    """Take parameters out of training by the last part of their name."""
+    named = dict(task.model.named_parameters())
+    for wanted in optim.fixed:
+        found = [p for name, p in named.items() if name == wanted or name.endswith("." + wanted)]
+        if not found:
+            raise ValueError(f"optim.fixed names {wanted}, which no parameter of the model is")
+        for parameter in found:
+            parameter.requires_grad_(False)
+
+
+def _by_decay(vit: nn.Module, plain: set[str]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Parameters with weight decay, and those without: biases, norms, positions, tokens."""
+    decayed: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, parameter in vit.named_parameters():
+        if parameter.requires_grad:
+            without = parameter.ndim <= 1 or name in plain or name.endswith(".bias")
+            (rest if without else decayed).append(parameter)
+    return decayed, rest
+
+
+def _group(
+    parameters: list[nn.Parameter], weight_decay: float, scale: float, new: bool
+) -> dict[str, Any]:
+    return {"params": parameters, "weight_decay": weight_decay, "lr_scale": scale, "new": new}

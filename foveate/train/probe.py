@@ -1,0 +1,169 @@
+"""Frozen features: how much a linear classifier and the nearest neighbours can read off them.
+
+Features are taken once, from un-augmented images, and kept; the classifier is MAE's probe: a batch
+norm without scale, one linear layer, LARS.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from timm.optim.lars import Lars
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from foveate import config
+from foveate.backbones import backbone_for
+from foveate.bench import machine
+from foveate.core import ReducedViT, dense
+from foveate.data import device_batches
+from foveate.files import write_text
+from foveate.train import recipe as recipes
+from foveate.train.build import make_batches, make_model
+from foveate.train.draws import seed_step
+
+__all__ = ["features", "linear_probe", "nearest_neighbours", "probe"]
+
+_log = logging.getLogger(__name__)
+_Progress = Callable[[str, int, int], None]
+_T = TypeVar("_T")
+
+
+def probe(
+    recipe: recipes.Probe, out: Path, progress: _Progress = lambda *_: None
+) -> dict[str, Any]:
+    """Take features and measure them; gives the content of result.json."""
+    started = time.monotonic()
+    if (out / "metrics.csv").exists() or (out / "checkpoints").exists():
+        raise ValueError(f"{out} holds a training run: the results of a probe go elsewhere")
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "recipe.yaml", config.dump(recipe))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = make_model(recipe.model, None)
+    batches = make_batches(recipe.data, model, seed=recipe.seed, augmented=False)
+    driven = dense(backbone_for(model)).eval().to(device)
+    found = []
+    for name, loader in (("train", batches.train), ("val", batches.val)):
+        pairs = device_batches(loader, batches.mean, batches.std, device)
+        counted = _counted(pairs, f"{name} features", len(loader), progress)
+        found.append(features(driven, counted, recipe.feature, recipe.precision))
+    (x, y), (held, labels) = found
+    result: dict[str, Any] = {"job": "probe", "feature": recipe.feature}
+    if recipe.neighbours:
+        result["knn"] = nearest_neighbours(
+            x, y, held, labels, k=recipe.neighbours, temperature=recipe.temperature
+        )
+    if recipe.linear:
+        result["linear"] = linear_probe(x, y, held, labels, recipe, progress)
+    result["accuracy"] = result.get("linear", result.get("knn"))
+    result |= {
+        "images": {"train": len(y), "val": len(labels)},
+        "minutes": round((time.monotonic() - started) / 60, 2),
+        "machine": machine.facts(device.type),
+        "commit": machine.commit(),
+    }
+    write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+@torch.no_grad()
+def features(
+    driven: ReducedViT,
+    batches: Iterator[tuple[Tensor, Tensor, Tensor]],
+    feature: str,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    """Final class tokens or means of patches, normed, ``[images, C]`` float32; and labels."""
+    spec = driven.backbone.spec
+    if feature == "token" and not spec.class_token:
+        raise ValueError("feature=token needs a class token, which this model has not: use avg")
+    rows, labels = [], []
+    for x, y, _ in batches:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+            state = driven.run(x).state
+        tokens = state.tokens()
+        pooled = tokens[:, 0] if feature == "token" else tokens[:, spec.prefix :].mean(1)
+        rows.append(pooled.float())
+        labels.append(y)
+    return torch.cat(rows), torch.cat(labels)
+
+
+def nearest_neighbours(
+    x: Tensor, y: Tensor, held: Tensor, labels: Tensor, *, k: int = 20, temperature: float = 0.07
+) -> float:
+    """Accuracy in per cent of a vote of the k most similar, by exp(cosine / temperature)."""
+    if k > len(x):
+        raise ValueError(f"neighbours={k} is more than the {len(x)} training images")
+    classes = int(torch.maximum(y.max(), labels.max())) + 1
+    x, held = F.normalize(x, dim=1), F.normalize(held, dim=1)
+    right = 0
+    for rows, wanted in zip(held.split(1024), labels.split(1024), strict=True):
+        near, which = (rows @ x.T).topk(k, dim=1)
+        votes = torch.zeros(len(rows), classes, device=x.device)
+        votes.scatter_add_(1, y[which], (near / temperature).exp())
+        right += int((votes.argmax(1) == wanted).sum())
+    return 100 * right / len(labels)
+
+
+def linear_probe(
+    x: Tensor,
+    y: Tensor,
+    held: Tensor,
+    labels: Tensor,
+    recipe: recipes.Probe,
+    progress: _Progress = lambda *_: None,
+) -> float:
+    """Accuracy in per cent of a linear classifier on the features."""
+    classes = int(torch.maximum(y.max(), labels.max())) + 1
+    torch.manual_seed(recipe.seed)
+    linear = nn.Linear(x.shape[1], classes, device=x.device)
+    nn.init.trunc_normal_(linear.weight, std=0.01)
+    nn.init.zeros_(linear.bias)
+    norm = nn.BatchNorm1d(x.shape[1], affine=False, eps=1e-6).to(x.device)
+    head = nn.Sequential(norm, linear)
+    batch = min(recipe.batch, len(x))
+    peak = recipe.lr * batch / 256
+    # Trust ratios for the weight, not for the bias; without weight decay timm's LARS has none
+    # unless it is told to always adapt.
+    optimiser = Lars(
+        [{"params": [linear.weight], "always_adapt": True}, {"params": [linear.bias]}],
+        lr=peak,
+        momentum=0.9,
+        weight_decay=0.0,
+    )
+    steps = max(1, len(x) // batch)
+    for epoch in range(recipe.epochs):
+        seed_step(recipe.seed, epoch, 0)
+        for step, chosen in enumerate(torch.randperm(len(x))[: steps * batch].split(batch)):
+            rate = _rate(peak, epoch + step / steps, recipe)
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            chosen = chosen.to(x.device)
+            optimiser.zero_grad(set_to_none=True)
+            F.cross_entropy(head(x[chosen]), y[chosen]).backward()
+            optimiser.step()
+        progress("linear probe", epoch + 1, recipe.epochs)
+    head.eval()
+    with torch.no_grad():
+        return 100 * float((head(held).argmax(1) == labels).float().mean())
+
+
+def _rate(peak: float, epoch: float, recipe: recipes.Probe) -> float:
+    """Linear warm-up, then half a cosine to zero, as of a point in an epoch."""
+    warmup = min(recipe.warmup_epochs, recipe.epochs / 2)
+    if epoch < warmup:
+        return peak * epoch / warmup
+    done = (epoch - warmup) / (recipe.epochs - warmup)
+    return peak * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * done)).item())
+
+
+def _counted(batches: Iterator[_T], what: str, of: int, progress: _Progress) -> Iterator[_T]:
+    for number, batch in enumerate(batches, 1):
+        progress(what, number, of)
+        yield batch

@@ -1,0 +1,395 @@
+"""Recipes: everything that decides how a training run goes, as dataclasses that YAML fills in.
+
+Values are checked here, where they stand, before data or models are touched. The parts are shared
+by all jobs; each job's recipe is a class of its own at the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from foveate.core.schedule import check_choice
+from foveate.data import Augment
+
+__all__ = [
+    "Data",
+    "Distill",
+    "Finetune",
+    "Loop",
+    "Masking",
+    "Mix",
+    "Model",
+    "Optim",
+    "Probe",
+    "Recipe",
+    "Reduce",
+]
+
+
+@dataclass(kw_only=True)
+class Model:
+    """Which model is trained, and from where.
+
+    Attributes:
+        name: a ViT of timm, "lvvit_s" or "lvvit_m"; None takes the model that ``start`` holds.
+        options: arguments of its constructor, such as img_size, patch_size, in_chans, depth.
+        start: weights to begin with: a checkpoint, a run folder, a folder of foveate or Hugging
+            Face, "demo", or "pretrained" for timm's own; None is from scratch.
+        weights: "model" or "ema" where a checkpoint has both; "auto" prefers the model's.
+        new_head: give a start with another number of classes a new head; without it that is an
+            error. A start without a head gets one anyway.
+        pool: "token" or "avg"; None leaves the model's own.
+        drop_path: stochastic depth of the last block, growing linearly from the first.
+        checkpointing: recompute activations in the backward pass, to save memory.
+    """
+
+    name: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    start: str | None = None
+    weights: str = "auto"
+    new_head: bool = False
+    pool: str | None = None
+    drop_path: float = 0.0
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name is None and self.start is None:
+            raise ValueError("model.name or model.start must say which model is trained")
+        if self.start == "pretrained" and self.name is None:
+            raise ValueError("model.start=pretrained needs model.name, a model of timm")
+        if self.options and self.name is None:
+            raise ValueError("model.options are for a model made by model.name")
+        check_choice("model.pool", self.pool, (None, "token", "avg"))
+        check_choice("model.weights", self.weights, ("auto", "model", "ema"))
+        _share("model.drop_path", self.drop_path, below_one=True)
+
+
+@dataclass(kw_only=True)
+class Data:
+    """Where images come from and how they become batches.
+
+    Attributes:
+        train: what is trained on, as ``foveate.data.open_source`` takes it.
+        val: what is evaluated on; None is the same with its evaluation split.
+        mean: of each channel; None is what the model's configuration says.
+        std: of each channel; None is what the model's configuration says.
+        crop_pct: share of the short side that evaluation keeps.
+        augment: of training images.
+        batch: images a step and process.
+        val_batch: images a step in evaluation; None is as many as in training.
+        workers: processes that read images; 0 reads in the training process.
+        repeats: times that an image appears, differently augmented, in one pass (repeated
+            augmentation).
+        corrupt: "skip" images that cannot be read, named and counted, or "fail".
+        limit: use so many training images only.
+        val_limit: use so many evaluation images only.
+    """
+
+    train: str = "fashion-mnist"
+    val: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    crop_pct: float = 0.875
+    augment: Augment = field(default_factory=Augment)
+    batch: int = 128
+    val_batch: int | None = None
+    workers: int = 0
+    repeats: int = 1
+    corrupt: str = "skip"
+    limit: int | None = None
+    val_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("data.corrupt", self.corrupt, ("skip", "fail"))
+        _at_least("data.batch", self.batch, 1)
+        _at_least("data.workers", self.workers, 0)
+        _at_least("data.repeats", self.repeats, 1)
+        for name, value in (
+            ("val_batch", self.val_batch),
+            ("limit", self.limit),
+            ("val_limit", self.val_limit),
+        ):
+            if value is not None:
+                _at_least(f"data.{name}", value, 1)
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("data.mean and data.std are given together or not at all")
+        if self.std is not None and not all(value > 0 for value in self.std):
+            raise ValueError(f"data.std must be above 0, got {list(self.std)}")
+
+
+@dataclass(kw_only=True)
+class Mix:
+    """What is done to a batch on the device: mixing of images, soft labels, erasing.
+
+    Attributes:
+        mixup: alpha of mixup; 0 is off.
+        cutmix: alpha of cutmix; 0 is off.
+        prob: of mixing at all.
+        switch: of cutmix instead of mixup where both are on.
+        smoothing: of labels.
+        erase: probability of erasing a random part of an image.
+    """
+
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    prob: float = 1.0
+    switch: float = 0.5
+    smoothing: float = 0.0
+    erase: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"mix.{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("prob", "switch", "smoothing", "erase"):
+            _share(f"mix.{name}", getattr(self, name))
+
+
+@dataclass(kw_only=True)
+class Optim:
+    """How weights move.
+
+    Attributes:
+        name: of an optimiser of timm.
+        lr: peak learning rate; for a batch of ``lr_batch`` images if that is given.
+        lr_batch: the rate grows linearly with images per update over this number; None takes the
+            rates as they are.
+        min_lr: at the end; scaled as ``lr``.
+        warmup_lr: at the start of warm-up; scaled as ``lr``.
+        warmup_epochs: over which the rate rises linearly, update by update.
+        weight_decay: not of biases, norms, positions and prefix tokens.
+        betas: of Adam and its kin.
+        layer_decay: factor between the rates of neighbouring blocks, from the head down; 1 is off.
+        clip: largest norm of the gradient; None is off.
+        backbone_scale: factor on the rate of all that a method did not add.
+        frozen_epochs: at the start, during which the backbone stays as it is.
+        fixed: names of parameters that are not trained at all, such as pos_embed.
+    """
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    lr_batch: int | None = None
+    min_lr: float = 0.0
+    warmup_lr: float = 0.0
+    warmup_epochs: float = 0.0
+    weight_decay: float = 0.05
+    betas: tuple[float, float] | None = None
+    layer_decay: float = 1.0
+    clip: float | None = None
+    backbone_scale: float = 1.0
+    frozen_epochs: float = 0.0
+    fixed: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"optim.lr must be above 0, got {self.lr}")
+        for name in ("min_lr", "warmup_lr", "weight_decay", "backbone_scale", "frozen_epochs"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optim.{name} must be at least 0, got {getattr(self, name)}")
+        if self.warmup_epochs < 0:
+            raise ValueError(f"optim.warmup_epochs must be at least 0, got {self.warmup_epochs}")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"optim.layer_decay must lie in (0, 1], got {self.layer_decay}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"optim.clip must be above 0, got {self.clip}")
+        if self.lr_batch is not None:
+            _at_least("optim.lr_batch", self.lr_batch, 1)
+
+
+@dataclass(kw_only=True)
+class Loop:
+    """The run itself.
+
+    Attributes:
+        epochs: passes over the training images.
+        max_steps: stop after so many updates; schedules keep their length. For trials.
+        seed: of data order, augmentation, masks, gates and new weights.
+        precision: "32", "bf16-mixed" or "16-mixed", as Lightning takes it.
+        accumulate: batches whose gradients make one update.
+        strategy: "auto", "ddp" or "fsdp"; the processes are torchrun's.
+        ema: decay of a running mean of the weights that is kept, evaluated and exported; None is
+            off.
+        eval_mode: train without dropout and stochastic depth, as some releases fine-tune.
+        check_every: epochs between evaluations.
+        save_every: updates between checkpoints; None is at the end of each epoch only.
+        keep_last: checkpoints that stay.
+        log_every: updates between lines of the log.
+        pictures_every: epochs between pictures of evaluated images; None is never.
+        statistics: count at each evaluation which tokens are kept, for a method that reduces.
+        tensorboard: write event files too.
+    """
+
+    epochs: int = 10
+    max_steps: int | None = None
+    seed: int = 0
+    precision: str = "32"
+    accumulate: int = 1
+    strategy: str = "auto"
+    ema: float | None = None
+    eval_mode: bool = False
+    check_every: int = 1
+    save_every: int | None = None
+    keep_last: int = 2
+    log_every: int = 10
+    pictures_every: int | None = None
+    statistics: bool = False
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice("loop.precision", self.precision, ("32", "bf16-mixed", "16-mixed"))
+        check_choice("loop.strategy", self.strategy, ("auto", "ddp", "fsdp"))
+        for name in ("epochs", "accumulate", "check_every", "keep_last", "log_every"):
+            _at_least(f"loop.{name}", getattr(self, name), 1)
+        for name in ("max_steps", "save_every", "pictures_every"):
+            if getattr(self, name) is not None:
+                _at_least(f"loop.{name}", getattr(self, name), 1)
+        if self.ema is not None:
+            _share("loop.ema", self.ema, below_one=True)
+
+
+@dataclass(kw_only=True)
+class Masking:
+    """Which patches a training image loses before the first block.
+
+    Attributes:
+        ratios: shares to hide, one drawn for each image; none hides nothing. 1 leaves the class
+            token alone.
+        stratified: give every ratio the same part of each batch instead of drawing independently,
+            which keeps the shapes of a batch the same from step to step.
+        backend: "bucket" computes the kept patches alone; "keymask" computes all and hides them:
+            the same numbers at the full price.
+    """
+
+    ratios: tuple[float, ...] = ()
+    stratified: bool = False
+    backend: str = "bucket"
+
+    def __post_init__(self) -> None:
+        check_choice("masking.backend", self.backend, ("bucket", "keymask"))
+        for ratio in self.ratios:
+            _share("masking.ratios", ratio)
+
+
+@dataclass(kw_only=True)
+class Distill:
+    """What a trained model that sees the whole image teaches.
+
+    Attributes:
+        kind: "none", "soft" (its class probabilities) or "hard" (its decision).
+        teacher: a checkpoint or folder; None is the start of the run itself.
+        temperature: of the softmax in "soft"; its square is a factor of the loss.
+        weight: of the loss beside the classification loss.
+    """
+
+    kind: str = "none"
+    teacher: str | None = None
+    temperature: float = 1.0
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_choice("distill.kind", self.kind, ("none", "soft", "hard"))
+        if not self.temperature > 0:
+            raise ValueError(f"distill.temperature must be above 0, got {self.temperature}")
+        if self.weight < 0:
+            raise ValueError(f"distill.weight must be at least 0, got {self.weight}")
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """What all jobs have."""
+
+    model: Model
+    data: Data = field(default_factory=Data)
+    mix: Mix = field(default_factory=Mix)
+    optim: Optim = field(default_factory=Optim)
+    loop: Loop = field(default_factory=Loop)
+
+
+@dataclass(kw_only=True)
+class Finetune(Recipe):
+    """Supervised training of a plain ViT, on whole or masked images.
+
+    Attributes:
+        masking: patches that are hidden; none for full fine-tuning.
+        distill: what a teacher adds.
+    """
+
+    masking: Masking = field(default_factory=Masking)
+    distill: Distill = field(default_factory=Distill)
+
+
+@dataclass(kw_only=True)
+class Reduce(Recipe):
+    """Training of a model together with a reduction method.
+
+    Attributes:
+        method: with its options, such as "dynamicvit(keep=0.7)".
+        teacher: a checkpoint or folder for the losses that compare with a dense model; None is the
+            start of the run.
+        weights: of losses, instead of the method's own: class, ratio, kl, token, aux.
+        token_loss: how final tokens are compared: "mse", or "kl" over channels (LV-ViT).
+    """
+
+    method: str
+    teacher: str | None = None
+    weights: dict[str, float] = field(default_factory=dict)
+    token_loss: str = "mse"
+
+    def __post_init__(self) -> None:
+        check_choice("token_loss", self.token_loss, ("mse", "kl"))
+        for name, value in self.weights.items():
+            if value < 0:
+                raise ValueError(f"weights.{name} must be at least 0, got {value}")
+
+
+@dataclass(kw_only=True)
+class Probe:
+    """How much frozen features say: a linear classifier and the nearest neighbours on them.
+
+    Attributes:
+        model: the backbone, with ``start``.
+        data: images; ``augment`` and ``repeats`` do not apply, features are taken once.
+        feature: "token" (class token) or "avg" (mean of patches) after the final norm.
+        linear: fit the linear classifier.
+        epochs: passes of the linear classifier over the features.
+        batch: features a step.
+        lr: peak rate of LARS for 256 features a step.
+        warmup_epochs: of that rate.
+        neighbours: k of the k-NN vote; 0 is off.
+        temperature: of its weights.
+        seed: of weights and order.
+        precision: of the backbone's pass: "32" or "bf16-mixed".
+    """
+
+    model: Model
+    data: Data = field(default_factory=Data)
+    feature: str = "token"
+    linear: bool = True
+    epochs: int = 90
+    batch: int = 256
+    lr: float = 0.1
+    warmup_epochs: float = 10.0
+    neighbours: int = 20
+    temperature: float = 0.07
+    seed: int = 0
+    precision: str = "32"
+
+    def __post_init__(self) -> None:
+        check_choice("feature", self.feature, ("token", "avg"))
+        check_choice("precision", self.precision, ("32", "bf16-mixed"))
+        _at_least("epochs", self.epochs, 1)
+        _at_least("batch", self.batch, 2)
+        _at_least("neighbours", self.neighbours, 0)
+        if not self.linear and not self.neighbours:
+            raise ValueError("linear=false and neighbours=0 leave nothing to measure")
+
+
+def _share(name: str, value: float, below_one: bool = False) -> None:
+    if not (0 <= value < 1 if below_one else 0 <= value <= 1):
+        raise ValueError(f"{name} must lie in [0, 1{')' if below_one else ']'}, got {value}")
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -1,0 +1,302 @@
+"""One training run, from a recipe to an exported model, in a folder of its own.
+
+recipe.yaml        what was asked for, resolved, before the first step
+metrics.csv        every logged value, by update
+tensorboard/       the same for TensorBoard
+checkpoints/       the last few, to resume from
+pictures/          of evaluated images, every few epochs
+model.safetensors  the trained model (``model/`` where a method or transformers saved it)
+result.json        accuracy, duration, what it ran on; written last
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import FSDPStrategy
+
+from foveate import config
+from foveate.bench import machine
+from foveate.data import open_source
+from foveate.files import write_text
+from foveate.train import recipe as recipes
+from foveate.train.build import Batches, make_batches, make_finetune, make_reduce
+from foveate.train.callbacks import Ema, KeepRate, Pictures, TokenCounts
+from foveate.train.checkpoints import Checkpoints, WholeFiles, any_checkpoint, newest
+from foveate.train.logs import MetricsFile
+from foveate.train.module import Module
+from foveate.train.optim import updates_of
+from foveate.train.prepare import Prepare
+from foveate.train.task import Task
+
+__all__ = ["train"]
+
+_log = logging.getLogger(__name__)
+_RECIPE, _METRICS, _RESULT = "recipe.yaml", "metrics.csv", "result.json"
+_FREE = 200 * 2**20  # bytes that a run needs at least besides its checkpoints
+
+
+def train(
+    recipe: recipes.Finetune | recipes.Reduce,
+    out: Path,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train, and export the model; gives the content of result.json.
+
+    Args:
+        recipe: what to do.
+        out: folder of the run; made if missing.
+        resume: go on from the newest checkpoint there that can be read.
+        progress: show a progress bar.
+
+    Of several processes only the first exports, and says where in "model".
+    """
+    started = time.monotonic()
+    if recipe.loop.precision == "16-mixed" and not torch.cuda.is_available():
+        # Lightning would take bf16-mixed and merely mention it.
+        raise ValueError("loop.precision=16-mixed needs a GPU: on a CPU take 32 or bf16-mixed")
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    checkpoint = _prepare_folder(recipe, out, resume, rank)
+    loop, data = recipe.loop, recipe.data
+    torch.manual_seed(loop.seed)  # of new weights
+    task, batches = _build(recipe, rank, world)
+    _check_space(out, task, loop.keep_last)
+    prepare = Prepare(batches.mean, batches.std, recipe.mix, len(batches.classes), data.batch)
+    module = Module(
+        task,
+        prepare,
+        recipe.optim,
+        loop,
+        loader=batches.train,
+        update_images=data.batch * loop.accumulate * world,
+    )
+    with _quiet():
+        trainer = _trainer(recipe, out, module, batches, checkpoint, progress)
+    if rank == 0:
+        write_text(out / _RECIPE, config.dump(recipe))
+    task.settle(loop.eval_mode)
+    with _quiet():
+        trainer.fit(
+            module,
+            batches.train,
+            batches.val,
+            ckpt_path=None if checkpoint is None else str(checkpoint),
+            weights_only=True,
+        )
+        # Not evaluated where it stopped, or not as it is exported: at the method's final rate.
+        if module.evaluated != trainer.global_step or trainer.global_step < module.updates:
+            trainer.validate(module, batches.val, verbose=False)
+    module.check_losses()
+    result = _result(recipe, trainer, module, batches, time.monotonic() - started)
+    if rank == 0:
+        result["model"] = task.export(module.exported.eval().to("cpu"), out).name
+        write_text(out / _RESULT, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _build(
+    recipe: recipes.Finetune | recipes.Reduce, rank: int, world: int
+) -> tuple[Task, Batches]:
+    """Data first: the model's head is made for its classes."""
+    classes = open_source(recipe.data.train, "train").classes
+    if classes is None:
+        raise ValueError(f"{recipe.data.train} has no labels, which this job needs")
+    task: Task
+    if isinstance(recipe, recipes.Reduce):
+        task = make_reduce(recipe, len(classes))
+        plain = task.model.vit
+    else:
+        task = make_finetune(recipe, len(classes))
+        plain = task.model
+    batches = make_batches(recipe.data, plain, seed=recipe.loop.seed, rank=rank, world=world)
+    return task, batches
+
+
+def _prepare_folder(recipe: Any, out: Path, resume: bool, rank: int) -> Path | None:
+    """Check the folder, and find what to resume from."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".writable-{rank}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{out} cannot be written to: {error.strerror}") from error
+    if not resume:
+        # A recipe alone is of a run that came to nothing.
+        begun = any_checkpoint(out / "checkpoints")
+        begun = begun or any((out / name).exists() for name in (_METRICS, _RESULT))
+        if begun and (out / _RECIPE).exists() and rank == 0:
+            raise ValueError(
+                f"{out} holds a run already: --resume goes on with it, --out takes another folder"
+            )
+        return None
+    if not (out / _RECIPE).is_file():
+        raise ValueError(f"{out} holds no run to resume: it has no {_RECIPE}")
+    before = config.read(type(recipe), out / _RECIPE)
+    if config.dump(before) != config.dump(recipe):
+        raise ValueError(
+            f"{out / _RECIPE} differs from the given recipe: resume without overrides, or start "
+            "anew elsewhere"
+        )
+    if rank == 0:
+        for partial in [*out.glob("*.partial"), *out.glob("*/*.partial")]:
+            partial.unlink(missing_ok=True)  # was being written as a process was killed
+    found = newest(out / "checkpoints")
+    if found is None:
+        _log.info("%s was killed before its first checkpoint: it starts anew", out)
+        return None
+    path, content = found
+    _log.info("resuming from %s, update %d", path, content["global_step"])
+    return path
+
+
+def _check_space(out: Path, task: Task, keep: int) -> None:
+    """Weights and two moments each, for all checkpoints and the one that is being written."""
+    values = sum(p.numel() * p.element_size() for p in task.parameters())
+    needed = 4 * values * (keep + 1) + _FREE
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        raise ValueError(
+            f"{out} has {free / 2**30:.1f} GiB free, and {keep} checkpoints of this model need "
+            f"about {needed / 2**30:.1f}"
+        )
+
+
+def _trainer(
+    recipe: Any,
+    out: Path,
+    module: Module,
+    batches: Batches,
+    checkpoint: Path | None,
+    progress: bool,
+) -> Trainer:
+    loop: recipes.Loop = recipe.loop
+    resumed = None
+    if checkpoint is not None:
+        resumed = int(checkpoint.stem.split("-")[1])
+    callbacks: list[Callback] = [KeepRate()]
+    if loop.ema is not None:
+        callbacks.append(Ema(loop.ema))
+    if loop.statistics:
+        callbacks.append(TokenCounts())
+    if loop.pictures_every is not None:
+        callbacks.append(Pictures(out / "pictures", loop.pictures_every, batches.val.source))
+    # After what may change the model at a step's end, so that a checkpoint has it.
+    callbacks.append(Checkpoints(out / "checkpoints", loop.save_every, loop.keep_last))
+    if progress:
+        callbacks.append(RichProgressBar(leave=True) if _terminal() else TQDMProgressBar(50))
+    loggers: list[Any] = [MetricsFile(out / _METRICS, resumed)]
+    if loop.tensorboard:
+        loggers.append(TensorBoardLogger(out, name="tensorboard", version=""))
+    strategy: Any = loop.strategy
+    if strategy == "fsdp":
+        # One unit: blocks are driven by their parts, so their own hooks would never run.
+        strategy = FSDPStrategy(use_orig_params=True, state_dict_type="full")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return Trainer(
+        accelerator="auto",
+        devices=processes,
+        num_nodes=max(1, int(os.environ.get("WORLD_SIZE", 1)) // processes),
+        strategy=strategy,
+        precision=loop.precision,  # type: ignore[arg-type]
+        max_epochs=loop.epochs,
+        max_steps=-1 if loop.max_steps is None else loop.max_steps,
+        accumulate_grad_batches=loop.accumulate,
+        gradient_clip_val=recipe.optim.clip,
+        check_val_every_n_epoch=loop.check_every,
+        num_sanity_val_steps=0,
+        log_every_n_steps=loop.log_every,
+        logger=loggers,
+        callbacks=callbacks,
+        plugins=[WholeFiles()],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=progress,
+        use_distributed_sampler=False,
+        default_root_dir=str(out),
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Lightning from saying what is meant so, or is advertising."""
+    loud = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric")]
+    before = [log.level for log in loud]
+    for log in loud:
+        log.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            # The loader says its own length, shuffles itself and has the workers of the recipe;
+            # metrics are of all processes before they are logged.
+            for said in (
+                *("does not have many workers", "treespec, LeafSpec", "in eval mode at"),
+                "recommended to use `self.log",
+            ):
+                warnings.filterwarnings("ignore", f".*{said}.*")
+            yield
+    finally:
+        for log, level in zip(loud, before, strict=True):
+            log.setLevel(level)
+
+
+def _terminal() -> bool:
+    return sys.stderr.isatty() or sys.stdout.isatty()
+
+
+def _result(
+    recipe: Any, trainer: Trainer, module: Module, batches: Batches, seconds: float
+) -> dict[str, Any]:
+    data = recipe.data
+    epochs = trainer.global_step / updates_of(1, len(batches.train), recipe.loop.accumulate)
+    return {
+        "job": type(recipe).__name__.lower(),
+        "updates": trainer.global_step,
+        "epochs": round(epochs, 2),
+        **_of_exported(module.results),
+        "images": {
+            "train": min(len(batches.train.source), data.limit or sys.maxsize),
+            "val": min(len(batches.val.source), data.val_limit or sys.maxsize),
+            "unreadable": len(_unreadable(batches)),
+        },
+        "minutes_of_this_process": round(seconds / 60, 2),
+        "machine": machine.facts("cuda" if torch.cuda.is_available() else "cpu"),
+        "commit": machine.commit(),
+    }
+
+
+def _of_exported(results: Mapping[str, float]) -> dict[str, float]:
+    """Scores by their plain names; where a running mean is exported, those of the mean.
+
+    What the model itself reached is then called so.
+    """
+    found = {name.removeprefix("val/"): round(value, 4) for name, value in results.items()}
+    for name in [name for name in found if name.endswith("_ema")]:
+        plain = name.removesuffix("_ema")
+        found[f"{plain}_without_ema"], found[plain] = found[plain], found.pop(name)
+    return found
+
+
+def _unreadable(batches: Batches) -> set[str]:
+    """Names of the images that this run, on whichever process, could not read."""
+    mine = [*batches.train.unreadable, *batches.val.unreadable]
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return set(mine)
+    shares: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(shares, mine)
+    return {name for share in shares for name in share}

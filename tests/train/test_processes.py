@@ -1,0 +1,83 @@
+"""Two processes are one with the doubled batch: losses, weights, evaluation."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import DATA, checkpoint, exported, finetune, reduce, run, together, watched
+
+from foveate import config
+from foveate.train.logs import read_metrics
+
+# No mixing, no stochastic depth and gates that do not draw: noise is each process's own. Momentum
+# instead of Adam, whose first steps are signs and would hide a wrong scale.
+SETTINGS: dict[str, Any] = {
+    "optim": {"name": "sgd", "lr": 0.05, "warmup_epochs": 0.5, "clip": 1.0},
+    "data": {**DATA, "val_limit": 33, "val_batch": 8},
+}
+
+
+def recipes(root: Path) -> dict[str, Any]:
+    """A mean over images, one over the batch, and one over the tokens that were kept."""
+    parts = {**SETTINGS, "model": {"start": checkpoint(root / "start.safetensors")}}
+    masked = {"masking": {"ratios": [0, 0.5, 0.75]}, "distill": {"kind": "soft"}}
+    svit, dynamic = "svit(keep=0.5, gate='argmax')", "dynamicvit(keep=0.5, gate='argmax')"
+    return {
+        "finetune": finetune(**masked, **parts),
+        "reduce": reduce(svit, "loop.ema=0.5", "loop.statistics=true", **parts),
+        "tokens": reduce(dynamic, "loop.epochs=1", **parts),
+    }
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    jobs, wanted = [], []
+    for name, recipe in recipes(tmp_path).items():
+        with watched() as losses:
+            wanted.append((name, losses, run(recipe, tmp_path / f"{name}-one")))
+        recipe.data.batch //= 2
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(config.dump(recipe))
+        job = name if name != "tokens" else "reduce"
+        jobs.append([job, str(path), "--out", str(tmp_path / f"{name}-two")])
+    assert together(jobs, tmp_path) == [0, 0]
+    for number, (name, losses, result) in enumerate(wanted):
+        one, two = tmp_path / f"{name}-one", tmp_path / f"{name}-two"
+        both = torch.tensor([torch.load(tmp_path / f"losses-{number}-{r}.pt") for r in (0, 1)])
+        assert both.shape[1] == len(losses) > 3 and not torch.equal(both[0], both[1])
+        torch.testing.assert_close(
+            both.mean(0), torch.tensor(losses), rtol=1e-4, atol=1e-5, msg=name
+        )
+        for key, value in exported(one).items():
+            torch.testing.assert_close(exported(two)[key], value, rtol=1e-3, atol=1e-5, msg=key)
+        found = json.loads((two / "result.json").read_text())
+        assert found["accuracy"] == pytest.approx(result["accuracy"], abs=0.01)
+        assert found["loss"] == pytest.approx(result["loss"], rel=1e-3)
+        assert found["updates"] == result["updates"] and found["model"] == result["model"]
+        logs = [read_metrics(out / "metrics.csv") for out in (one, two)]
+        assert [row["step"] for row in logs[0]] == [row["step"] for row in logs[1]]
+        assert not list(two.rglob("*.partial")) and not list(two.glob(".writable*"))
+
+
+@pytest.mark.slow
+def test_torchrun_itself(tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(config.dump(finetune()))
+    command = [*launch, "-m", "foveate", "finetune", str(path), "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the model is") == 1
+    assert exported(tmp_path / "run")
