@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -94,8 +95,15 @@ def _git(*words: str) -> str:
 
 def command(program: str) -> str:
     """The command line after the program's name, with folders of this machine left out."""
-    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
-    return f"{program} {shlex.join(words)}".strip()
+    return f"{program} {shlex.join(map(_without_folder, sys.argv[1:]))}".strip()
+
+
+def _without_folder(word: str) -> str:
+    """Shorten absolute paths to their last part, also in ``key=/path`` and ``kind:/path``."""
+    before, sign, path = re.fullmatch(r"(.*?)([=:]?)(/.*|)", word, re.S).groups()  # type: ignore
+    if not path or (before and not sign):
+        return word
+    return f"{before}{sign}{Path(path).name}"
 
 
 def facts(device: str) -> dict[str, Any]:

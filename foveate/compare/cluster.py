@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
+import socket
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -17,6 +19,8 @@ from foveate.compare.launch import DONE, FAILED, SKIPPED, Outcome, Process, prep
 from foveate.compare.settings import Resources
 
 __all__ = ["run_ray"]
+
+_SECONDS = 10  # that a cluster may take to answer at its port
 
 
 def run_ray(
@@ -86,8 +90,9 @@ def _connect(ray: Any, resources: Resources, address: str | None, parallel: int 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
     if address is not None:
         try:
+            _knock(address)
             ray.init(address=address, **options)
-        except ConnectionError as error:
+        except OSError as error:  # a ConnectionError is one
             said = " ".join(str(error).split())
             raise ValueError(f"--address {address}: no cluster of Ray answers: {said}") from error
         return
@@ -102,3 +107,10 @@ def _connect(ray: Any, resources: Resources, address: str | None, parallel: int 
                 f"a cell takes {wanted:g} {kind}s and this machine has {there.get(kind, 0):g}: "
                 "change resources, or give the --address of a cluster"
             )
+
+
+def _knock(address: str) -> None:
+    """See whether anybody is there; Ray itself would ask again for many minutes."""
+    found = re.fullmatch(r"\[?(.+?)\]?:(\d+)", address)
+    if found:
+        socket.create_connection((found[1], int(found[2])), _SECONDS).close()

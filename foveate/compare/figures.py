@@ -70,7 +70,8 @@ def _tradeoff(results: Results) -> Figure | None:
     for label, points in groups.items():
         x, y, std, rates, n = zip(*sorted(points), strict=True)
         low, high = (tuple(v + sign * s for v, s in zip(y, std, strict=True)) for sign in (-1, 1))
-        banded = (low, high) if any(std) else ((), ())
+        # A band that shrank to nothing where there is one seed would look like certainty.
+        banded = (low, high) if min(n) > 1 else ((), ())
         lines.append(Line(f"{label} ({_several(n)})", x, y, *banded, rates))
     if not lines:
         return None
@@ -100,7 +101,7 @@ def _line(label: str, x: Sequence[float], found: Sequence[Number]) -> Line:
         return Line(label, (), ())
     at, means, stds = zip(*((a, m or 0.0, s) for a, m, s in there), strict=True)
     label += f" ({_several([one.n for one in found if one.n])})"
-    if not any(stds):
+    if min(one.n for one in found if one.n) < 2:
         return Line(label, at, means)
     low, high = (tuple(m + sign * s for m, s in zip(means, stds, strict=True)) for sign in (-1, 1))
     return Line(label, at, means, low, high)

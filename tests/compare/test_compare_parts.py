@@ -135,6 +135,15 @@ def test_without_ray_the_command_says_what_to_install(
         cluster._ray()
 
 
+def test_an_address_where_nobody_is(
+    config: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("ray")
+    words = ("--launcher", "ray", "--address", "127.0.0.1:1")
+    assert compare(config, "evaluate.limit=8", "--out", out, *words) == 2
+    assert "--address 127.0.0.1:1: no cluster of Ray answers" in capsys.readouterr().err
+
+
 def test_cells_are_tasks_of_ray(
     config: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
