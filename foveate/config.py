@@ -7,6 +7,7 @@ name the near miss, one sentence for every error, and recipes that are looked up
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -46,9 +47,11 @@ def parse(cls: type[_T], tree: Any, overrides: Sequence[str] = (), where: str = 
 
     try:
         values = parser.instantiate(parser.parse_object(tree))
+        return cls(**values.as_dict())
     except ArgumentError as error:
         raise ValueError(f"{where}: {_sentence(error)}") from None
-    return cls(**values.as_dict())
+    except ValueError as error:  # of the dataclass itself
+        raise ValueError(f"{where}: {error}") from error
 
 
 def dump(settings: Any) -> str:
@@ -111,7 +114,8 @@ def _override(tree: dict[str, Any], text: str) -> None:
     try:
         tree[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise ValueError(f"{text!r}: the value cannot be read: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{text!r}: the value cannot be read: {reason}") from error
 
 
 def _check_keys(cls: type, tree: Mapping[str, Any], prefix: str, where: str) -> None:
@@ -138,6 +142,7 @@ def _dataclass(hint: Any) -> type | None:
 def _sentence(error: Exception) -> str:
     """Shorten jsonargparse's message of several lines."""
     text = " ".join(str(error).split())
+    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
     return text.replace('Parser key "', "").replace('":', ":", 1)
 
 

@@ -127,7 +127,8 @@ def _normalisation(backbone: Backbone) -> tuple[tuple[float, ...], tuple[float, 
     """Mean and spread that the model was trained with, as far as it says so."""
     config: Any = getattr(backbone.model, "config", None)
     if hasattr(config, "model_type"):  # of transformers
-        mean, std = _of_folder(config) or _BY_TYPE.get(config.model_type, _HALF)
+        known = _said(backbone) or _of_folder(config)
+        mean, std = known or _BY_TYPE.get(config.model_type, _HALF)
     elif backbone.channels == 1 and len(_given(backbone).get("mean", ())) != 1:
         return (0.5,), (0.5,)
     else:
@@ -139,6 +140,12 @@ def _normalisation(backbone: Backbone) -> tuple[tuple[float, ...], tuple[float, 
 
 def _given(backbone: Backbone) -> dict[str, Any]:
     return getattr(backbone.model, "pretrained_cfg", None) or {}
+
+
+def _said(backbone: Backbone) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """What training or a saved folder told the model."""
+    given = _given(backbone)
+    return (given["mean"], given["std"]) if {"mean", "std"} <= given.keys() else None
 
 
 def _of_folder(config: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:

@@ -15,7 +15,7 @@ from foveate import api
 from foveate.backbones import backbone_for, lvvit_m, lvvit_s, set_image_settings
 from foveate.convert import Settings, open_model
 from foveate.core import Backbone, ReducedViT
-from foveate.data import Loader, Preprocessing, eval_transform, open_source, train_transform
+from foveate.data import Loader, Preprocessing, Source, eval_transform, open_source, train_transform
 from foveate.data.demo import demo_vit
 from foveate.train import recipe as recipes
 from foveate.train.finetune import FinetuneTask
@@ -80,6 +80,7 @@ def make_batches(
     data: recipes.Data,
     model: nn.Module,
     *,
+    training: Source | None = None,
     seed: int = 0,
     rank: int = 0,
     world: int = 1,
@@ -90,12 +91,14 @@ def make_batches(
     Args:
         data: from the recipe.
         model: is told the data's mean and spread, which are exported with it.
+        training: the training images, if they are open already: listing many takes minutes.
         seed: of order and augmentation.
         rank: number of this process.
         world: how many there are.
         augmented: False gives training images as evaluation sees them, all of them, in order.
     """
-    training = open_source(data.train, "train")
+    if training is None:
+        training = open_source(data.train, "train")
     held_out = open_source(data.val or data.train, "val")
     if training.classes is None:
         raise ValueError(f"{data.train} has no labels, which this job needs")
@@ -104,9 +107,6 @@ def make_batches(
             f"{data.val or data.train} has {len(held_out.classes or ())} classes, {data.train} has "
             f"{len(training.classes)}: they do not belong together"
         )
-    settings: dict[str, Any] = {"crop_pct": data.crop_pct}
-    settings |= {} if data.mean is None else {"mean": data.mean, "std": data.std}
-    set_image_settings(model, settings)  # exported with the model
     backbone = backbone_for(model)
     wanted = Preprocessing.of(model)
     rows, columns = backbone.spec.grid
@@ -117,6 +117,9 @@ def make_batches(
             f"data.mean and data.std need one value for each of the model's {channels} channels"
         )
     mean, std = data.mean or wanted.mean, data.std or wanted.std
+    said = {"mean": mean, "std": std, "crop_pct": data.crop_pct}
+    said["interpolation"] = data.augment.interpolation
+    set_image_settings(model, said)  # exported with the model
     shared: dict[str, Any] = {
         "workers": data.workers,
         "rank": rank,

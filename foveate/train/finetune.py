@@ -8,16 +8,19 @@ augmented image; the KL term is KL(teacher || student), summed over classes.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveate.backbones import backbone_for
+from foveate.backbones import backbone_for, image_settings
 from foveate.convert import save_plain
 from foveate.core import dense
+from foveate.files import write_text
 from foveate.train.draws import Draws
 from foveate.train.losses import distillation, hard_distillation
 from foveate.train.masking import draw_masks, kept_patches
@@ -87,7 +90,25 @@ class FinetuneTask(Task):
             path = folder / "model"
             exporting: Any = model
             exporting.save_pretrained(path)
+            _save_preprocessing(model, path)
             return path
         path = folder / "model.safetensors"
         save_plain(model, path)
         return path
+
+
+def _save_preprocessing(model: nn.Module, folder: Path) -> None:
+    """Say how images are prepared where transformers and ``foveate.load`` look for it."""
+    spec, said = backbone_for(model).spec, image_settings(model)
+    height, width = (n * side for n, side in zip(spec.grid, spec.patch, strict=True))
+    config = {
+        "image_processor_type": "BitImageProcessor",
+        **{"do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True},
+        "size": {"shortest_edge": int(min(height, width) / said["crop_pct"])},
+        "crop_size": {"height": height, "width": width},
+        "resample": int(Image.Resampling[said["interpolation"].upper()]),
+        "rescale_factor": 1 / 255,
+        "image_mean": said["mean"],
+        "image_std": said["std"],
+    }
+    write_text(folder / "preprocessor_config.json", json.dumps(config, indent=1) + "\n")

@@ -206,12 +206,13 @@ class Loop:
         max_steps: stop after so many updates; schedules keep their length. For trials.
         seed: of data order, augmentation, masks, gates and new weights.
         precision: "32", "bf16-mixed" or "16-mixed", as Lightning takes it.
-        accumulate: batches whose gradients make one update.
+        accumulate: batches whose gradients make one update; at the end of an epoch the rest make
+            one, with as much less weight.
         strategy: "auto", "ddp" or "fsdp"; the processes are torchrun's.
         ema: decay of a running mean of the weights that is kept, evaluated and exported; None is
-            off.
+            off. The result is the mean's, with the model's own beside it.
         eval_mode: train without dropout and stochastic depth, as some releases fine-tune.
-        check_every: epochs between evaluations.
+        check_every: epochs between evaluations; at the end there is one in any case.
         save_every: updates between checkpoints; None is at the end of each epoch only.
         keep_last: checkpoints that stay.
         log_every: updates between lines of the log.

@@ -30,6 +30,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy
 
 from foveate import config
+from foveate.backbones import image_settings
 from foveate.bench import machine
 from foveate.data import open_source
 from foveate.files import write_text
@@ -114,7 +115,8 @@ def _build(
     recipe: recipes.Finetune | recipes.Reduce, rank: int, world: int
 ) -> tuple[Task, Batches]:
     """Data first: the model's head is made for its classes."""
-    classes = open_source(recipe.data.train, "train").classes
+    training = open_source(recipe.data.train, "train")
+    classes = training.classes
     if classes is None:
         raise ValueError(f"{recipe.data.train} has no labels, which this job needs")
     task: Task
@@ -124,8 +126,26 @@ def _build(
     else:
         task = make_finetune(recipe, len(classes))
         plain = task.model
-    batches = make_batches(recipe.data, plain, seed=recipe.loop.seed, rank=rank, world=world)
+    batches = make_batches(
+        recipe.data, plain, training=training, seed=recipe.loop.seed, rank=rank, world=world
+    )
+    _compare_images(task, batches)
     return task, batches
+
+
+def _compare_images(task: Task, batches: Batches) -> None:
+    """Warn where a teacher says that it is used to images that were normalised otherwise."""
+    if task.teacher is None:
+        return
+    known = image_settings(task.teacher)
+    for what, mine in (("mean", batches.mean), ("std", batches.std)):
+        its = known.get(what, mine)
+        if len(its) != len(mine) or any(abs(a - b) > 0.01 for a, b in zip(its, mine, strict=True)):
+            _log.warning(
+                "the teacher knows images of %s %s and is shown the model's, of %s: it may teach "
+                "nonsense",
+                *(what, list(its), list(mine)),
+            )
 
 
 def _prepare_folder(recipe: Any, out: Path, resume: bool, rank: int) -> Path | None:

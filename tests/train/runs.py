@@ -98,6 +98,7 @@ def start(target: Any, *arguments: Any) -> BaseProcess:
 def _begin(target: Any, *arguments: Any) -> None:
     # Workers of data loaders would come from a server of their own, and import everything.
     multiprocessing.set_start_method("fork", force=True)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anybody asks
     torch.set_num_threads(1)
     target(*arguments)
 

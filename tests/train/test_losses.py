@@ -289,6 +289,19 @@ def test_the_start_teaches_as_it_was(tmp_path: Path) -> None:
         assert {*names} == {*small_model().state_dict()}
 
 
+def test_a_teacher_that_is_used_to_other_images(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = finetune("loop.max_steps=1", distill={"kind": "soft", "teacher": "demo"})
+    recipe.model.options = {**recipe.model.options, "patch_size": 4}
+    run(recipe, tmp_path / "same")
+    assert "teacher" not in caplog.text
+    recipe.data.mean = (0.5,)
+    run(recipe, tmp_path / "other")
+    assert "the teacher knows images of mean [0.286" in caplog.text
+    assert "is shown the model's, of [0.5]" in caplog.text
+
+
 def test_a_new_head_cannot_teach(tmp_path: Path) -> None:
     start = checkpoint(tmp_path / "start.safetensors", num_classes=0)
     with pytest.raises(ValueError, match="cannot teach, its head for 10 classes is new"):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import DATA, checkpoint, exported, finetune, reduce, run, together, watched
+from runs import DATA, LOOP, checkpoint, exported, finetune, reduce, run, together, watched
 
 from foveate import config
 from foveate.train.logs import read_metrics
@@ -21,6 +21,7 @@ from foveate.train.logs import read_metrics
 SETTINGS: dict[str, Any] = {
     "optim": {"name": "sgd", "lr": 0.05, "warmup_epochs": 0.5, "clip": 1.0},
     "data": {**DATA, "val_limit": 33, "val_batch": 8},
+    "loop": {**LOOP, "epochs": 1},
 }
 
 
@@ -32,7 +33,7 @@ def recipes(root: Path) -> dict[str, Any]:
     return {
         "finetune": finetune(**masked, **parts),
         "reduce": reduce(svit, "loop.ema=0.5", "loop.statistics=true", **parts),
-        "tokens": reduce(dynamic, "loop.epochs=1", **parts),
+        "tokens": reduce(dynamic, **parts),
     }
 
 

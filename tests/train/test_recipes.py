@@ -1,0 +1,101 @@
+"""Every recipe that ships: readable, written back as it is, and good for two updates."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from runs import checkpoint, exported, run
+
+from foveate import config
+from foveate.backbones import lvvit_s
+from foveate.convert import save_plain
+from foveate.train import recipe as recipes
+from foveate.train.logs import read_metrics
+from foveate.train.probe import probe
+
+JOBS: dict[str, type] = {
+    "finetune": recipes.Finetune,
+    "reduce": recipes.Reduce,
+    "probe": recipes.Probe,
+}
+ALL = [(job, name) for job in JOBS for name in config.list_recipes(job)]
+
+
+def opened(job: str, name: str) -> Any:
+    return config.read(JOBS[job], config.find_recipe(job, name))
+
+
+@pytest.mark.parametrize(("job", "name"), ALL)
+def test_a_recipe_is_written_as_it_is_read(job: str, name: str) -> None:
+    recipe = opened(job, name)
+    again = config.parse(JOBS[job], yaml.safe_load(config.dump(recipe)))
+    assert again == recipe and config.dump(again) == config.dump(recipe)
+    assert len(config.headers(job)[name]) > 20
+    assert f"foveate {job} {name}" in config.find_recipe(job, name).read_text()
+
+
+SMALL = {"img_size": 28, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2}
+
+
+@lru_cache
+def start(folder: Path, channels: int, lvvit: bool) -> str:
+    """Weights that stand in for those that a recipe starts with or is taught by."""
+    path = folder / f"start-{channels}-{lvvit}.safetensors"
+    if not lvvit:
+        return checkpoint(path, **SMALL, in_chans=channels)
+    torch.manual_seed(0)
+    save_plain(lvvit_s(**SMALL, in_chans=channels, num_classes=10), path)
+    return str(path)
+
+
+def shrunk(recipe: Any, folder: Path) -> Any:
+    """The recipe as it is, on a small model and a few of the images that ship."""
+    model, lvvit = recipe.model, "lvvit" in f"{recipe.model.name}{recipe.model.start}"
+    channels = len(recipe.data.mean or (0, 0, 0))
+    weights = start(folder, channels, lvvit)
+    options = {}
+    if model.name is not None:
+        options = {**model.options, **SMALL, "in_chans": channels}
+    changes: dict[str, Any] = {
+        "model": dataclasses.replace(
+            model, options=options, start=None if model.start is None else weights
+        ),
+        "data": dataclasses.replace(
+            recipe.data,
+            **{"train": "fashion-mnist", "batch": 8, "val_batch": 8, "workers": 0},
+            **{"limit": 16, "val_limit": 8},
+        ),
+    }
+    if isinstance(recipe, recipes.Probe):
+        return dataclasses.replace(recipe, **changes, epochs=2, neighbours=3)
+    loop = dataclasses.replace(recipe.loop, max_steps=2, log_every=1, tensorboard=False)
+    if isinstance(recipe, recipes.Finetune) and recipe.distill.teacher is not None:
+        changes["distill"] = dataclasses.replace(recipe.distill, teacher=weights)
+    if isinstance(recipe, recipes.Reduce) and recipe.teacher is not None:
+        changes["teacher"] = weights
+    return dataclasses.replace(recipe, **changes, loop=loop)
+
+
+@pytest.mark.parametrize(("job", "name"), ALL)
+def test_a_recipe_runs(
+    job: str, name: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    whole = opened(job, name)
+    recipe = shrunk(whole, tmp_path_factory.getbasetemp())
+    if job == "probe":
+        result = probe(recipe, tmp_path)
+        assert 0 <= result["linear"] <= 100 and result["images"] == {"train": 16, "val": 8}
+        return
+    for part in ("optim", "mix", "method", "masking", "weights"):
+        assert getattr(recipe, part, None) == getattr(whole, part, None)
+    result = run(recipe, tmp_path)
+    assert result["updates"] == 2 and result["images"]["val"] == 8
+    rows = [row for row in read_metrics(tmp_path / "metrics.csv") if "train/loss" in row]
+    assert len(rows) == 2 and all(0 < float(row["train/loss"]) < 100 for row in rows)
+    assert all(bool(value.isfinite().all()) for value in exported(tmp_path).values())
