@@ -119,7 +119,7 @@ class Module(LightningModule):
         self._watch(losses, loss)
         labels = targets if targets.ndim == 1 else targets.argmax(1)
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
-        show = {"loss": loss.detach(), "accuracy": accuracy}
+        show = {"loss": loss.detach(), "accuracy": 100 * accuracy}
         self.log_dict({f"train/{k}": v for k, v in show.items()}, prog_bar=True)
         self.log_dict({f"train/{k}": v.detach() for k, v in losses.items()})
         self.log("rate", self._rate)

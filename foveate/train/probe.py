@@ -52,7 +52,7 @@ def probe(
     for name, loader in (("train", batches.train), ("val", batches.val)):
         pairs = device_batches(loader, batches.mean, batches.std, device)
         counted = _counted(pairs, f"{name} features", len(loader), progress)
-        found.append(features(driven, counted, recipe.feature, recipe.precision))
+        found.append(features(driven, counted, recipe.feature, str(recipe.precision)))
     (x, y), (held, labels) = found
     result: dict[str, Any] = {"job": "probe", "feature": recipe.feature}
     if recipe.neighbours:

@@ -224,7 +224,7 @@ class Loop:
     epochs: int = 10
     max_steps: int | None = None
     seed: int = 0
-    precision: str = "32"
+    precision: str | int = "32"
     accumulate: int = 1
     strategy: str = "auto"
     ema: float | None = None
@@ -238,6 +238,7 @@ class Loop:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
+        self.precision = str(self.precision)  # YAML reads 32 as a number
         check_choice("loop.precision", self.precision, ("32", "bf16-mixed", "16-mixed"))
         check_choice("loop.strategy", self.strategy, ("auto", "ddp", "fsdp"))
         for name in ("epochs", "accumulate", "check_every", "keep_last", "log_every"):
@@ -374,10 +375,11 @@ class Probe:
     neighbours: int = 20
     temperature: float = 0.07
     seed: int = 0
-    precision: str = "32"
+    precision: str | int = "32"
 
     def __post_init__(self) -> None:
         check_choice("feature", self.feature, ("token", "avg"))
+        self.precision = str(self.precision)
         check_choice("precision", self.precision, ("32", "bf16-mixed"))
         _at_least("epochs", self.epochs, 1)
         _at_least("batch", self.batch, 2)

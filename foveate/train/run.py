@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy
 
@@ -35,6 +34,7 @@ from foveate.bench import machine
 from foveate.data import open_source
 from foveate.files import write_text
 from foveate.train import recipe as recipes
+from foveate.train.bars import LineBar, RichBar
 from foveate.train.build import Batches, make_batches, make_finetune, make_reduce
 from foveate.train.callbacks import Ema, KeepRate, Pictures, TokenCounts
 from foveate.train.checkpoints import Checkpoints, WholeFiles, any_checkpoint, newest
@@ -220,7 +220,7 @@ def _trainer(
     # After what may change the model at a step's end, so that a checkpoint has it.
     callbacks.append(Checkpoints(out / "checkpoints", loop.save_every, loop.keep_last))
     if progress:
-        callbacks.append(RichProgressBar(leave=True) if _terminal() else TQDMProgressBar(50))
+        callbacks.append(RichBar(leave=True) if _terminal() else LineBar(50))
     loggers: list[Any] = [MetricsFile(out / _METRICS, resumed)]
     if loop.tensorboard:
         loggers.append(TensorBoardLogger(out, name="tensorboard", version=""))
@@ -267,6 +267,7 @@ def _quiet() -> Iterator[None]:
             for said in (
                 *("does not have many workers", "treespec, LeafSpec", "in eval mode at"),
                 "recommended to use `self.log",
+                "is smaller than the logging interval",
             ):
                 warnings.filterwarnings("ignore", f".*{said}.*")
             yield
