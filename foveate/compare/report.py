@@ -21,7 +21,7 @@ from foveate.compare.settings import Comparison
 from foveate.compare.state import State
 from foveate.compare.tables import absent, sheets
 from foveate.evaluate.style import save
-from foveate.evaluate.tables import Sheet
+from foveate.evaluate.tables import Sheet, markdown_table
 from foveate.files import write_text
 
 __all__ = ["draw"]
@@ -85,17 +85,11 @@ def _markdown(
     lines += [f"- commit of cells: {name} ({n} cells)" for name, n in about["commits"].items()]
     lines += [f"- commit of this report: {about['commit'] or 'unknown'}", ""]
     for sheet in tables:
-        lines += [f"## {sheet.title}", "", *_table(sheet), ""]
+        lines += [f"## {sheet.title}", "", *markdown_table(sheet), ""]
         lines += [line for note in sheet.notes for line in (note, "")]
     lines += [line for name in pictures for line in (f"![{Path(name).stem}]({name})", "")]
     lines += ["## Settings", "", "```yaml", config.dump(comparison).rstrip(), "```"]
     return "\n".join(lines) + "\n"
-
-
-def _table(sheet: Sheet) -> list[str]:
-    rows = [[name.lstrip("<") for name in sheet.head], *sheet.body]
-    rows.insert(1, ["---" if name.startswith("<") else "---:" for name in sheet.head])
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
 
 
 def _json(

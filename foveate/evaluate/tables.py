@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-__all__ = ["Sheet", "markdown", "printed", "sheets"]
+__all__ = ["Sheet", "markdown", "markdown_table", "printed", "sheets"]
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,15 @@ def markdown(report: Report, pictures: Sequence[str] = ()) -> str:
         facts = "; ".join(f"{name} {_said(value)}" for name, value in known.items())
         lines += [f"**{entry.label}**: {facts}", ""]
     for sheet in sheets(report):
-        lines += [f"## {sheet.title}", "", *_markdown_table(sheet), ""]
+        lines += [f"## {sheet.title}", "", *markdown_table(sheet), ""]
         lines += [line for note in sheet.notes for line in (note, "")]
     lines += [line for name in pictures for line in (f"![{name.rpartition('.')[0]}]({name})", "")]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _markdown_table(sheet: Sheet) -> list[str]:
+def markdown_table(sheet: Sheet) -> list[str]:
+    """Lines of a table in Markdown."""
+
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 

@@ -14,11 +14,12 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from foveate.data import Loader
+from foveate.evaluate.answers import logits_of
 from foveate.train.draws import Draws, seed_step
 from foveate.train.optim import Rates, make_optimiser, scaled, updates_of
 from foveate.train.prepare import Prepare
 from foveate.train.recipe import Loop, Optim
-from foveate.train.task import LOGITS, Task, logits_of, total
+from foveate.train.task import LOGITS, Task, total
 
 __all__ = ["Module"]
 

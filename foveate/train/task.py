@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LOGITS", "Task", "freeze", "logits_of", "total"]
+__all__ = ["LOGITS", "Task", "freeze", "total"]
 
 LOGITS = "logits"
 
@@ -69,11 +68,6 @@ class Task(nn.Module):
 def freeze(model: nn.Module) -> nn.Module:
     """A model in eval mode that no longer learns."""
     return model.eval().requires_grad_(False)
-
-
-def logits_of(output: Any) -> Tensor:
-    """Logits of a model of timm or of transformers."""
-    return output if isinstance(output, Tensor) else output.logits
 
 
 def total(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
