@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ from timm.layers import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from foveate.backbones._shared import key_average, refuse, same_modules
 from foveate.backbones._timm import TimmBackbone, spec_of
@@ -63,11 +64,28 @@ class TimmViT(TimmBackbone):
         except (TypeError, ValueError, RuntimeError, AssertionError) as error:
             raise ValueError(f"the model cannot be made again: {error}") from error
 
-    def embed(self, images: Tensor) -> Embedded:
-        """Patches, prefix tokens, positions, and the norm before the blocks (CLIP)."""
+    def embed(self, images: Tensor, edit: Callable[[Tensor], Tensor] | None = None) -> Embedded:
+        """Patches, prefix tokens, positions, and the norm before the blocks (CLIP).
+
+        ``edit`` may change the patches ``[B, H*W, C]`` before they get their positions.
+        """
         grid, model = self.grid_of(images), self.model
-        x = self._with_prefix(self._patches(images), grid)
+        patches = self._patches(images)
+        x = self._with_prefix(patches if edit is None else edit(patches), grid)
         return Embedded(model.norm_pre(model.pos_drop(x)), grid)
+
+    def through(
+        self, x: Tensor, grid: tuple[int, int], visit: Callable[[Tensor], None] | None = None
+    ) -> Tensor:
+        """Block after block; any number of tokens will do, positions are in them."""
+        for block in self._blocks:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+            if visit is not None:
+                visit(x)
+        return x
 
     def qkv(self, block: int, x: Tensor, rotary: Tensor | None) -> Heads:
         """One linear layer for all three, then qk-norm where the model has it."""

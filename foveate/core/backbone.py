@@ -6,7 +6,7 @@ model class; the softmax, the tokens and the order of things are the core's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -140,6 +140,15 @@ class Backbone:
     def embed(self, images: Tensor) -> Embedded:
         """Everything before the first block."""
         raise NotImplementedError
+
+    def through(
+        self, x: Tensor, grid: tuple[int, int], visit: Callable[[Tensor], None] | None = None
+    ) -> Tensor:
+        """Tokens ``[B, N, C]`` through the model's own blocks, as pre-training runs them.
+
+        ``visit`` is shown what each block leaves.
+        """
+        raise ValueError(f"{self.family} models cannot be pre-trained here: timm ViT and Beit can")
 
     def qkv(self, block: int, x: Tensor, rotary: Tensor | None) -> Heads:
         """First norm and the query, key and value projections, for tokens ``[T, C]``."""

@@ -1,0 +1,1 @@
+"""Pre-training by masked image modelling: MAE and SimMIM, with masked token optimisation."""
