@@ -36,7 +36,6 @@ def refused(model: nn.Module, *words: str) -> None:
         ("vit_relpos_small_patch16_224", "VisionTransformerRelPos"),
         ("vit_relpos_base_patch16_cls_224", "VisionTransformerRelPos"),
         ("vit_srelpos_small_patch16_224", "VisionTransformerRelPos"),
-        ("beit_base_patch16_224", "Beit"),
         ("resnet18", "ResNet"),
         ("convnext_tiny", "ConvNeXt"),
         ("mvitv2_tiny", "MultiScaleVit"),

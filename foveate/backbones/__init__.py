@@ -14,6 +14,11 @@ from foveate.backbones.hf_folder import HF_FAMILIES, from_folder
 from foveate.backbones.hf_siglip import HfSiglip
 from foveate.backbones.hf_vit import HfViT
 from foveate.backbones.lvvit import LVViT, LVViTBackbone, lvvit_m, lvvit_s
+from foveate.backbones.timm_beit import (
+    TimmBeit,
+    expand_position_bias,
+    shared_position_bias,
+)
 from foveate.backbones.timm_eva import TimmEva
 from foveate.backbones.timm_vit import TimmViT, plain_vit
 from foveate.core import Backbone
@@ -26,9 +31,11 @@ __all__ = [
     "HfViT",
     "LVViT",
     "LVViTBackbone",
+    "TimmBeit",
     "TimmEva",
     "TimmViT",
     "backbone_for",
+    "expand_position_bias",
     "from_folder",
     "image_settings",
     "lvvit_m",
@@ -36,10 +43,11 @@ __all__ = [
     "plain_vit",
     "rebuild",
     "set_image_settings",
+    "shared_position_bias",
 ]
 
 # In this order: an LV-ViT is also a timm VisionTransformer.
-FAMILIES: tuple[type[Backbone], ...] = (LVViTBackbone, TimmViT, TimmEva, *HF_FAMILIES)
+FAMILIES: tuple[type[Backbone], ...] = (LVViTBackbone, TimmViT, TimmEva, TimmBeit, *HF_FAMILIES)
 
 
 def backbone_for(model: nn.Module) -> Backbone:

@@ -1,4 +1,4 @@
-"""What timm's plain ViT families share: embedding at any size, pooling and head."""
+"""What timm's ViT families share: embedding at any size, pooling and head."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _POOLS = ("", "avg", "avgmax", "max", "token", "map")
 
 
 class TimmBackbone(Backbone):
-    """Parts common to ``VisionTransformer`` and ``Eva``."""
+    """Parts common to ``VisionTransformer``, ``Eva`` and ``Beit``, which lacks some of them."""
 
     def bind(self, model: nn.Module) -> None:
         """Keep the blocks in a list: indexing a module container in every step is slow."""
@@ -110,10 +110,10 @@ class TimmBackbone(Backbone):
         model, batch = self.model, patches.shape[0]
         front = [
             token.expand(batch, -1, -1)
-            for token in (model.cls_token, getattr(model, "dist_token", None), model.reg_token)
-            if token is not None
+            for name in ("cls_token", "dist_token", "reg_token")
+            if (token := getattr(model, name, None)) is not None
         ]
-        pos, covers_prefix = model.pos_embed, not model.no_embed_class
+        pos, covers_prefix = model.pos_embed, not getattr(model, "no_embed_class", False)
         if pos is not None and grid != tuple(model.patch_embed.grid_size):
             pos = resample_abs_pos_embed(
                 pos,
@@ -148,7 +148,7 @@ class TimmBackbone(Backbone):
                     "forward_features(images).restore(), or preserve=True"
                 )
             pooled = state.tokens()
-        elif model.attn_pool is not None:
+        elif getattr(model, "attn_pool", None) is not None:
             skip = 0 if self._pools_prefix() else state.prefix
             mask = pool_mask(state)
             mask = None if mask is None else mask[..., skip:]
@@ -206,7 +206,7 @@ def spec_of(
         width=model.embed_dim,
         depth=len(blocks),
         heads=first.num_heads,
-        head_dim=first.head_dim,
+        head_dim=getattr(first, "head_dim", model.embed_dim // first.num_heads),
         prefix=model.num_prefix_tokens,
         class_token=class_token,
         patch=patch,

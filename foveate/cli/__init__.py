@@ -17,7 +17,7 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = (
     *("bench", "compare", "convert", "data", "demo", "describe", "env", "eval", "finetune", "list"),
-    *("probe", "reduce", "show"),
+    *("look", "pretrain", "probe", "rauc", "reduce", "show"),
 )
 
 

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("checkpoint", type=Path, help="a .pth, .pt or .safetensors file, or a Hugging Face folder")
     add("out", type=Path, help="folder for a model with a method, else a .safetensors file")
     add("options", nargs="*", default=[], metavar="OPTION=VALUE", help="options of the method")
-    add("--origin", help="vit, mae, lvvit, dynamicvit, evit, evovit or svit")
+    add("--origin", help="vit, mae, simmim, beit, lvvit, dynamicvit, evit, evovit or svit")
     add("--method", help='runs a plain model with it, such as "tome(r=13)"')
     add("--num-heads", type=int, metavar="N", help="where heads are not 64 wide")
     add(

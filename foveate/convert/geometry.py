@@ -16,13 +16,15 @@ from foveate.backbones import LVViT, plain_vit
 from foveate.convert.read import ANCHOR, EXPECTED, Checkpoint
 from foveate.facts import image_grid
 
-__all__ = ["GRID", "HEADS", "IMAGES", "Geometry"]
+__all__ = ["GRID", "HEADS", "IMAGES", "POOL", "Geometry", "Grid"]
 
 # What tensors do not show; files that were written here say it in their metadata.
 HEADS, GRID, IMAGES = "foveate.num_heads", "foveate.grid", "foveate.images"
+POOL = "foveate.pool"
 _HEAD_WIDTH = 64
 _STEM = "patch_embed.conv1.weight"  # LV-ViT's
-_Grid = tuple[int, int]
+_POOLS = ("avg", "avgmax", "max", "token", "map")
+Grid = tuple[int, int]
 
 
 class Geometry:
@@ -65,10 +67,9 @@ class Geometry:
         ratio = hidden / width
         if int(width * ratio) != hidden:  # the model multiplies again and rounds down
             ratio = math.nextafter(ratio, math.inf)
-        kind: Any = LVViT
         arguments: dict[str, Any] = {
             "img_size": [n * side for n, side in zip(grid, patch, strict=True)],
-            "patch_size": patch[0],
+            "patch_size": list(patch),
             "in_chans": channels,
             "num_classes": self._shape("head.weight", 2)[0] if "head.weight" in self.state else 0,
             "embed_dim": width,
@@ -76,13 +77,16 @@ class Geometry:
             "num_heads": self._heads(width, num_heads),
             "mlp_ratio": ratio,
         }
-        if _STEM not in self.state:
-            kind = plain_vit
-            arguments |= {"patch_size": list(patch), **self._form(front), **special}
         with torch.device("meta"):
-            return kind(**arguments)
+            return self._made(arguments, front, special)
 
-    def positions(self, wanted: _Grid | None) -> tuple[_Grid | None, int]:
+    def _made(self, arguments: dict[str, Any], front: int, special: Mapping[str, Any]) -> nn.Module:
+        """The model of these sizes; ``front`` positions belong to prefix tokens."""
+        if _STEM in self.state:
+            return LVViT(**{**arguments, "patch_size": arguments["patch_size"][0]})
+        return plain_vit(**arguments, **{**self._form(front), **special})
+
+    def positions(self, wanted: Grid | None) -> tuple[Grid | None, int]:
         """The grid that stored positions are for, and how many belong to prefix tokens.
 
         ``wanted`` is believed only where their number is no square, so that it can mean another
@@ -108,7 +112,7 @@ class Geometry:
             "grid; say the size that they are for with image_size=(height, width)"
         )
 
-    def placed(self, grid: _Grid, antialias: bool) -> dict[str, Tensor]:
+    def placed(self, grid: Grid, antialias: bool) -> dict[str, Tensor]:
         """The tensors with positions for a grid, resized where they were for another."""
         stored, front = self.positions(grid)
         if stored is None or stored == grid or "pos_embed" not in self.state:
@@ -136,7 +140,7 @@ class Geometry:
             )
         return shape
 
-    def _patch(self) -> tuple[_Grid, int]:
+    def _patch(self) -> tuple[Grid, int]:
         """Height and width of a patch, and the channels of images."""
         _, channels, height, width = self._shape(ANCHOR, 4)
         if _STEM in self.state:  # it halves images before patches are made
@@ -171,7 +175,7 @@ class Geometry:
             )
         return heads
 
-    def _saved_grid(self) -> _Grid | None:
+    def _saved_grid(self) -> Grid | None:
         if GRID not in self.metadata:
             return None
         rows, columns = self._numbers(GRID, 2)
@@ -187,6 +191,15 @@ class Geometry:
         if not isinstance(found, dict):
             raise ValueError(f"{self.path} says {IMAGES} {text!r}, expected a JSON object")
         return found
+
+    def _pool(self, legal: tuple[str, ...], shown: str) -> str:
+        """How patches are pooled: what the file says, or else what its tensors show."""
+        pool = self.metadata.get(POOL, shown)
+        if pool not in legal:
+            raise ValueError(
+                f"{self.path} says {POOL} {pool!r}, expected one of {', '.join(legal)}"
+            )
+        return pool
 
     def _numbers(self, key: str, count: int) -> list[int]:
         text = self.metadata[key]
@@ -212,7 +225,7 @@ class Geometry:
         return {
             "distilled": "dist_token" in has,
             "eps": 1e-5 if clip else 1e-6,
-            "global_pool": pool,
+            "global_pool": self._pool(_POOLS, pool),
             "qkv_bias": "blocks.0.attn.qkv.bias" in has,
             "qk_norm": "blocks.0.attn.q_norm.weight" in has,
             "init_values": 1.0 if "blocks.0.ls1.gamma" in has else None,

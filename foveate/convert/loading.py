@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from timm.models.beit import Beit
 from torch import Tensor, nn
 
 from foveate import api
 from foveate.backbones import backbone_for, from_folder, image_settings, set_image_settings
-from foveate.convert.geometry import GRID, HEADS, IMAGES, Geometry
-from foveate.convert.origins import ORIGINS, Origin, find, translate
-from foveate.convert.read import few, read
+from foveate.convert.beit_geometry import BeitGeometry
+from foveate.convert.geometry import GRID, HEADS, IMAGES, POOL, Geometry
+from foveate.convert.origins import FAMILY, ORIGINS, Origin, find, translate
+from foveate.convert.read import Checkpoint, few, read
 from foveate.core import ReducedViT, Reducer
 from foveate.files import write_whole
 from foveate.registry import suggest
@@ -67,9 +69,9 @@ def load(
     """Load a model, ready to run: a folder that ``save`` wrote, or a checkpoint of others.
 
     The folder of a training run of ours stands for the model in it. A checkpoint is a ``.pth``,
-    ``.pt`` or ``.safetensors`` file of a plain ViT (timm, DeiT, MAE), LV-ViT, DynamicViT, EViT,
-    Evo-ViT (DeiT) or SViT classifier, or the folder of a Hugging Face model. Sizes are read off its
-    tensors. No code in a file is run.
+    ``.pt`` or ``.safetensors`` file of a plain ViT (timm, DeiT, MAE), BEiT, SimMIM's ViT, LV-ViT,
+    DynamicViT, EViT, Evo-ViT (DeiT) or SViT classifier, or the folder of a Hugging Face model.
+    Sizes are read off its tensors. No code in a file is run.
 
     Gives a reduced model, in eval mode, where there is a method and else the model itself.
 
@@ -77,8 +79,8 @@ def load(
         path: the file or folder.
         model: gets the weights instead of a new model. A folder that holds the method's own part
             alone needs it; for files it says what tensors do not show, such as an activation.
-        origin: "vit", "mae", "lvvit", "dynamicvit", "evit", "evovit" or "svit". None reads it off
-            the keys, which EViT's do not tell from a plain ViT's.
+        origin: "vit", "mae", "simmim", "beit", "lvvit", "dynamicvit", "evit", "evovit" or "svit".
+            None reads it off the keys, which EViT's do not tell from a plain ViT's.
         method: runs a plain model with this method, as ``apply`` takes it.
         num_heads: where heads are not 64 wide.
         image_size: makes the model for another size and resizes its positions.
@@ -146,7 +148,7 @@ def _from_file(
             "it as keywords, or none"
         )
     state, own = (checkpoint.tensors, {}) if exact else translate(checkpoint, origin)
-    geometry = Geometry(checkpoint, state)
+    geometry = _geometry(checkpoint, state, origin, model)
     new = model is None
     if model is None:
         model = geometry.model(settings.num_heads, settings.image_size, origin.geometry)
@@ -167,6 +169,17 @@ def _from_file(
     else:
         result = _own_method(path, origin, model, own, options)
     return Loaded(result, origin.name, checkpoint.notes)
+
+
+def _geometry(
+    checkpoint: Checkpoint, state: Mapping[str, Tensor], origin: Origin, model: nn.Module | None
+) -> Geometry:
+    """What reads sizes off the tensors of such a model, which may be given."""
+    if origin.form != "beit" and not isinstance(model, Beit):
+        return Geometry(checkpoint, state)
+    # Who gives a model whose blocks share their position bias goes on with pre-training.
+    shared = getattr(model, "rel_pos_bias", None) is not None
+    return BeitGeometry(checkpoint, state, expand=origin.expand and not shared)
 
 
 def _fill(
@@ -227,15 +240,24 @@ def _own_method(
     return reduced.eval()
 
 
-def save_plain(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write a plain model as one safetensors file with timm's keys, that ``load`` reads too."""
+def save_plain(
+    model: nn.Module, path: str | os.PathLike[str], state: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write a plain model as one safetensors file with timm's keys, that ``load`` reads too.
+
+    ``state`` takes the place of its own tensors, where another form of them is to be written.
+    """
     path, spec = Path(path), backbone_for(model).spec
-    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+    state = model.state_dict() if state is None else state
+    tensors = {name: value.contiguous() for name, value in state.items()}
     metadata = {
         "format": "pt",
+        FAMILY: spec.family,
         HEADS: str(spec.heads),
         GRID: f"{spec.grid[0]}x{spec.grid[1]}",
         IMAGES: json.dumps(image_settings(model)),
     }
+    if pool := getattr(model, "global_pool", None):  # what pools nothing yet may get any head
+        metadata[POOL] = str(pool)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda partial: save_file(tensors, partial, metadata))

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.backbones import TimmBeit
 from foveate.convert.read import ANCHOR, EXPECTED, Checkpoint, few
 from foveate.registry import suggest
 
-__all__ = ["ORIGINS", "Origin", "find", "translate"]
+__all__ = ["FAMILY", "ORIGINS", "Origin", "find", "translate"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Origin:
         options: of the method, where the release differs from the paper.
         modules: the method's list with one entry a stage.
         geometry: what tensors do not show of the model.
+        form: kind of model that has these tensors, "vit" or "beit".
+        expand: a position bias that blocks share is copied to each of them.
         looks: names of the origins whose keys look the same.
     """
 
@@ -45,8 +48,14 @@ class Origin:
     options: Mapping[str, Any] = field(default_factory=dict)
     modules: str | None = None
     geometry: Mapping[str, Any] = field(default_factory=dict)
+    form: str = "vit"
+    expand: bool = False
     looks: tuple[str, ...] = ()
 
+
+FAMILY = "foveate.family"  # in the metadata of files that were written here
+_PLACES = r"^(blocks\.\d+\.attn|rel_pos_bias)\.relative_position_"
+_INDEX = (rf"{_PLACES}index$", "indices of relative positions, which follow from the grid")
 
 _ALL = (
     Origin(
@@ -108,6 +117,26 @@ _ALL = (
         unused=((r"^decoder_", "the decoder, used in pre-training only"),),
         looks=("vit",),
     ),
+    Origin(
+        name="simmim",
+        title="SimMIM ViT encoder",
+        marks=r"^decoder\.0\.(weight|bias)$",
+        unused=(
+            (r"^decoder\.", "the layer that makes pixels, used in pre-training only"),
+            _INDEX,
+        ),
+        form="beit",
+        expand=True,
+        looks=("beit",),
+    ),
+    Origin(
+        name="beit",
+        title="BEiT (timm)",
+        marks=rf"{_PLACES}bias_table$",
+        unused=(_INDEX,),
+        form="beit",
+        looks=("vit",),
+    ),
     Origin(name="lvvit", title="LV-ViT", marks=r"^patch_embed\.conv1\."),
     Origin(name="vit", title="plain ViT (timm, DeiT, MAE)", marks=r"^blocks\.0\.attn\.qkv\.weight"),
     # Its code adds no parameters, so nothing but the user can tell it from a plain ViT.
@@ -116,13 +145,19 @@ _ALL = (
 ORIGINS: Mapping[str, Origin] = {origin.name: origin for origin in _ALL}
 
 # Of any origin.
-_RENAMES = ((r"\.gamma_([12])$", r".ls\1.gamma"),)  # LayerScale in DeiT-III and CaiT code
+_RENAMES = {  # by form
+    "vit": ((r"\.gamma_([12])$", r".ls\1.gamma"),),  # LayerScale in DeiT-III and CaiT code
+    "beit": (),
+}
 _UNUSED = ((r"^mask_token$", "the mask token, used in pre-training only"),)
 
 # What else people keep in such files; the first pattern that a key fits names it.
 _FOREIGN = (
     (r"(^|\.)layers\.\d\.blocks\.\d+\.", "a Swin transformer"),
-    (r"(^|\.)attn\.(q_bias|v_bias)$|relative_position|rel_pos_", "BEiT or a ViT like it"),
+    (
+        rf"^(?!{_PLACES[1:]}(bias_table|index)$).*(relative_position|rel_pos_)",
+        "a ViT with relative positions that are not BEiT's",
+    ),
     (r"(^|\.)(stages|downsample_layers)\.\d+\.", "a ConvNeXt or another staged network"),
     (r"(^|\.)layer[1-4]\.\d+\.conv\d\.", "a ResNet"),
     (r"embeddings\.patch_embedding", "a Hugging Face model, which loads as its folder"),
@@ -150,6 +185,14 @@ def find(checkpoint: Checkpoint, name: str | None) -> Origin:
     found = next((o for o in _ALL if o.marks and any(re.search(o.marks, k) for k in keys)), None)
     if found is None or ANCHOR not in keys:
         raise ValueError(f"{path} has keys such as {few(keys)}; {EXPECTED}")
+    if name is None and checkpoint.metadata.get(FAMILY) == TimmBeit.family:
+        name = "beit"
+    biased = [key for key in keys if key.endswith(".attn.q_bias")]
+    if found.form == "vit" and biased and ORIGINS[name or found.name].form == "vit":
+        raise ValueError(
+            f"{path} looks like EVA, or BEiT without relative positions: it has keys such as "
+            f"{few(biased, 2)}; say origin='beit' if it is BEiT, otherwise {EXPECTED}"
+        )
     if name is None or name == found.name:
         return found
     given = ORIGINS[name]
@@ -174,7 +217,7 @@ def translate(
             checkpoint.notes.append(f"left out {few(out)}: {why}")
     state: dict[str, Tensor] = {}
     for key, value in kept.items():
-        for pattern, replacement in (*origin.renames, *_RENAMES):
+        for pattern, replacement in (*origin.renames, *_RENAMES[origin.form]):
             key = re.sub(pattern, replacement, key)
         state[key] = value
     for parts, whole in origin.joins:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +18,15 @@ from foveate.core import check_choice
 __all__ = ["ANCHOR", "EXPECTED", "Checkpoint", "few", "read"]
 
 EXPECTED = (
-    "expected the weights of a plain ViT, DeiT, MAE encoder, LV-ViT, DynamicViT, EViT, Evo-ViT "
-    "(DeiT) or SViT classifier"
+    "expected the weights of a plain ViT, DeiT, BEiT, MAE or SimMIM encoder, LV-ViT, DynamicViT, "
+    "EViT, Evo-ViT (DeiT) or SViT classifier"
 )
 ANCHOR = "patch_embed.proj.weight"  # every model that is read here has this tensor
 _FILES = "expected a .pth, .pt or .safetensors file"
 _PLAIN = ("model", "state_dict", "model_state_dict", "net", "module")
 _EMA = ("model_ema", "ema", "state_dict_ema", "ema_state_dict", "ema_model")
 _PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.", "encoder.")
+_ENCODER, _DECODER = "encoder.", "decoder."
 _COUNTERS = ("n_averaged",)  # torch's AveragedModel puts it beside the weights
 
 
@@ -51,6 +53,10 @@ _INERT = (
     *(f"pathlib.{kind}Path" for kind in ("Posix", "Windows", "PurePosix", "PureWindows")),
     *(f"pathlib._local.{kind}Path" for kind in ("Posix", "Windows", "PurePosix", "PureWindows")),
 )
+
+
+# Settings in the form of a dictionary, as SimMIM has them: such a file gets a dictionary instead.
+_TREES = ("yacs.config.CfgNode",)
 
 
 @dataclass
@@ -160,11 +166,12 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]
 
 
 def _unpickle(path: Path, mapped: bool) -> Any:
-    inert = [(Inert, name) for name in _INERT]
+    inert: list[Any] = [(Inert, name) for name in _INERT]
+    inert += [(OrderedDict, name) for name in _TREES]
     # torch goes by the name's end here, and maps only what it opens itself.
     mapped = mapped and path.suffix != ".safetensors"
     try:
-        with path.open("rb") as file, torch.serialization.safe_globals(inert):  # type: ignore[arg-type]
+        with path.open("rb") as file, torch.serialization.safe_globals(inert):
             source = path if mapped else file
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # damage shows as any kind of error
@@ -251,6 +258,11 @@ def _bare(path: Path, tensors: dict[str, Tensor], notes: list[str]) -> dict[str,
         tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
     if removed:
         notes.append(f"prefix {removed!r} taken off all names")
+    # SimMIM keeps what makes pixels beside its encoder, which has relative positions always.
+    beside = all(name.startswith((_ENCODER, _DECODER)) for name in tensors)
+    if beside and _ENCODER + ANCHOR in tensors and any("relative_pos" in name for name in tensors):
+        notes.append(f"prefix {_ENCODER!r} taken off the encoder's names")
+        tensors = {name.removeprefix(_ENCODER): value for name, value in tensors.items()}
     for prefix in _PREFIXES:
         # With weights of something else beside the model, whose head is it, and what for?
         others = [name for name in tensors if not name.startswith(prefix)]

@@ -6,7 +6,7 @@ model class; the softmax, the tokens and the order of things are the core's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -80,10 +80,15 @@ class Backbone:
 
     ``driver`` is the class that runs models of the family where ReducedViT's own interface (images
     in, logits out) is not theirs.
+
+    ``needs_every_token`` says why no token of the family's models may be left out, if that is so.
+    No method runs on such a family, and ``whole`` takes the place of ``qkv``, ``project`` and
+    ``feedforward``.
     """
 
     family: ClassVar[str] = ""
     driver: ClassVar[Any] = None  # a kind of ReducedViT, which is built on this file
+    needs_every_token: ClassVar[str] = ""
 
     def __init__(self, model: nn.Module, spec: BackboneSpec) -> None:
         self.spec = spec
@@ -93,6 +98,13 @@ class Backbone:
         """Take the parts from this model: the one given, or a replica of it."""
         # Any: what a family reads off its model is known to the family file alone.
         self.model: Any = model
+
+    def undrivable(self) -> ValueError:
+        """The error for a method on a family that needs every token."""
+        return ValueError(
+            f"{self.family} models cannot run with fewer tokens: {self.needs_every_token}; dense "
+            "pre-training and fine-tuning work"
+        )
 
     def current(self) -> bool:
         """Whether the model still is what ``spec`` and the parts were read from."""
@@ -141,14 +153,9 @@ class Backbone:
         """Everything before the first block."""
         raise NotImplementedError
 
-    def through(
-        self, x: Tensor, grid: tuple[int, int], visit: Callable[[Tensor], None] | None = None
-    ) -> Tensor:
-        """Tokens ``[B, N, C]`` through the model's own blocks, as pre-training runs them.
-
-        ``visit`` is shown what each block leaves.
-        """
-        raise ValueError(f"{self.family} models cannot be pre-trained here: timm ViT and Beit can")
+    def whole(self, images: Tensor) -> TokenState:
+        """Final, normed tokens by the model's own blocks, where the family needs every token."""
+        raise NotImplementedError
 
     def qkv(self, block: int, x: Tensor, rotary: Tensor | None) -> Heads:
         """First norm and the query, key and value projections, for tokens ``[T, C]``."""

@@ -87,6 +87,8 @@ class ReducedViT(nn.Module):
 
     def __init__(self, backbone: Backbone, reducer: Reducer) -> None:
         super().__init__()
+        if backbone.needs_every_token:
+            raise backbone.undrivable()
         self.vit = backbone.model
         self.reducer = reducer
         self._backbone = backbone

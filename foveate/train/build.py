@@ -33,14 +33,14 @@ class Batches:
 
     Attributes:
         train: training batches.
-        val: evaluation batches.
-        classes: names.
+        val: evaluation batches; None where a job without labels names no images for them.
+        classes: names; none without labels.
         mean: of each channel.
         std: of each channel.
     """
 
     train: Loader
-    val: Loader
+    val: Loader | None
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -85,6 +85,7 @@ def make_batches(
     rank: int = 0,
     world: int = 1,
     augmented: bool = True,
+    labels: bool = True,
 ) -> Batches:
     """Open the data and cut them into batches of what the model takes.
 
@@ -96,16 +97,19 @@ def make_batches(
         rank: number of this process.
         world: how many there are.
         augmented: False gives training images as evaluation sees them, all of them, in order.
+        labels: False for jobs that need none; then ``data.val`` must be named to be evaluated on.
     """
     if training is None:
-        training = open_source(data.train, "train")
-    held_out = open_source(data.val or data.train, "val")
-    if training.classes is None:
+        training = open_source(data.train, "train", labels=labels)
+    held_out = None
+    if labels or data.val is not None:
+        held_out = open_source(data.val or data.train, "val", labels=labels)
+    if labels and training.classes is None:
         raise ValueError(f"{data.train} has no labels, which this job needs")
-    if held_out.classes != training.classes:
+    if held_out is not None and held_out.classes != training.classes:
         raise ValueError(
             f"{data.val or data.train} has {len(held_out.classes or ())} classes, {data.train} has "
-            f"{len(training.classes)}: they do not belong together"
+            f"{len(training.classes or ())}: they do not belong together"
         )
     backbone = backbone_for(model)
     wanted = Preprocessing.of(model)
@@ -137,15 +141,17 @@ def make_batches(
         limit=data.limit,
         **shared,
     )
-    val = Loader(
-        held_out,
-        plain,
-        batch=data.val_batch or data.batch,
-        train=False,
-        limit=data.val_limit,
-        **shared,
-    )
-    return Batches(train, val, training.classes, mean, std)
+    val = None
+    if held_out is not None:
+        val = Loader(
+            held_out,
+            plain,
+            batch=data.val_batch or data.batch,
+            train=False,
+            limit=data.val_limit,
+            **shared,
+        )
+    return Batches(train, val, training.classes or (), mean, std)
 
 
 def make_finetune(recipe: recipes.Finetune, classes: int) -> FinetuneTask:

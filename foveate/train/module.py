@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torchmetrics import MeanMetric, Metric
-from torchmetrics.classification import MulticlassAccuracy
 
 from foveate.data import Loader
-from foveate.evaluate.answers import logits_of
 from foveate.train.draws import Draws, seed_step
 from foveate.train.optim import Rates, make_optimiser, scaled, updates_of
 from foveate.train.prepare import Prepare
 from foveate.train.recipe import Loop, Optim
+from foveate.train.scores import Scores
 from foveate.train.task import LOGITS, Task, total
 
 __all__ = ["Module"]
-
-_NAMES = {"loss": ("loss", 1.0), "top1": ("accuracy", 100.0), "top5": ("top5", 100.0)}
 
 
 class Module(LightningModule):
@@ -35,6 +28,7 @@ class Module(LightningModule):
         updates: of the whole run.
         results: of the newest evaluation.
         evaluated: updates that were done at that time; -1 before the first.
+        watched: what callbacks last measured, for the result.
     """
 
     def __init__(
@@ -54,16 +48,10 @@ class Module(LightningModule):
         self.loader, self._batches = loader, len(loader)
         self.updates = updates_of(loop.epochs, self._batches, loop.accumulate)
         self._ema: list[nn.Module] = []  # in a list: it is no part of this module's state
-        kinds: dict[str, Callable[[], Metric]] = {"loss": MeanMetric}
-        for k in [1, 5] if prepare.classes > 5 else [1]:
-            kinds[f"top{k}"] = partial(
-                MulticlassAccuracy, prepare.classes, top_k=k, average="micro"
-            )
-        self.scores = nn.ModuleDict(
-            {f"{who}_{name}": kind() for who in ("model", "ema") for name, kind in kinds.items()}
-        )
+        self.scores = nn.ModuleDict({who: task.scores(prepare.classes) for who in ("model", "ema")})
         self.results: dict[str, float] = {}
         self.evaluated = -1
+        self.watched: dict[str, float] = {}
         self._unchecked: list[tuple[int, float, list[str], Tensor]] = []
 
     @property
@@ -88,7 +76,16 @@ class Module(LightningModule):
         optimiser = make_optimiser(self.task, self.optim, rates[0])
         epochs = (self.optim.warmup_epochs, self.optim.frozen_epochs)
         warmup, frozen = (updates_of(e, self._batches, self.loop.accumulate) for e in epochs)
-        self.rates = Rates(optimiser, rates, updates=self.updates, warmup=warmup, frozen=frozen)
+        if self.optim.warmup_share is not None:
+            warmup = round(self.optim.warmup_share * self.updates)
+        self.rates = Rates(
+            optimiser,
+            rates,
+            updates=self.updates,
+            warmup=warmup,
+            frozen=frozen,
+            milestones=[round(share * self.updates) for share in self.optim.milestones],
+        )
         return optimiser
 
     def on_fit_start(self) -> None:
@@ -100,6 +97,7 @@ class Module(LightningModule):
     def on_train_batch_start(self, batch: Any, index: int) -> None:
         """Make everything this step depends on a function of its number."""
         self.task.settle(self.loop.eval_mode)
+        self.task.advance(min(1.0, self.trainer.global_step / self.updates))
         self._rate = self.rates.set(self.trainer.global_step)
         seed_step(self.loop.seed, self.current_epoch, index, self.global_rank)
 
@@ -115,12 +113,13 @@ class Module(LightningModule):
             device=self.device,
         )
         losses = self.task(images, targets, draws)
-        logits = losses.pop(LOGITS)
+        logits = losses.pop(LOGITS, None)
         loss = total(losses, self.task.weights)
         self._watch(losses, loss)
-        labels = targets if targets.ndim == 1 else targets.argmax(1)
-        accuracy = (logits.detach().argmax(1) == labels).float().mean()
-        show = {"loss": loss.detach(), "accuracy": 100 * accuracy}
+        show = {"loss": loss.detach()}
+        if logits is not None:
+            labels = targets if targets.ndim == 1 else targets.argmax(1)
+            show["accuracy"] = 100 * (logits.detach().argmax(1) == labels).float().mean()
         self.log_dict({f"train/{k}": v for k, v in show.items()}, prog_bar=True)
         self.log_dict({f"train/{k}": v.detach() for k, v in losses.items()})
         self.log("rate", self._rate)
@@ -156,6 +155,7 @@ class Module(LightningModule):
             "update_images": self.update_images,
             "results": self.results,
             "evaluated": self.evaluated,
+            "watched": self.watched,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -167,6 +167,7 @@ class Module(LightningModule):
                 f"{self.update_images}: resume on as many processes as before"
             )
         self.results, self.evaluated = run["results"], run["evaluated"]
+        self.watched = run["watched"]
         self.loader.load_state_dict(checkpoint["loader"])
 
     def _check_weights(self) -> None:
@@ -184,35 +185,26 @@ class Module(LightningModule):
     # Evaluation --------------------------------------------------------------------------------
 
     def validation_step(self, batch: dict[str, Any], index: int) -> None:
-        """Count right answers of the model and of its running mean."""
+        """Count for the model and for its running mean."""
         images, labels = self.prepare(batch["images"]), batch["labels"]
-        for who, model in (("model", self.task.model), ("ema", self.ema)):
-            if model is None:
-                continue
-            logits = logits_of(model(images)).float()
-            for name, metric in self._metrics(who):
-                if name == "loss":
-                    metric.update(F.cross_entropy(logits, labels), weight=len(labels))
-                else:
-                    metric.update(logits, labels)
+        for who, model in self._evaluated():
+            self._scores(who).update(model, images, labels, index)
 
-    def _metrics(self, who: str) -> list[tuple[str, Metric]]:
-        return [
-            (name.removeprefix(f"{who}_"), metric)  # type: ignore[misc]
-            for name, metric in self.scores.items()
-            if name.startswith(who)
-        ]
+    def _evaluated(self) -> list[tuple[str, nn.Module]]:
+        pairs = (("model", self.task.model), ("ema", self.ema))
+        return [(who, model) for who, model in pairs if model is not None]
+
+    def _scores(self, who: str) -> Scores:
+        return self.scores[who]  # type: ignore[return-value]
 
     def on_validation_epoch_end(self) -> None:
-        """Log losses, and accuracies in per cent."""
+        """Log what was counted."""
         found: dict[str, float] = {}
-        for who, suffix in (("model", ""), ("ema", "_ema")):
-            if who == "ema" and self.ema is None:
-                continue
-            for name, metric in self._metrics(who):
-                label, scale = _NAMES[name]
-                found[f"val/{label}{suffix}"] = scale * float(metric.compute())
-                metric.reset()
+        for who, _ in self._evaluated():
+            suffix = "_ema" if who == "ema" else ""
+            for name, value in self._scores(who).compute().items():
+                found[f"val/{name}{suffix}"] = value
         self.results, self.evaluated = found, self.trainer.global_step
         for name, value in found.items():
-            self.log(name, value, prog_bar=name == "val/accuracy", rank_zero_only=True)
+            shown = name == f"val/{self._scores('model').shown}"
+            self.log(name, value, prog_bar=shown, rank_zero_only=True)

@@ -8,11 +8,13 @@ no state for it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from foveate.core import ReducedViT
@@ -97,8 +99,8 @@ class Rates:
     """Sets the learning rate of every group for an update.
 
     Linear from ``warmup_lr`` over the warm-up, then half a cosine down to ``min_lr`` at the end of
-    the run. Groups that are not new wait out ``frozen`` updates at rate zero: they keep their
-    gradients, which data-parallel training counts on.
+    the run, or a tenth at each milestone. Groups that are not new wait out ``frozen`` updates at
+    rate zero: they keep their gradients, which data-parallel training counts on.
 
     Args:
         optimiser: with groups from ``parameter_groups``.
@@ -106,6 +108,7 @@ class Rates:
         updates: of the whole run.
         warmup: updates of the warm-up.
         frozen: updates during which only new parameters move.
+        milestones: updates at which the rate falls to a tenth, instead of the cosine.
     """
 
     def __init__(
@@ -116,10 +119,22 @@ class Rates:
         updates: int,
         warmup: int = 0,
         frozen: int = 0,
+        milestones: Sequence[int] = (),
     ) -> None:
         peak, last, first = rates
         self.optimiser, self.frozen = optimiser, frozen
         warmup = min(warmup, updates)
+        self._schedule: Scheduler
+        if milestones:
+            self._schedule = MultiStepLRScheduler(
+                optimiser,
+                decay_t=sorted(milestones),
+                decay_rate=0.1,
+                warmup_t=warmup,
+                warmup_lr_init=first,
+                t_in_epochs=False,
+            )
+            return
         # warmup_prefix: the cosine begins where the warm-up ends. timm's default begins it at 0,
         # and jumps down at the end of the warm-up.
         self._schedule = CosineLRScheduler(

@@ -21,14 +21,14 @@ from torch.nn import functional as F
 from foveate import config
 from foveate.backbones import backbone_for
 from foveate.bench import machine
-from foveate.core import ReducedViT, dense
+from foveate.core import Backbone, ReducedViT, dense
 from foveate.data import device_batches
 from foveate.files import write_text
 from foveate.train import recipe as recipes
 from foveate.train.build import make_batches, make_model
 from foveate.train.draws import seed_step
 
-__all__ = ["features", "linear_probe", "nearest_neighbours", "probe"]
+__all__ = ["driven", "features", "linear_probe", "nearest_neighbours", "probe"]
 
 _log = logging.getLogger(__name__)
 _Progress = Callable[[str, int, int], None]
@@ -47,12 +47,13 @@ def probe(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = make_model(recipe.model, None)
     batches = make_batches(recipe.data, model, seed=recipe.seed, augmented=False)
-    driven = dense(backbone_for(model)).eval().to(device)
+    readable = driven(model.eval().to(device))
+    assert batches.val is not None
     found = []
     for name, loader in (("train", batches.train), ("val", batches.val)):
         pairs = device_batches(loader, batches.mean, batches.std, device)
         counted = _counted(pairs, f"{name} features", len(loader), progress)
-        found.append(features(driven, counted, recipe.feature, str(recipe.precision)))
+        found.append(features(readable, counted, recipe.feature, str(recipe.precision)))
     (x, y), (held, labels) = found
     result: dict[str, Any] = {"job": "probe", "feature": recipe.feature}
     if recipe.neighbours:
@@ -72,21 +73,30 @@ def probe(
     return result
 
 
+def driven(model: nn.Module) -> ReducedViT | Backbone:
+    """What ``features`` takes of a plain model in eval mode."""
+    backbone = backbone_for(model)
+    return backbone if backbone.needs_every_token else dense(backbone).eval()
+
+
 @torch.no_grad()
 def features(
-    driven: ReducedViT,
+    model: ReducedViT | Backbone,
     batches: Iterator[tuple[Tensor, Tensor, Tensor]],
     feature: str,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    """Final class tokens or means of patches, normed, ``[images, C]`` float32; and labels."""
-    spec = driven.backbone.spec
+    """Final class tokens or means of patches, normed, ``[images, C]`` float32; and labels.
+
+    A backbone in place of a driven model is of a family that no method runs on.
+    """
+    spec = model.backbone.spec if isinstance(model, ReducedViT) else model.spec
     if feature == "token" and not spec.class_token:
         raise ValueError("feature=token needs a class token, which this model has not: use avg")
     rows, labels = [], []
     for x, y, _ in batches:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
-            state = driven.run(x).state
+            state = model.run(x).state if isinstance(model, ReducedViT) else model.whole(x)
         tokens = state.tokens()
         pooled = tokens[:, 0] if feature == "token" else tokens[:, spec.prefix :].mean(1)
         rows.append(pooled.float())
@@ -116,7 +126,7 @@ def linear_probe(
     y: Tensor,
     held: Tensor,
     labels: Tensor,
-    recipe: recipes.Probe,
+    recipe: recipes.Reading,
     progress: _Progress = lambda *_: None,
 ) -> float:
     """Accuracy in per cent of a linear classifier on the features."""
@@ -154,7 +164,7 @@ def linear_probe(
         return 100 * float((head(held).argmax(1) == labels).float().mean())
 
 
-def _rate(peak: float, epoch: float, recipe: recipes.Probe) -> float:
+def _rate(peak: float, epoch: float, recipe: recipes.Reading) -> float:
     """Linear warm-up, then half a cosine to zero, as of a point in an epoch."""
     warmup = min(recipe.warmup_epochs, recipe.epochs / 2)
     if epoch < warmup:

@@ -22,6 +22,7 @@ __all__ = [
     "Model",
     "Optim",
     "Probe",
+    "Reading",
     "Recipe",
     "Reduce",
 ]
@@ -158,6 +159,9 @@ class Optim:
         min_lr: at the end; scaled as ``lr``.
         warmup_lr: at the start of warm-up; scaled as ``lr``.
         warmup_epochs: over which the rate rises linearly, update by update.
+        warmup_share: the same as a share of the run, instead of ``warmup_epochs``.
+        schedule: "cosine" down to ``min_lr``, or "steps": a tenth at each of ``milestones``.
+        milestones: shares of the run.
         weight_decay: not of biases, norms, positions and prefix tokens.
         betas: of Adam and its kin.
         layer_decay: factor between the rates of neighbouring blocks, from the head down; 1 is off.
@@ -173,6 +177,9 @@ class Optim:
     min_lr: float = 0.0
     warmup_lr: float = 0.0
     warmup_epochs: float = 0.0
+    warmup_share: float | None = None
+    schedule: str = "cosine"
+    milestones: tuple[float, ...] = ()
     weight_decay: float = 0.05
     betas: tuple[float, float] | None = None
     layer_decay: float = 1.0
@@ -189,6 +196,17 @@ class Optim:
                 raise ValueError(f"optim.{name} must be at least 0, got {getattr(self, name)}")
         if self.warmup_epochs < 0:
             raise ValueError(f"optim.warmup_epochs must be at least 0, got {self.warmup_epochs}")
+        if self.warmup_share is not None:
+            _share("optim.warmup_share", self.warmup_share)
+            if self.warmup_epochs:
+                raise ValueError(
+                    "optim.warmup_epochs and optim.warmup_share say the same: give one"
+                )
+        check_choice("optim.schedule", self.schedule, ("cosine", "steps"))
+        if (self.schedule == "steps") != bool(self.milestones):
+            raise ValueError("optim.schedule=steps and optim.milestones go together")
+        for share in self.milestones:
+            _share("optim.milestones", share)
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"optim.layer_decay must lie in (0, 1], got {self.layer_decay}")
         if self.clip is not None and not self.clip > 0:
@@ -299,7 +317,7 @@ class Distill:
 
 @dataclass(kw_only=True)
 class Recipe:
-    """What all jobs have."""
+    """What all training jobs have."""
 
     model: Model
     data: Data = field(default_factory=Data)
@@ -346,12 +364,10 @@ class Reduce(Recipe):
 
 
 @dataclass(kw_only=True)
-class Probe:
-    """How much frozen features say: a linear classifier and the nearest neighbours on them.
+class Reading:
+    """How frozen features are read: by a linear classifier and by the nearest neighbours.
 
     Attributes:
-        model: the backbone, with ``start``.
-        data: images; ``augment`` and ``repeats`` do not apply, features are taken once.
         feature: "token" (class token) or "avg" (mean of patches) after the final norm.
         linear: fit the linear classifier.
         epochs: passes of the linear classifier over the features.
@@ -364,8 +380,6 @@ class Probe:
         precision: of the backbone's pass: "32" or "bf16-mixed".
     """
 
-    model: Model
-    data: Data = field(default_factory=Data)
     feature: str = "token"
     linear: bool = True
     epochs: int = 90
@@ -386,6 +400,19 @@ class Probe:
         _at_least("neighbours", self.neighbours, 0)
         if not self.linear and not self.neighbours:
             raise ValueError("linear=false and neighbours=0 leave nothing to measure")
+
+
+@dataclass(kw_only=True)
+class Probe(Reading):
+    """How much frozen features say.
+
+    Attributes:
+        model: the backbone, with ``start``.
+        data: images; ``augment`` and ``repeats`` do not apply, features are taken once.
+    """
+
+    model: Model
+    data: Data = field(default_factory=Data)
 
 
 def _share(name: str, value: float, below_one: bool = False) -> None:

@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from foveate.train.optim import updates_of
 from foveate.train.prepare import Prepare
 from foveate.train.task import Task
 
-__all__ = ["train"]
+__all__ = ["fit", "train"]
 
 _log = logging.getLogger(__name__)
 _RECIPE, _METRICS, _RESULT = "recipe.yaml", "metrics.csv", "result.json"
@@ -68,6 +68,29 @@ def train(
 
     Of several processes only the first exports, and says where in "model".
     """
+    return fit(recipe, out, _build, callbacks=_own_callbacks, resume=resume, progress=progress)
+
+
+def fit(
+    recipe: Any,
+    out: Path,
+    build: Callable[[Any, int, int], tuple[Task, Batches]],
+    *,
+    callbacks: Callable[[Any, Task, Batches, Path], list[Callback]],
+    resume: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """As ``train``, for any job.
+
+    Args:
+        recipe: of the job.
+        out: folder of the run.
+        build: makes the task and its batches from the recipe, this process's number and how many
+            there are.
+        callbacks: of the job alone, from recipe, task, batches and folder.
+        resume: go on.
+        progress: show a progress bar.
+    """
     started = time.monotonic()
     if recipe.loop.precision == "16-mixed" and not torch.cuda.is_available():
         # Lightning would take bf16-mixed and merely mention it.
@@ -76,7 +99,7 @@ def train(
     checkpoint = _prepare_folder(recipe, out, resume, rank)
     loop, data = recipe.loop, recipe.data
     torch.manual_seed(loop.seed)  # of new weights
-    task, batches = _build(recipe, rank, world)
+    task, batches = build(recipe, rank, world)
     _check_space(out, task, loop.keep_last)
     prepare = Prepare(batches.mean, batches.std, recipe.mix, len(batches.classes), data.batch)
     module = Module(
@@ -88,7 +111,8 @@ def train(
         update_images=data.batch * loop.accumulate * world,
     )
     with _quiet():
-        trainer = _trainer(recipe, out, module, batches, checkpoint, progress)
+        own = callbacks(recipe, task, batches, out)
+        trainer = _trainer(recipe, out, batches, own, checkpoint, progress)
     if rank == 0:
         write_text(out / _RECIPE, config.dump(recipe))
     task.settle(loop.eval_mode)
@@ -101,7 +125,8 @@ def train(
             weights_only=True,
         )
         # Not evaluated where it stopped, or not as it is exported: at the method's final rate.
-        if module.evaluated != trainer.global_step or trainer.global_step < module.updates:
+        stale = module.evaluated != trainer.global_step or trainer.global_step < module.updates
+        if batches.val is not None and stale:
             trainer.validate(module, batches.val, verbose=False)
     module.check_losses()
     result = _result(recipe, trainer, module, batches, time.monotonic() - started)
@@ -131,6 +156,18 @@ def _build(
     )
     _compare_images(task, batches)
     return task, batches
+
+
+def _own_callbacks(recipe: Any, task: Task, batches: Batches, out: Path) -> list[Callback]:
+    """What looks after a model that may have a method."""
+    loop = recipe.loop
+    found: list[Callback] = [KeepRate()]
+    assert batches.val is not None
+    if loop.statistics:
+        found.append(TokenCounts())
+    if loop.pictures_every is not None:
+        found.append(Pictures(out / "pictures", loop.pictures_every, batches.val.source))
+    return found
 
 
 def _compare_images(task: Task, batches: Batches) -> None:
@@ -201,8 +238,8 @@ def _check_space(out: Path, task: Task, keep: int) -> None:
 def _trainer(
     recipe: Any,
     out: Path,
-    module: Module,
     batches: Batches,
+    own: list[Callback],
     checkpoint: Path | None,
     progress: bool,
 ) -> Trainer:
@@ -210,13 +247,9 @@ def _trainer(
     resumed = None
     if checkpoint is not None:
         resumed = int(checkpoint.stem.split("-")[1])
-    callbacks: list[Callback] = [KeepRate()]
+    callbacks = [*own]
     if loop.ema is not None:
-        callbacks.append(Ema(loop.ema))
-    if loop.statistics:
-        callbacks.append(TokenCounts())
-    if loop.pictures_every is not None:
-        callbacks.append(Pictures(out / "pictures", loop.pictures_every, batches.val.source))
+        callbacks.insert(0, Ema(loop.ema))  # others look at the mean
     # After what may change the model at a step's end, so that a checkpoint has it.
     callbacks.append(Checkpoints(out / "checkpoints", loop.save_every, loop.keep_last))
     if progress:
@@ -283,16 +316,17 @@ def _terminal() -> bool:
 def _result(
     recipe: Any, trainer: Trainer, module: Module, batches: Batches, seconds: float
 ) -> dict[str, Any]:
-    data = recipe.data
+    data, val = recipe.data, batches.val
     epochs = trainer.global_step / updates_of(1, len(batches.train), recipe.loop.accumulate)
     return {
         "job": type(recipe).__name__.lower(),
         "updates": trainer.global_step,
         "epochs": round(epochs, 2),
         **_of_exported(module.results),
+        **module.watched,
         "images": {
             "train": min(len(batches.train.source), data.limit or sys.maxsize),
-            "val": min(len(batches.val.source), data.val_limit or sys.maxsize),
+            "val": 0 if val is None else min(len(val.source), data.val_limit or sys.maxsize),
             "unreadable": len(_unreadable(batches)),
         },
         "minutes_of_this_process": round(seconds / 60, 2),
@@ -315,7 +349,8 @@ def _of_exported(results: Mapping[str, float]) -> dict[str, float]:
 
 def _unreadable(batches: Batches) -> set[str]:
     """Names of the images that this run, on whichever process, could not read."""
-    mine = [*batches.train.unreadable, *batches.val.unreadable]
+    loaders = [batches.train, *([] if batches.val is None else [batches.val])]
+    mine = [name for loader in loaders for name in loader.unreadable]
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return set(mine)
     shares: list[Any] = [None] * torch.distributed.get_world_size()

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from foveate.train.scores import Accuracy, Scores
+
 __all__ = ["LOGITS", "Task", "freeze", "total"]
 
 LOGITS = "logits"
@@ -17,7 +19,8 @@ class Task(nn.Module):
     """Base of the jobs.
 
     ``forward(images, targets, draws)`` gives a dictionary of named losses, un-weighted scalars,
-    and the logits under ``"logits"``, from which the progress bar takes the accuracy.
+    and, where there are any, the logits under ``"logits"``, from which the progress bar takes the
+    accuracy.
 
     Attributes:
         model: what is trained, evaluated and exported.
@@ -53,6 +56,13 @@ class Task(nn.Module):
     def new_parameters(self) -> set[int]:
         """Ids of parameters that a method added: they train at the full rate from the start."""
         return set()
+
+    def advance(self, progress: float) -> None:
+        """How much of the run, 0 to 1, is done before the next step."""
+
+    def scores(self, classes: int) -> Scores:
+        """What counts in evaluation."""
+        return Accuracy(classes)
 
     def settle(self, eval_mode: bool) -> None:
         """Set training mode; with ``eval_mode`` dropout and stochastic depth stay off."""

@@ -260,8 +260,12 @@ def test_bad_files_give_one_sentence(kind: str, state: Weights, tmp_path: Path) 
 
 FOREIGN: dict[str, tuple[str, str]] = {
     "swin": ("layers.0.blocks.0.attn.qkv.weight", "a Swin"),
-    "beit": ("blocks.0.attn.q_bias", "BEiT"),
-    "relative positions": ("blocks.0.attn.relative_position_bias_table", "BEiT"),
+    "swin by simmim": ("encoder.layers.0.blocks.0.attn.relative_position_bias_table", "a Swin"),
+    "relative positions": (
+        "blocks.0.attn.rel_pos.relative_position_bias_table",
+        "a ViT with relative positions that are not BEiT's",
+    ),
+    "sam": ("blocks.0.attn.rel_pos_h", "a ViT with relative positions"),
     "convnext": ("stages.0.blocks.0.conv_dw.weight", "a ConvNeXt"),
     "resnet": ("layer1.0.conv1.weight", "a ResNet"),
     "hugging face": ("vit.embeddings.patch_embeddings.projection.weight", "as its folder"),

@@ -1,0 +1,127 @@
+"""Look at pre-training runs: heterogeneity of hidden tokens by layer, affinity maps, pictures.
+
+RUN is the folder of a run, ended or not, or a .safetensors file of its weights. Everything that
+is looked at is measured on the same images with the same masks. Heterogeneity is how evenly hidden
+tokens look at visible ones: 1 is at all of them alike, 0 at a single one. What it says depends on
+the similarity: with raw and scaled dot products it sinks wherever norms grow with depth, in some
+untrained networks already, so compare with --untrained.
+
+In a terminal:
+  foveate look runs/pretrain-fashion_part_mae
+  foveate look runs/simmim runs/simmim-mto --untrained --out results/
+  foveate look runs/simmim --epochs 10 30 60 --similarity raw --images 256
+  foveate look runs/simmim/snapshots/epoch-0010.safetensors --data folder:photos --image 3
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from foveate.evaluate.tables import Sheet
+    from foveate.pretrain.look import Report
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command line."""
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or a file of weights")
+    add(
+        "--epochs",
+        nargs="+",
+        metavar="E",
+        help="weights of a folder after these, or all (the last, and at most 6 snapshots)",
+    )
+    add("--untrained", action="store_true", help="new weights of the same model too")
+    add(
+        "--similarity",
+        choices=("cosine", "layernorm", "scaled", "raw"),
+        default="cosine",
+        help="of tokens (cosine)",
+    )
+    add("--temperature", type=float, default=0.1, metavar="T", help="of cosines (0.1)")
+    add("--data", metavar="SPEC", help="images of any kind, without labels (the run's own)")
+    add("--images", type=int, default=64, metavar="N", help="use so many, evenly spaced (64)")
+    add("--image", type=int, default=0, metavar="K", help="of them, for affinity maps (0)")
+    add("--layers", type=int, nargs="+", default=[], metavar="L", help="of affinity maps (four)")
+    add("--seed", type=int, default=0, metavar="N", help="of the masks (0)")
+    add("--device", default="cpu", help="cpu or cuda (cpu)")
+    add("--out", type=Path, metavar="DIR", help="folder for look.json and pictures (RUN/look)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, print, and write."""
+    epochs = _epochs(args.epochs)
+    from foveate.bench import machine
+    from foveate.bench.report import terminal
+    from foveate.evaluate.tables import printed
+    from foveate.pretrain.heterogeneity import Similarity
+    from foveate.pretrain.look import Choices, look, write
+
+    choices = Choices(
+        epochs=epochs,
+        untrained=args.untrained,
+        similarity=Similarity(args.similarity, args.temperature),
+        data=args.data,
+        images=args.images,
+        seed=args.seed,
+        image=args.image,
+        layers=tuple(args.layers),
+        device=args.device,
+    )
+    if args.out is not None:  # an unwritable place is said before the work
+        args.out.mkdir(parents=True, exist_ok=True)
+    report = look(args.runs, choices)
+    console = terminal()
+    for part in printed(_sheet(report)):
+        console.print(part)
+    for text in report.alarms():
+        print(text)
+    out = args.out or report.runs[0].folder / "look"
+    for path in write(report, out, command=machine.command("foveate")):
+        print(f"wrote    {path}")
+
+
+def _epochs(given: list[str] | None) -> tuple[float, ...] | None:
+    """Numbers, None for all, () where nobody chose."""
+    if given == ["all"]:
+        return None
+    try:
+        return tuple(map(float, given or ()))
+    except ValueError:
+        raise ValueError(f"--epochs takes numbers, or all; got {' '.join(given or ())}") from None
+
+
+def _sheet(report: Report) -> Sheet:
+    """A line for each set of weights, a column for each layer."""
+    from foveate.evaluate.tables import Sheet
+    from foveate.pretrain.look_figures import words
+
+    lines = [
+        (run, point, number, network.levels)
+        for run in report.runs
+        for point in run.points
+        for number, network in enumerate(point.networks)
+    ]
+    most = max(len(levels) for *_, levels in lines)
+    digits = 3 if most <= 13 else 2  # what there is room for: changes are small
+    several = any(number for _, _, number, _ in lines)
+    head = ["<run", "<weights", *["network"] * several, *map(str, range(most))]
+    body = []
+    for run, point, number, levels in lines:
+        cells = [run.name, point.label, *[str(number)] * several]
+        cells += [f"{level.mean:.{digits}f}" for level in levels] + [""] * (most - len(levels))
+        cells += [f"{point.loss:.4f}"]
+        cells += ["" if point.val_loss is None else f"{point.val_loss:.4f}"]
+        body.append(tuple(cells))
+    images = sorted({run.images for run in report.runs})
+    notes = [
+        f"means over {' or '.join(map(str, images))} images, layer 0 is before the first block; "
+        "loss: on these images; val loss: as the run logged it"
+    ]
+    title = f"heterogeneity by layer, {words(report.choices.similarity)}"
+    return Sheet(title, (*head, "loss", "val loss"), body, notes)

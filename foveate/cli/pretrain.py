@@ -1,0 +1,53 @@
+"""Pre-train a ViT on images without labels: masked image modelling, with or without MTO.
+
+The result is a plain timm checkpoint, and where the next stage begins. Snapshots inside the run
+and its progress curve are what foveate look and foveate rauc read.
+
+In a terminal:
+  foveate pretrain --list
+  foveate pretrain fashion_part_mae
+  foveate pretrain fashion_part_simmim mto.preset=default --out runs/simmim-mto
+  foveate pretrain folder_mae data.train=folder:photos model.name=vit_small_patch16_224
+  foveate pretrain --resume runs/pretrain-fashion_part_mae
+  foveate finetune fashion_part_full model.start=runs/pretrain-fashion_part_mae
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from foveate.cli.training import add_recipe_arguments, open_recipe, show_recipes
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command line."""
+    add_recipe_arguments(parser, resumable=True)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Pre-train, and say what came of it."""
+    if args.list:
+        show_recipes("pretrain")
+        return
+    from foveate import config
+    from foveate.pretrain.recipe import Pretrain
+
+    recipe, out = open_recipe("pretrain", Pretrain, args)
+    if args.print:
+        print(config.dump(recipe), end="")
+        return
+    from foveate.bench import machine
+
+    machine.tune_malloc("cpu")
+    from foveate.pretrain.run import pretrain
+
+    result = pretrain(recipe, out, resume=args.resume)
+    if "model" not in result:  # not the first of several processes
+        return
+    scores = [f"loss {result['loss']:.4f}"] if "loss" in result else []
+    words = {"probe/knn": "nearest neighbours", "probe/linear": "linear probe"}
+    scores += [f"{words[name]} {result[name]:.2f} %" for name in words if name in result]
+    said = f"{', '.join(scores)}; " if scores else ""
+    print(f"{said}the backbone is {out / result['model']}")

@@ -1,0 +1,86 @@
+"""From a recipe to a method on its ViT; all that can be wrong is said here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from foveate.data import open_source
+from foveate.pretrain.method import MaskedImageModel, make_method
+from foveate.pretrain.recipe import Pretrain
+from foveate.pretrain.task import PretrainTask
+from foveate.pretrain.weights import load_weights, rest_path
+from foveate.train.build import Batches, make_batches, make_model
+from foveate.train.recipe import Data, Model
+
+__all__ = ["build", "make_masked_model", "open_watched"]
+
+
+def make_masked_model(recipe: Pretrain) -> MaskedImageModel:
+    """The method on a ViT without a head: new weights, or those it starts from.
+
+    What an earlier run or ``foveate convert --pretraining`` wrote brings the method's own weights
+    too; any other start is a ViT alone, and decoder or head begin anew.
+    """
+    start = recipe.model.start
+    if start is not None and recipe.model.name is not None and (path := _both(Path(start))):
+        model = _new(replace(recipe.model, start=None), recipe)
+        load_weights(model, path)
+        return model
+    model = _new(recipe.model, recipe)
+    before = {name: value.clone() for name, value in model.vit.state_dict().items()}
+    model.initialise()
+    if start is not None:
+        model.vit.load_state_dict(before)
+    return model
+
+
+def _new(model: Model, recipe: Pretrain) -> MaskedImageModel:
+    vit: Any = make_model(model, None)
+    if getattr(vit, "num_classes", 0):
+        vit.reset_classifier(0)
+    return make_method(recipe.method, vit, recipe.options)
+
+
+def _both(path: Path) -> Path | None:
+    """The backbone's file if the rest of a pre-training lies beside it; a run's folder has one."""
+    path = path / "model.safetensors" if path.is_dir() else path
+    return path if path.suffix == ".safetensors" and rest_path(path).is_file() else None
+
+
+def build(recipe: Pretrain, rank: int, world: int) -> tuple[PretrainTask, Batches]:
+    """The task and its images; labels are not asked for."""
+    training = open_source(recipe.data.train, "train", labels=False)
+    task = PretrainTask(make_masked_model(recipe), recipe.mask, recipe.mto, recipe.loop.seed)
+    batches = make_batches(
+        recipe.data,
+        task.model.vit,
+        training=training,
+        seed=recipe.loop.seed,
+        rank=rank,
+        world=world,
+        labels=False,
+    )
+    return task, batches
+
+
+def open_watched(recipe: Pretrain, vit: nn.Module) -> Batches | None:
+    """Labelled images of the progress curve, as evaluation sees them."""
+    if recipe.probe.data is None:
+        return None
+    data = recipe.data
+    watched = Data(
+        train=recipe.probe.data,
+        mean=data.mean,
+        std=data.std,
+        crop_pct=data.crop_pct,
+        augment=data.augment,
+        batch=recipe.probe.image_batch,
+        workers=data.workers,
+        limit=recipe.probe.limit,
+        val_limit=recipe.probe.val_limit,
+    )
+    return make_batches(watched, vit, augmented=False)

@@ -1,0 +1,189 @@
+"""What is watched during pre-training: a progress curve, layers, pictures, snapshots."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from foveate.data import device_batches
+from foveate.files import write_whole
+from foveate.pretrain.build import open_watched
+from foveate.pretrain.layers import ALARM, measure_layers
+from foveate.pretrain.method import MaskedImageModel
+from foveate.pretrain.recipe import Pretrain
+from foveate.pretrain.reconstructions import first_images, picture
+from foveate.pretrain.task import PretrainTask, fixed_mask
+from foveate.pretrain.weights import save_model
+from foveate.train.build import Batches
+from foveate.train.module import Module
+from foveate.train.probe import driven, features, linear_probe, nearest_neighbours
+from foveate.train.task import Task
+
+__all__ = ["own_callbacks"]
+
+_log = logging.getLogger(__name__)
+_IMAGES = 64  # that layers are measured on
+_SHOWN = 6  # that are drawn
+_HINT = "; lower mto's weights or set mto.detach_visible=true"
+
+
+def own_callbacks(recipe: Pretrain, task: Task, batches: Batches, out: Path) -> list[Callback]:
+    """Those that the recipe asks for."""
+    assert isinstance(task, PretrainTask)
+    found: list[Callback] = []
+    if recipe.probe.data is not None:
+        watched = open_watched(recipe, task.model.vit)
+        assert watched is not None
+        found.append(ProgressCurve(recipe, watched))
+    if recipe.layers_every is not None:
+        found.append(LayerLog(recipe, task, batches))
+    if recipe.loop.pictures_every is not None:
+        found.append(Reconstructions(recipe, task, batches, out / "pictures"))
+    found.append(Snapshots(recipe, out / "snapshots"))
+    return found
+
+
+class _AtEpochs(Callback):
+    """Does something on the first process after some epochs, with the model in eval mode."""
+
+    def __init__(self, last: int) -> None:
+        self.last = last
+
+    def due(self, epoch: int) -> bool:
+        """After so many epochs."""
+        raise NotImplementedError
+
+    def act(self, module: Module, model: MaskedImageModel, epoch: int) -> None:
+        """Look, log, save."""
+        raise NotImplementedError
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """The others wait at the next step's gradients."""
+        epoch = trainer.current_epoch + 1
+        if not trainer.is_global_zero or not self.due(epoch):
+            return
+        assert isinstance(module, Module) and isinstance(module.exported, MaskedImageModel)
+        model = module.exported.eval()  # the next step sets the modes anew
+        with torch.no_grad():
+            self.act(module, model, epoch)
+
+    @staticmethod
+    def log_now(module: Module, found: dict[str, float]) -> None:
+        """Into the log of the run, at the epoch that has just ended."""
+        module.log_dict(found, rank_zero_only=True)
+
+
+class ProgressCurve(_AtEpochs):
+    """Logs "probe/knn" and "probe/linear", per cent of a labelled set's evaluation images."""
+
+    def __init__(self, recipe: Pretrain, watched: Batches) -> None:
+        super().__init__(recipe.loop.epochs)
+        self.reading, self.watched = recipe.probe, watched
+
+    def due(self, epoch: int) -> bool:
+        """Every so many epochs, and at the end."""
+        return epoch % self.reading.every == 0 or epoch == self.last
+
+    def act(self, module: Module, model: MaskedImageModel, epoch: int) -> None:
+        """Take features and read them."""
+        reading, watched = self.reading, self.watched
+        assert watched.val is not None
+        readable = driven(model.vit)
+        rows = []
+        for loader in (watched.train, watched.val):
+            pairs = device_batches(loader, watched.mean, watched.std, module.device)
+            rows.append(features(readable, pairs, reading.feature, str(reading.precision)))
+        (x, y), (held, labels) = rows
+        found: dict[str, float] = {}
+        if reading.neighbours:
+            found["probe/knn"] = nearest_neighbours(
+                x, y, held, labels, k=reading.neighbours, temperature=reading.temperature
+            )
+        if reading.linear:
+            with torch.enable_grad():
+                found["probe/linear"] = linear_probe(x, y, held, labels, reading)
+        module.watched = found
+        self.log_now(module, found)
+
+
+class LayerLog(_AtEpochs):
+    """Logs heterogeneity and the visible tokens' cosine of every layer, and raises the alarm."""
+
+    def __init__(self, recipe: Pretrain, task: PretrainTask, batches: Batches) -> None:
+        super().__init__(recipe.loop.epochs)
+        self.every, self.masking = recipe.layers_every, task.masking
+        self.hint = "" if task.mto is None else _HINT
+        self.images = first_images(task.model, batches, _IMAGES, recipe.data)
+        self._said = False
+
+    def due(self, epoch: int) -> bool:
+        """Every so many epochs, and at the end."""
+        assert self.every is not None
+        return epoch % self.every == 0 or epoch == self.last
+
+    def act(self, module: Module, model: MaskedImageModel, epoch: int) -> None:
+        """Measure on the same images with the same masks each time."""
+        images = self.images.to(module.device)
+        mask = fixed_mask(model, images, self.masking)
+        found: dict[str, float] = {}
+        networks = measure_layers(model, images, mask)
+        for number, layers in enumerate(networks):
+            which = f"{number}/" if len(networks) > 1 else ""
+            for layer, level in enumerate(layers.heterogeneity):
+                found[f"heterogeneity/{which}{layer:02d}"] = level
+            found[f"cosine/{which}visible"] = layers.cosine[0]
+            if layers.collapsed and not self._said:
+                self._said = True
+                _log.warning(
+                    "after epoch %d visible tokens have a mean cosine of %.3f before the first "
+                    "block, above %.2f: nearly all are the same%s",
+                    *(epoch, layers.cosine[0], ALARM, self.hint),
+                )
+        self.log_now(module, found)
+
+
+class Reconstructions(_AtEpochs):
+    """Draws what the model makes of hidden patches."""
+
+    def __init__(
+        self, recipe: Pretrain, task: PretrainTask, batches: Batches, folder: Path
+    ) -> None:
+        super().__init__(recipe.loop.epochs)
+        self.every, self.masking = recipe.loop.pictures_every, task.masking
+        self.images = first_images(task.model, batches, _SHOWN, recipe.data)
+        self.mean, self.std, self.folder = batches.mean, batches.std, folder
+
+    def due(self, epoch: int) -> bool:
+        """Every so many epochs."""
+        assert self.every is not None
+        return epoch % self.every == 0
+
+    def act(self, module: Module, model: MaskedImageModel, epoch: int) -> None:
+        """One file an epoch."""
+        images: Tensor = self.images.to(module.device)
+        mask = fixed_mask(model, images, self.masking)
+        drawn: Any = picture(model, images, mask, self.mean, self.std)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"epoch-{epoch:03d}.png"
+        write_whole(path, lambda partial: drawn.save(partial, format="png"))
+
+
+class Snapshots(_AtEpochs):
+    """Keeps the weights after some epochs of the one schedule, for RAUC and for comparison."""
+
+    def __init__(self, recipe: Pretrain, folder: Path) -> None:
+        super().__init__(recipe.loop.epochs)
+        self.recipe, self.folder = recipe, folder
+
+    def due(self, epoch: int) -> bool:
+        """As the recipe says."""
+        return self.recipe.kept(epoch)
+
+    def act(self, module: Module, model: MaskedImageModel, epoch: int) -> None:
+        """Write backbone and the rest."""
+        save_model(model, self.folder / f"epoch-{epoch:04d}.safetensors")

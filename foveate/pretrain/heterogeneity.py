@@ -1,0 +1,135 @@
+"""How hidden tokens relate to visible ones: affinities, their entropy, and signs of collapse.
+
+Heterogeneity (MTO, equation 2) is the entropy of a hidden token's softmax over its similarities
+to the visible tokens: high where it looks at all of them alike, low where it has found its own.
+What the numbers say depends on the similarity: with raw dot products they sink with depth in an
+untrained network already, because norms grow.
+
+All is computed in float32, also under autocast, and without copies of all tokens in that precision.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from foveate.core.schedule import check_choice
+from foveate.pretrain.masks import Mask
+from foveate.pretrain.targets import gathered
+
+__all__ = ["SIMILARITIES", "Similarity", "entropy", "heterogeneity", "visible_cosine"]
+
+SIMILARITIES = ("cosine", "layernorm", "scaled", "raw")
+_TINY = 1e-6
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """How alike two tokens are.
+
+    Attributes:
+        kind: "cosine" over ``temperature``; "layernorm": dot product of normalised tokens over the
+            root of the width; "scaled": dot product over that root; "raw": dot product, as printed
+            in the paper.
+        temperature: of cosines.
+    """
+
+    kind: str = "cosine"
+    temperature: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_choice("similarity", self.kind, SIMILARITIES)
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+
+    def __call__(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """From ``[B, R, C]`` and ``[B, K, C]`` to ``[B, R, K]`` float32."""
+        width = rows.shape[-1]
+        if self.kind == "layernorm":
+            rows, columns = (F.layer_norm(x, (width,)) for x in (rows, columns))
+        # Half-precision products are summed in float32 inside and rounded once.
+        dots = torch.matmul(rows, columns.mT).float()
+        if self.kind == "raw":
+            return dots
+        if self.kind != "cosine":
+            return dots / math.sqrt(width)
+        # Dividing products by norms keeps no normalised copies of the tokens.
+        norms = [_norms(x).clamp_min(_TINY) for x in (rows, columns)]
+        return dots / norms[0][:, :, None] / norms[1][:, None, :] / self.temperature
+
+
+def heterogeneity(
+    tokens: Tensor,
+    mask: Mask,
+    similarity: Similarity,
+    *,
+    normalise: bool = True,
+    alike: bool = False,
+    detach_visible: bool = False,
+) -> Tensor:
+    """Entropy of hidden tokens over visible ones, mean over an image's hidden tokens, ``[B]``.
+
+    Args:
+        tokens: ``[B, N, C]`` in raster order.
+        mask: what is hidden.
+        similarity: of tokens.
+        normalise: divide by the logarithm of the number of visible tokens, to lie in [0, 1].
+        alike: all hidden tokens of an image are the same, so one of them is enough.
+        detach_visible: let no gradient reach visible tokens.
+    """
+    with torch.autocast(tokens.device.type, enabled=False):
+        if mask.visible is None or mask.masked is None:
+            return _ragged(tokens, mask, similarity, normalise, detach_visible)
+        rows = gathered(tokens, mask.masked[:, :1] if alike else mask.masked)
+        columns = gathered(tokens, mask.visible)
+        found = entropy(similarity(rows, columns.detach() if detach_visible else columns)).mean(1)
+        return _of_most(found, mask.visible.shape[1]) if normalise else found
+
+
+def _ragged(
+    tokens: Tensor, mask: Mask, similarity: Similarity, normalise: bool, detach_visible: bool
+) -> Tensor:
+    """All rows and columns, where images differ in how many are hidden."""
+    hidden = mask.hidden
+    logits = similarity(tokens, tokens.detach() if detach_visible else tokens)
+    each = entropy(logits.masked_fill(hidden[:, None, :], float("-inf")))
+    count = hidden.sum(1)
+    found = (each * hidden).sum(1) / count.clamp_min(1)
+    if not normalise:
+        return found
+    most = (hidden.shape[1] - count).clamp_min(2).float().log()
+    return torch.where(hidden.shape[1] - count > 1, found / most, torch.zeros_like(found))
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Of the softmax over the last dimension, in nats; -inf leaves a place out.
+
+    The logarithm of a sum minus a mean never takes the logarithm of a probability.
+    """
+    out = logits.isneginf()
+    nowhere = out.all(-1, keepdim=True)  # no place at all: no softmax, and nothing to say
+    zero = torch.zeros_like(logits)
+    safe = torch.where(nowhere, zero, logits)
+    found = safe.logsumexp(-1) - (safe.softmax(-1) * torch.where(out, zero, logits)).sum(-1)
+    return torch.where(nowhere[..., 0], torch.zeros_like(found), found)
+
+
+def visible_cosine(tokens: Tensor, mask: Mask) -> Tensor:
+    """Mean cosine between the visible tokens of an image, ``[B]``; near 1 they have collapsed."""
+    shown = (~mask.hidden)[..., None]
+    unit = F.normalize(tokens.detach().float(), dim=-1) * shown
+    count = shown.sum((1, 2)).float()
+    pairs = unit.sum(1).square().sum(-1) - count  # without those of a token with itself
+    return pairs / (count * (count - 1)).clamp_min(1)
+
+
+def _norms(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+
+
+def _of_most(found: Tensor, visible: int) -> Tensor:
+    return found / math.log(visible) if visible > 1 else torch.zeros_like(found)

@@ -1,0 +1,84 @@
+"""Layer by layer: heterogeneity of hidden tokens, affinity maps, and the alarm for collapse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from foveate.pretrain.heterogeneity import Similarity, heterogeneity, visible_cosine
+from foveate.pretrain.masks import Mask
+from foveate.pretrain.method import MaskedImageModel, States
+
+__all__ = ["ALARM", "Layers", "affinity", "measure_images", "measure_layers", "tokens_of"]
+
+ALARM = 0.95  # mean cosine of visible tokens at the start above which they count as collapsed
+
+
+@dataclass
+class Layers:
+    """What was measured of a network's layers, means over images; index 0 is before the first.
+
+    Attributes:
+        heterogeneity: normalised to [0, 1]; the first of tokens before positions were added.
+        cosine: mean cosine between visible tokens.
+    """
+
+    heterogeneity: list[float] = field(default_factory=list)
+    cosine: list[float] = field(default_factory=list)
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether visible tokens are nearly the same before the first block."""
+        return bool(self.cosine) and self.cosine[0] > ALARM
+
+
+@torch.no_grad()
+def measure_layers(
+    model: MaskedImageModel,
+    images: Tensor,
+    mask: Mask,
+    similarity: Similarity | None = None,
+    *,
+    normalise: bool = True,
+) -> list[Layers]:
+    """Heterogeneity and collapse of every network in which hidden and visible tokens meet."""
+    found = []
+    for network in model(images, mask, states=True).states:
+        levels, cosines = measure_images(network, mask, similarity, normalise=normalise)
+        found.append(Layers(levels.mean(1).tolist(), cosines.mean(1).tolist()))
+    return found
+
+
+def tokens_of(network: States) -> Sequence[Tensor]:
+    """What is measured: tokens before positions were added, then those after every block."""
+    return (network.initial, *network.tokens[1:])
+
+
+@torch.no_grad()
+def measure_images(
+    network: States, mask: Mask, similarity: Similarity | None = None, *, normalise: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Heterogeneity and visible tokens' mean cosine, by layer and image: ``[L + 1, B]`` each."""
+    kind = similarity or Similarity()
+    levels, cosines = [], []
+    for number, tokens in enumerate(tokens_of(network)):
+        levels.append(heterogeneity(tokens, mask, kind, normalise=normalise, alike=number == 0))
+        cosines.append(visible_cosine(tokens, mask))
+    return torch.stack(levels), torch.stack(cosines)
+
+
+@torch.no_grad()
+def affinity(tokens: Tensor, mask: Mask, similarity: Similarity | None = None) -> Tensor:
+    """Softmax of each token's similarities to all, hidden tokens first, ``[B, N, N]``.
+
+    Rows and columns are sorted, so that a map has four quadrants: hidden to hidden and to visible
+    above, visible to hidden and to visible below.
+    """
+    if mask.visible is None or mask.masked is None:
+        raise ValueError("affinity maps need masks that hide as many patches in every image")
+    order = torch.cat([mask.masked.sort(1).values, mask.visible.sort(1).values], 1)
+    sorted_tokens = torch.take_along_dim(tokens, order[..., None], 1)
+    return (similarity or Similarity())(sorted_tokens, sorted_tokens).softmax(-1)

@@ -1,0 +1,209 @@
+"""What every method of masked image modelling is: a ViT, what is added to it, and what it exposes.
+
+A method is one file: a subclass that is registered by name. Options are the keyword arguments of
+its constructor.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from foveate.backbones import TimmBeit, TimmViT, backbone_for
+from foveate.pretrain.masks import Mask
+from foveate.pretrain.targets import unpatchify
+from foveate.registry import suggest
+
+__all__ = ["METHODS", "MaskedImageModel", "Prediction", "States", "make_method", "register"]
+
+METHODS: dict[str, type[MaskedImageModel]] = {}
+_M = TypeVar("_M", bound="type[MaskedImageModel]")
+
+
+@dataclass(eq=False)
+class States:
+    """Patch tokens of one network, layer by layer, with hidden and visible ones side by side.
+
+    Attributes:
+        tokens: ``[B, N, C]`` before the first block and after every block, in raster order, without
+            prefix tokens: a residual stream, before any final norm.
+        initial: as the first of them, before positions were added; hidden rows are all the same.
+    """
+
+    tokens: Sequence[Tensor]
+    initial: Tensor
+
+
+@dataclass(eq=False)
+class Prediction:
+    """What a method makes of a batch.
+
+    Attributes:
+        losses: by name, means over what is compared.
+        patches: the prediction for every patch, ``[B, N, values]``, in units of the target.
+        mask: what was hidden.
+        states: of each network in which hidden and visible tokens meet; empty if not asked for.
+    """
+
+    losses: dict[str, Tensor]
+    patches: Tensor
+    mask: Mask
+    states: tuple[States, ...] = ()
+
+
+class MaskedImageModel(nn.Module):
+    """Base of the methods.
+
+    Attributes:
+        name: in recipes.
+        paper: where it is from.
+        mask_kind: of the paper.
+        mask_ratio: of the paper.
+        vit: the model that is pre-trained; the only thing that is left in the end.
+        options: what the method was made with, to make it again.
+    """
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    mask_kind: ClassVar[str] = "random"
+    mask_ratio: ClassVar[float] = 0.75
+
+    def __init__(self, vit: nn.Module, **options: Any) -> None:
+        super().__init__()
+        self.vit, self.options = vit, options
+        found = backbone_for(vit)
+        if not isinstance(found, (TimmViT, TimmBeit)):
+            raise ValueError(
+                f"{found.family} models cannot be pre-trained here: timm's VisionTransformer and "
+                "Beit can"
+            )
+        self._backbone = found
+        if isinstance(found.model.norm, nn.Identity):
+            raise ValueError(
+                f"{type(vit).__name__} norms after pooling, and there is no pooling here: make it "
+                "with model.pool=token, or without a class token with global_pool=''"
+            )
+
+    @property
+    def backbone(self) -> TimmViT | TimmBeit:
+        """The parts of ``vit``, also in a copy of this module."""
+        if self._backbone.model is not self.vit:
+            self._backbone = type(self._backbone)(self.vit)
+        return self._backbone
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the network in which hidden and visible tokens meet."""
+        raise NotImplementedError
+
+    @property
+    def values(self) -> int:
+        """Values of a patch: its pixels, in all channels."""
+        rows, columns = self.backbone.spec.patch
+        return rows * columns * self.backbone.channels
+
+    def forward(self, images: Tensor, mask: Mask, *, states: bool = False) -> Prediction:
+        """Predict the hidden patches of normalised images and compare.
+
+        Args:
+            images: ``[B, C, H, W]``.
+            mask: for as many images and patches.
+            states: collect the tokens of every layer.
+        """
+        raise NotImplementedError
+
+    def initialise(self) -> None:
+        """Draw the weights anew as the paper does."""
+        raise NotImplementedError
+
+    def painted(self, images: Tensor, prediction: Prediction) -> Tensor:
+        """The prediction as normalised images ``[B, C, H, W]``, visible patches included."""
+        backbone = self.backbone
+        pixels = self.pixels(images, prediction.patches.float())
+        return unpatchify(pixels, backbone.grid_of(images), backbone.spec.patch)
+
+    def pixels(self, images: Tensor, patches: Tensor) -> Tensor:
+        """Predicted patches in units of the images."""
+        return patches
+
+    def _checked(self, images: Tensor, mask: Mask) -> tuple[int, int]:
+        """The grid of the images, which the mask must fit."""
+        grid = self.backbone.grid_of(images)
+        wanted = (len(images), grid[0] * grid[1])
+        if tuple(mask.hidden.shape) != wanted:
+            raise ValueError(
+                f"the mask is of {list(mask.hidden.shape)} patches, the images have {list(wanted)}"
+            )
+        return grid
+
+
+def register(name: str) -> Callable[[_M], _M]:
+    """Register a method under its name in recipes."""
+
+    def add(cls: _M) -> _M:
+        if name in METHODS:
+            raise ValueError(f"a method of pre-training named {name!r} is registered already")
+        cls.name = name
+        METHODS[name] = cls
+        return cls
+
+    return add
+
+
+def make_method(
+    name: str, vit: nn.Module, options: Mapping[str, Any] | None = None
+) -> MaskedImageModel:
+    """A method on a ViT, by its name and options."""
+    if name not in METHODS:
+        raise ValueError(suggest("method of pre-training", name, METHODS))
+    cls = METHODS[name]
+    legal = inspect.signature(cls).parameters
+    options = dict(options or {})
+    for option in options:
+        if option == "vit" or option not in legal:
+            names = [known for known in legal if known != "vit"]
+            raise ValueError(suggest(f"option of {name}", option, names))
+    return cls(vit, **options)
+
+
+def xavier(module: nn.Module) -> None:
+    """Weights as MAE draws them: linear layers, and the patch projection seen as one."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.Conv2d):
+            nn.init.xavier_uniform_(part.weight.view(len(part.weight), -1))
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.LayerNorm):
+            nn.init.ones_(part.weight)
+            nn.init.zeros_(part.bias)
+
+
+def sincos_positions(
+    grid: tuple[int, int], width: int, prefix: int, device: torch.device | None = None
+) -> Tensor:
+    """Sines and cosines of x in one half of the channels and of y in the other.
+
+    ``[1, prefix + N, width]``; prefix tokens get zeros.
+    """
+    if width % 4:
+        raise ValueError(f"sine-cosine positions need a width that 4 divides, got {width}")
+    quarter = width // 4
+    rates = 10000 ** (-torch.arange(quarter, dtype=torch.float64, device=device) / quarter)
+    y, x = torch.meshgrid(
+        *(torch.arange(n, dtype=torch.float64, device=device) for n in grid), indexing="ij"
+    )
+    parts = []
+    for place in (x, y):
+        angle = place.reshape(-1, 1) * rates
+        parts += [angle.sin(), angle.cos()]
+    rows = torch.cat(parts, 1).float()
+    return torch.cat([rows.new_zeros(prefix, width), rows])[None]

@@ -1,0 +1,269 @@
+"""Masked token optimisation: three losses on the tokens of any method of masked image modelling.
+
+Choi et al., "Emerging Property of Masked Token for Effective Pre-training"; docs/pretraining.md
+says what the paper leaves open and what is chosen here. "spa" keeps visible tokens from giving
+their attention to hidden ones at the start, "e" makes hidden tokens look at all visible ones alike
+at the start, and "r" lets heterogeneity sink from layer to layer. All three need nothing but the
+tokens: no attention maps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from foveate.core.schedule import check_choice
+from foveate.pretrain.heterogeneity import SIMILARITIES, Similarity, entropy, heterogeneity
+from foveate.pretrain.masks import Mask
+from foveate.pretrain.method import States
+from foveate.pretrain.targets import gathered
+
+__all__ = ["PRESETS", "Mto", "mto_losses"]
+
+# "default" is what makes the three comparable and alive at the start; "paper" what is printed.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {
+        "spa": 0.1,
+        "e": 0.1,
+        "r": 0.1,
+        "ramp": 0.05,
+        "similarity": "cosine",
+        "temperature": 0.1,
+        "initial": "pre_pos",
+        "normalise": True,
+        "reduction": "mean",
+        "include_self": False,
+        "direction": "decreasing",
+        "eps": 1e-3,
+    },
+    "paper": {
+        "spa": 1.0,
+        "e": 1.0,
+        "r": 1.0,
+        "ramp": 0.0,
+        "similarity": "raw",
+        "temperature": 1.0,
+        "initial": "pre_pos",
+        "normalise": False,
+        "reduction": "sum",
+        "include_self": True,
+        "direction": "as_printed",
+        "eps": 1e-6,
+    },
+}
+
+
+@dataclass(kw_only=True)
+class Mto:
+    """Choices of masked token optimisation; what is not given is the preset's.
+
+    Attributes:
+        preset: "default", or "paper" for the formulas as they are printed.
+        spa: weight of the loss that separates visible from hidden tokens.
+        e: weight of the loss that raises the first heterogeneity.
+        r: weight of the loss that ranks heterogeneity from layer to layer.
+        ramp: share of the run over which the weights grow from 0.
+        similarity: "cosine", "layernorm", "scaled" or "raw".
+        temperature: of cosines.
+        initial: tokens of layer 0: "pre_pos", before positions are added, or "post_pos".
+        normalise: entropies as shares of the most they can be.
+        reduction: "mean" or "sum" over visible tokens ("spa") and layers ("r").
+        include_self: let a visible token's similarity to itself count in "spa".
+        direction: "decreasing" asks for heterogeneity that sinks with depth, as the text and the
+            figures say; "as_printed" is the formula, which asks for the contrary.
+        eps: beside the heterogeneity that "e" divides by.
+        form: of "spa": "entropy" of a visible token's row, or "mass" that it leaves to visible
+            tokens, which says the aim directly and is not in the paper.
+        margin: by which heterogeneity is to sink at least.
+        layers: compare every so many layers, or these.
+        detach_visible: heterogeneity teaches hidden tokens alone.
+        detach_prev: the ranking teaches the later layer of a pair alone.
+    """
+
+    preset: str = "default"
+    spa: float | None = None
+    e: float | None = None
+    r: float | None = None
+    ramp: float | None = None
+    similarity: str | None = None
+    temperature: float | None = None
+    initial: str | None = None
+    normalise: bool | None = None
+    reduction: str | None = None
+    include_self: bool | None = None
+    direction: str | None = None
+    eps: float | None = None
+    form: str = "entropy"
+    margin: float = 0.0
+    layers: int | tuple[int, ...] = 1
+    detach_visible: bool = False
+    detach_prev: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("mto.preset", self.preset, tuple(PRESETS))
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        check_choice("mto.similarity", self.similarity, SIMILARITIES)
+        check_choice("mto.initial", self.initial, ("pre_pos", "post_pos"))
+        check_choice("mto.reduction", self.reduction, ("mean", "sum"))
+        check_choice("mto.direction", self.direction, ("decreasing", "as_printed"))
+        check_choice("mto.form", self.form, ("entropy", "mass"))
+        for name in ("spa", "e", "r", "margin"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"mto.{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("temperature", "eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"mto.{name} must be above 0, got {getattr(self, name)}")
+        if not 0 <= self.ramp <= 1:  # type: ignore[operator]
+            raise ValueError(f"mto.ramp is a share of the run and lies in [0, 1], got {self.ramp}")
+        if isinstance(self.layers, list):
+            self.layers = tuple(self.layers)
+        if isinstance(self.layers, int) and self.layers < 1:
+            raise ValueError(f"mto.layers must be at least 1, got {self.layers}")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the losses, by the names that ``mto_losses`` gives them."""
+        return {f"mto_{name}": getattr(self, name) for name in ("spa", "e", "r")}
+
+    @property
+    def active(self) -> bool:
+        """Whether any loss has a weight."""
+        return any(self.weights.values())
+
+    def weights_at(self, progress: float) -> dict[str, float]:
+        """The weights when so much of the run, 0 to 1, is done."""
+        assert self.ramp is not None
+        grown = min(1.0, progress / self.ramp) if self.ramp else 1.0
+        return {name: grown * weight for name, weight in self.weights.items()}
+
+    def chosen(self, depth: int) -> list[int]:
+        """Layers whose heterogeneity is compared; 0 is before the first block."""
+        if isinstance(self.layers, int):
+            return [0, *range(self.layers, depth + 1, self.layers)]
+        wrong = [layer for layer in self.layers if not 0 <= layer <= depth]
+        if wrong:
+            raise ValueError(f"mto.layers must lie in 0..{depth}, got {wrong[0]}")
+        return sorted({0, *self.layers})
+
+    def check_depth(self, depth: int) -> None:
+        """Refuse a network that is too shallow to have anything to rank."""
+        if self.r and len(self.chosen(depth)) < 3:
+            raise ValueError(
+                f"masked token optimisation ranks layers, and {len(self.chosen(depth)) - 1} of a "
+                f"network of depth {depth} is too few: give the decoder at least 2 blocks, or set "
+                "mto.r=0"
+            )
+
+
+def mto_losses(states: Sequence[States], mask: Mask, choices: Mto) -> dict[str, Tensor]:
+    """The losses that have a weight, un-weighted, means over networks: "mto_spa", "mto_e", "mto_r".
+
+    Activations are not kept for the backward pass but computed again there, image-sized maps of
+    every layer being what would cost memory.
+
+    Args:
+        states: of each network in which hidden and visible tokens meet.
+        mask: what was hidden.
+        choices: of the formulas.
+    """
+    found: dict[str, list[Tensor]] = {
+        name: [] for name, weight in choices.weights.items() if weight
+    }
+    for network in states:
+        for name, loss in _network_losses(network, mask, choices).items():
+            found[name].append(loss)
+    return {name: torch.stack(losses).mean() for name, losses in found.items()}
+
+
+def _network_losses(network: States, mask: Mask, choices: Mto) -> dict[str, Tensor]:
+    before = choices.initial == "pre_pos"
+    first = network.initial if before else network.tokens[0]
+    kind = Similarity(str(choices.similarity), float(choices.temperature or 1.0))
+    losses: dict[str, Tensor] = {}
+    if choices.spa:
+        losses["mto_spa"] = _again(lambda x: _separation(x, mask, kind, choices), first)
+    if not (choices.e or choices.r):
+        return losses
+
+    def of(tokens: Tensor, alike: bool) -> Tensor:
+        def mean(x: Tensor) -> Tensor:
+            return _over_images(
+                heterogeneity(
+                    x,
+                    mask,
+                    kind,
+                    normalise=bool(choices.normalise),
+                    alike=alike,
+                    detach_visible=choices.detach_visible,
+                ),
+                mask,
+            )
+
+        return _again(mean, tokens)
+
+    start = of(first, before)
+    if choices.e:
+        losses["mto_e"] = 1 / (start + float(choices.eps or 0))
+    if choices.r:
+        layers = choices.chosen(len(network.tokens) - 1)[1:]
+        levels = torch.stack([start, *(of(network.tokens[layer], False) for layer in layers)])
+        before_it, after_it = levels[:-1], levels[1:]
+        before_it = before_it.detach() if choices.detach_prev else before_it
+        rise = after_it - before_it
+        rise = rise if choices.direction == "decreasing" else -rise
+        each = F.softplus(rise + choices.margin)
+        losses["mto_r"] = each.mean() if choices.reduction == "mean" else each.sum()
+    return losses
+
+
+def _separation(tokens: Tensor, mask: Mask, kind: Similarity, choices: Mto) -> Tensor:
+    """Entropy of visible tokens' rows over all tokens, or what they leave to hidden ones."""
+    with torch.autocast(tokens.device.type, enabled=False):
+        count = tokens.shape[1]
+        if mask.visible is None:
+            rows, shown = tokens, ~mask.hidden
+            own = torch.arange(count, device=tokens.device).expand(len(tokens), -1)
+        else:
+            rows, own = gathered(tokens, mask.visible), mask.visible
+            shown = torch.ones_like(own, dtype=torch.bool)
+        logits = kind(rows, tokens)
+        if not choices.include_self:
+            logits = logits.scatter(-1, own[..., None], float("-inf"))
+        if choices.form == "mass":
+            # A token that sees no other visible one has no mass to keep.
+            alone = (~mask.hidden).sum(1)[:, None, None] < 2
+            visible = logits.masked_fill(mask.hidden[:, None, :] & ~alone, float("-inf"))
+            each = logits.logsumexp(-1) - visible.logsumexp(-1)
+        else:
+            each = entropy(logits)
+            if choices.normalise:
+                each = each / math.log(count if choices.include_self else count - 1)
+        total = (each * shown).sum(1)
+        if choices.reduction == "mean":
+            total = total / shown.sum(1).clamp_min(1)
+        return total.mean()
+
+
+def _over_images(values: Tensor, mask: Mask) -> Tensor:
+    """Mean over images that have something to compare."""
+    if mask.visible is not None:
+        return values.mean()
+    count = (~mask.hidden).sum(1)
+    fit = ((count > 1) & (count < mask.hidden.shape[1])).float()
+    return (values * fit).sum() / fit.sum().clamp_min(1)
+
+
+def _again(function: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+    """Compute, and once more in the backward pass instead of keeping what it needs."""
+    if not (torch.is_grad_enabled() and tokens.requires_grad):
+        return function(tokens)
+    return checkpoint(function, tokens, use_reentrant=False, preserve_rng_state=False)

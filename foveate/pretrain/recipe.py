@@ -1,0 +1,75 @@
+"""The recipe of pre-training: what fine-tuning's recipes have, masks, MTO, and what is watched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from foveate.pretrain.masks import Hiding
+from foveate.pretrain.mto import Mto
+from foveate.train.recipe import Reading, Recipe
+
+__all__ = ["Pretrain", "Watch"]
+
+
+@dataclass(kw_only=True)
+class Watch(Reading):
+    """Frozen features read every so many epochs: how good the backbone is by now.
+
+    Attributes:
+        data: a labelled data set, as ``foveate.data.open_source`` takes it; None watches nothing.
+        every: epochs between readings; at the end there is one in any case.
+        limit: use so many training images.
+        val_limit: use so many evaluation images.
+        image_batch: images at a time.
+    """
+
+    data: str | None = None
+    every: int = 10
+    limit: int | None = None
+    val_limit: int | None = None
+    image_batch: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.every < 1:
+            raise ValueError(f"probe.every must be at least 1, got {self.every}")
+
+
+@dataclass(kw_only=True)
+class Pretrain(Recipe):
+    """Masked image modelling.
+
+    Attributes:
+        method: "mae" or "simmim".
+        options: of the method, such as decoder_depth.
+        mask: what is hidden; kind and ratio are the method's own if not given.
+        mto: masked token optimisation; None is without it.
+        probe: the progress curve.
+        snapshots: epochs after which the weights are kept: every so many, or these.
+        layers_every: epochs between measurements of heterogeneity, layer by layer; None is never.
+    """
+
+    method: str = "mae"
+    options: dict[str, Any] = field(default_factory=dict)
+    mask: Hiding = field(default_factory=Hiding)
+    mto: Mto | None = None
+    probe: Watch = field(default_factory=Watch)
+    snapshots: int | tuple[int, ...] = ()
+    layers_every: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.snapshots, list):
+            self.snapshots = tuple(self.snapshots)
+        for name, value in (("snapshots", self.snapshots), ("layers_every", self.layers_every)):
+            numbers = value if isinstance(value, tuple) else (value,)
+            if any(number is not None and number < 1 for number in numbers):
+                raise ValueError(f"{name} are epochs from 1 on, got {value}")
+        if self.mix.mixup or self.mix.cutmix or self.mix.smoothing or self.mix.erase:
+            raise ValueError("mix is for classification: pre-training takes images as they are")
+
+    def kept(self, epoch: int) -> bool:
+        """Whether the weights after so many epochs are kept."""
+        if isinstance(self.snapshots, int):
+            return epoch % self.snapshots == 0
+        return epoch in self.snapshots

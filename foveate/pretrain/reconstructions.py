@@ -1,0 +1,103 @@
+"""Pictures of what a model makes of hidden patches: what it saw, what it predicts, the original."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from foveate.data import Source, eval_transform
+from foveate.pretrain.masks import Mask
+from foveate.pretrain.method import MaskedImageModel
+from foveate.train.build import Batches
+from foveate.train.recipe import Data
+
+__all__ = ["first_images", "picture", "some_images"]
+
+_TRIES = 4  # neighbours of an image that cannot be read
+_GREY = 0.5  # of hidden patches
+_GAP, _HEAD = 6, 18
+_SIDE = 112  # images are shown at least this large
+_TITLES = ("seen", "predicted", "both", "original")
+
+
+def first_images(model: MaskedImageModel, batches: Batches, number: int, data: Data) -> Tensor:
+    """Some readable images, evenly spread, as evaluation sees them: normalised ``[n, C, H, W]``."""
+    source = (batches.train if batches.val is None else batches.val).source
+    return some_images(model, source, number, data, batches.mean, batches.std)[0]
+
+
+def some_images(
+    model: MaskedImageModel,
+    source: Source,
+    number: int,
+    data: Data,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> tuple[Tensor, list[str]]:
+    """Likewise from any source; and what was wrong with images that others stand in for."""
+    spec, backbone = model.backbone.spec, model.backbone
+    size = (spec.grid[0] * spec.patch[0], spec.grid[1] * spec.patch[1])
+    transform = eval_transform(size, backbone.channels, data.crop_pct, data.augment.interpolation)
+    rows: list[np.ndarray] = []
+    wrong: list[str] = []
+    number = min(number, len(source))
+    for place in range(number):
+        first, end = (part * len(source) // number for part in (place, place + 1))
+        for index in range(first, min(end, first + _TRIES)):
+            try:
+                rows.append(transform(source.image(index), (0,)))
+                break
+            except ValueError as error:  # unreadable: the next one will do
+                wrong.append(str(error))
+    if not rows:
+        why = f": {wrong[0]}" if wrong else ""
+        raise ValueError(f"{source.spec} has no readable image to look at{why}")
+    offset, scale = (torch.tensor(v).view(1, -1, 1, 1) * 255 for v in (mean, std))
+    return (torch.from_numpy(np.stack(rows)).float() - offset) / scale, wrong
+
+
+@torch.no_grad()
+def picture(
+    model: MaskedImageModel,
+    images: Tensor,
+    mask: Mask,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Image.Image:
+    """One row an image: what was seen, the prediction, both together, the original."""
+    backbone = model.backbone
+    rows, columns = backbone.grid_of(images)
+    painted = model.painted(images, model(images, mask)).cpu()
+    images = images.cpu().float()
+    hidden = mask.hidden.cpu().view(-1, 1, rows, columns)
+    for axis, side in zip((2, 3), backbone.spec.patch, strict=True):
+        hidden = hidden.repeat_interleave(side, axis)
+    scale, offset = (torch.tensor(v).view(1, -1, 1, 1) for v in (std, mean))
+    shown, guess = (x * scale + offset for x in (images, painted))
+    seen = torch.where(hidden, torch.full_like(shown, _GREY), shown)
+    both = torch.where(hidden, guess, shown)
+    return _sheet([seen, guess, both, shown])
+
+
+def _sheet(columns: list[Tensor]) -> Image.Image:
+    number, _, height, width = columns[0].shape
+    times = max(1, -(-_SIDE // max(height, width)))
+    high, wide = height * times, width * times
+    size = (len(columns) * (wide + _GAP) + _GAP, _HEAD + number * (high + _GAP) + _GAP)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for place, (title, column) in enumerate(zip(_TITLES, columns, strict=True)):
+        left = _GAP + place * (wide + _GAP)
+        draw.text((left, 4), title, fill="black")
+        pixels = (column.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        for row, image in enumerate(pixels):
+            tile = image[..., 0] if image.shape[-1] == 1 else image
+            enlarged = (
+                Image.fromarray(tile).convert("RGB").resize((wide, high), Image.Resampling.NEAREST)
+            )
+            sheet.paste(enlarged, (left, _HEAD + row * (high + _GAP)))
+    return sheet

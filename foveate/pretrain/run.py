@@ -1,0 +1,33 @@
+"""One pre-training run: the engine of fine-tuning with the jobs of this room.
+
+Beside what every run's folder has:
+snapshots/            weights after the epochs that the recipe names
+model.safetensors     the backbone, for timm, foveate.load and foveate finetune
+model.pretrain.safetensors  decoder, head, mask token
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from foveate.pretrain.build import build
+from foveate.pretrain.callbacks import own_callbacks
+from foveate.pretrain.recipe import Pretrain
+from foveate.train.run import fit
+
+__all__ = ["pretrain"]
+
+
+def pretrain(
+    recipe: Pretrain, out: Path, *, resume: bool = False, progress: bool = True
+) -> dict[str, Any]:
+    """Pre-train, and export the backbone; gives the content of result.json.
+
+    Args:
+        recipe: what to do.
+        out: folder of the run; made if missing.
+        resume: go on from the newest checkpoint there that can be read.
+        progress: show a progress bar.
+    """
+    return fit(recipe, out, build, callbacks=own_callbacks, resume=resume, progress=progress)

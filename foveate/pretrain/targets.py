@@ -1,0 +1,42 @@
+"""Images as vectors of patches and back; what a model is to predict of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["gathered", "normalised", "patchify", "statistics", "unpatchify"]
+
+_EPS = 1e-6
+
+
+def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:
+    """``[B, C, H, W]`` to ``[B, N, rows * columns * C]``: row, column, then channel in a patch."""
+    batch, channels, height, width = images.shape
+    rows, columns = height // patch[0], width // patch[1]
+    cut = images.reshape(batch, channels, rows, patch[0], columns, patch[1])
+    return cut.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)
+
+
+def unpatchify(patches: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
+    """The way back, to ``[B, C, H, W]``."""
+    batch, (rows, columns) = len(patches), grid
+    cut = patches.reshape(batch, rows, columns, patch[0], patch[1], -1)
+    return cut.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, rows * patch[0], columns * patch[1])
+
+
+def statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and spread of every patch over all its values; the variance is the unbiased one."""
+    mean = patches.mean(-1, keepdim=True)
+    return mean, (patches.var(-1, keepdim=True) + _EPS).sqrt()
+
+
+def normalised(patches: Tensor) -> Tensor:
+    """Patches with mean 0 and variance 1 each."""
+    mean, spread = statistics(patches)
+    return (patches - mean) / spread
+
+
+def gathered(tokens: Tensor, index: Tensor) -> Tensor:
+    """Rows of ``[B, N, C]`` by ``[B, K]``."""
+    return torch.take_along_dim(tokens, index[..., None], 1)

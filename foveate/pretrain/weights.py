@@ -1,0 +1,76 @@
+"""Pre-trained weights as files: the backbone as timm has it, and the rest beside it.
+
+NAME.safetensors          the backbone, for timm.create_model, foveate.load and foveate finetune
+NAME.pretrain.safetensors mask token, decoder or head; the method and its options in the metadata
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from foveate.backbones import TimmBeit, expand_position_bias, shared_position_bias
+from foveate.convert import save_plain
+from foveate.files import write_whole
+from foveate.pretrain.method import MaskedImageModel
+
+__all__ = ["fill", "load_weights", "rest_path", "save_model"]
+
+_SHARED = "rel_pos_bias.relative_position_bias_table"
+
+
+def rest_path(path: Path) -> Path:
+    """Where the rest of a backbone's file lies."""
+    return path.with_suffix(".pretrain.safetensors")
+
+
+def save_model(model: MaskedImageModel, path: Path) -> None:
+    """Write both files.
+
+    A relative position bias that blocks share is written once for each of them: so timm's BEiT
+    models have it, and so it is fine-tuned.
+    """
+    state: dict[str, Tensor] = dict(model.vit.state_dict())
+    if _SHARED in state:
+        state = expand_position_bias(state, model.backbone.spec.depth)
+    save_plain(model.vit, path, state)
+    rest = {
+        name: value.contiguous()
+        for name, value in model.state_dict().items()
+        if not name.startswith("vit.")
+    }
+    said = {"format": "pt", "method": model.name, "options": json.dumps(model.options)}
+    write_whole(rest_path(path), lambda partial: save_file(rest, partial, said))
+
+
+def load_weights(model: MaskedImageModel, path: Path) -> None:
+    """Fill a method and its ViT from both files."""
+    rest = rest_path(path)
+    for file in (path, rest):
+        if not file.is_file():
+            raise ValueError(f"{file} does not exist; {path} needs both of its files to go on with")
+    with safe_open(path, "pt") as backbone, safe_open(rest, "pt") as added:
+        if (said := (added.metadata() or {}).get("method")) != model.name:
+            raise ValueError(f"{rest} is of the method {said}, not of {model.name}")
+        vit = {name: backbone.get_tensor(name) for name in backbone.keys()}
+        own = {name: added.get_tensor(name) for name in added.keys()}
+    if isinstance(model.backbone, TimmBeit) and _SHARED in model.vit.state_dict():
+        vit = shared_position_bias(vit)
+    fill(model, vit, own, path)
+
+
+def fill(model: nn.Module, vit: dict[str, Tensor], own: dict[str, Tensor], path: Path) -> None:
+    """Give a method the tensors of its ViT and its own; ValueError where they do not fit."""
+    state = {**{f"vit.{name}": value for name, value in vit.items()}, **own}
+    wanted = model.state_dict()
+    for name in sorted(wanted.keys() ^ state.keys()):
+        raise ValueError(f"{path} {'lacks' if name in wanted else 'has no place for'} {name}")
+    for name, value in state.items():
+        if value.shape != wanted[name].shape:
+            shape = list(wanted[name].shape)
+            raise ValueError(f"{path} has {name} of shape {list(value.shape)}, expected {shape}")
+    model.load_state_dict(state)
