@@ -2,13 +2,17 @@
 
 The origin is read off the checkpoint's keys unless it is given; EViT's must be given. A model with
 a method becomes a folder that foveate.load reads alone; one without becomes a .safetensors file
-with timm's keys. Nothing in the checkpoint is executed.
+with timm's keys. With --pretraining the decoder or head that MAE or SimMIM was pre-trained with is
+kept too, in OUT.pretrain.safetensors, and pre-training can go on. Nothing in the checkpoint is
+executed.
 
 In a terminal:
   foveate convert dynamic-vit_384_r0.7.pth dynamicvit/ keep=0.7
   foveate convert evit-0.7-img224-deit-s.pth evit/ --origin evit keep=0.7
   foveate convert deit_small_patch16_224.pth tome/ --method "tome(r=13)"
   foveate convert mae_pretrain_vit_base.pth mae.safetensors
+  foveate convert mae_pretrain_vit_base_full.pth mae.safetensors --pretraining
+  foveate convert mae_visualize_vit_large.pth mae.safetensors --pretraining norm_pix=false
 """
 
 from __future__ import annotations
@@ -16,7 +20,10 @@ from __future__ import annotations
 import argparse
 import ast
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from foveate.convert import Settings
 
 __all__ = ["add_arguments", "image_size", "run"]
 
@@ -29,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("checkpoint", type=Path, help="a .pth, .pt or .safetensors file, or a Hugging Face folder")
     add("out", type=Path, help="folder for a model with a method, else a .safetensors file")
     add("options", nargs="*", default=[], metavar="OPTION=VALUE", help="options of the method")
+    add(
+        "--pretraining",
+        action="store_true",
+        help="keep what MAE or SimMIM was pre-trained with; options are then norm_pix and "
+        "decoder_heads",
+    )
     add("--origin", help="vit, mae, simmim, beit, lvvit, dynamicvit, evit, evovit or svit")
     add("--method", help='runs a plain model with it, such as "tome(r=13)"')
     add("--num-heads", type=int, metavar="N", help="where heads are not 64 wide")
@@ -60,6 +73,11 @@ def run(args: argparse.Namespace) -> None:
         antialias=not args.no_antialias,
         weights=args.weights,
     )
+    if args.pretraining:
+        if args.method is not None:
+            raise ValueError("--pretraining and --method do not go together")
+        _convert_pretraining(args, settings, options)
+        return
     loaded = open_model(args.checkpoint, None, args.method, options, settings)
     model = loaded.model
     reduced = isinstance(model, ReducedViT)
@@ -82,6 +100,28 @@ def run(args: argparse.Namespace) -> None:
     else:
         save_plain(model, args.out)
     print(f"wrote    {args.out}")
+
+
+def _convert_pretraining(
+    args: argparse.Namespace, settings: Settings, options: dict[str, Any]
+) -> None:
+    """Both files of a pre-trained model."""
+    from foveate.pretrain.release import open_release
+    from foveate.pretrain.weights import rest_path, save_model
+
+    _check_out(args.checkpoint, args.out, folder=False)
+    model = open_release(args.checkpoint, settings, options)
+    said = ", ".join(f"{name}={value}" for name, value in model.options.items())
+    spec = model.backbone.spec
+    print(f"origin   {model.name}")
+    print(
+        f"model    {spec.family}, width {spec.width}, depth {spec.depth}, {spec.heads} heads, "
+        f"patch {spec.patch[0]} x {spec.patch[1]}, grid {spec.grid[0]} x {spec.grid[1]}"
+    )
+    print(f"method   {model.name}({said})")
+    save_model(model, args.out)
+    print(f"wrote    {args.out}")
+    print(f"wrote    {rest_path(args.out)}")
 
 
 def image_size(text: str) -> tuple[int, int]:

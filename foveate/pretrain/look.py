@@ -195,8 +195,10 @@ class Report:
         kind = self.choices.similarity
         runs = []
         for run in self.runs:
-            about = {"run": run.name, "folder": str(run.folder), "method": run.method}
-            about |= {"data": run.data, "images": run.images, "mask": run.mask}
+            about = {
+                **{"run": run.name, "folder": str(run.folder), "method": run.method},
+                **{"data": run.data, "images": run.images, "mask": run.mask},
+            }
             points = [
                 {
                     "label": point.label,
@@ -262,7 +264,7 @@ def write(report: Report, folder: Path, *, command: str = "") -> list[Path]:
     save(affinity_figure(report), written[-1])
     for stem, run in zip(_stems(report.runs), report.runs, strict=True):
         written.append(folder / f"reconstructions{stem}.png")
-        write_whole(written[-1], lambda partial, run=run: run.sheet.save(partial, format="png"))
+        _save_picture(run.sheet, written[-1])
     return written
 
 
@@ -491,6 +493,10 @@ def _part(mask: Mask, part: slice) -> Mask:
 def _finite(value: float) -> float | None:
     """JSON has no nan."""
     return value if math.isfinite(value) else None
+
+
+def _save_picture(picture: Image.Image, path: Path) -> None:
+    write_whole(path, lambda partial: picture.save(partial, format="png"))
 
 
 def _stems(runs: Sequence[RunLook]) -> list[str]:

@@ -170,7 +170,9 @@ def _caption(report: Report) -> str:
         parts.append("band: standard deviation over images, of the last weights")
     said = "; ".join(parts)
     if report.choices.similarity.kind in ("raw", "scaled"):
-        said += "\nnorms that grow with depth let these numbers sink too: compare with untrained weights"
+        said += (
+            "\nheterogeneity also sinks where norms grow with depth: compare with untrained weights"
+        )
     return said
 
 

@@ -54,7 +54,7 @@ class Mask:
     @classmethod
     def even(cls, hidden: Tensor, count: int) -> Mask:
         """Where every image has so many hidden patches, which is not looked up."""
-        order = hidden.to(torch.uint8).argsort(dim=1, stable=True)
+        order = torch.argsort(hidden.to(torch.uint8), dim=1, stable=True)
         seen = hidden.shape[1] - count
         return cls(hidden, order[:, :seen], order[:, seen:])
 

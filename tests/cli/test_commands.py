@@ -35,7 +35,7 @@ def test_the_documented_commands_parse() -> None:
     root = Path(__file__).parents[2]
     lines = [
         line.removeprefix("$ ").partition("  #")[0]
-        for page in ("docs/commands.md", "docs/training.md", "README.md")
+        for page in ("docs/commands.md", "docs/pretraining.md", "docs/training.md", "README.md")
         for line in (root / page).read_text(encoding="utf-8").splitlines()
         if line.startswith("$ foveate ")
     ]

@@ -1,0 +1,156 @@
+"""What a step of pre-training costs: MAE against SimMIM, and what MTO adds to either.
+
+    python benchmarks/pretrain_speed.py                              # ViT-B, 224 px, this CPU, fp32
+    python benchmarks/pretrain_speed.py --dtypes bf16 --batches 8
+    python benchmarks/pretrain_speed.py --device cuda --batches 8 32 --out speed.json
+
+A step is forward, losses and backward of one batch, without the optimiser, whose cost is the same
+with and without MTO. All variants run interleaved in random order; ratios are medians of rounds.
+Goals: an MAE step costs at most 0.60 of a SimMIM step with the decoder of 8 blocks 512 wide and
+0.40 with 2 blocks; MTO adds at most 5 % of time and 10 % of memory. Memory is what one forward and
+backward pass holds at its peak, weights and gradients included: on a GPU what CUDA counts, on a CPU
+the tensors that autograd saves for the backward pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor
+
+from foveate.bench import machine
+from foveate.bench.timing import measure
+from foveate.pretrain import Hiding, Mto, make_method, mto_losses
+from foveate.train.draws import Draws
+from foveate.train.task import total
+
+GOALS = {
+    "mae 8x512 / simmim": 0.60,
+    "mae 2x512 / simmim": 0.40,
+    **{f"{base} + mto / {base}": 1.05 for base in ("simmim", "mae 8x512")},
+}
+MEMORY_GOAL = 1.10
+METHODS = {
+    "simmim": ("simmim", {}),
+    "mae 8x512": ("mae", {"decoder_depth": 8}),
+    "mae 2x512": ("mae", {"decoder_depth": 2}),
+}
+
+
+def make_step(
+    name: str, mto: Mto | None, options: argparse.Namespace, dtype: str, batch: int
+) -> Callable[[], Tensor]:
+    """Forward, losses and backward, on images and masks that stay."""
+    method, arguments = METHODS[name]
+    torch.manual_seed(0)
+    vit = timm.create_model(options.model, num_classes=0)
+    model = make_method(method, vit, arguments)
+    model.initialise()
+    model = model.to(options.device).train()
+    spec = model.backbone.spec
+    images = torch.randn(batch, 3, *(n * p for n, p in zip(spec.grid, spec.patch, strict=True)))
+    images = images.to(options.device)
+    hiding = Hiding().filled(model.mask_kind, model.mask_ratio)
+    mask = hiding.draw(batch, spec.grid, spec.patch, Draws(0, 0, 0, device=options.device))
+
+    def step() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(options.device, torch.bfloat16, enabled=dtype == "bf16"):
+            found = model(images, mask, states=mto is not None)
+            losses = dict(found.losses)
+            if mto is not None:
+                losses |= mto_losses(found.states, mask, mto)
+        loss = total(losses, {} if mto is None else mto.weights)
+        loss.backward()
+        return loss.detach()
+
+    return step
+
+
+def peak_memory(step: Callable[[], Tensor], device: str) -> float:
+    """MiB, see above."""
+    if device == "cuda":
+        step()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() / 2**20
+    held: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return sum(held.values()) / 2**20
+
+
+def cell(options: argparse.Namespace, dtype: str, batch: int) -> dict:
+    """All variants of one data type and batch."""
+    variants = {name: make_step(name, None, options, dtype, batch) for name in METHODS}
+    again = make_step("simmim", None, options, dtype, batch)
+    for name in ("simmim", "mae 8x512", "mae 2x512"):
+        variants[f"{name} + mto"] = make_step(name, Mto(), options, dtype, batch)
+    timings = measure(
+        {**variants, "simmim again": again},
+        rounds=options.rounds,
+        warmup=2,
+        sample_ms=1,
+        device=options.device,
+    )
+    pairs = [("mae 8x512", "simmim"), ("mae 2x512", "simmim"), ("simmim again", "simmim")]
+    pairs += [(f"{name} + mto", name) for name in METHODS]
+    found = {"dtype": dtype, "batch": batch, "ms": {}, "time": {}, "memory": {}}
+    found["ms"] = {name: round(timings.ms(name).median, 1) for name in timings.samples}
+    print(f"\n{dtype}, batch {batch}")
+    for name, base in pairs:
+        ratio = timings.ratio(base, name)  # its time over the base's
+        key = f"{name} / {base}"
+        found["time"][key] = ratio.rounded()
+        goal = GOALS.get(key)
+        said = (
+            ""
+            if goal is None
+            else f"  goal {goal:.2f}: {'met' if ratio.median <= goal else 'MISSED'}"
+        )
+        print(f"  {key:28} {ratio}{said}")
+    held = {name: peak_memory(step, options.device) for name, step in variants.items()}
+    for name in METHODS:
+        ratio = held[f"{name} + mto"] / held[name]
+        found["memory"][f"{name} + mto / {name}"] = round(ratio, 4)
+        met = "met" if ratio <= MEMORY_GOAL else "MISSED"
+        print(f"  memory of {name} + mto: {ratio:.3f} of {held[name]:.0f} MiB  {met}")
+    return found
+
+
+def main() -> None:
+    """Measure all cells."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--model", default="vit_base_patch16_224")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtypes", nargs="+", default=["fp32"], choices=("fp32", "bf16"))
+    parser.add_argument("--batches", nargs="+", type=int, default=[8])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    machine.tune_malloc(options.device)
+    cells = [cell(options, dtype, batch) for dtype in options.dtypes for batch in options.batches]
+    record = {
+        "model": options.model,
+        "rounds": options.rounds,
+        "machine": machine.facts(options.device),
+        "commit": machine.commit(),
+        "cells": cells,
+    }
+    if options.out is not None:
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

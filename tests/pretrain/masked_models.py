@@ -1,0 +1,108 @@
+"""What tests of pre-training share: tiny models, images, masks, and runs that can be killed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from small import noise, randomise
+from timm.models.beit import Beit
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from train.runs import DATA, LOOP, MODEL, _plant, ended, start
+
+from foveate import config
+from foveate.pretrain import Mask, MaskedImageModel, make_method
+from foveate.pretrain.recipe import Pretrain
+from foveate.pretrain.run import pretrain
+
+GRID, PATCH, SIZE = (7, 7), (4, 4), 28
+SMALL: dict[str, Any] = {
+    **{"img_size": SIZE, "patch_size": 4, "in_chans": 1, "num_classes": 0},
+    **{"embed_dim": 32, "depth": 2, "num_heads": 2},
+}
+DECODER: dict[str, Any] = {"decoder_width": 32, "decoder_depth": 2}
+SHARED: dict[str, Any] = {
+    **{"use_abs_pos_emb": False, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True},
+    **{"init_values": 0.1, "global_pool": "token", "use_fc_norm": False},
+}
+
+
+def vit(cls: type[nn.Module] = VisionTransformer, **options: Any) -> nn.Module:
+    """A ViT of 49 patches, 32 wide, with weights that are not symmetric."""
+    torch.manual_seed(0)
+    return cls(**{**SMALL, **options})
+
+
+def beit(**options: Any) -> nn.Module:
+    """SimMIM's, with a position bias that is not zero."""
+    return vit(Beit, **{**SHARED, **options})
+
+
+FORMS: dict[str, Any] = {
+    "class token": vit,
+    "no class token": lambda: vit(class_token=False, global_pool=""),
+    "registers": lambda: vit(reg_tokens=3),
+    "positions for patches alone": lambda: vit(reg_tokens=2, no_embed_class=True),
+    "distilled": lambda: vit(VisionTransformerDistilled),
+}
+
+
+def method(name: str, model: nn.Module | None = None, **options: Any) -> MaskedImageModel:
+    """A method on a tiny model in eval mode, all weights drawn at random and far from zero."""
+    defaults = DECODER if name == "mae" else {}
+    found = make_method(name, vit() if model is None else model, {**defaults, **options})
+    randomise(found)
+    return found.eval()
+
+
+def images(count: int = 2, size: tuple[int, int] = (SIZE, SIZE), channels: int = 1) -> Tensor:
+    """Random ones, with some structure."""
+    coarse = noise(count, channels, size[0] // 4, size[1] // 4, seed=1)
+    smooth = coarse.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    return smooth + 0.5 * noise(count, channels, *size, seed=2)
+
+
+def mask(count: int = 2, patches: int = 49, hidden: int = 36, seed: int = 3) -> Mask:
+    """Random patches hidden, as many in each image."""
+    return Mask.from_noise(noise(count, patches, seed=seed), hidden)
+
+
+def pixels(hidden: Tensor, grid: tuple[int, int] = GRID) -> Tensor:
+    """A mask of patches ``[B, N]`` as one of pixels ``[B, 1, H, W]``."""
+    wide = hidden.view(-1, 1, *grid)
+    return wide.repeat_interleave(PATCH[0], 2).repeat_interleave(PATCH[1], 3)
+
+
+# Runs --------------------------------------------------------------------------------------------
+
+TREE: dict[str, Any] = {
+    "method": "mae",
+    "options": DECODER,
+    "model": MODEL,
+    "data": {**DATA, "val": "fashion-mnist"},
+    "loop": LOOP,
+}
+
+
+def recipe(*overrides: str, **parts: Any) -> Pretrain:
+    """8 updates with 16 images each on a model of 16 patches and 3 blocks."""
+    return config.parse(Pretrain, {**TREE, **parts}, overrides)
+
+
+def run(recipe: Pretrain, out: Path, **options: Any) -> dict[str, Any]:
+    """Pre-train in this process."""
+    return pretrain(recipe, out, progress=False, **options)
+
+
+def elsewhere(recipe: Pretrain, out: Path, *, resume: bool = False, kill: str = "") -> int:
+    """In a process of its own that kills itself where ``kill`` says, as ``runs.elsewhere``."""
+    return ended(start(_pretrain, recipe, out, resume, kill))
+
+
+def _pretrain(recipe: Pretrain, out: Path, resume: bool, kill: str) -> None:
+    if kill:
+        _plant(kill)
+    run(recipe, out, resume=resume)
