@@ -10,12 +10,14 @@ on 5 % of the labels from every backbone and from scratch. Runs that have finish
 from __future__ import annotations
 
 import argparse
+import csv
 import json
-import math
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 SEEDS = (0, 1, 2)
 MODEL = (
@@ -96,11 +98,175 @@ def run(out: Path, seeds: tuple[int, ...]) -> None:
         print(name, "done" if code == 0 else f"failed with {code}", flush=True)
 
 
+# Summary ------------------------------------------------------------------------------------------
+
+
+def summarise(out: Path, results: Path) -> None:
+    """Numbers of all finished runs as JSON, tables and figures."""
+    from foveate.bench import machine
+
+    results.mkdir(parents=True, exist_ok=True)
+    runs = {path.parent.name: path.parent for path in sorted(out.glob("*/result.json"))}
+    record: dict[str, Any] = {
+        "commands": [f"python benchmarks/pretraining.py {what} OUT" for what in ("run", "sum")],
+        "machine": machine.facts("cpu"),
+        "settings": {"shared": SHARED, "arms": ARMS, "labels": LABELS},
+        "runs": {name: read_run(path) for name, path in runs.items()},
+    }
+    parts = []
+    arms = [f"{method}-{arm}" for method in METHODS for arm in ARMS]
+    arms = [arm for arm in arms if any(name.startswith(f"{arm}-") for name in runs)]
+    seeds = {arm: seeds_of(runs, arm) for arm in arms}
+    for metric in ("probe/linear", "probe/knn"):
+        head, rows = ["arm, seeds"], []
+        for arm in arms:
+            curves = [record["runs"][name][metric] for name in seeds[arm]]
+            epochs = sorted(curves[0], key=int)
+            head = ["run (seeds)", *(f"epoch {epoch}" for epoch in epochs)]
+            cells = [spread([curve[epoch] for curve in curves], 1) for epoch in epochs]
+            rows.append([f"{arm} ({len(curves)})", *cells])
+        parts.append(f"### {metric}, %\n\n" + table(head, rows))
+    parts.append("### RAUC and epochs to match\n\n" + rauc_table(out, results, record, seeds))
+    rows = []
+    for arm in arms:
+        found = [record["runs"][name]["heterogeneity"] for name in seeds[arm]]
+        layers = [spread([run[layer] for run in found], 2) for layer in range(len(found[0]))]
+        rows.append([arm, " ".join(layers)])
+    parts.append(
+        "### Heterogeneity by layer at the end (cosine, temperature 0.1)\n\n"
+        + table(["run", "layer 0, 1, ..."], rows)
+    )
+    rows = []
+    for start in ("scratch", *(f"{m}-{a}" for m in METHODS for a in ("base", "mto"))):
+        found = [record["runs"][name]["accuracy"] for name in seeds_of(runs, f"labels-{start}")]
+        if found:
+            rows.append([start, str(len(found)), spread(found, 1)])
+    parts.append(
+        "### Fine-tuned on 5 % of the labels (150 images), top-1 %\n\n"
+        + table(["start", "seeds", "accuracy"], rows)
+    )
+    (results / "summary.json").write_text(json.dumps(record, indent=1) + "\n")
+    (results / "report.md").write_text(
+        "# Pre-training on the part of Fashion-MNIST that ships\n\n"
+        + "Mean and standard deviation over seeds.\n\n"
+        + "\n\n".join(parts)
+        + "\n"
+    )
+    draw(record, seeds, results)
+    print("\n\n".join(parts))
+
+
+def seeds_of(runs: dict[str, Path], arm: str) -> list[str]:
+    """Names of an arm's finished runs."""
+    return [f"{arm}-{seed}" for seed in SEEDS if f"{arm}-{seed}" in runs]
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """Its result, scores by epochs trained, and heterogeneity at the end."""
+    result = json.loads((path / "result.json").read_text())
+    found = {k: result[k] for k in ("loss", "accuracy", "updates") if k in result}
+    if result["job"] != "pretrain":
+        return found
+    rows = list(csv.DictReader((path / "metrics.csv").open()))
+    for name in ("probe/linear", "probe/knn", "val/loss"):
+        # Epochs are counted from 0 in the file, and scored at their end.
+        found[name] = {int(r["epoch"]) + 1: float(r[name]) for r in rows if r.get(name)}
+        found[name] = {str(epoch): score for epoch, score in found[name].items()}
+    layers = [name for name in rows[0] if name.startswith("heterogeneity/")]
+    last = [row for row in rows if row.get(layers[0])][-1]
+    found["heterogeneity"] = [float(last[name]) for name in layers]
+    found["visible cosine"] = float(last["cosine/visible"])
+    return found
+
+
+def rauc_table(
+    out: Path, results: Path, record: dict[str, Any], seeds: dict[str, list[str]]
+) -> str:
+    """Every arm against its method's base, over the seeds that both have."""
+    from foveate.pretrain.rauc import compare, write
+
+    rows = []
+    for arm in seeds:
+        method = arm.split("-")[0]
+        if arm == f"{method}-base":
+            continue
+        for metric in ("probe/linear", "probe/knn"):
+            pairs = [(f"{method}-base-{name[-1]}", name) for name in seeds[arm]]
+            pairs = [pair for pair in pairs if pair[0] in record["runs"]]
+            found = compare(
+                [out / base for base, _ in pairs], [out / name for _, name in pairs], metric=metric
+            )
+            record.setdefault("rauc", {})[f"{arm} {metric}"] = found.json()
+            saved = [pair.reduction for pair in found.pairs]
+            said = [f"{100 * share:.0f} %" if share is not None else "never" for share in saved]
+            values = [pair.rauc for pair in found.pairs]
+            rows.append([arm, metric, spread(values, 2), f"{found.mean.rauc:.2f}", ", ".join(said)])
+            if arm.endswith("-mto") and metric == "probe/linear":
+                write(found, results / f"rauc_{method}", command="foveate rauc, see report.md")
+    head = ["run", "score", "RAUC by seed", "of the mean curves", "epochs saved, by seed"]
+    return table(head, rows)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """In Markdown; the first column is words."""
+    from foveate.evaluate.tables import Sheet, markdown_table
+
+    return "\n".join(
+        markdown_table(Sheet("", ("<" + head[0], *head[1:]), [tuple(row) for row in rows]))
+    )
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and sample standard deviation."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def draw(record: dict[str, Any], seeds: dict[str, list[str]], results: Path) -> None:
+    """Progress and heterogeneity, one picture a method, a band of one standard deviation."""
+    from foveate.evaluate.figures import Line, lines_figure
+    from foveate.evaluate.style import save
+
+    for method in METHODS:
+        arms = [arm for arm in seeds if arm.startswith(f"{method}-")]
+        progress, layers = [], []
+        for arm in arms:
+            runs = [record["runs"][name] for name in seeds[arm]]
+            epochs = sorted(runs[0]["probe/linear"], key=int)
+            scores = [[run["probe/linear"][epoch] for run in runs] for epoch in epochs]
+            progress.append(line(Line, arm, [int(e) for e in epochs], scores))
+            levels = [run["heterogeneity"] for run in runs]
+            layers.append(line(Line, arm, range(len(levels[0])), list(zip(*levels, strict=True))))
+        up = "linear probe, % of 2 000 images"
+        save(lines_figure(progress, across="epochs", up=up), results / f"progress_{method}.svg")
+        up = "heterogeneity (cosine, 0.1)"
+        save(lines_figure(layers, across="layer", up=up), results / f"layers_{method}.svg")
+
+
+def line(kind: Any, label: str, x: Sequence[float], values: Sequence[Sequence[float]]) -> Any:
+    """A line of a picture, with a band where there are several seeds."""
+    means = [statistics.mean(each) for each in values]
+    off = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in values]
+    return kind(
+        label,
+        tuple(x),
+        tuple(means),
+        tuple(m - s for m, s in zip(means, off, strict=True)),
+        tuple(m + s for m, s in zip(means, off, strict=True)),
+    )
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("what", choices=("run", "sum"))
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--results", type=Path, help="folder of the summary")
     options = parser.parse_args()
     if options.what == "run":
         run(options.out.resolve(), tuple(options.seeds))
+    else:
+        here = Path(__file__).parent / "results" / "pretraining_fashion_part"
+        summarise(options.out.resolve(), options.results or here)

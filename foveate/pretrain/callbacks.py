@@ -13,7 +13,7 @@ from torch import Tensor
 from foveate.data import device_batches
 from foveate.files import write_whole
 from foveate.pretrain.build import open_watched
-from foveate.pretrain.layers import ALARM, measure_layers
+from foveate.pretrain.layers import ALARM, collapsing, measure_layers
 from foveate.pretrain.method import MaskedImageModel
 from foveate.pretrain.recipe import Pretrain
 from foveate.pretrain.reconstructions import first_images, picture
@@ -119,6 +119,7 @@ class LayerLog(_AtEpochs):
         self.every, self.masking = recipe.layers_every, task.masking
         self.hint = "" if task.mto is None else _HINT
         self.images = first_images(task.model, batches, _IMAGES, recipe.data)
+        self._before: list[float] = []
         self._said = False
 
     def due(self, epoch: int) -> bool:
@@ -137,13 +138,16 @@ class LayerLog(_AtEpochs):
             for layer, level in enumerate(layers.heterogeneity):
                 found[f"heterogeneity/{which}{layer:02d}"] = level
             found[f"cosine/{which}visible"] = layers.cosine[0]
-            if layers.collapsed and not self._said:
+            # The first measurement has nothing before it to have sunk from, and says nothing.
+            before = self._before[number] if self._before else 1.0
+            if collapsing(layers.cosine[0], before) and not self._said:
                 self._said = True
                 _log.warning(
                     "after epoch %d visible tokens have a mean cosine of %.3f before the first "
-                    "block, above %.2f: nearly all are the same%s",
+                    "block, above %.2f and not sinking: nearly all are the same%s",
                     *(epoch, layers.cosine[0], ALARM, self.hint),
                 )
+        self._before = [layers.cosine[0] for layers in networks]
         self.log_now(module, found)
 
 

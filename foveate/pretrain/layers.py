@@ -12,9 +12,17 @@ from foveate.pretrain.heterogeneity import Similarity, heterogeneity, visible_co
 from foveate.pretrain.masks import Mask
 from foveate.pretrain.method import MaskedImageModel, States
 
-__all__ = ["ALARM", "Layers", "affinity", "measure_images", "measure_layers", "tokens_of"]
+__all__ = [
+    "ALARM",
+    "Layers",
+    "affinity",
+    "collapsing",
+    "measure_images",
+    "measure_layers",
+    "tokens_of",
+]
 
-ALARM = 0.95  # mean cosine of visible tokens at the start above which they count as collapsed
+ALARM = 0.95  # mean cosine of visible tokens at the start above which they may be collapsing
 
 
 @dataclass
@@ -29,10 +37,13 @@ class Layers:
     heterogeneity: list[float] = field(default_factory=list)
     cosine: list[float] = field(default_factory=list)
 
-    @property
-    def collapsed(self) -> bool:
-        """Whether visible tokens are nearly the same before the first block."""
-        return bool(self.cosine) and self.cosine[0] > ALARM
+
+def collapsing(cosine: float, before: float | None) -> bool:
+    """Whether visible tokens are nearly the same, and not getting more different.
+
+    A young encoder tells patches hardly apart: above the limit, and sinking, is how all begin.
+    """
+    return cosine > ALARM and (before is None or cosine >= before)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from foveate.data import Preprocessing, open_source
 from foveate.files import read_json, write_text, write_whole
 from foveate.pretrain.build import make_masked_model
 from foveate.pretrain.heterogeneity import Similarity
-from foveate.pretrain.layers import ALARM, affinity, measure_images, tokens_of
+from foveate.pretrain.layers import ALARM, affinity, collapsing, measure_images, tokens_of
 from foveate.pretrain.masks import Mask
 from foveate.pretrain.method import MaskedImageModel, States, make_method
 from foveate.pretrain.rauc import curve
@@ -179,11 +179,15 @@ class Report:
     runs: list[RunLook]
 
     def alarms(self) -> Iterator[str]:
-        """A sentence for each set of weights whose visible tokens are nearly the same."""
+        """A sentence for each set of weights whose visible tokens are and stay nearly the same."""
         for run in self.runs:
+            before: dict[int, float] = {}  # by network, of the weights of an earlier epoch
             for point in run.points:
-                for network in point.networks:
-                    if (cosine := network.levels[0].cosine) > ALARM:
+                for number, network in enumerate(point.networks):
+                    cosine = network.levels[0].cosine
+                    alarming = collapsing(cosine, before.get(number))
+                    before[number] = cosine
+                    if alarming:
                         yield (
                             f"alarm: {run.name}, {point.label}: visible tokens have a mean cosine "
                             f"of {cosine:.3f} before the first block, above {ALARM:.2f}: nearly "

@@ -126,12 +126,15 @@ class Rates:
         warmup = min(warmup, updates)
         self._schedule: Scheduler
         if milestones:
+            # timm's default counts milestones from the end of the warm-up, and its step is one
+            # update before a milestone.
             self._schedule = MultiStepLRScheduler(
                 optimiser,
-                decay_t=sorted(milestones),
+                decay_t=[milestone + 1 for milestone in sorted(milestones)],
                 decay_rate=0.1,
                 warmup_t=warmup,
                 warmup_lr_init=first,
+                warmup_prefix=False,
                 t_in_epochs=False,
             )
             return
