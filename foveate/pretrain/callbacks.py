@@ -51,11 +51,8 @@ def own_callbacks(recipe: Pretrain, task: Task, batches: Batches, out: Path) -> 
 class _AtEpochs(Callback):
     """Does something on the first process after some epochs, with the model in eval mode."""
 
-    def __init__(self, last: int) -> None:
-        self.last = last
-
-    def due(self, epoch: int) -> bool:
-        """After so many epochs."""
+    def due(self, epoch: int, over: bool) -> bool:
+        """After so many epochs; ``over`` where the run ends here."""
         raise NotImplementedError
 
     def act(self, module: Module, model: MaskedImageModel, epoch: int) -> None:
@@ -64,30 +61,38 @@ class _AtEpochs(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         """The others wait at the next step's gradients."""
+        assert isinstance(module, Module)
         epoch = trainer.current_epoch + 1
-        if not trainer.is_global_zero or not self.due(epoch):
+        over = trainer.global_step in (module.updates, trainer.max_steps)
+        if not trainer.is_global_zero or not self.due(epoch, over):
             return
-        assert isinstance(module, Module) and isinstance(module.exported, MaskedImageModel)
+        assert isinstance(module.exported, MaskedImageModel)
         model = module.exported.eval()  # the next step sets the modes anew
         with torch.no_grad():
             self.act(module, model, epoch)
 
     @staticmethod
     def log_now(module: Module, found: dict[str, float]) -> None:
-        """Into the log of the run, at the epoch that has just ended."""
-        module.log_dict(found, rank_zero_only=True)
+        """Into the log of the run, at the epoch that has just ended.
+
+        Lightning would write them after the epoch's checkpoint, and a run that is killed in between
+        would go on without them.
+        """
+        trainer = module.trainer
+        for logger in trainer.loggers:
+            row = {**found, "epoch": trainer.current_epoch}
+            logger.log_metrics(row, step=trainer.global_step - 1)
 
 
 class ProgressCurve(_AtEpochs):
     """Logs "probe/knn" and "probe/linear", per cent of a labelled set's evaluation images."""
 
     def __init__(self, recipe: Pretrain, watched: Batches) -> None:
-        super().__init__(recipe.loop.epochs)
         self.reading, self.watched = recipe.probe, watched
 
-    def due(self, epoch: int) -> bool:
+    def due(self, epoch: int, over: bool) -> bool:
         """Every so many epochs, and at the end."""
-        return epoch % self.reading.every == 0 or epoch == self.last
+        return over or epoch % self.reading.every == 0
 
     def act(self, module: Module, model: MaskedImageModel, epoch: int) -> None:
         """Take features and read them."""
@@ -115,17 +120,16 @@ class LayerLog(_AtEpochs):
     """Logs heterogeneity and the visible tokens' cosine of every layer, and raises the alarm."""
 
     def __init__(self, recipe: Pretrain, task: PretrainTask, batches: Batches) -> None:
-        super().__init__(recipe.loop.epochs)
         self.every, self.masking = recipe.layers_every, task.masking
         self.hint = "" if task.mto is None else _HINT
         self.images = first_images(task.model, batches, _IMAGES, recipe.data)
         self._before: list[float] = []
         self._said = False
 
-    def due(self, epoch: int) -> bool:
+    def due(self, epoch: int, over: bool) -> bool:
         """Every so many epochs, and at the end."""
         assert self.every is not None
-        return epoch % self.every == 0 or epoch == self.last
+        return over or epoch % self.every == 0
 
     def act(self, module: Module, model: MaskedImageModel, epoch: int) -> None:
         """Measure on the same images with the same masks each time."""
@@ -157,12 +161,11 @@ class Reconstructions(_AtEpochs):
     def __init__(
         self, recipe: Pretrain, task: PretrainTask, batches: Batches, folder: Path
     ) -> None:
-        super().__init__(recipe.loop.epochs)
         self.every, self.masking = recipe.loop.pictures_every, task.masking
         self.images = first_images(task.model, batches, _SHOWN, recipe.data)
         self.mean, self.std, self.folder = batches.mean, batches.std, folder
 
-    def due(self, epoch: int) -> bool:
+    def due(self, epoch: int, over: bool) -> bool:
         """Every so many epochs."""
         assert self.every is not None
         return epoch % self.every == 0
@@ -181,13 +184,13 @@ class Snapshots(_AtEpochs):
     """Keeps the weights after some epochs of the one schedule, for RAUC and for comparison."""
 
     def __init__(self, recipe: Pretrain, folder: Path) -> None:
-        super().__init__(recipe.loop.epochs)
         self.recipe, self.folder = recipe, folder
 
-    def due(self, epoch: int) -> bool:
+    def due(self, epoch: int, over: bool) -> bool:
         """As the recipe says."""
         return self.recipe.kept(epoch)
 
     def act(self, module: Module, model: MaskedImageModel, epoch: int) -> None:
-        """Write backbone and the rest."""
-        save_model(model, self.folder / f"epoch-{epoch:04d}.safetensors")
+        """Write backbone and the rest; an epoch that loop.max_steps cuts short is none."""
+        if module.trainer.global_step * self.recipe.loop.epochs == module.updates * epoch:
+            save_model(model, self.folder / f"epoch-{epoch:04d}.safetensors")

@@ -300,7 +300,7 @@ def _quiet() -> Iterator[None]:
             for said in (
                 *("does not have many workers", "treespec, LeafSpec", "in eval mode at"),
                 "recommended to use `self.log",
-                "is smaller than the logging interval",
+                *("is smaller than the logging interval", "but have no `val_dataloader`"),
             ):
                 warnings.filterwarnings("ignore", f".*{said}.*")
             yield

@@ -63,8 +63,12 @@ def test_what_is_kept_of_random_patches_is_rounded_down(
 
 @pytest.mark.parametrize(("ratio", "units"), [(0.6, 3), (0.61, 4), (0.2, 1), (0.21, 2), (0.8, 4)])
 def test_hidden_units_are_rounded_up(ratio: float, units: int) -> None:
-    """Of five units; 0.6 x 5 is 3 and not, as computers have it, a hair more."""
     assert Hiding(kind="unit", ratio=ratio, unit=8).count((2, 10), (4, 4)) == 4 * units
+
+
+def test_a_hair_above_a_whole_number_of_units_is_that_number() -> None:
+    assert 0.28 * 5 * 5 > 7
+    assert Hiding(kind="unit", ratio=0.28, unit=8).count((10, 10), (4, 4)) == 4 * 7
 
 
 def test_the_mask_of_every_method_where_none_is_chosen() -> None:
@@ -201,7 +205,9 @@ def test_of_equal_and_unequal_counts() -> None:
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 1.5, -0.2, math.nan])
 def test_a_ratio_that_hides_nothing_or_all(ratio: float) -> None:
-    with pytest.raises(ValueError, match=rf"^mask.ratio must lie between 0 and 1, got {ratio}: [^.]*$"):
+    with pytest.raises(
+        ValueError, match=rf"^mask.ratio must lie between 0 and 1, got {ratio}: [^.]*$"
+    ):
         Hiding(ratio=ratio)
 
 

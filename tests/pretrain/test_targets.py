@@ -11,7 +11,12 @@ from foveate.pretrain.targets import gathered, normalised, patchify, statistics,
 
 @pytest.mark.parametrize(
     ("shape", "patch"),
-    [((2, 3, 8, 12), (4, 4)), ((1, 1, 28, 28), (7, 7)), ((3, 2, 6, 8), (3, 2)), ((2, 4, 4, 4), (1, 1))],
+    [
+        ((2, 3, 8, 12), (4, 4)),
+        ((1, 1, 28, 28), (7, 7)),
+        ((3, 2, 6, 8), (3, 2)),
+        ((2, 4, 4, 4), (1, 1)),
+    ],
 )
 def test_there_and_back(shape: tuple[int, ...], patch: tuple[int, int]) -> None:
     x = noise(*shape)
