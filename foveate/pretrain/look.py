@@ -20,11 +20,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from foveate import config
 from foveate.data import Preprocessing, open_source
-from foveate.files import read_json, write_text, write_whole
+from foveate.files import write_text, write_whole
 from foveate.pretrain.build import make_masked_model
 from foveate.pretrain.heterogeneity import Similarity
+from foveate.pretrain.kept import choose, evenly, locate, name_files, read_recipe, weights_kept
 from foveate.pretrain.layers import ALARM, affinity, collapsing, measure_images, tokens_of
 from foveate.pretrain.masks import Mask
 from foveate.pretrain.method import MaskedImageModel, States, make_method
@@ -42,15 +42,11 @@ __all__ = [
     "Point",
     "Report",
     "RunLook",
-    "evenly",
     "look",
     "write",
 ]
 
 _log = logging.getLogger(__name__)
-_RECIPE, _FINAL, _RESULT = "recipe.yaml", "model.safetensors", "result.json"
-_KIND, _REST = ".safetensors", ".pretrain.safetensors"
-_MOST = 6  # snapshots, where nobody says which
 _COLUMNS = 4  # affinity maps in a row, likewise
 _SHOWN = 6  # images whose hidden patches are drawn
 _CHUNK = 64  # images at a time; tokens of all layers are held
@@ -237,15 +233,15 @@ def look(runs: Sequence[Path], choices: Choices | None = None) -> Report:
         raise ValueError("no run was given: name the folder of at least one")
     found: dict[Path, list[Path]] = {}
     for path in map(Path, runs):
-        folder, file = _located(path)
+        folder, file = locate(path)
         found.setdefault(folder, []).extend([] if file is None else [file])
     names = [folder.absolute().name for folder in found]
     opened = []
     # All files are found before the work begins.
     for name, (folder, files) in zip(names, found.items(), strict=True):
-        recipe = _recipe(folder)
-        kept = _kept(folder, recipe)
-        chosen = _named(files, kept) if files else _chosen(folder, kept, choices.epochs)
+        recipe = read_recipe(folder)
+        kept = weights_kept(folder, recipe)
+        chosen = name_files(files, kept) if files else choose(folder, kept, choices.epochs)
         label = name if name and names.count(name) == 1 else str(folder)
         opened.append((label, folder, recipe, chosen))
     return Report(choices, [_look(*one, choices) for one in opened])
@@ -270,107 +266,6 @@ def write(report: Report, folder: Path, *, command: str = "") -> list[Path]:
         written.append(folder / f"reconstructions{stem}.png")
         _save_picture(run.sheet, written[-1])
     return written
-
-
-def evenly(values: Sequence[Any], most: int) -> list[Any]:
-    """So many of them at most, the first and the last among them."""
-    if len(values) <= most:
-        return list(values)
-    if most == 1:
-        return [values[-1]]
-    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
-
-
-# What a run has kept -----------------------------------------------------------------------------
-
-
-def _located(path: Path) -> tuple[Path, Path | None]:
-    """The folder with the recipe, and the file if a single one was named."""
-    if path.is_dir():
-        if not (path / _RECIPE).is_file():
-            raise ValueError(f"{path} is no folder of a run: it has no {_RECIPE}")
-        return path, None
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; expected the folder of a pre-training run")
-    if path.suffix != _KIND:
-        raise ValueError(f"{path} is neither the folder of a run nor a {_KIND} file of its weights")
-    if path.name.endswith(_REST):  # the other file of the two
-        path = path.with_name(path.name.removesuffix(_REST) + _KIND)
-    for folder in (*path.parents, *path.absolute().parents):
-        if (folder / _RECIPE).is_file():
-            return folder, path
-    raise ValueError(f"{path} has no {_RECIPE} in the folders above it: weights alone do not do")
-
-
-def _recipe(folder: Path) -> Pretrain:
-    try:
-        return config.read(Pretrain, folder / _RECIPE)
-    except ValueError as error:
-        raise ValueError(f"{folder} holds no pre-training that can be read: {error}") from error
-
-
-def _kept(folder: Path, recipe: Pretrain) -> dict[float, Path]:
-    """Files of weights by epochs of training, in their order."""
-    kept: dict[float, Path] = {}
-    for path in (folder / "snapshots").glob(f"epoch-*{_KIND}"):
-        if found := re.fullmatch(rf"epoch-(\d+){re.escape(_KIND)}", path.name):
-            kept[float(found[1])] = path
-    if (folder / _FINAL).is_file():  # the same as a snapshot of that epoch, if there is one
-        kept[_ended(folder, recipe)] = folder / _FINAL
-    return dict(sorted(kept.items()))
-
-
-def _ended(folder: Path, recipe: Pretrain) -> float:
-    """Epochs that a run ended after: fewer than the recipe's if its steps were limited."""
-    result = folder / _RESULT
-    if result.is_file():  # written after the weights
-        found = read_json(result, "")
-        if isinstance(found, dict) and isinstance(found.get("epochs"), (int, float)):
-            return float(found["epochs"])
-    return float(recipe.loop.epochs)
-
-
-def _chosen(
-    folder: Path, kept: dict[float, Path], epochs: tuple[float, ...] | None
-) -> dict[str, tuple[float | None, Path]]:
-    """What is looked at, by label."""
-    if not kept:
-        raise ValueError(
-            f"{folder} holds no weights yet: the run has not ended, and keeps none meanwhile "
-            "unless its recipe says snapshots=..."
-        )
-    for epoch in epochs or ():
-        if epoch not in kept:
-            one = "weights after epoch" if len(kept) == 1 else "those after epochs"
-            known = ", ".join(f"{known:g}" for known in kept)
-            raise ValueError(f"{folder} has kept no weights after epoch {epoch:g}; {one} {known}")
-    if epochs is None:
-        wanted = list(kept)
-    elif epochs:
-        wanted = sorted(set(epochs))
-    else:
-        *before, last = kept
-        wanted = [*evenly(before, _MOST), last]
-    return {f"epoch {epoch:g}": (epoch, kept[epoch]) for epoch in wanted}
-
-
-def _named(files: list[Path], kept: dict[float, Path]) -> dict[str, tuple[float | None, Path]]:
-    """Files that were named one by one; what a run has kept is called by its epoch."""
-    by_file = {path.absolute(): epoch for epoch, path in kept.items()}
-    found: dict[str, tuple[float | None, Path]] = {}
-    for file in files:
-        epoch = by_file.get(file.absolute())
-        found[file.stem if epoch is None else f"epoch {epoch:g}"] = (epoch, file)
-    return dict(sorted(found.items(), key=lambda one: (one[1][0] is None, one[1][0] or 0.0)))
-
-
-def _losses(folder: Path, recipe: Pretrain) -> dict[float, float]:
-    """The loss on evaluation images by epoch, as far as the run has logged it."""
-    metric = "val/loss" if recipe.loop.ema is None else "val/loss_ema"
-    try:
-        return curve(folder, metric, least=1)
-    except ValueError:  # no such column: nothing was evaluated
-        return {}
 
 
 # Measuring ---------------------------------------------------------------------------------------
@@ -418,6 +313,15 @@ def _look(
     about |= {"hidden": int(mask.hidden[0].sum()), "patches": mask.hidden.shape[1]}
     where = f"{spec} ({split})"
     return RunLook(name, folder, recipe.method, where, len(images), about, points, sheet)
+
+
+def _losses(folder: Path, recipe: Pretrain) -> dict[float, float]:
+    """The loss on evaluation images by epoch, as far as the run has logged it."""
+    metric = "val/loss" if recipe.loop.ema is None else "val/loss_ema"
+    try:
+        return curve(folder, metric, least=1)
+    except ValueError:  # no such column: nothing was evaluated
+        return {}
 
 
 def _new_model(recipe: Pretrain, file: Path) -> MaskedImageModel:

@@ -8,7 +8,8 @@ import numpy as np
 
 from foveate.evaluate.style import QUIET, new_figure
 from foveate.pretrain.heterogeneity import Similarity
-from foveate.pretrain.look import Network, Point, Report, RunLook, evenly
+from foveate.pretrain.kept import evenly
+from foveate.pretrain.look import Network, Point, Report, RunLook
 from foveate.viz.colours import matplotlib
 
 if TYPE_CHECKING:

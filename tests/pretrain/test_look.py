@@ -19,8 +19,9 @@ from foveate.data import eval_transform, open_source
 from foveate.pretrain import look as looking
 from foveate.pretrain.build import make_masked_model
 from foveate.pretrain.heterogeneity import Similarity, heterogeneity, visible_cosine
+from foveate.pretrain.kept import evenly
 from foveate.pretrain.layers import ALARM, affinity
-from foveate.pretrain.look import Choices, evenly, look
+from foveate.pretrain.look import Choices, look
 from foveate.pretrain.recipe import Pretrain
 from foveate.pretrain.run import pretrain
 from foveate.pretrain.task import fixed_mask
