@@ -197,14 +197,21 @@ def rauc_table(
                 [out / base for base, _ in pairs], [out / name for _, name in pairs], metric=metric
             )
             record.setdefault("rauc", {})[f"{arm} {metric}"] = found.json()
-            saved = [pair.reduction for pair in found.pairs]
-            said = [f"{100 * share:.0f} %" if share is not None else "never" for share in saved]
+            said = [
+                "never" if pair.reduction is None else f"{least(pair)}{100 * pair.reduction:.0f} %"
+                for pair in found.pairs
+            ]
             values = [pair.rauc for pair in found.pairs]
             rows.append([arm, metric, spread(values, 2), f"{found.mean.rauc:.2f}", ", ".join(said)])
             if arm.endswith("-mto") and metric == "probe/linear":
                 write(found, results / f"rauc_{method}", command="foveate rauc, see report.md")
     head = ["run", "score", "RAUC by seed", "of the mean curves", "epochs saved, by seed"]
     return table(head, rows)
+
+
+def least(pair: Any) -> str:
+    """Where the first score is as good already, more may be saved."""
+    return ">= " if pair.at_once else ""
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

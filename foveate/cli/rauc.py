@@ -88,6 +88,8 @@ def _sheet(found: Efficiency) -> Sheet:
         f"matches at: first epoch of the mto run that is as good as the base at epoch {found.at:g}",
         f"note: {PROTOCOL}",
     ]
+    if any(pair.at_once for pair in (*found.pairs, found.mean)):
+        notes.append("<=, >=: as good at its first score, and maybe before it")
     notes += [f"warning: {text}" for text in found.warnings]
     title = f"{found.metric}, epochs {found.start:g} to {found.end:g}"
     return Sheet(title, head, body, notes)
@@ -96,8 +98,9 @@ def _sheet(found: Efficiency) -> Sheet:
 def _line(name: str, pair: Pair) -> tuple[str, ...]:
     scores = (pair.base_start, pair.base_end, pair.other_start, pair.other_end)
     ratio = "undefined" if math.isnan(pair.rauc) else f"{pair.rauc:.3f}"
-    match = "never" if pair.match is None else f"{pair.match:.1f}"
-    saved = "" if pair.reduction is None else f"{pair.reduction:.0%}"
+    most, least = ("<= ", ">= ") if pair.at_once else ("", "")
+    match = "never" if pair.match is None else f"{most}{pair.match:.1f}"
+    saved = "" if pair.reduction is None else f"{least}{pair.reduction:.0%}"
     return (name, *(f"{score:#.4g}" for score in scores), ratio, match, saved)
 
 

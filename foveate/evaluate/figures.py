@@ -76,6 +76,8 @@ def lines_figure(
                 fontsize=7,
                 color=style["color"],
             )
+    if all(float(x).is_integer() for line in lines for x in line.x):  # epochs, layers
+        axes.xaxis.get_major_locator().set_params(integer=True)
     for number, (name, (x, y)) in enumerate((stars or {}).items()):
         axes.plot(
             [x],

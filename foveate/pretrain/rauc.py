@@ -211,6 +211,7 @@ class Pair:
         goal: score of the base at the reference epoch.
         match: epoch at which the other run is as good; None if it never is.
         reduction: share of the reference epoch that it saves; None without ``match``.
+        at_once: ``match`` is the first score there is: it may have been as good before.
     """
 
     base: str
@@ -223,6 +224,7 @@ class Pair:
     goal: float
     match: float | None
     reduction: float | None
+    at_once: bool
 
 
 @dataclass(frozen=True)
@@ -408,6 +410,7 @@ def _pair(one: Run, two: Run, metric: str, start: float, end: float, at: float) 
         _at(mine, at),
         match,
         None if match is None else 1 - match / at,
+        match == its[0][0],
     )
 
 
@@ -491,7 +494,8 @@ def figure(found: Efficiency) -> Figure:
         axes.plot([found.at, mean.match], goal, color="black", linewidth=1, linestyle="--")
         axes.plot([mean.match], goal[:1], "o", color="black", markersize=7, fillstyle="none")
         axes.annotate(
-            f"{abs(mean.reduction):.0%} {'fewer' if mean.reduction >= 0 else 'more'} epochs",
+            ("at least " if mean.at_once and mean.reduction >= 0 else "")
+            + f"{abs(mean.reduction):.0%} {'fewer' if mean.reduction >= 0 else 'more'} epochs",
             (mean.match + 0.6 * (found.at - mean.match), mean.goal),
             xytext=(0, 3 * up_or_down),  # on the side where the other run's curve goes away
             textcoords="offset points",

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from foveate.cli import main
-from foveate.pretrain.rauc import compare, curve, epochs_to_match, rauc
+from foveate.pretrain.rauc import compare, curve, epochs_to_match, figure, rauc
 
 BASE = {100.0: 30.0, 200.0: 40.0, 300.0: 45.0, 400.0: 47.0}
 AHEAD = {100.0: 34.0, 250.0: 46.0, 400.0: 49.0}
@@ -185,6 +185,22 @@ def test_one_pair(tmp_path: Path) -> None:
     assert found.over_seeds("rauc") == (pair.rauc, None, 1)
     other = compare([base], [mto], start=150, end=300, at=200)
     assert other.pairs[0].rauc == rauc(BASE, AHEAD, 150, 300) and other.pairs[0].goal == 40
+
+
+def test_as_good_at_the_first_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """When it became so nobody knows."""
+    base, mto = (
+        folder(tmp_path / "base", BASE),
+        folder(tmp_path / "mto", {100: 50, 200: 51, 400: 52}),
+    )
+    (pair,) = compare([base], [mto]).pairs
+    assert (pair.match, pair.reduction, pair.at_once) == (100, 0.75, True)
+    assert not compare([base], [folder(tmp_path / "ahead", AHEAD)]).pairs[0].at_once
+    assert main(["rauc", str(base), str(mto)]) == 0
+    text = capsys.readouterr().out
+    assert "<= 100.0" in text and ">= 75%" in text and "maybe before it" in text
+    words = [text.get_text() for text in figure(compare([base], [mto])).axes[0].texts]
+    assert "at least 75% fewer epochs" in words
 
 
 def test_the_range_is_what_runs_share(tmp_path: Path) -> None:
