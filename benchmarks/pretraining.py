@@ -1,10 +1,12 @@
-"""Pre-training on the part of Fashion-MNIST that ships, with and without MTO: runs and summary.
+"""Pre-training on Fashion-MNIST, with and without MTO: runs and summary.
 
 python benchmarks/pretraining.py run OUT     every run, one after another; several at once share
 python benchmarks/pretraining.py sum OUT     tables, figures and numbers of what has finished
 
-MAE and SimMIM, each without MTO, with it, and with other choices of it, 3 seeds; then fine-tuning
-on 5 % of the labels from every backbone and from scratch. Runs that have finished are skipped.
+On the part that ships: MAE and SimMIM, each without MTO, with it, and with other choices of it, 3
+seeds; then fine-tuning on 5 % of the labels from every backbone and from scratch. With
+--fashion-mnist FOLDER the whole set: with and without MTO alone. Runs that have finished are
+skipped.
 """
 
 from __future__ import annotations
@@ -29,6 +31,11 @@ SHARED = (
     *("data.batch=64", "loop.epochs=16", "loop.pictures_every=16", "loop.tensorboard=false"),
     *("probe.every=4", "snapshots=4", "layers_every=4"),
 )
+WHOLE = (  # of the 60 000 images; what is said later wins
+    *("data.train={FASHION}", "data.val={FASHION}", "probe.data={FASHION}", "probe.limit=10000"),
+    *("data.batch=128", "loop.epochs=4", "loop.pictures_every=4", "probe.every=1"),
+    *("snapshots=1", "layers_every=1"),
+)
 # Names of arms and what they change; the first of a method is what others are compared with.
 ARMS = {
     "base": (),
@@ -44,8 +51,12 @@ LABELS = (  # 150 of 3 000 images, 15 of each class
 )
 
 
-def jobs(seeds: tuple[int, ...]) -> list[tuple[str, list[str]]]:
+def jobs(seeds: tuple[int, ...], whole: bool) -> list[tuple[str, list[str]]]:
     """Name and command of every run, most needed first."""
+    if whole:
+        return [
+            pre_training(m, a, s, WHOLE) for m in METHODS for s in seeds for a in ("base", "mto")
+        ]
     found = [pre_training(m, a, s) for s in seeds for m in METHODS for a in ("base", "mto")]
     found += [job for seed in seeds for job in fine_tunings(seed)]
     variants = [arm for arm in ARMS if arm not in ("base", "mto")]
@@ -54,9 +65,11 @@ def jobs(seeds: tuple[int, ...]) -> list[tuple[str, list[str]]]:
     return found + [pre_training("simmim", arm, seeds[0]) for arm in variants]
 
 
-def pre_training(method: str, arm: str, seed: int) -> tuple[str, list[str]]:
+def pre_training(
+    method: str, arm: str, seed: int, more: tuple[str, ...] = ()
+) -> tuple[str, list[str]]:
     """One backbone."""
-    settings = [*SHARED, *ARMS[arm], f"loop.seed={seed}"]
+    settings = [*SHARED, *more, *ARMS[arm], f"loop.seed={seed}"]
     return f"{method}-{arm}-{seed}", ["pretrain", f"fashion_part_{method}", *settings]
 
 
@@ -74,10 +87,10 @@ def fine_tunings(seed: int) -> list[tuple[str, list[str]]]:
     return found
 
 
-def run(out: Path, seeds: tuple[int, ...]) -> None:
+def run(out: Path, seeds: tuple[int, ...], whole: Path | None) -> None:
     """Every job that no other process has begun."""
     out.mkdir(parents=True, exist_ok=True)
-    for name, command in jobs(seeds):
+    for name, command in jobs(seeds, whole is not None):
         folder = out / name
         needed = [
             word.split("=")[1].replace("{OUT}", str(out)) for word in command if "{OUT}" in word
@@ -89,6 +102,7 @@ def run(out: Path, seeds: tuple[int, ...]) -> None:
         except FileExistsError:
             continue
         words = [word.replace("{OUT}", str(out)) for word in command]
+        words = [word.replace("{FASHION}", f"fashion-mnist:{whole}") for word in words]
         with (out / f"{name}.log").open("w") as log:
             code = subprocess.call(
                 [sys.executable, "-m", "foveate", *words, "--out", str(folder)],
@@ -101,16 +115,19 @@ def run(out: Path, seeds: tuple[int, ...]) -> None:
 # Summary ------------------------------------------------------------------------------------------
 
 
-def summarise(out: Path, results: Path) -> None:
+def summarise(out: Path, results: Path, whole: bool) -> None:
     """Numbers of all finished runs as JSON, tables and figures."""
     from foveate.bench import machine
 
     results.mkdir(parents=True, exist_ok=True)
     runs = {path.parent.name: path.parent for path in sorted(out.glob("*/result.json"))}
     record: dict[str, Any] = {
-        "commands": [f"python benchmarks/pretraining.py {what} OUT" for what in ("run", "sum")],
+        "commands": [
+            f"python benchmarks/pretraining.py {what} OUT{' --fashion-mnist FOLDER' * whole}"
+            for what in ("run", "sum")
+        ],
         "machine": machine.facts("cpu"),
-        "settings": {"shared": SHARED, "arms": ARMS, "labels": LABELS},
+        "settings": {"shared": (*SHARED, *WHOLE * whole), "arms": ARMS, "labels": LABELS},
         "runs": {name: read_run(path) for name, path in runs.items()},
     }
     parts = []
@@ -141,13 +158,15 @@ def summarise(out: Path, results: Path) -> None:
         found = [record["runs"][name]["accuracy"] for name in seeds_of(runs, f"labels-{start}")]
         if found:
             rows.append([start, str(len(found)), spread(found, 1)])
-    parts.append(
-        "### Fine-tuned on 5 % of the labels (150 images), top-1 %\n\n"
-        + table(["start", "seeds", "accuracy"], rows)
-    )
+    if rows:
+        parts.append(
+            "### Fine-tuned on 5 % of the labels (150 images), top-1 %\n\n"
+            + table(["start", "seeds", "accuracy"], rows)
+        )
+    what = "the whole of Fashion-MNIST" if whole else "the part of Fashion-MNIST that ships"
     (results / "summary.json").write_text(json.dumps(record, indent=1) + "\n")
     (results / "report.md").write_text(
-        "# Pre-training on the part of Fashion-MNIST that ships\n\n"
+        f"# Pre-training on {what}\n\n"
         + "Mean and standard deviation over seeds.\n\n"
         + "\n\n".join(parts)
         + "\n"
@@ -246,7 +265,7 @@ def draw(record: dict[str, Any], seeds: dict[str, list[str]], results: Path) -> 
             progress.append(line(Line, arm, [int(e) for e in epochs], scores))
             levels = [run["heterogeneity"] for run in runs]
             layers.append(line(Line, arm, range(len(levels[0])), list(zip(*levels, strict=True))))
-        up = "linear probe, % of 2 000 images"
+        up = "linear probe, %"
         save(lines_figure(progress, across="epochs", up=up), results / f"progress_{method}.svg")
         up = "heterogeneity (cosine, 0.1)"
         save(lines_figure(layers, across="layer", up=up), results / f"layers_{method}.svg")
@@ -270,10 +289,13 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=("run", "sum"))
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--fashion-mnist", type=Path, help="folder of the whole set")
     parser.add_argument("--results", type=Path, help="folder of the summary")
     options = parser.parse_args()
+    whole = options.fashion_mnist
     if options.what == "run":
-        run(options.out.resolve(), tuple(options.seeds))
+        run(options.out.resolve(), tuple(options.seeds), whole and whole.resolve())
     else:
-        here = Path(__file__).parent / "results" / "pretraining_fashion_part"
-        summarise(options.out.resolve(), options.results or here)
+        name = "pretraining_fashion" if whole else "pretraining_fashion_part"
+        here = Path(__file__).parent / "results" / name
+        summarise(options.out.resolve(), options.results or here, whole is not None)
