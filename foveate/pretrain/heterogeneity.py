@@ -84,9 +84,11 @@ def heterogeneity(
     with torch.autocast(tokens.device.type, enabled=False):
         if mask.visible is None or mask.masked is None:
             return _ragged(tokens, mask, similarity, normalise, detach_visible)
-        rows = gathered(tokens, mask.masked[:, :1] if alike else mask.masked)
-        columns = gathered(tokens, mask.visible)
-        found = entropy(similarity(rows, columns.detach() if detach_visible else columns)).mean(1)
+        masked = mask.masked[:, :1] if alike else mask.masked
+        both = gathered(tokens, torch.cat([masked, mask.visible], 1))
+        rows, columns = both.split([masked.shape[1], mask.visible.shape[1]], 1)
+        logits = similarity(rows, columns.detach() if detach_visible else columns)
+        found = entropy(logits, holes=False).mean(1)
         return _of_most(found, mask.visible.shape[1]) if normalise else found
 
 
@@ -105,11 +107,13 @@ def _ragged(
     return torch.where(hidden.shape[1] - count > 1, found / most, torch.zeros_like(found))
 
 
-def entropy(logits: Tensor) -> Tensor:
-    """Of the softmax over the last dimension, in nats; -inf leaves a place out.
+def entropy(logits: Tensor, *, holes: bool = True) -> Tensor:
+    """Of the softmax over the last dimension, in nats; -inf leaves a place out, if ``holes``.
 
     The logarithm of a sum minus a mean never takes the logarithm of a probability.
     """
+    if not holes:
+        return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
     out = logits.isneginf()
     nowhere = out.all(-1, keepdim=True)  # no place at all: no softmax, and nothing to say
     zero = torch.zeros_like(logits)

@@ -249,6 +249,15 @@ def test_tokens_that_have_found_their_own_have_none(kind: str) -> None:
         assert heterogeneity(tokens, how, Similarity(kind, 0.01)).abs().max() < 1e-5
 
 
+def test_entropy_without_holes_is_the_same() -> None:
+    logits = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    whole, general = entropy(logits, holes=False), entropy(logits)
+    torch.testing.assert_close(whole, general)
+    torch.testing.assert_close(whole, -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1))
+    grads = [torch.autograd.grad(found.sum(), logits)[0] for found in (whole, general)]
+    torch.testing.assert_close(*grads)
+
+
 def test_entropy_of_places_that_are_left_out() -> None:
     gone = -math.inf
     logits = torch.tensor([[1.0, gone, 1.0], [gone, gone, 3.0], [gone, gone, gone]])
