@@ -1,0 +1,83 @@
+"""From the demo's training runs to what ships: weights in half precision, results and logs.
+
+    foveate finetune demo_base data.train=fashion-mnist:FOLDER
+    foveate finetune demo_masked data.train=fashion-mnist:FOLDER
+    python benchmarks/pack_demo.py runs --model
+    foveate reduce demo_dynamicvit data.train=fashion-mnist:FOLDER   # and so svit, spvit, static
+    python benchmarks/pack_demo.py runs --methods
+
+Writes foveate/data/files/demo_vit.safetensors and demo_METHOD/, and under
+benchmarks/results/demo_training/ of every run its recipe, result and metrics.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+import foveate
+from foveate.demo.cells import TRAINED
+
+ROOT = Path(__file__).parents[1]
+FILES = ROOT / "foveate" / "data" / "files"
+RESULTS = ROOT / "benchmarks" / "results" / "demo_training"
+
+
+def halve(source: Path, target: Path) -> None:
+    """Write a file's floats in half precision; what loads them makes them float32 again."""
+    tensors = load_file(source)
+    halved = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
+    save_file(halved, target)
+    target.chmod(0o644)
+
+
+def record(run: Path) -> None:
+    """Keep what says how a run went."""
+    folder = RESULTS / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("recipe.yaml", "metrics.csv"):
+        shutil.copy(run / name, folder / name)
+    result = json.loads((run / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    recipe = (folder / "recipe.yaml").read_text().splitlines()
+    # Where the data lay on the machine that trained concerns nobody.
+    kept = ["  train: fashion-mnist:FOLDER" if "train: fashion" in s else s for s in recipe]
+    (folder / "recipe.yaml").write_text("\n".join(kept) + "\n")
+
+
+def pack_method(run: Path, method: str, how: str) -> None:
+    """The whole model, or where only gates were trained these alone."""
+    model = foveate.load(run)
+    target = FILES / f"demo_{method}"
+    shutil.rmtree(target, ignore_errors=True)
+    foveate.save(model, target, everything=how == "whole")
+    weights = target / "foveate.safetensors"
+    if how == "whole":
+        halve(weights, weights)
+
+
+def main() -> None:
+    """Pack what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("--model", action="store_true", help="the base and the masked model")
+    parser.add_argument("--methods", action="store_true", help="what was trained from it")
+    options = parser.parse_args()
+    if options.model:
+        masked = options.runs / "finetune-demo_masked"
+        halve(masked / "model.safetensors", FILES / "demo_vit.safetensors")
+        for run in (options.runs / "finetune-demo_base", masked):
+            record(run)
+    if options.methods:
+        for method, how in TRAINED.items():
+            run = options.runs / f"reduce-demo_{method}"
+            pack_method(run, method, how)
+            record(run)
+
+
+if __name__ == "__main__":
+    main()
