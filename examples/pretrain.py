@@ -60,6 +60,9 @@ class Means(MaskedImageModel):
         seen = States([layer[:, prefix:] for layer in layers], initial[0])
         return Prediction({"mean": loss}, guess, mask, (seen,) if states else ())
 
+    def pixels(self, images: Tensor, patches: Tensor) -> Tensor:
+        return patches.expand(-1, -1, self.values)  # for pictures
+
     def initialise(self) -> None:
         nn.init.normal_(self.token, std=0.02)
 

@@ -39,7 +39,7 @@ def parse(cls: type[_T], tree: Any, overrides: Sequence[str] = (), where: str = 
     if not isinstance(tree, Mapping):
         raise ValueError(f"{where} must hold keys and values, got {type(tree).__name__}")
     tree = _copied(tree)
-    for text in overrides:
+    for text in sorted(overrides, key=lambda text: ".preset=" not in text):
         _override(tree, text)
     _check_keys(cls, tree, "", where)
     parser = _parser(cls)
@@ -111,6 +111,8 @@ def _override(tree: dict[str, Any], text: str) -> None:
         tree = tree.setdefault(step, {})
         if not isinstance(tree, dict):
             raise ValueError(f"{text!r}: {step} is a single value, not a group of settings")
+    if last == "preset":  # a whole group: what the file says of it belongs to another preset
+        tree.clear()
     try:
         tree[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:

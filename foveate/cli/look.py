@@ -81,7 +81,8 @@ def run(args: argparse.Namespace) -> None:
         console.print(part)
     for text in report.alarms():
         print(text)
-    out = args.out or report.runs[0].folder / "look"
+    first = report.runs[0].folder
+    out = args.out or (first.parent if first.is_file() else first) / "look"
     for path in write(report, out, command=machine.command("foveate")):
         print(f"wrote    {path}")
 

@@ -104,9 +104,14 @@ class Loader:
         """The epoch that is under way, or the next one if that is over."""
         return self._epoch + (self._handed_out == len(self) > 0)
 
+    @property
+    def images(self) -> int:
+        """Images of the source that are used, on all ranks."""
+        return len(self._read.chosen)
+
     def __len__(self) -> int:
         """Batches an epoch, on this rank."""
-        images = len(self._read.chosen)
+        images = self.images
         if self.train:
             return images // (self.batch * self.world)
         return math.ceil(len(range(self.rank, images, self.world)) / self.batch)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from foveate.backbones import backbone_for
 from foveate.data import open_source
 from foveate.pretrain.method import MaskedImageModel, make_method
 from foveate.pretrain.recipe import Pretrain
 from foveate.pretrain.task import PretrainTask
-from foveate.pretrain.weights import load_weights, rest_path
+from foveate.pretrain.weights import load_rest, load_weights, method_of, rest_path
 from foveate.train.build import Batches, make_batches, make_model
 from foveate.train.recipe import Data, Model
+
+_log = logging.getLogger(__name__)
 
 __all__ = ["build", "make_masked_model", "open_watched"]
 
@@ -26,7 +30,11 @@ def make_masked_model(recipe: Pretrain) -> MaskedImageModel:
     too; any other start is a ViT alone, and decoder or head begin anew.
     """
     start = recipe.model.start
-    if start is not None and recipe.model.name is not None and (path := _both(Path(start))):
+    path = None if start is None else _both(Path(start))
+    if path is not None and (method := method_of(path)) != recipe.method:
+        _log.warning("%s was pre-trained by %s: of that the ViT alone is taken", start, method)
+        path = None
+    if path is not None and recipe.model.name is not None:
         model = _new(replace(recipe.model, start=None), recipe)
         load_weights(model, path)
         return model
@@ -35,6 +43,8 @@ def make_masked_model(recipe: Pretrain) -> MaskedImageModel:
     model.initialise()
     if start is not None:
         model.vit.load_state_dict(before)
+    if path is not None:  # the ViT was opened as what it is
+        load_rest(model, path)
     return model
 
 
@@ -83,4 +93,16 @@ def open_watched(recipe: Pretrain, vit: nn.Module) -> Batches | None:
         limit=recipe.probe.limit,
         val_limit=recipe.probe.val_limit,
     )
-    return make_batches(watched, vit, augmented=False)
+    batches = make_batches(watched, vit, augmented=False)
+    # What would be found out at the first reading, after hours, is said now.
+    if recipe.probe.feature == "token" and not backbone_for(vit).spec.class_token:
+        raise ValueError(
+            "probe.feature=token needs a class token, which this model has not: use avg"
+        )
+    images = batches.train.images
+    if recipe.probe.neighbours > images:
+        raise ValueError(
+            f"probe.neighbours={recipe.probe.neighbours} is more than the {images} images of "
+            f"{recipe.probe.data} that are read"
+        )
+    return batches

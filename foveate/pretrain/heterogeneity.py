@@ -5,7 +5,7 @@ to the visible tokens: high where it looks at all of them alike, low where it ha
 What the numbers say depends on the similarity: with raw dot products they sink with depth in an
 untrained network already, because norms grow.
 
-All is computed in float32, also under autocast, and without copies of all tokens in that precision.
+All is computed in float32, also under autocast, where residual streams have that precision anyway.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ class Similarity:
         width = rows.shape[-1]
         if self.kind == "layernorm":
             rows, columns = (F.layer_norm(x, (width,)) for x in (rows, columns))
-        # Half-precision products are summed in float32 inside and rounded once.
-        dots = torch.matmul(rows, columns.mT).float()
+        # Products of half precision would be rounded to it, and may overflow before they are
+        # divided by norms; under autocast only tokens that no block has changed yet have it.
+        dots = torch.matmul(rows.float(), columns.float().mT)
         if self.kind == "raw":
             return dots
         if self.kind != "cosine":

@@ -10,6 +10,8 @@ from typing import Any
 from foveate import config
 from foveate.files import read_json
 from foveate.pretrain.recipe import Pretrain
+from foveate.pretrain.weights import method_of, options_of, rest_path
+from foveate.train.recipe import Model
 
 __all__ = ["choose", "evenly", "locate", "name_files", "read_recipe", "weights_kept"]
 
@@ -19,7 +21,10 @@ _MOST = 6  # snapshots, where nobody says which
 
 
 def locate(path: Path) -> tuple[Path, Path | None]:
-    """The folder with the recipe, and the file if a single one was named."""
+    """The folder with the recipe, and the file if a single one was named.
+
+    A file without a recipe stands for its folder too.
+    """
     if path.is_dir():
         if not (path / _RECIPE).is_file():
             raise ValueError(f"{path} is no folder of a run: it has no {_RECIPE}")
@@ -33,11 +38,19 @@ def locate(path: Path) -> tuple[Path, Path | None]:
     for folder in (*path.parents, *path.absolute().parents):
         if (folder / _RECIPE).is_file():
             return folder, path
-    raise ValueError(f"{path} has no {_RECIPE} in the folders above it: weights alone do not do")
+    if rest_path(path).is_file():  # a run of its own, such as convert --pretraining writes
+        return path, path
+    raise ValueError(
+        f"{path} has no {_RECIPE} in the folders above it and no {rest_path(path).name} beside it: "
+        "weights of the encoder alone do not do"
+    )
 
 
 def read_recipe(folder: Path) -> Pretrain:
-    """The recipe of a run of pre-training."""
+    """The recipe of a run of pre-training, or what files of weights say of themselves."""
+    if folder.is_file():
+        start = Model(start=str(folder))
+        return Pretrain(method=method_of(folder), options=options_of(folder), model=start)
     try:
         return config.read(Pretrain, folder / _RECIPE)
     except ValueError as error:

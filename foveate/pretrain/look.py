@@ -143,7 +143,7 @@ class RunLook:
 
     Attributes:
         name: for tables and pictures.
-        folder: with its recipe.
+        folder: with its recipe; a file of weights that has none.
         method: of the recipe.
         data: where the images are from.
         images: how many there are.
@@ -225,7 +225,7 @@ def look(runs: Sequence[Path], choices: Choices | None = None) -> Report:
     """Measure what pre-training runs have kept.
 
     Args:
-        runs: folders of runs, or single files of their weights.
+        runs: folders of runs, single files of their weights, or files of foveate convert.
         choices: the usual ones if not given.
     """
     choices = choices or Choices()
@@ -234,6 +234,8 @@ def look(runs: Sequence[Path], choices: Choices | None = None) -> Report:
     found: dict[Path, list[Path]] = {}
     for path in map(Path, runs):
         folder, file = locate(path)
+        if folder.is_file() and choices.data is None:
+            raise ValueError(f"{path} has no recipe that names images: name them with --data")
         found.setdefault(folder, []).extend([] if file is None else [file])
     names = [folder.absolute().name for folder in found]
     opened = []
@@ -317,6 +319,8 @@ def _look(
 
 def _losses(folder: Path, recipe: Pretrain) -> dict[float, float]:
     """The loss on evaluation images by epoch, as far as the run has logged it."""
+    if folder.is_file():
+        return {}
     metric = "val/loss" if recipe.loop.ema is None else "val/loss_ema"
     try:
         return curve(folder, metric, least=1)

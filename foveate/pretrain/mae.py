@@ -138,7 +138,7 @@ class Mae(MaskedImageModel):
             )
         heads = decoder_heads or max(1, decoder_width // 32)
         for name, value in (("width", decoder_width), ("depth", decoder_depth), ("heads", heads)):
-            if value < 1:
+            if not isinstance(value, int) or value < 1:
                 raise ValueError(f"decoder_{name} must be at least 1, got {value}")
         if decoder_width % heads or decoder_width % 4:
             raise ValueError(

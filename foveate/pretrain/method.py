@@ -83,6 +83,11 @@ class MaskedImageModel(nn.Module):
                 "Beit can"
             )
         self._backbone = found
+        if getattr(vit, "attn_pool", None) is not None:
+            raise ValueError(
+                f"{type(vit).__name__} pools by attention, and there is no pooling here: make it "
+                "with model.options.global_pool=''"
+            )
         if isinstance(found.model.norm, nn.Identity):
             raise ValueError(
                 f"{type(vit).__name__} norms after pooling, and there is no pooling here: make it "
@@ -117,6 +122,11 @@ class MaskedImageModel(nn.Module):
         """
         raise NotImplementedError
 
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that the ViT wants left out of weight decay."""
+        plain: Any = getattr(self.vit, "no_weight_decay", set)
+        return {f"vit.{name}" for name in plain()}
+
     def initialise(self) -> None:
         """Draw the weights anew as the paper does."""
         raise NotImplementedError
@@ -125,6 +135,11 @@ class MaskedImageModel(nn.Module):
         """The prediction as normalised images ``[B, C, H, W]``, visible patches included."""
         backbone = self.backbone
         pixels = self.pixels(images, prediction.patches.float())
+        if pixels.shape[-1] != self.values:
+            raise ValueError(
+                f"{self.name} predicts {pixels.shape[-1]} values a patch, which has {self.values}: "
+                "it needs a method pixels() that says how a prediction looks"
+            )
         return unpatchify(pixels, backbone.grid_of(images), backbone.spec.patch)
 
     def pixels(self, images: Tensor, patches: Tensor) -> Tensor:
@@ -133,7 +148,13 @@ class MaskedImageModel(nn.Module):
 
     def _checked(self, images: Tensor, mask: Mask) -> tuple[int, int]:
         """The grid of the images, which the mask must fit."""
-        grid = self.backbone.grid_of(images)
+        grid, patch = self.backbone.grid_of(images), self.backbone.spec.patch
+        size = tuple(images.shape[2:])
+        if size != (grid[0] * patch[0], grid[1] * patch[1]):
+            raise ValueError(
+                f"images of {size[0]} x {size[1]} are not whole patches of {patch[0]} x "
+                f"{patch[1]}: a ViT that pads them is not pre-trained here"
+            )
         wanted = (len(images), grid[0] * grid[1])
         if tuple(mask.hidden.shape) != wanted:
             raise ValueError(

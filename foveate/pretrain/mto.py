@@ -82,7 +82,7 @@ class Mto:
         form: of "spa": "entropy" of a visible token's row, or "mass" that it leaves to visible
             tokens, which says the aim directly and is not in the paper.
         margin: by which heterogeneity is to sink at least.
-        layers: compare every so many layers, or these.
+        layers: compare every so many layers, beginning before the first, or these alone.
         detach_visible: heterogeneity teaches hidden tokens alone.
         detach_prev: the ranking teaches the later layer of a pair alone.
     """
@@ -128,6 +128,8 @@ class Mto:
             self.layers = tuple(self.layers)
         if isinstance(self.layers, int) and self.layers < 1:
             raise ValueError(f"mto.layers must be at least 1, got {self.layers}")
+        if isinstance(self.layers, tuple) and len(set(self.layers)) < 2:
+            raise ValueError(f"mto.layers must name at least 2 to rank, got {list(self.layers)}")
 
     @property
     def weights(self) -> dict[str, float]:
@@ -152,15 +154,16 @@ class Mto:
         wrong = [layer for layer in self.layers if not 0 <= layer <= depth]
         if wrong:
             raise ValueError(f"mto.layers must lie in 0..{depth}, got {wrong[0]}")
-        return sorted({0, *self.layers})
+        return sorted(set(self.layers))
 
     def check_depth(self, depth: int) -> None:
         """Refuse a network that is too shallow to have anything to rank."""
-        if self.r and len(self.chosen(depth)) < 3:
+        chosen = self.chosen(depth)
+        if self.r and (depth < 2 or len(chosen) < 2):
+            way = "give the decoder at least 2 blocks" if depth < 2 else "lower mto.layers"
             raise ValueError(
-                f"masked token optimisation ranks layers, and {len(self.chosen(depth)) - 1} of a "
-                f"network of depth {depth} is too few: give the decoder at least 2 blocks, or set "
-                "mto.r=0"
+                f"masked token optimisation ranks layers, and {len(chosen) - (0 in chosen)} of a "
+                f"network of depth {depth} is too few: {way}, or set mto.r=0"
             )
 
 
@@ -214,8 +217,10 @@ def _network_losses(network: States, mask: Mask, choices: Mto) -> dict[str, Tens
     if choices.e:
         losses["mto_e"] = 1 / (start + float(choices.eps or 0))
     if choices.r:
-        layers = choices.chosen(len(network.tokens) - 1)[1:]
-        levels = torch.stack([start, *(of(network.tokens[layer], False) for layer in layers)])
+        layers = choices.chosen(len(network.tokens) - 1)
+        levels = torch.stack(
+            [of(network.tokens[layer], False) if layer else start for layer in layers]
+        )
         before_it, after_it = levels[:-1], levels[1:]
         before_it = before_it.detach() if choices.detach_prev else before_it
         rise = after_it - before_it

@@ -65,6 +65,11 @@ class Pretrain(Recipe):
             numbers = value if isinstance(value, tuple) else (value,)
             if any(number is not None and number < 1 for number in numbers):
                 raise ValueError(f"{name} are epochs from 1 on, got {value}")
+        if self.optim.frozen_epochs or self.optim.backbone_scale != 1:
+            raise ValueError(
+                "optim.frozen_epochs and optim.backbone_scale are for training with a method: in "
+                "pre-training all parameters learn together"
+            )
         if self.mix.mixup or self.mix.cutmix or self.mix.smoothing or self.mix.erase:
             raise ValueError("mix is for classification: pre-training takes images as they are")
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from foveate.convert import Settings, open_model
 from foveate.convert.read import read
+from foveate.pretrain.mae import Mae
 from foveate.pretrain.method import MaskedImageModel, make_method
 from foveate.pretrain.weights import fill
 
@@ -47,6 +48,9 @@ def open_release(
         )
     vit = open_model(path, None, None, {}, settings).model
     model = make_method(name, vit, options)
+    if isinstance(model, Mae) and own["decoder.pos_embed"].shape != model.decoder.pos_embed.shape:
+        # At another image size: they are no weights, but sines and cosines of the grid.
+        own["decoder.pos_embed"] = model.decoder.pos_embed
     fill(model, vit.state_dict(), own, path)
     return model.eval()
 

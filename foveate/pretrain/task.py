@@ -44,7 +44,12 @@ class PretrainTask(Task):
         super().__init__(model, {} if self.mto is None else self.mto.weights_at(0.0))
         self.masking = (masking or Hiding()).filled(model.mask_kind, model.mask_ratio)
         spec = model.backbone.spec
-        self.masking.count(spec.grid, spec.patch)  # refuses what cannot be
+        hidden = self.masking.count(spec.grid, spec.patch)  # refuses what cannot be
+        if self.mto is not None and (seen := spec.grid[0] * spec.grid[1] - hidden) < 2:
+            raise ValueError(
+                f"masked token optimisation compares visible patches, and {seen} is too few: lower "
+                "mask.ratio, or make images larger or patches smaller"
+            )
         self.seed = seed
 
     def forward(self, images: Tensor, targets: Tensor, draws: Draws) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -18,7 +19,15 @@ from foveate.convert import save_plain
 from foveate.files import write_whole
 from foveate.pretrain.method import MaskedImageModel
 
-__all__ = ["fill", "load_weights", "rest_path", "save_model"]
+__all__ = [
+    "fill",
+    "load_rest",
+    "load_weights",
+    "method_of",
+    "options_of",
+    "rest_path",
+    "save_model",
+]
 
 _SHARED = "rel_pos_bias.relative_position_bias_table"
 
@@ -47,15 +56,40 @@ def save_model(model: MaskedImageModel, path: Path) -> None:
     write_whole(rest_path(path), lambda partial: save_file(rest, partial, said))
 
 
+def method_of(path: Path) -> str:
+    """The method that a backbone's file was pre-trained by."""
+    return _about(path)[0]
+
+
+def options_of(path: Path) -> dict[str, Any]:
+    """What that method was made with."""
+    return dict(json.loads(_about(path)[1]))
+
+
+def _about(path: Path) -> tuple[str, str]:
+    with safe_open(rest_path(path), "pt") as added:
+        said = added.metadata() or {}
+    if not {"method", "options"} <= said.keys():
+        raise ValueError(f"{rest_path(path)} does not say by what method it was pre-trained")
+    return said["method"], said["options"]
+
+
+def load_rest(model: MaskedImageModel, path: Path) -> None:
+    """Fill a method's own weights, and leave its ViT as it is."""
+    with safe_open(rest_path(path), "pt") as added:
+        own = {name: added.get_tensor(name) for name in added.keys()}
+    fill(model, dict(model.vit.state_dict()), own, path)
+
+
 def load_weights(model: MaskedImageModel, path: Path) -> None:
     """Fill a method and its ViT from both files."""
     rest = rest_path(path)
     for file in (path, rest):
         if not file.is_file():
             raise ValueError(f"{file} does not exist; {path} needs both of its files to go on with")
+    if (said := method_of(path)) != model.name:
+        raise ValueError(f"{rest} is of the method {said}, not of {model.name}")
     with safe_open(path, "pt") as backbone, safe_open(rest, "pt") as added:
-        if (said := (added.metadata() or {}).get("method")) != model.name:
-            raise ValueError(f"{rest} is of the method {said}, not of {model.name}")
         vit = {name: backbone.get_tensor(name) for name in backbone.keys()}
         own = {name: added.get_tensor(name) for name in added.keys()}
     if isinstance(model.backbone, TimmBeit) and _SHARED in model.vit.state_dict():

@@ -196,6 +196,24 @@ def test_files_of_weights(runs: dict[str, Path], tmp_path: Path) -> None:
         look([alone])
 
 
+def test_files_without_a_run(runs: dict[str, Path], tmp_path: Path) -> None:
+    """As convert --pretraining writes them: measured like the run's own, on images one names."""
+    for kind in (".safetensors", ".pretrain.safetensors"):
+        shutil.copy(runs["mae"] / f"model{kind}", tmp_path / f"released{kind}")
+    file = tmp_path / "released.safetensors"
+    with pytest.raises(ValueError, match="has no recipe that names images: name them with --data"):
+        look([file])
+    choices = Choices(images=3, data="fashion-mnist")
+    found = look([file, runs["mae"]], choices)
+    alone, run = found.runs
+    assert alone.method == "mae" and [point.label for point in alone.points] == ["released"]
+    assert alone.points[-1].loss == run.points[-1].loss
+    assert alone.points[-1].networks[0].levels == run.points[-1].networks[0].levels
+    arguments = ["look", str(file), "--data", "fashion-mnist", "--images", "2"]
+    assert main(arguments) == 0
+    assert (tmp_path / "look" / "look.json").is_file()
+
+
 def test_the_start_is_not_opened(mae: Path, runs: dict[str, Path]) -> None:
     recipe = mae / "recipe.yaml"
     text = recipe.read_text()

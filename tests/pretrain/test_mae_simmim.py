@@ -31,13 +31,13 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from foveate.convert import Settings
-from foveate.pretrain import Mask, MaskedImageModel, make_method, register
+from foveate.pretrain import Hiding, Mask, MaskedImageModel, make_method, register
 from foveate.pretrain.mae import Decoder
 from foveate.pretrain.method import METHODS, Prediction, sincos_positions
 from foveate.pretrain.release import open_release
 from foveate.pretrain.targets import normalised, patchify, unpatchify
 from foveate.pretrain.task import PretrainTask
-from foveate.train.optim import make_optimiser
+from foveate.train.optim import make_optimiser, parameter_groups
 from foveate.train.recipe import Optim
 
 BOTH = pytest.mark.parametrize("name", ["mae", "simmim"])
@@ -494,3 +494,35 @@ def test_a_mask_of_another_size(name: str) -> None:
         with pytest.raises(ValueError, match=r"^the mask is of \[\d, \d+\] patches, the images ha"):
             model(images(), wrong)
     assert isinstance(model(images(), mask()), Prediction)
+
+
+# Models ------------------------------------------------------------------------------------------
+
+
+def test_what_the_vit_leaves_out_of_weight_decay_stays_out() -> None:
+    task = PretrainTask(make_method("simmim", beit()), Hiding(kind="random"))
+    groups = parameter_groups(task, Optim(weight_decay=0.05))
+    plain = {id(p) for group in groups if not group["weight_decay"] for p in group["params"]}
+    named = dict(task.model.named_parameters())
+    table = "vit.rel_pos_bias.relative_position_bias_table"
+    assert id(named[table]) in plain and id(named["vit.cls_token"]) in plain
+    assert id(named["vit.blocks.0.attn.qkv.weight"]) not in plain
+
+
+def test_models_that_cannot_be() -> None:
+    pooled = vit(class_token=False, global_pool="map")
+    with pytest.raises(ValueError, match="pools by attention, .*model.options.global_pool=''"):
+        make_method("mae", pooled)
+    padded = make_method("mae", vit(dynamic_img_size=True, dynamic_img_pad=True))
+    x = torch.zeros(1, 1, 30, 28)
+    with pytest.raises(ValueError, match="images of 30 x 28 are not whole patches of 4 x 4"):
+        padded(x, mask(1, 56, 42))
+
+
+def test_pictures_need_pixels() -> None:
+    model = method("simmim")
+    x, drawn = images(), mask(2, 49, 30)
+    found = model(x, drawn)
+    found.patches = found.patches[..., :1]
+    with pytest.raises(ValueError, match="simmim predicts 1 values a patch, which has 16: "):
+        model.painted(x, found)

@@ -35,6 +35,7 @@ from foveate.pretrain.heterogeneity import (
 from foveate.pretrain.mae import Decoder
 from foveate.pretrain.method import METHODS
 from foveate.pretrain.mto import PRESETS
+from foveate.pretrain.recipe import Pretrain
 from foveate.pretrain.targets import gathered, patchify
 from foveate.pretrain.task import PretrainTask
 from foveate.train.draws import Draws
@@ -117,8 +118,8 @@ def separation(x: Tensor, hidden: Tensor, m: Mto) -> Tensor:
 
 def by_hand(states: States, hidden: Tensor, m: Mto) -> dict[str, Tensor]:
     first = states.initial if m.initial == "pre_pos" else states.tokens[0]
-    levels = [level(first, hidden, m)]
-    levels += [level(states.tokens[n], hidden, m) for n in m.chosen(DEPTH)[1:]]
+    start = level(first, hidden, m)
+    levels = [level(states.tokens[n], hidden, m) if n else start for n in m.chosen(DEPTH)]
     sign = 1 if m.direction == "decreasing" else -1
     steps = [
         (1 + (sign * (b - a) + m.margin).exp()).log()
@@ -127,7 +128,7 @@ def by_hand(states: States, hidden: Tensor, m: Mto) -> dict[str, Tensor]:
     ranks = torch.stack(steps)
     return {
         "mto_spa": separation(first, hidden, m),
-        "mto_e": 1 / (levels[0] + m.eps),
+        "mto_e": 1 / (start + m.eps),
         "mto_r": ranks.mean() if m.reduction == "mean" else ranks.sum(),
     }
 
@@ -409,7 +410,7 @@ def test_visible_tokens_learn_nothing_if_they_are_detached(general: bool) -> Non
 
 
 def test_earlier_layers_learn_nothing_of_a_pair_if_they_are_detached() -> None:
-    only = {"spa": 0, "e": 0, "layers": (1, 3)}
+    only = {"spa": 0, "e": 0, "layers": (0, 1, 3)}
     moved = [bool(x.any()) for x in grads(hiding(), **only)]
     assert moved == [True, True, False, True, False]
     moved = [bool(x.any()) for x in grads(hiding(), **only, detach_prev=True)]
@@ -453,6 +454,46 @@ def test_presets_in_recipes() -> None:
     assert "similarity: raw" in written and "r: 0.2" in written
 
 
+def test_another_preset_begins_the_group_anew(tmp_path: Path) -> None:
+    """A resolved recipe has all values of its own preset."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(config.dump(recipe("mto.preset=default", "mto.spa=0.3")))
+    assert config.read(Pretrain, path).mto == Mto(spa=0.3)
+    assert config.read(Pretrain, path, ["mto.e=0.2"]).mto == Mto(spa=0.3, e=0.2)
+    assert config.read(Pretrain, path, ["mto.preset=paper"]).mto == Mto(preset="paper")
+    both = config.read(Pretrain, path, ["mto.r=0.5", "mto.preset=paper"]).mto
+    assert both == Mto(preset="paper", r=0.5)
+
+
+def test_too_few_visible_patches() -> None:
+    model = method("mae", vit(img_size=8), decoder_depth=2)
+    with pytest.raises(ValueError, match="compares visible patches, and 1 is too few"):
+        PretrainTask(model, Hiding(kind="random", ratio=0.75), Mto())
+    PretrainTask(model, Hiding(kind="random", ratio=0.75))
+    PretrainTask(model, Hiding(kind="random", ratio=0.5), Mto())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_half_precision_is_not_that_of_the_losses(preset: str, dtype: torch.dtype) -> None:
+    """Layer 0 is in half precision under autocast; its products are not."""
+    torch.manual_seed(0)
+    drawn, choices = hiding(), Mto(preset=preset, **ONES)
+    made = network(scale=0.5, hiding=drawn)
+    found = []
+    for kind in (dtype, torch.float32):
+        parts = (made.initial, *made.tokens[1:])  # before the first block: as initial, moved
+        rounded = [x.detach().to(dtype).to(kind).requires_grad_() for x in parts]
+        losses = mto_losses([States([rounded[0], *rounded[1:]], rounded[0])], drawn, choices)
+        grads = torch.autograd.grad(sum(losses.values()), rounded)
+        found.append((losses, grads))
+    for key, value in found[1][0].items():
+        torch.testing.assert_close(found[0][0][key], value, rtol=1e-5, atol=1e-6)
+    for half, whole in zip(found[0][1], found[1][1], strict=True):
+        error = (half.float() - whole).norm() / whole.norm().clamp_min(1e-3)
+        assert error < 1e-2  # a gradient is rounded to what its tokens are
+
+
 def test_weights_grow() -> None:
     choices = Mto(spa=1.0, e=0.5, r=0.0, ramp=0.2)
     for done, share in ((0, 0), (0.05, 0.25), (0.1, 0.5), (0.2, 1), (0.7, 1), (1, 1)):
@@ -468,9 +509,9 @@ def test_weights_grow() -> None:
         (1, [0, 1, 2, 3, 4, 5, 6]),
         (2, [0, 2, 4, 6]),
         (4, [0, 4]),
-        ((2, 5), [0, 2, 5]),
+        ((2, 5), [2, 5]),
         ((5, 0, 2), [0, 2, 5]),
-        ([6], [0, 6]),
+        ([6, 3], [3, 6]),
     ],
 )
 def test_layers(layers: Any, chosen: list[int]) -> None:
@@ -494,6 +535,8 @@ def test_layers(layers: Any, chosen: list[int]) -> None:
         ({"eps": 0}, "^mto.eps must be above 0, got 0$"),
         ({"ramp": 1.5}, r"^mto.ramp is a share of the run and lies in \[0, 1\], got 1.5$"),
         ({"layers": 0}, "^mto.layers must be at least 1, got 0$"),
+        ({"layers": []}, r"^mto.layers must name at least 2 to rank, got \[\]$"),
+        ({"layers": (4,)}, r"^mto.layers must name at least 2 to rank, got \[4\]$"),
     ],
 )
 def test_choices_that_cannot_be(changes: dict[str, Any], said: str) -> None:
@@ -514,8 +557,9 @@ def test_a_network_that_is_too_shallow() -> None:
         task("mae", Mto(), decoder_depth=1)
     with pytest.raises(ValueError, match=said.format(1)):
         task("simmim", Mto(), vit(depth=1))
-    with pytest.raises(ValueError, match=said.format(2)):
-        task("mae", Mto(layers=2))
+    task("mae", Mto(layers=2))  # the last against the first
+    with pytest.raises(ValueError, match="and 0 of a network of depth 2 is too few: lower mto.lay"):
+        task("mae", Mto(layers=3))
     with pytest.raises(ValueError, match=r"^mto.layers must lie in 0..2, got 3$"):
         task("mae", Mto(layers=(1, 3)))
     one = task("mae", Mto(r=0), decoder_depth=1)

@@ -338,25 +338,39 @@ def test_going_on_from_a_run(name: str, part: str, begun: dict[str, Path], tmp_p
 def test_a_start_that_is_a_vit_alone(begun: dict[str, Path], tmp_path: Path) -> None:
     """Its weights stay, and a decoder begins anew; a head for classes goes."""
     path = checkpoint(tmp_path / "vit.safetensors")
-    for model in ({"start": path}, {"start": str(begun["mae"])}):
-        found = make_masked_model(recipe(model=model))
-        source = load_file(path) if model["start"] == path else exported(begun["mae"])
-        state = found.state_dict()
-        assert all(torch.equal(state[f"vit.{k}"], v) for k, v in source.items() if "head" not in k)
-        assert "vit.head.weight" not in state
-        decoder = rest(begun["mae"])["decoder.embed.weight"]
-        assert not torch.equal(state["decoder.embed.weight"], decoder)
-        assert state["decoder.embed.weight"].abs().max() <= (6 / 64) ** 0.5  # as Xavier draws
+    state = make_masked_model(recipe(model={"start": path})).state_dict()
+    source = load_file(path)
+    assert all(torch.equal(state[f"vit.{k}"], v) for k, v in source.items() if "head" not in k)
+    assert "vit.head.weight" not in state
+    decoder = rest(begun["mae"])["decoder.embed.weight"]
+    assert not torch.equal(state["decoder.embed.weight"], decoder)
+    assert state["decoder.embed.weight"].abs().max() <= (6 / 64) ** 0.5  # as Xavier draws
+
+
+def test_a_start_without_a_name_is_what_it_is(begun: dict[str, Path]) -> None:
+    """Its decoder comes along too."""
+    model = make_masked_model(recipe(model={"start": str(begun["mae"])}))
+    state = model.state_dict()
+    assert all(torch.equal(state[k], v) for k, v in rest(begun["mae"]).items())
+    assert all(torch.equal(state[f"vit.{k}"], v) for k, v in exported(begun["mae"]).items())
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_start_of_another_method(
+    named: bool, begun: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The ViT alone, and that is said."""
+    start = {"start": str(begun["mae"])}
+    model = make_masked_model(recipe(**{**SIMMIM, "model": {**MODEL, **start} if named else start}))
+    assert "was pre-trained by mae: of that the ViT alone is taken" in caplog.text
+    state = model.state_dict()
+    assert all(torch.equal(state[f"vit.{k}"], v) for k, v in exported(begun["mae"]).items())
+    assert "head.weight" in state and not any("decoder" in key for key in state)
 
 
 def test_weights_that_do_not_fit(begun: dict[str, Path], tmp_path: Path) -> None:
     mae, simmim = begun["mae"], begun["simmim"]
     cases = (
-        (
-            (),
-            {**SIMMIM, "model": {**MODEL, "start": str(mae)}},
-            "is of the method mae, not of simm",
-        ),
         (
             ("options.decoder_depth=3",),
             {"model": {**MODEL, "start": str(mae)}},
@@ -553,6 +567,13 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
         ("options.decoder_depth=1", "mto.preset=default"),
         "1 of a network of depth 1 is too few: give the decoder at least 2 blocks",
     ),
+    "frozen": (("optim.frozen_epochs=1",), "in pre-training all parameters learn together"),
+    "scaled": (("optim.backbone_scale=0.1",), "in pre-training all parameters learn together"),
+    "feature": (
+        ("probe.feature=token", "model.options.class_token=false", "model.options.global_pool=''"),
+        "probe.feature=token needs a class token",
+    ),
+    "heads": (("options.decoder_heads=two",), "decoder_heads must be at least 1, got two"),
     "method": (("method=mea",), "'mea'; did you mean 'mae'?"),
     "option": (("options.decoder_dept=2",), "'decoder_dept'; did you mean 'decoder_depth'?"),
     "setting": (("mto.presett=paper",), "'mto.presett'; did you mean 'mto.preset'?"),
@@ -562,7 +583,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "a snapshot": (("snapshots=[5,0]",), "snapshots are epochs from 1 on, got (5, 0)"),
     "layers": (("layers_every=0",), "layers_every are epochs from 1 on, got 0"),
     "probe": (("probe.every=0",), "probe.every must be at least 1, got 0"),
-    "neighbours": (("probe.limit=8",), "neighbours=20 is more than the 8 training images"),
+    "neighbours": (("probe.limit=8",), "neighbours=20 is more than the 8 images of"),
     "class token": (
         ("probe.feature=token", "model.options.class_token=false", "model.options.global_pool=''"),
         "feature=token needs a class token",
