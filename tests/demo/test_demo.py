@@ -43,9 +43,10 @@ def test_what_ships_is_trained_and_its_log_says_how_well(vit: nn.Module, name: s
     said = json.loads((LOGS / name / "result.json").read_text())["accuracy"]
     method = name.partition("reduce-demo_")[2]
     cell = Cell(method, "keep=0.7" if method else "")  # by threshold, as it was evaluated
-    found = accuracy(build(cell, vit), *shipped_images())
-    # 2 000 of 10 000 images, weights in half precision
-    assert found == pytest.approx(said, abs=1.5)
+    images, labels = (part[::2] for part in shipped_images())
+    found = accuracy(build(cell, vit), images, labels)
+    # 1 000 of 10 000 images, weights in half precision
+    assert found == pytest.approx(said, abs=2.5)
     assert found > {"": 83, "dynamicvit": 83, "svit": 82, "spvit": 83, "static": 80}[method]
 
 
