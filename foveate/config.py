@@ -51,7 +51,7 @@ def parse(cls: type[_T], tree: Any, overrides: Sequence[str] = (), where: str = 
     except ArgumentError as error:
         raise ValueError(f"{where}: {_sentence(error)}") from None
     except ValueError as error:  # of the dataclass itself
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{where}: {_sentence(error)}") from error
 
 
 def dump(settings: Any) -> str:
@@ -127,6 +127,8 @@ def _check_keys(cls: type, tree: Mapping[str, Any], prefix: str, where: str) -> 
         if key not in hints:
             near = suggest("setting", prefix + str(key), [prefix + name for name in hints])
             raise ValueError(f"{where}: {near}")
+        if value is None and type(None) not in get_args(hints[key]) and hints[key] is not Any:
+            raise ValueError(f"{where}: {prefix}{key} needs a value, and null is none")
         inner = _dataclass(hints[key])
         if inner is not None and isinstance(value, Mapping):
             _check_keys(inner, value, f"{prefix}{key}.", where)
@@ -145,7 +147,11 @@ def _sentence(error: Exception) -> str:
     """Shorten jsonargparse's message of several lines."""
     text = " ".join(str(error).split())
     text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
-    return text.replace('Parser key "', "").replace('":', ":", 1)
+    if "Union subtypes" in text:  # of what may also be null: what is wrong beside that it is not
+        text = re.sub(r"Does not validate against any of the Union \S+ Subtypes: .*? - ", "", text)
+        text = re.sub(r"Problem with given class_path '\S+': ", "", text)
+        text = re.split(" - Expected a NoneType| Given value type", text)[0]
+    return re.sub(r'Parser key "([^"]+)":', r"\1:", text)
 
 
 def _plain(value: Any) -> Any:

@@ -50,7 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--layers", type=int, nargs="+", default=[], metavar="L", help="of affinity maps (four)")
     add("--seed", type=int, default=0, metavar="N", help="of the masks (0)")
     add("--device", default="cpu", help="cpu or cuda (cpu)")
-    add("--out", type=Path, metavar="DIR", help="folder for look.json and pictures (RUN/look)")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="for look.json and pictures (RUN/look; of several, look)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -81,10 +86,15 @@ def run(args: argparse.Namespace) -> None:
         console.print(part)
     for text in report.alarms():
         print(text)
-    first = report.runs[0].folder
-    out = args.out or (first.parent if first.is_file() else first) / "look"
-    for path in write(report, out, command=machine.command("foveate")):
+    for path in write(report, args.out or _folder(args.runs), command=machine.command("foveate")):
         print(f"wrote    {path}")
+
+
+def _folder(runs: list[Path]) -> Path:
+    """Where nobody says: what is said of a whole run is not written over by less or by more."""
+    if len(runs) > 1:
+        return Path("look")
+    return runs[0] / "look" if runs[0].is_dir() else runs[0].parent / f"look-{runs[0].stem}"
 
 
 def _epochs(given: list[str] | None) -> tuple[float, ...] | None:

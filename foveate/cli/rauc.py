@@ -99,7 +99,8 @@ def _line(name: str, pair: Pair) -> tuple[str, ...]:
     scores = (pair.base_start, pair.base_end, pair.other_start, pair.other_end)
     ratio = "undefined" if math.isnan(pair.rauc) else f"{pair.rauc:.3f}"
     most, least = ("<= ", ">= ") if pair.at_once else ("", "")
-    match = "never" if pair.match is None else f"{most}{pair.match:.1f}"
+    never = "undefined" if math.isnan(pair.rauc) else "never"
+    match = never if pair.match is None else f"{most}{pair.match:.1f}"
     saved = "" if pair.reduction is None else f"{least}{pair.reduction:.0%}"
     return (name, *(f"{score:#.4g}" for score in scores), ratio, match, saved)
 
@@ -110,4 +111,6 @@ def _over(found: Efficiency, name: str, form: str) -> str:
     if mean is None:
         return ""
     text = format(mean, form) + ("" if std is None else f" ± {format(std, form)}")
+    if any(pair.at_once for pair in found.pairs):
+        text = {"match": "<= ", "reduction": ">= "}.get(name, "") + text
     return text if n == len(found.pairs) else f"{text} ({n} of {len(found.pairs)})"

@@ -166,9 +166,9 @@ class Reconstructions(_AtEpochs):
         self.mean, self.std, self.folder = batches.mean, batches.std, folder
 
     def due(self, epoch: int, over: bool) -> bool:
-        """Every so many epochs."""
+        """Every so many epochs, and at the end."""
         assert self.every is not None
-        return epoch % self.every == 0
+        return over or epoch % self.every == 0
 
     def act(self, module: Module, model: MaskedImageModel, epoch: int) -> None:
         """One file an epoch."""

@@ -80,6 +80,8 @@ class Choices:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError("device cuda was asked for, and torch finds none")
         if self.images < 1:
             raise ValueError(f"images must be at least 1, got {self.images}")
         if any(layer < 0 for layer in self.layers):

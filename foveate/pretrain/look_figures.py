@@ -55,6 +55,7 @@ def layers_figure(report: Report) -> Figure:
         # Of the last weights alone: those of all would cover each other.
         spread = [level.std or 0.0 for level in levels]
         low, high = ([v + sign * s for v, s in zip(y, spread, strict=True)] for sign in (-1, 1))
+        low, high = [max(0.0, v) for v in low], [min(1.0, v) for v in high]
         panel.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
         panel.set_title(_title(run, number), fontsize="medium")
         panel.set_xlabel("layer (0: initial embedding)")

@@ -132,6 +132,10 @@ def curve(run: Path, metric: str = METRIC, *, least: int = _LEAST) -> dict[float
         least: scored checkpoints that there must be.
     """
     run = Path(run)
+    if metric.startswith("probe/") and run.is_dir() and not _scored(run, metric):
+        raise ValueError(
+            f"{run} was never scored by {metric}: pre-train with probe.data=... and probe.every=..."
+        )
     found = read_metric(run, metric)
     path = run / "metrics.csv" if run.is_dir() else run
     with path.open(encoding="utf-8") as file:
@@ -143,9 +147,18 @@ def curve(run: Path, metric: str = METRIC, *, least: int = _LEAST) -> dict[float
     if len(scores) < least:
         raise ValueError(
             f"{run} holds {_counted(len(scores), 'scored checkpoint')}; RAUC needs at least "
-            f"{least}: pre-train with probe.every=..., or score its snapshots with foveate probe"
+            f"{least}: pre-train with probe.every=..., or read its snapshots with foveate probe, "
+            "feature and lr as in the runs, into a CSV file of one's own"
         )
     return scores
+
+
+def _scored(run: Path, metric: str) -> bool:
+    path = run / "metrics.csv"
+    if not path.is_file():  # read_metric says it
+        return True
+    with path.open(encoding="utf-8") as file:
+        return metric in file.readline().strip().split(",")
 
 
 def _points(scores: Mapping[float, float], name: str) -> _Points:
@@ -209,7 +222,7 @@ class Pair:
         other_start, other_end: scores of the other run there.
         rauc: above 1 the other run is ahead; nan where the base gains nothing.
         goal: score of the base at the reference epoch.
-        match: epoch at which the other run is as good; None if it never is.
+        match: epoch at which the other run is as good; None if it never is, or ``rauc`` is nan.
         reduction: share of the reference epoch that it saves; None without ``match``.
         at_once: ``match`` is the first score there is: it may have been as good before.
     """
@@ -397,7 +410,8 @@ def _pair(one: Run, two: Run, metric: str, start: float, end: float, at: float) 
     with warnings.catch_warnings():  # compare says it, with the name of the run
         warnings.simplefilter("ignore")
         ratio = rauc(ours, theirs, start, end)
-    match = epochs_to_match(ours, at, theirs)
+    # To be as good as a run that gains nothing is no feat.
+    match = None if math.isnan(ratio) else epochs_to_match(ours, at, theirs)
     mine, its = sorted(one.scores.items()), sorted(two.scores.items())
     return Pair(
         one.name,

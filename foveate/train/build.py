@@ -220,9 +220,18 @@ def _made(recipe: recipes.Model, head: dict[str, int]) -> nn.Module:
     if ":" in name or not timm.is_model(name):
         raise ValueError(f"model.name={name} is no model that timm knows, nor lvvit_s or lvvit_m")
     try:
-        return timm.create_model(name, pretrained=recipe.start == "pretrained", **options)
+        model = timm.create_model(name, pretrained=recipe.start == "pretrained", **options)
     except Exception as error:  # the hub, the network and timm's models raise many kinds
         raise ValueError(f"model.name={name}: {' '.join(str(error).split())}") from error
+    embedding = getattr(model, "patch_embed", None)
+    size, patch = (getattr(embedding, part, None) for part in ("img_size", "patch_size"))
+    # timm rounds down, and would leave the rest of every image out.
+    if size and patch and any(side % each for side, each in zip(size, patch, strict=True)):
+        raise ValueError(
+            f"images of {size[0]} x {size[1]} are not whole patches of {patch[0]} x {patch[1]}: "
+            "change model.options.img_size or patch_size"
+        )
+    return model
 
 
 def _opened(recipe: recipes.Model) -> nn.Module:

@@ -161,7 +161,7 @@ def linear_probe(
         progress("linear probe", epoch + 1, recipe.epochs)
     head.eval()
     with torch.no_grad():
-        return 100 * float((head(held).argmax(1) == labels).float().mean())
+        return 100 * int((head(held).argmax(1) == labels).sum()) / len(labels)
 
 
 def _rate(peak: float, epoch: float, recipe: recipes.Reading) -> float:

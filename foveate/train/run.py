@@ -27,6 +27,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from foveate import config
 from foveate.backbones import image_settings
@@ -117,13 +118,17 @@ def fit(
         write_text(out / _RECIPE, config.dump(recipe))
     task.settle(loop.eval_mode)
     with _quiet():
-        trainer.fit(
-            module,
-            batches.train,
-            batches.val,
-            ckpt_path=None if checkpoint is None else str(checkpoint),
-            weights_only=True,
-        )
+        try:
+            trainer.fit(
+                module,
+                batches.train,
+                batches.val,
+                ckpt_path=None if checkpoint is None else str(checkpoint),
+                weights_only=True,
+            )
+        except SystemExit as stop:  # Lightning's ends on Ctrl-C and on SIGTERM, the latter with 0
+            _log.warning("stopped; --resume %s goes on from its last checkpoint", out)
+            raise SystemExit(143 if isinstance(stop, SIGTERMException) else 130) from None
         # Not evaluated where it stopped, or not as it is exported: at the method's final rate.
         stale = module.evaluated != trainer.global_step or trainer.global_step < module.updates
         if batches.val is not None and stale:

@@ -211,7 +211,7 @@ def test_files_without_a_run(runs: dict[str, Path], tmp_path: Path) -> None:
     assert alone.points[-1].networks[0].levels == run.points[-1].networks[0].levels
     arguments = ["look", str(file), "--data", "fashion-mnist", "--images", "2"]
     assert main(arguments) == 0
-    assert (tmp_path / "look" / "look.json").is_file()
+    assert (tmp_path / "look-released" / "look.json").is_file()
 
 
 def test_the_start_is_not_opened(mae: Path, runs: dict[str, Path]) -> None:

@@ -170,7 +170,8 @@ def test_a_whole_run(
     names = [path.name for path in sorted((out / "snapshots").iterdir())]
     wanted = [f"epoch-000{n}.{kind}safetensors" for n in (1, 3) for kind in ("pretrain.", "")]
     assert names == wanted
-    assert [path.name for path in (out / "pictures").iterdir()] == ["epoch-002.png"]
+    drawn = sorted(path.name for path in (out / "pictures").iterdir())
+    assert drawn == ["epoch-002.png", "epoch-003.png"]
     with Image.open(out / "pictures" / "epoch-002.png") as drawn:
         assert drawn.width > 4 * 112 and drawn.height > 6 * 112
 
@@ -567,6 +568,10 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
         ("options.decoder_depth=1", "mto.preset=default"),
         "1 of a network of depth 1 is too few: give the decoder at least 2 blocks",
     ),
+    "size": (("model.options.img_size=30",), "images of 30 x 30 are not whole patches of 4 x 4"),
+    "null": (("probe.every=null",), "probe.every needs a value, and null is none"),
+    "preset": (("mto.preset=papr",), "mto.preset must be one of 'default', 'paper'; got 'papr'"),
+    "weight": (("mto.spa=much",), "mto: spa: Expected a float"),
     "frozen": (("optim.frozen_epochs=1",), "in pre-training all parameters learn together"),
     "scaled": (("optim.backbone_scale=0.1",), "in pre-training all parameters learn together"),
     "feature": (

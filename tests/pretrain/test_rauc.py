@@ -164,7 +164,7 @@ def test_curve_refuses(tmp_path: Path) -> None:
     ):
         curve(run)
     assert len(curve(run, least=2)) == 2
-    with pytest.raises(ValueError, match="'probe/knn'.*Legal: epoch, step, train/loss, probe/line"):
+    with pytest.raises(ValueError, match="run was never scored by probe/knn: pre-train with"):
         curve(run, "probe/knn")
     with pytest.raises(ValueError, match="does not exist; expected the metrics of a run"):
         curve(tmp_path)
@@ -201,6 +201,13 @@ def test_as_good_at_the_first_score(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "<= 100.0" in text and ">= 75%" in text and "maybe before it" in text
     words = [text.get_text() for text in figure(compare([base], [mto])).axes[0].texts]
     assert "at least 75% fewer epochs" in words
+
+
+def test_as_good_as_a_base_that_sinks(tmp_path: Path) -> None:
+    """No feat: there is nothing to match, nor to save."""
+    run = folder(tmp_path / "sinking", {1: 38.5, 2: 37, 3: 36})
+    (pair,) = compare([run], [run]).pairs
+    assert math.isnan(pair.rauc) and pair.match is None and not pair.at_once
 
 
 def test_the_range_is_what_runs_share(tmp_path: Path) -> None:
@@ -321,7 +328,7 @@ def test_command_with_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     seeds = ["--more-base", runs[5], "--more-mto", runs[1]]
     assert main(["rauc", runs[4], runs[0], *seeds, "--at", "100", "--out", out]) == 0
     text = capsys.readouterr().out
-    assert text.count("undefined") == 5 and text.count("never") == 3
+    assert text.count("undefined") == 8 and "never" not in text
     assert json.loads((tmp_path / "out/rauc.json").read_text())["seeds"]["rauc"]["mean"] is None
 
 
@@ -337,7 +344,11 @@ def test_command_with_one_run_twice(tmp_path: Path, capsys: pytest.CaptureFixtur
         ({100: 1, 200: 2}, [], "mto holds 2 scored checkpoints; RAUC needs at least 3: pre-train"),
         (AHEAD, ["--to", "900"], "epoch 900 lies outside the curve base, which covers epochs 100"),
         (AHEAD, ["--from", "300", "--to", "200"], "the range must begin before it ends, got 300"),
-        (AHEAD, ["--metric", "probe/knn"], "base/metrics.csv: unknown column 'probe/knn'"),
+        (
+            AHEAD,
+            ["--metric", "probe/knn"],
+            "base was never scored by probe/knn: pre-train with probe.data",
+        ),
         (AHEAD, ["--at", "0"], "epoch 0 lies outside the curve base"),
     ],
 )

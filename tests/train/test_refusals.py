@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +38,34 @@ def refused(recipe: Any, out: Path, words: str, **options: Any) -> None:
     with pytest.raises(ValueError, match=words) as error:
         run(recipe, out, **options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("kind", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_stopped_says_so(
+    kind: signal.Signals,
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Lightning would end with 0, and what comes next would take the run for done."""
+    original, steps = FinetuneTask.forward, iter(range(1000))
+
+    def forward(self: FinetuneTask, *arguments: Any) -> dict[str, Tensor]:
+        if next(steps) == 2:
+            os.kill(os.getpid(), kind)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(FinetuneTask, "forward", forward)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run(finetune("loop.epochs=5", "loop.save_every=1"), tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGINT, before)  # which Lightning ignores from then on
+    assert stop.value.code == code
+    assert f"stopped; --resume {tmp_path / 'run'} goes on" in caplog.text
+    assert not (tmp_path / "run" / "result.json").exists() and saved(tmp_path / "run")
 
 
 # Numbers that are none ---------------------------------------------------------------------------
