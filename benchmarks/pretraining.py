@@ -257,6 +257,8 @@ def draw(record: dict[str, Any], seeds: dict[str, list[str]], results: Path) -> 
 
     for method in METHODS:
         arms = [arm for arm in seeds if arm.startswith(f"{method}-")]
+        if not arms:
+            continue
         progress, layers = [], []
         for arm in arms:
             runs = [record["runs"][name] for name in seeds[arm]]

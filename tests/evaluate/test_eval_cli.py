@@ -65,7 +65,7 @@ def test_everything_on_the_demo_model(
 
 def test_the_shipped_images_give_the_known_accuracy() -> None:
     row = evaluate({"demo": demo_vit()}, Plan(data="fashion-mnist")).entries[0].rows["dense"]
-    assert row.accuracy.top1 == pytest.approx(85.6, abs=0.1)  # a near tie may fall either way
+    assert row.accuracy.top1 == pytest.approx(84.25, abs=0.1)  # a near tie may fall either way
     assert row.accuracy.images == 2000
 
 
