@@ -23,7 +23,7 @@ from foveate.files import write_text
 
 __all__ = ["run_demo"]
 
-_SHOWN = ("evit(keep=0.5)", "tome(r=3)", "ats(K=28)", "svit(keep=0.7)")
+_SHOWN = ("evit(keep=0.5)", "tome(r=3)", "ats(K=28)", "dynamicvit(keep=0.5)")
 _REMARKS = """\
 + trained with the method at keep 0.7, from the dense model, for one more epoch; * gates alone
 trained, half an epoch or less, the model as it is; all others work on the model as it is, which was
