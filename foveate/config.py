@@ -39,7 +39,8 @@ def parse(cls: type[_T], tree: Any, overrides: Sequence[str] = (), where: str = 
     if not isinstance(tree, Mapping):
         raise ValueError(f"{where} must hold keys and values, got {type(tree).__name__}")
     tree = _copied(tree)
-    for text in sorted(overrides, key=lambda text: ".preset=" not in text):
+    # Presets first: they begin their groups anew.
+    for text in sorted(overrides, key=lambda text: not text.partition("=")[0].endswith(".preset")):
         _override(tree, text)
     _check_keys(cls, tree, "", where)
     parser = _parser(cls)

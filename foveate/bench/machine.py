@@ -57,6 +57,18 @@ def tune_malloc(device: str, program: str = "foveate") -> None:
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **missing})
 
 
+def check_device(name: str) -> None:
+    """Refuse a device that torch does not know or has not."""
+    import torch
+
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {name!r}") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for, and torch finds none")
+
+
 def physical_cores() -> int:
     """Cores that this process may use, hyper-threads counted once."""
     try:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from foveate.convert import Settings
+    from foveate.core import BackboneSpec
 
 __all__ = ["add_arguments", "image_size", "run"]
 
@@ -86,11 +87,7 @@ def run(args: argparse.Namespace) -> None:
     _check_out(args.checkpoint, args.out, folder=reduced)
     spec = (model.backbone if isinstance(model, ReducedViT) else backbone_for(model)).spec
     print(f"origin   {loaded.origin}")
-    print(
-        f"model    {spec.family}, width {spec.width}, depth {spec.depth}, {spec.heads} heads, "
-        f"patch {spec.patch[0]} x {spec.patch[1]}, grid {spec.grid[0]} x {spec.grid[1]}, "
-        f"{spec.classes} classes"
-    )
+    print(f"model    {_form(spec)}, {spec.classes} classes")
     if isinstance(model, ReducedViT):
         print(f"method   {model.reducer!r}")
     for note in loaded.notes:
@@ -112,16 +109,19 @@ def _convert_pretraining(
     _check_out(args.checkpoint, args.out, folder=False)
     model = open_release(args.checkpoint, settings, options)
     said = ", ".join(f"{name}={value}" for name, value in model.options.items())
-    spec = model.backbone.spec
     print(f"origin   {model.name}")
-    print(
-        f"model    {spec.family}, width {spec.width}, depth {spec.depth}, {spec.heads} heads, "
-        f"patch {spec.patch[0]} x {spec.patch[1]}, grid {spec.grid[0]} x {spec.grid[1]}"
-    )
+    print(f"model    {_form(model.backbone.spec)}")
     print(f"method   {model.name}({said})")
     save_model(model, args.out)
     print(f"wrote    {args.out}")
     print(f"wrote    {rest_path(args.out)}")
+
+
+def _form(spec: BackboneSpec) -> str:
+    return (
+        f"{spec.family}, width {spec.width}, depth {spec.depth}, {spec.heads} heads, "
+        f"patch {spec.patch[0]} x {spec.patch[1]}, grid {spec.grid[0]} x {spec.grid[1]}"
+    )
 
 
 def image_size(text: str) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 
-from foveate.cli.training import add_recipe_arguments, open_recipe, show_recipes
+from foveate.cli.training import add_recipe_arguments, begin
 
 __all__ = ["add_arguments", "run"]
 
@@ -28,19 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Pre-train, and say what came of it."""
-    if args.list:
-        show_recipes("pretrain")
+    begun = begin("pretrain", args)
+    if begun is None:
         return
-    from foveate import config
-    from foveate.pretrain.recipe import Pretrain
-
-    recipe, out = open_recipe("pretrain", Pretrain, args)
-    if args.print:
-        print(config.dump(recipe), end="")
-        return
-    from foveate.bench import machine
-
-    machine.tune_malloc("cpu")
+    recipe, out = begun
     from foveate.pretrain.run import pretrain
 
     result = pretrain(recipe, out, resume=args.resume)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from foveate.cli.training import add_recipe_arguments, open_recipe, show_recipes
+from foveate.cli.training import add_recipe_arguments, begin
 
 __all__ = ["add_arguments", "run"]
 
@@ -23,21 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Take features, fit, and say what came of it."""
-    if args.list:
-        show_recipes("probe")
+    begun = begin("probe", args)
+    if begun is None:
         return
-    from foveate import config
-    from foveate.train.recipe import Probe
-
-    recipe, out = open_recipe("probe", Probe, args)
-    if args.print:
-        print(config.dump(recipe), end="")
-        return
+    recipe, out = begun
     from rich.progress import Progress
 
-    from foveate.bench import machine
-
-    machine.tune_malloc("cpu")
     from foveate.train.probe import probe
 
     with Progress(transient=True) as bar:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-__all__ = ["add_recipe_arguments", "open_recipe", "run_job", "show_recipes"]
+__all__ = ["add_recipe_arguments", "begin", "run_job", "show_recipes"]
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser, *, resumable: bool) -> None:
@@ -41,7 +42,7 @@ def show_recipes(job: str) -> None:
     Console().print(table)
 
 
-def open_recipe(job: str, cls: type, args: argparse.Namespace) -> tuple[Any, Path]:
+def _open_recipe(job: str, cls: type, args: argparse.Namespace) -> tuple[Any, Path]:
     """The recipe with its changes, and the folder of the run."""
     from foveate import config
 
@@ -65,21 +66,31 @@ def open_recipe(job: str, cls: type, args: argparse.Namespace) -> tuple[Any, Pat
     return config.read(cls, path, args.settings), args.out or Path("runs", f"{job}-{path.stem}")
 
 
-def run_job(job: str, args: argparse.Namespace) -> None:
-    """Do what a training command does: list, print, or train and say what came of it."""
+def begin(job: str, args: argparse.Namespace) -> tuple[Any, Path] | None:
+    """The recipe and the folder of the run; None where it was but to list or to print."""
     if args.list:
         show_recipes(job)
-        return
+        return None
     from foveate import config
-    from foveate.train import recipe as recipes
 
-    recipe, out = open_recipe(job, getattr(recipes, job.capitalize()), args)
+    room = "pretrain" if job == "pretrain" else "train"
+    recipes = import_module(f"foveate.{room}.recipe")
+    recipe, out = _open_recipe(job, getattr(recipes, job.capitalize()), args)
     if args.print:
         print(config.dump(recipe), end="")
-        return
+        return None
     from foveate.bench import machine
 
     machine.tune_malloc("cpu")  # training on a CPU allocates large activations in every step
+    return recipe, out
+
+
+def run_job(job: str, args: argparse.Namespace) -> None:
+    """Do what a training command does: list, print, or train and say what came of it."""
+    begun = begin(job, args)
+    if begun is None:
+        return
+    recipe, out = begun
     from foveate.train.run import train
 
     result = train(recipe, out, resume=args.resume)

@@ -81,12 +81,7 @@ class Plan:
             check_rates(self.pruning)
         if self.rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {self.rounds}")
-        try:
-            kind = torch.device(self.device).type
-        except RuntimeError:
-            raise ValueError(f"device must be cpu, cuda or cuda:N, got {self.device!r}") from None
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device cuda was asked for, and torch finds none")
+        machine.check_device(self.device)
 
 
 def evaluate(

@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from foveate.data import device_batches
 from foveate.files import write_whole
 from foveate.pretrain.build import open_watched
 from foveate.pretrain.layers import ALARM, collapsing, measure_layers
@@ -21,7 +20,7 @@ from foveate.pretrain.task import PretrainTask, fixed_mask
 from foveate.pretrain.weights import save_model
 from foveate.train.build import Batches
 from foveate.train.module import Module
-from foveate.train.probe import driven, features, linear_probe, nearest_neighbours
+from foveate.train.probe import read
 from foveate.train.task import Task
 
 __all__ = ["own_callbacks"]
@@ -36,9 +35,8 @@ def own_callbacks(recipe: Pretrain, task: Task, batches: Batches, out: Path) -> 
     """Those that the recipe asks for."""
     assert isinstance(task, PretrainTask)
     found: list[Callback] = []
-    if recipe.probe.data is not None:
-        watched = open_watched(recipe, task.model.vit)
-        assert watched is not None
+    watched = open_watched(recipe, task.model.vit)
+    if watched is not None:
         found.append(ProgressCurve(recipe, watched))
     if recipe.layers_every is not None:
         found.append(LayerLog(recipe, task, batches))
@@ -51,9 +49,12 @@ def own_callbacks(recipe: Pretrain, task: Task, batches: Batches, out: Path) -> 
 class _AtEpochs(Callback):
     """Does something on the first process after some epochs, with the model in eval mode."""
 
+    every: int | None = None
+
     def due(self, epoch: int, over: bool) -> bool:
-        """After so many epochs; ``over`` where the run ends here."""
-        raise NotImplementedError
+        """Every so many epochs, and at the end; ``over`` where the run ends here."""
+        assert self.every is not None
+        return over or epoch % self.every == 0
 
     def act(self, module: Module, model: MaskedImageModel, epoch: int) -> None:
         """Look, log, save."""
@@ -88,30 +89,13 @@ class ProgressCurve(_AtEpochs):
     """Logs "probe/knn" and "probe/linear", per cent of a labelled set's evaluation images."""
 
     def __init__(self, recipe: Pretrain, watched: Batches) -> None:
+        self.every = recipe.probe.every
         self.reading, self.watched = recipe.probe, watched
-
-    def due(self, epoch: int, over: bool) -> bool:
-        """Every so many epochs, and at the end."""
-        return over or epoch % self.reading.every == 0
 
     def act(self, module: Module, model: MaskedImageModel, epoch: int) -> None:
         """Take features and read them."""
-        reading, watched = self.reading, self.watched
-        assert watched.val is not None
-        readable = driven(model.vit)
-        rows = []
-        for loader in (watched.train, watched.val):
-            pairs = device_batches(loader, watched.mean, watched.std, module.device)
-            rows.append(features(readable, pairs, reading.feature, str(reading.precision)))
-        (x, y), (held, labels) = rows
-        found: dict[str, float] = {}
-        if reading.neighbours:
-            found["probe/knn"] = nearest_neighbours(
-                x, y, held, labels, k=reading.neighbours, temperature=reading.temperature
-            )
-        if reading.linear:
-            with torch.enable_grad():
-                found["probe/linear"] = linear_probe(x, y, held, labels, reading)
+        scores, _ = read(model.vit, self.watched, self.reading, module.device)
+        found = {f"probe/{name}": score for name, score in scores.items()}
         module.watched = found
         self.log_now(module, found)
 
@@ -125,11 +109,6 @@ class LayerLog(_AtEpochs):
         self.images = first_images(task.model, batches, _IMAGES, recipe.data)
         self._before: list[float] = []
         self._said = False
-
-    def due(self, epoch: int, over: bool) -> bool:
-        """Every so many epochs, and at the end."""
-        assert self.every is not None
-        return over or epoch % self.every == 0
 
     def act(self, module: Module, model: MaskedImageModel, epoch: int) -> None:
         """Measure on the same images with the same masks each time."""
@@ -164,11 +143,6 @@ class Reconstructions(_AtEpochs):
         self.every, self.masking = recipe.loop.pictures_every, task.masking
         self.images = first_images(task.model, batches, _SHOWN, recipe.data)
         self.mean, self.std, self.folder = batches.mean, batches.std, folder
-
-    def due(self, epoch: int, over: bool) -> bool:
-        """Every so many epochs, and at the end."""
-        assert self.every is not None
-        return over or epoch % self.every == 0
 
     def act(self, module: Module, model: MaskedImageModel, epoch: int) -> None:
         """One file an epoch."""

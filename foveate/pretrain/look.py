@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from foveate.bench.machine import check_device
 from foveate.data import Preprocessing, open_source
 from foveate.files import write_text, write_whole
 from foveate.pretrain.build import make_masked_model
@@ -47,7 +48,7 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-_COLUMNS = 4  # affinity maps in a row, likewise
+_COLUMNS = 4  # affinity maps in a row, where nobody says which
 _SHOWN = 6  # images whose hidden patches are drawn
 _CHUNK = 64  # images at a time; tokens of all layers are held
 
@@ -80,8 +81,7 @@ class Choices:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError("device cuda was asked for, and torch finds none")
+        check_device(self.device)
         if self.images < 1:
             raise ValueError(f"images must be at least 1, got {self.images}")
         if any(layer < 0 for layer in self.layers):

@@ -132,14 +132,16 @@ def curve(run: Path, metric: str = METRIC, *, least: int = _LEAST) -> dict[float
         least: scored checkpoints that there must be.
     """
     run = Path(run)
-    if metric.startswith("probe/") and run.is_dir() and not _scored(run, metric):
+    path = run / "metrics.csv" if run.is_dir() else run
+    columns: list[str] = []
+    if path.is_file():  # read_metric says what is missing or broken
+        with path.open(encoding="utf-8", errors="replace") as file:
+            columns = file.readline().strip().split(",")
+    if run.is_dir() and columns and metric.startswith("probe/") and metric not in columns:
         raise ValueError(
             f"{run} was never scored by {metric}: pre-train with probe.data=... and probe.every=..."
         )
     found = read_metric(run, metric)
-    path = run / "metrics.csv" if run.is_dir() else run
-    with path.open(encoding="utf-8") as file:
-        columns = file.readline().strip().split(",")
     scores = {epoch + ("step" in columns): score for epoch, score in found.items()}
     for epoch, score in scores.items():
         if not math.isfinite(score):
@@ -151,14 +153,6 @@ def curve(run: Path, metric: str = METRIC, *, least: int = _LEAST) -> dict[float
             "feature and lr as in the runs, into a CSV file of one's own"
         )
     return scores
-
-
-def _scored(run: Path, metric: str) -> bool:
-    path = run / "metrics.csv"
-    if not path.is_file():  # read_metric says it
-        return True
-    with path.open(encoding="utf-8") as file:
-        return metric in file.readline().strip().split(",")
 
 
 def _points(scores: Mapping[float, float], name: str) -> _Points:

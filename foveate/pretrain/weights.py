@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from foveate.backbones import TimmBeit, expand_position_bias, shared_position_bias
+from foveate.backbones.timm_beit import SHARED_BIAS
 from foveate.convert import save_plain
 from foveate.files import write_whole
 from foveate.pretrain.method import MaskedImageModel
@@ -29,8 +30,6 @@ __all__ = [
     "save_model",
 ]
 
-_SHARED = "rel_pos_bias.relative_position_bias_table"
-
 
 def rest_path(path: Path) -> Path:
     """Where the rest of a backbone's file lies."""
@@ -44,7 +43,7 @@ def save_model(model: MaskedImageModel, path: Path) -> None:
     models have it, and so it is fine-tuned.
     """
     state: dict[str, Tensor] = dict(model.vit.state_dict())
-    if _SHARED in state:
+    if SHARED_BIAS in state:
         state = expand_position_bias(state, model.backbone.spec.depth)
     save_plain(model.vit, path, state)
     rest = {
@@ -76,9 +75,7 @@ def _about(path: Path) -> tuple[str, str]:
 
 def load_rest(model: MaskedImageModel, path: Path) -> None:
     """Fill a method's own weights, and leave its ViT as it is."""
-    with safe_open(rest_path(path), "pt") as added:
-        own = {name: added.get_tensor(name) for name in added.keys()}
-    fill(model, dict(model.vit.state_dict()), own, path)
+    fill(model, model.vit.state_dict(), load_file(rest_path(path)), path)
 
 
 def load_weights(model: MaskedImageModel, path: Path) -> None:
@@ -89,12 +86,10 @@ def load_weights(model: MaskedImageModel, path: Path) -> None:
             raise ValueError(f"{file} does not exist; {path} needs both of its files to go on with")
     if (said := method_of(path)) != model.name:
         raise ValueError(f"{rest} is of the method {said}, not of {model.name}")
-    with safe_open(path, "pt") as backbone, safe_open(rest, "pt") as added:
-        vit = {name: backbone.get_tensor(name) for name in backbone.keys()}
-        own = {name: added.get_tensor(name) for name in added.keys()}
-    if isinstance(model.backbone, TimmBeit) and _SHARED in model.vit.state_dict():
+    vit = load_file(path)
+    if isinstance(model.backbone, TimmBeit) and SHARED_BIAS in model.vit.state_dict():
         vit = shared_position_bias(vit)
-    fill(model, vit, own, path)
+    fill(model, vit, load_file(rest), path)
 
 
 def fill(model: nn.Module, vit: dict[str, Tensor], own: dict[str, Tensor], path: Path) -> None:

@@ -25,10 +25,10 @@ from foveate.core import Backbone, ReducedViT, dense
 from foveate.data import device_batches
 from foveate.files import write_text
 from foveate.train import recipe as recipes
-from foveate.train.build import make_batches, make_model
+from foveate.train.build import Batches, make_batches, make_model
 from foveate.train.draws import seed_step
 
-__all__ = ["driven", "features", "linear_probe", "nearest_neighbours", "probe"]
+__all__ = ["driven", "features", "linear_probe", "nearest_neighbours", "probe", "read"]
 
 _log = logging.getLogger(__name__)
 _Progress = Callable[[str, int, int], None]
@@ -47,30 +47,44 @@ def probe(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = make_model(recipe.model, None)
     batches = make_batches(recipe.data, model, seed=recipe.seed, augmented=False)
-    readable = driven(model.eval().to(device))
-    assert batches.val is not None
-    found = []
-    for name, loader in (("train", batches.train), ("val", batches.val)):
-        pairs = device_batches(loader, batches.mean, batches.std, device)
-        counted = _counted(pairs, f"{name} features", len(loader), progress)
-        found.append(features(readable, counted, recipe.feature, str(recipe.precision)))
-    (x, y), (held, labels) = found
-    result: dict[str, Any] = {"job": "probe", "feature": recipe.feature}
-    if recipe.neighbours:
-        result["knn"] = nearest_neighbours(
-            x, y, held, labels, k=recipe.neighbours, temperature=recipe.temperature
-        )
-    if recipe.linear:
-        result["linear"] = linear_probe(x, y, held, labels, recipe, progress)
-    result["accuracy"] = result.get("linear", result.get("knn"))
+    scores, images = read(model.eval().to(device), batches, recipe, device, progress)
+    result: dict[str, Any] = {"job": "probe", "feature": recipe.feature, **scores}
+    result["accuracy"] = scores.get("linear", scores.get("knn"))
     result |= {
-        "images": {"train": len(y), "val": len(labels)},
+        "images": images,
         "minutes": round((time.monotonic() - started) / 60, 2),
         "machine": machine.facts(device.type),
         "commit": machine.commit(),
     }
     write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
     return result
+
+
+def read(
+    model: nn.Module,
+    batches: Batches,
+    reading: recipes.Reading,
+    device: torch.device,
+    progress: _Progress = lambda *_: None,
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Scores of a plain model in eval mode by "knn" and "linear", and how many images were read."""
+    readable = driven(model)
+    assert batches.val is not None
+    found = []
+    for name, loader in (("train", batches.train), ("val", batches.val)):
+        pairs = device_batches(loader, batches.mean, batches.std, device)
+        counted = _counted(pairs, f"{name} features", len(loader), progress)
+        found.append(features(readable, counted, reading.feature, str(reading.precision)))
+    (x, y), (held, labels) = found
+    scores: dict[str, float] = {}
+    if reading.neighbours:
+        scores["knn"] = nearest_neighbours(
+            x, y, held, labels, k=reading.neighbours, temperature=reading.temperature
+        )
+    if reading.linear:
+        with torch.enable_grad():
+            scores["linear"] = linear_probe(x, y, held, labels, reading, progress)
+    return scores, {"train": len(y), "val": len(labels)}
 
 
 def driven(model: nn.Module) -> ReducedViT | Backbone:

@@ -321,7 +321,7 @@ def _terminal() -> bool:
 def _result(
     recipe: Any, trainer: Trainer, module: Module, batches: Batches, seconds: float
 ) -> dict[str, Any]:
-    data, val = recipe.data, batches.val
+    val = batches.val
     epochs = trainer.global_step / updates_of(1, len(batches.train), recipe.loop.accumulate)
     return {
         "job": type(recipe).__name__.lower(),
@@ -330,8 +330,8 @@ def _result(
         **_of_exported(module.results),
         **module.watched,
         "images": {
-            "train": min(len(batches.train.source), data.limit or sys.maxsize),
-            "val": 0 if val is None else min(len(val.source), data.val_limit or sys.maxsize),
+            "train": batches.train.images,
+            "val": 0 if val is None else val.images,
             "unreadable": len(_unreadable(batches)),
         },
         "minutes_of_this_process": round(seconds / 60, 2),

@@ -142,13 +142,13 @@ def test_a_whole_run(
 ) -> None:
     """Snapshots, columns and pictures; the progress curve is of the mean, which is exported."""
     measured: list[dict[str, Tensor]] = []
-    original = pretrain_callbacks.driven
+    original = pretrain_callbacks.read
 
-    def noting(model: Any) -> Any:
+    def noting(model: Any, *others: Any) -> Any:
         measured.append({key: value.clone() for key, value in model.state_dict().items()})
-        return original(model)
+        return original(model, *others)
 
-    monkeypatch.setattr(pretrain_callbacks, "driven", noting)
+    monkeypatch.setattr(pretrain_callbacks, "read", noting)
     out = tmp_path / "run"
     settings = ("loop.epochs=3", "loop.ema=0.9", "loop.pictures_every=2", "snapshots=[1,3]")
     mine = recipe(*settings, "layers_every=2", "probe.every=2", probe={**PROBE}, mto={"ramp": 0.5})
