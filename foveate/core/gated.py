@@ -81,7 +81,15 @@ class GatedReducer(ScoreReducer):
         present = state.present()
         eligible = _both(present, candidates)
         counts = self._droppable_counts(stage, state, logits, eligible) if how == "topk" else None
-        keep = decide(logits[..., :2], how, k=counts, candidates=eligible, at_least_one=True)
+        if masked:
+            # Patches that an earlier stage dropped are gated like the others: what they are worth
+            # later is what the earlier gate has to learn.
+            gone = None if present is None else ~present
+            keep = decide(
+                logits[..., :2], how, k=counts, candidates=candidates, gone=gone, at_least_one=True
+            )
+        else:
+            keep = decide(logits[..., :2], how, k=counts, candidates=eligible, at_least_one=True)
         if candidates is not None:
             keep = torch.where(candidates, keep, torch.ones_like(keep))
         state = self._note(stage, state, keep, candidates)

@@ -28,15 +28,18 @@ def decide(
     *,
     k: int | Sequence[int] | None = None,
     candidates: Tensor | None = None,
+    gone: Tensor | None = None,
     at_least_one: bool = False,
 ) -> Tensor:
-    """Hard decisions ``[B, N]`` in {0, 1} whose gradient is that of the keep probability.
+    """Return hard decisions ``[B, N]`` in {0, 1} whose gradient is that of the keep probability.
 
     Args:
         logits: ``[B, N, 2]``; index 0 is "keep".
         how: one of ``DECISIONS``.
         k: how many to keep for "topk", for all images or one number an image.
         candidates: tokens that may be kept, ``[B, N]`` bool; None means all.
+        gone: tokens that an earlier gate dropped, ``[B, N]`` bool. They get a decision like any
+            other, because the earlier gate learns from it, but they take no place among the k.
         at_least_one: keep the likeliest candidate where an image would keep none.
     """
     logits = logits.float()
@@ -48,18 +51,22 @@ def decide(
     score = logits[..., 0] - logits[..., 1]
     if candidates is not None:
         score = score.masked_fill(~candidates, float("-inf"))
+    standing = score if gone is None else score.masked_fill(gone, float("-inf"))
     if how == "topk":
         assert k is not None
-        idx, valid = top_k(score, k)
+        idx, valid = top_k(standing, k)
         picked = torch.ones_like(idx, dtype=keep.dtype) if valid is None else valid.to(keep.dtype)
         hard = torch.zeros_like(keep).scatter(1, idx, picked)
+        if gone is not None:  # would it have been picked?
+            worst = standing.masked_fill(hard == 0, float("inf")).amin(1, keepdim=True)
+            hard = torch.where(gone, (score >= worst).to(hard.dtype), hard)
     else:
         hard = (score >= 0).to(keep.dtype)
         if at_least_one and score.shape[1] > 0:
-            best = F.one_hot(score.argmax(1), score.shape[1]).to(hard.dtype)
-            if candidates is not None:
-                best = best * candidates
-            hard = torch.where(hard.sum(1, keepdim=True) > 0, hard, best)
+            best = F.one_hot(standing.argmax(1), score.shape[1]).to(hard.dtype)
+            best = best * (standing > float("-inf"))
+            kept = hard if gone is None else hard * ~gone
+            hard = torch.where(kept.sum(1, keepdim=True) > 0, hard, torch.maximum(hard, best))
     if not keep.requires_grad:
         return hard
     # Adding a difference that is exactly zero keeps the decision exactly 0 or 1.

@@ -11,6 +11,7 @@ from torch import Tensor
 from foveate.pretrain.heterogeneity import Similarity, heterogeneity, visible_cosine
 from foveate.pretrain.masks import Mask
 from foveate.pretrain.method import MaskedImageModel, States
+from foveate.pretrain.targets import gathered
 
 __all__ = [
     "ALARM",
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 ALARM = 0.95  # mean cosine of visible tokens at the start above which they may be collapsing
+_ROUNDING = 1e-4  # how far the same tokens' cosine may sink from one measurement to the next
 
 
 @dataclass
@@ -43,7 +45,7 @@ def collapsing(cosine: float, before: float | None) -> bool:
 
     A young encoder tells patches hardly apart: above the limit, and sinking, is how all begin.
     """
-    return cosine > ALARM and (before is None or cosine >= before)
+    return cosine > ALARM and (before is None or cosine >= before - _ROUNDING)
 
 
 @torch.no_grad()
@@ -91,5 +93,5 @@ def affinity(tokens: Tensor, mask: Mask, similarity: Similarity | None = None) -
     if mask.visible is None or mask.masked is None:
         raise ValueError("affinity maps need masks that hide as many patches in every image")
     order = torch.cat([mask.masked.sort(1).values, mask.visible.sort(1).values], 1)
-    sorted_tokens = torch.take_along_dim(tokens, order[..., None], 1)
+    sorted_tokens = gathered(tokens, order)
     return (similarity or Similarity())(sorted_tokens, sorted_tokens).softmax(-1)

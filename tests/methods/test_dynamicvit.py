@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small import batch_state, images, logits, noise, randomise, vit
+from small import batch_state, images, logits, noise, randomise, spec, vit
 from torch import Tensor
 
 import foveate
-from foveate.core import ReducedViT
+from foveate.core import GatedReducer, ReducedViT, TokenState
 from foveate.methods.dynamicvit import DynamicViT, Predictor
 
 
@@ -118,3 +118,66 @@ def test_argmax_gates_keep_at_least_one() -> None:
     for predictor in model.reducer.predictors:
         predictor.out[-1].bias.data.copy_(torch.tensor([-50.0, 50.0]))
     assert set(model.trace(images()).counts()[1]) == {2}
+
+
+class Scripted(GatedReducer):
+    """Gates that say what a test wants, ``[stages, N]`` log-odds of keeping."""
+
+    def script(self, odds: Tensor) -> Scripted:
+        self.odds = odds
+        return self
+
+    def logits(self, stage: int, state: TokenState) -> Tensor:
+        odds = self.odds[stage].expand(state.batch, -1)
+        return torch.stack([odds / 2, -odds / 2], -1)
+
+
+def test_an_earlier_gate_learns_from_what_later_ones_make_of_the_dropped() -> None:
+    """methods.md 2.2, by hand: D_2 = g_2 * D_1, so d(share_2)/d(g_1) is g_2, dropped or not.
+
+    Patches 1 and 3 are dropped at stage 1; stage 2 would keep patch 1 and not patch 3.
+    """
+    odds = torch.tensor([[2.0, -1.0, 1.0, -3.0], [1.0, 2.0, -1.0, -2.0]], requires_grad=True)
+    reducer = Scripted(keep=0.5, blocks=(0, 1), gate="argmax").script(odds)
+    reducer.build(spec(depth=2, grid=(1, 4)))
+    state = batch_state(4)
+    state = state.replace(alive=torch.ones(2, 5), notes={"training": True})
+    for block in (0, 1):
+        state = reducer.before(block, state)
+    assert state.alive[:, 1:].tolist() == [[1, 0, 0, 0]] * 2
+    share = reducer.noted(state.notes, "kept_share")
+    assert share[0].tolist() == [0.5, 0.5] and share[1].tolist() == [0.25, 0.25]
+    (gradient,) = torch.autograd.grad(share[1][0], odds)
+    slope = (odds.sigmoid() * (1 - odds.sigmoid())).detach()
+    g_1, g_2 = torch.tensor([1.0, 0, 1, 0]), torch.tensor([1.0, 1, 0, 0])
+    torch.testing.assert_close(gradient[0], g_2 * slope[0] / 4)
+    torch.testing.assert_close(gradient[1], g_1 * slope[1] / 4)
+    assert gradient[0, 1] > 0 and gradient[0, 3] == 0
+
+
+@pytest.mark.parametrize("method", ["dynamicvit(keep=0.5)", "spvit(keep=0.5)"])
+def test_the_ratio_loss_reaches_patches_that_were_dropped(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a real model, sampling: the first gates feel the second ones' ratio at dropped patches."""
+    model = dynamicvit(f"{method[:-1]}, blocks=[1, 2])").train()
+    said: list[Tensor] = []
+    original = type(model.reducer).logits
+
+    def watched(self: GatedReducer, stage: int, state: TokenState) -> Tensor:
+        found = original(self, stage, state)
+        found.retain_grad()
+        said.append(found)
+        return found
+
+    monkeypatch.setattr(type(model.reducer), "logits", watched)
+    with torch.no_grad():
+        monkeypatch.setattr(type(model.reducer), "logits", original)
+        torch.manual_seed(0)
+        alive = model.trace(images(8)).blocks[1].attended.alive[:, 1 : 1 + 36]
+    monkeypatch.setattr(type(model.reducer), "logits", watched)
+    torch.manual_seed(0)
+    outcome = model.run(images(8), track=True)
+    model.reducer.noted(outcome.notes, "kept_share")[1].sum().backward()
+    gradient = said[0].grad[..., 0].abs()
+    assert gradient[alive == 0].mean() > 1e-3 and gradient[alive > 0].mean() > 1e-3
