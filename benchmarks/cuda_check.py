@@ -27,7 +27,7 @@ METHODS = (
     "attention",
     "dynamicvit",
     "evit",
-    "evit(fuse=False)",
+    "evit(rest='drop')",
     "evovit",
     "random",
     "static",

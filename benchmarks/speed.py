@@ -46,7 +46,7 @@ class Method:
 
 METHODS = {
     "evit": Method("evit", "pruning"),
-    "evit-nofuse": Method("evit(fuse=False)", "pruning"),
+    "evit-nofuse": Method("evit(rest='drop')", "pruning"),
     "attention": Method("attention", "pruning"),
     "dynamicvit": Method("dynamicvit", "pruning"),
     "tokenmergence": Method("tokenmergence", "mergence"),

@@ -86,13 +86,14 @@ def _deit() -> torch.nn.Module:
 
 
 def _caption(cls: type[Reducer]) -> str:
+    method = cls()
     late = cls.hooks == ("after",)
     words = ["Full colour: the patch has a token" + (" after" if late else " in") + " this block."]
-    if cls.parks:
+    if method.parks:
         words.append("Pale: it waits and comes back.")
-    if cls.drops:
+    if method.drops:
         words.append("Blank: it is gone, or lives on in a token that stands for many.")
-    if not cls.parks and not cls.drops:
+    if not method.parks and not method.drops:
         words.append("Cells without a line between them share one token.")
     return (
         f"*{' '.join(words)} The number counts tokens, prefix included. Drawn from a trace of a "
@@ -147,8 +148,8 @@ def _escaped(text: str) -> str:
 def _facts(cls: type[Reducer], model: ReducedViT) -> str:
     hooks = ", ".join(f"`{hook}`" for hook in cls.hooks)
     where = HOOKS.get(cls.hooks)
-    reads = ", ".join(NEEDS[need] for need in sorted(model.reducer.needs))
-    losses = ", ".join(f"{name} x {weight:g}" for name, weight in cls.loss_weights.items())
+    reads = ", ".join(NEEDS[need] for need in sorted(model.reducer.reads))
+    losses = ", ".join(f"{name} x {weight:g}" for name, weight in cls.default_loss_weights.items())
     fixed = model.reducer.fixed_count
     rows = {
         "paper": cls.paper,

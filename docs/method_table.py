@@ -24,7 +24,7 @@ NEEDS = {
     "cls_row": "class attention",
     "key_mean": "keys",
     "value_norm": "value lengths",
-    "attention": "the attention map",
+    "full_map": "the attention map",
 }
 
 
@@ -38,7 +38,7 @@ def table(link: str = "foveate/methods/{name}.py") -> str:
         cls = method_class(name)
         method = cls()
         acts = HOOKS.get(cls.hooks, "around blocks")
-        needs = ", ".join(NEEDS[need] for need in sorted(cls.needs)) or "-"
+        needs = ", ".join(NEEDS[need] for need in sorted(method.reads)) or "-"
         count = "fixed" if method.fixed_count else "per image"
         lines.append(
             f"| [`{name}`]({link.format(name=name)}) | {cls.summary} | {acts} | {needs} "

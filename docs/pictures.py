@@ -34,14 +34,16 @@ def method_picture(name: str) -> str:
     """One grid for each of some blocks in which the method acts, as an SVG element."""
     model, image = _model(name), _image()
     trace = model.trace(image)
-    blocks = _spread(sorted({block for part in model.reducer.members for block in part.acts}))
+    blocks = _spread(
+        sorted({block for part in model.reducer.members for block in part.active_blocks})
+    )
     shades = _shades(image)
     everything = torch.arange(SIDE * SIDE)
     panels = [_panel("the image", shades, everything, torch.full_like(everything, 2))]
     late = model.reducer.hooks == ("after",)
     for block in blocks:
         record = trace.blocks[block]
-        state = record.left if late else record.fed
+        state = record.output if late else record.mlp
         token, kind = _patches(state)
         title = f"{'after ' * late}block {block}: {state.layout.lengths[0]}"
         panels.append(_panel(title, shades, token, kind))
@@ -82,9 +84,11 @@ def _balance(part: Any, model: foveate.core.ReducedViT, images: Tensor) -> None:
     for layer in last:
         with torch.no_grad():
             layer.weight.mul_(100)  # apart by more than rounding
-    for stage, block in enumerate(part.acts):
+    for stage, block in enumerate(part.active_blocks):
         layers = last[
-            stage * len(last) // len(part.acts) : (stage + 1) * len(last) // len(part.acts)
+            stage * len(last) // len(part.active_blocks) : (stage + 1)
+            * len(last)
+            // len(part.active_blocks)
         ]
         goal = part.target(stage) if hasattr(part, "target") else part.schedule.share(stage)
         low, high = -20.0, 20.0

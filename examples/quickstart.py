@@ -57,7 +57,7 @@ def main() -> None:
     trace = model.trace(images[:1])
     kept = [int(block.active().sum()) for block in trace.blocks]
     print("patches each block worked on:", *kept)
-    grid = model.forward_features(images[:1]).restore()
+    grid = model.tokens(images[:1]).restore()
     print("features back on the grid:", list(grid.shape))
     print("unwrap gives the same object back:", foveate.unwrap(model) is vit, "\n")
 

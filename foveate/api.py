@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import foveate.methods  # noqa: F401  (registers every method)
 from foveate.backbones import backbone_for, image_settings, rebuild, set_image_settings
-from foveate.core import Backbone, Chain, ReducedViT, Reducer, TokenState, attend
+from foveate.core import Backbone, Chain, ReducedViT, Reducer, dense
 from foveate.core.backbone import BackboneSpec
-from foveate.core.budget import meet
+from foveate.core.budget import solve_budget
 from foveate.files import read_json, write_text, write_whole
 from foveate.registry import make, method_class, parse
 
@@ -59,13 +59,15 @@ def apply(
     if check:
         check_driven(backbone)
     if budget is not None:
-        reducer = _within(budget, reducer, backbone.spec)
+        reducer = _within(budget, reducer, backbone)
     reducer.build(backbone.spec)
     reference = next(model.parameters())
     reducer.to(device=reference.device)
     if reference.dtype.is_floating_point:
         reducer.to(dtype=reference.dtype)
-    if "cls_row" in reducer.needs and not backbone.spec.class_token:
+    if isinstance(method, Reducer):
+        _take_weights(reducer, method)
+    if "cls_row" in reducer.reads and not backbone.spec.class_token:
         _log.warning(
             "%s reads class attention and this model has no class token: it uses the attention "
             "each token receives instead, which needs the whole map and is slower",
@@ -79,7 +81,7 @@ def _reducer(method: str | Reducer | type[Reducer], options: Mapping[str, Any]) 
     if isinstance(method, Reducer):
         if options:
             raise ValueError(f"options {sorted(options)} go into the method's own constructor")
-        # A method is bound to one model; a given instance serves as a template.
+        # A method is bound to one model, so a given instance serves as a template.
         return _rebuilt(method)
     if isinstance(method, type) and issubclass(method, Reducer):
         _check_registered(method)
@@ -93,14 +95,14 @@ def _reducer(method: str | Reducer | type[Reducer], options: Mapping[str, Any]) 
     return make(method) if method.isidentifier() else parse(method)
 
 
-def _within(budget: str, reducer: Reducer, spec: BackboneSpec) -> Reducer:
-    """The same method at the rate that meets a budget."""
+def _within(budget: str, reducer: Reducer, backbone: Backbone) -> Reducer:
+    """Return the same method at the rate that meets a budget."""
     if isinstance(reducer, Chain):
         raise ValueError("a budget sets the rate of one method; give the rates of a chain yourself")
     given = reducer.config()
     if given.get(reducer.rate) != type(reducer)().config().get(reducer.rate):
         raise ValueError(f"give {reducer.rate} or a budget, not both")
-    return meet(budget, spec, lambda options: make(reducer.name, {**given, **options}))
+    return solve_budget(budget, backbone, lambda options: make(reducer.name, {**given, **options}))
 
 
 def _rebuilt(method: Reducer) -> Reducer:
@@ -110,8 +112,22 @@ def _rebuilt(method: Reducer) -> Reducer:
     return make(method.name, method.config())
 
 
+def _take_weights(reducer: Reducer, given: Reducer) -> None:
+    """Give a method the weights of the instance that it was made from, if that has any."""
+    weights = given.state_dict()
+    if not weights:
+        return
+    try:
+        reducer.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the weights of the given {given.name} do not fit this model: "
+            f"{' '.join(str(error).split())}"
+        ) from None
+
+
 def _check_registered(method: type[Reducer]) -> None:
-    """A class is known by its name, so the name must lead back to it."""
+    """Refuse a class whose name does not lead back to it."""
     if not method.name or method_class(method.name) is not method:
         raise ValueError(
             f"{method.__name__} is not registered: decorate it with @register(NAME) from "
@@ -120,7 +136,7 @@ def _check_registered(method: type[Reducer]) -> None:
 
 
 def unwrap(model: ReducedViT) -> nn.Module:
-    """The model that was given to ``apply``."""
+    """Return the model that was given to ``apply``."""
     return _reduced(model).vit
 
 
@@ -138,8 +154,8 @@ def check_driven(backbone: Backbone) -> None:
     """Refuse a backbone whose driven pass does not equal its native one.
 
     Logits of an untrained model say nothing: with small LayerScale and heads, leaving out all
-    attention would hardly move them. So each block's residual change is compared, relatively, on
-    unit-variance tokens; then the embedding and the head.
+    attention would hardly move them. So the check compares each block's residual change,
+    relatively, on unit-variance tokens, and besides the embedding and the head.
     """
     model, spec = backbone.model, backbone.spec
     reference = next(model.parameters())
@@ -156,7 +172,7 @@ def check_driven(backbone: Backbone) -> None:
 
 
 def _compare(backbone: Backbone, reference: Tensor) -> None:
-    spec, blocks = backbone.spec, backbone.blocks
+    spec = backbone.spec
     # One part in a few hundred in half precision: the same sums in another order.
     tolerance = 1e-3 if reference.dtype in (torch.float32, torch.float64) else 5e-2
     size = [n * p for n, p in zip(spec.grid, spec.patch, strict=True)]
@@ -167,33 +183,26 @@ def _compare(backbone: Backbone, reference: Tensor) -> None:
 
     images = random(1, backbone.channels, *size)
     calls, native = _watched(backbone, images)
-    embedded = backbone.embed(images)
-    _expect("embedding", embedded.x, calls[0][0][0], tolerance, spec.family)
-    rotary = embedded.table is not None
-    whole = bool(backbone.needs_every_token)  # its own blocks are run, so they cannot differ
-    pairs = [] if whole else list(zip(blocks, calls, strict=True))
-    for block, (stock, (args, kwargs)) in enumerate(pairs):
-        x = random(*embedded.x.shape)
-        state = TokenState.begin(x, prefix=spec.prefix, grid=embedded.grid, place=rotary)
-        table = ReducedViT._rotary(block, state, embedded.table)
-        heads = backbone.qkv(block, state.x, table)
-        middle = state.x + backbone.project(block, attend(heads, state), heads)
-        driven = middle + backbone.feedforward(block, middle) - state.x
+    if backbone.needs_every_token:  # its own blocks are run, so they cannot differ
+        _expect("logits", backbone.head(backbone.whole(images)), native, tolerance, spec.family)
+        return
+    driven = dense(backbone)
+    state = driven.begin(images)
+    _expect("embedding", state.tokens(), calls[0][0][0], tolerance, spec.family)
+    for block, (stock, (args, kwargs)) in enumerate(zip(backbone.blocks, calls, strict=True)):
+        x = random(*state.tokens().shape)
         change = _first(stock(x, *args[1:], **kwargs)) - x
-        _expect(f"block {block}", driven.view_as(x), change, tolerance, spec.family)
-    tokens = random(*embedded.x.shape)
-    state = TokenState.begin(tokens, prefix=spec.prefix, grid=embedded.grid)
-    driven = backbone.head(state.replace(x=backbone.norm(state.x)))
-    _expect("head", driven, _native_head(backbone, images, tokens), tolerance, spec.family)
-    if whole:
-        logits = backbone.head(backbone.whole(images))
-    else:
-        logits = ReducedViT(backbone, _Nothing()).run(images).logits
+        state = driven.step(block, state.with_tokens(x))
+        _expect(f"block {block}", state.tokens() - x, change, tolerance, spec.family)
+    tokens = random(*state.tokens().shape)
+    logits = backbone.head(driven.end(state.with_tokens(tokens)))
+    _expect("head", logits, _native_head(backbone, images, tokens), tolerance, spec.family)
+    logits = driven.run(images).logits
     _expect("logits", logits, native, 10 * tolerance, spec.family)
 
 
 def _watched(backbone: Backbone, images: Tensor) -> tuple[list[Any], Tensor]:
-    """What every block of the model is called with, and the model's own answer."""
+    """Return what every block of the model is called with, and the model's own answer."""
     calls: dict[int, Any] = {}
 
     def watch(number: int, block: nn.Module) -> Any:
@@ -217,7 +226,7 @@ def _watched(backbone: Backbone, images: Tensor) -> tuple[list[Any], Tensor]:
 
 
 def _native_head(backbone: Backbone, images: Tensor, tokens: Tensor) -> Tensor:
-    """The model's own answer, had its last block given these tokens."""
+    """Return the answer that the model gives if its last block returns these tokens."""
     handle = backbone.blocks[-1].register_forward_hook(
         lambda _, __, out: (tokens, *out[1:]) if isinstance(out, tuple) else tokens
     )
@@ -231,13 +240,6 @@ def _first(out: Any) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-class _Nothing(Reducer):
-    """Changes nothing."""
-
-    def __init__(self) -> None:
-        self.__post_init__()
-
-
 def _expect(what: str, driven: Tensor, native: Tensor, tolerance: float, family: str) -> None:
     scale = native.float().square().mean().sqrt().clamp_min(1e-12)
     error = (driven.float() - native.float()).square().mean().sqrt() / scale
@@ -245,8 +247,8 @@ def _expect(what: str, driven: Tensor, native: Tensor, tolerance: float, family:
         raise ValueError(
             f"this {family} cannot be driven: its {what} differs from the model's own by "
             f"{float(error):.1e} relatively (at most {tolerance:.0e} is rounding). Supported are "
-            "plain pre-norm vision transformers with global attention; hooks or parametrisations "
-            "that change a block's output must be removed first"
+            "plain pre-norm vision transformers with global attention; a replaced forward or a "
+            "parametrisation that changes a block's output must be removed first"
         )
 
 

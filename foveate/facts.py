@@ -8,9 +8,8 @@ from statistics import fmean
 from torch import Tensor, nn
 
 from foveate.backbones import backbone_for
-from foveate.core import ReducedViT, Reducer
-from foveate.core.cost import BlockPlan, Cost, cost, measured
-from foveate.core.driver import Trace
+from foveate.core import Backbone, ReducedViT, Reducer, Trace
+from foveate.core.cost import Cost, cost, has_formula, measured, on_meta, run, run_on_meta
 
 __all__ = ["Count", "count", "describe", "image_grid"]
 
@@ -23,8 +22,8 @@ class Count:
         macs: multiply-adds of one image, the method's own included.
         dense_macs: those of the model without the method.
         method_macs: the method's own share of ``macs``.
-        parameters: all of them.
-        new_parameters: those that the method added.
+        parameters: number of all parameters.
+        new_parameters: number of those that the method added.
         tokens: tokens that each block feeds forward, prefix included; means where images differ.
         how: "exact", "expected" (the method's target rates, or an upper bound) or "measured".
     """
@@ -50,41 +49,52 @@ def count(
     images: Tensor | None = None,
     trace: Trace | None = None,
 ) -> Count:
-    """Count multiply-adds, parameters and tokens; works on the meta device too.
+    """Count multiply-adds, parameters and tokens as evaluation would have them.
 
-    Nothing is run unless ``images`` are given.
+    Nothing is computed unless ``images`` are given; it works on the meta device too.
 
     Args:
         model: a model from ``foveate.apply``, or a plain ViT that it takes.
-        image_size: other than the model's own.
-        images: measure the counts of these instead of expecting them, for methods with a count
+        image_size: size to count for, if not the model's own.
+        images: measure the counts on these instead of expecting them, for methods with a count
             per image.
         trace: the same from a trace that was made already.
     """
     if sum(given is not None for given in (image_size, images, trace)) > 1:
         raise ValueError("give only one of image_size, images and trace")
-    reducer: Reducer | None = None
-    if isinstance(model, ReducedViT):
-        backbone, reducer = model.backbone, model.reducer
-    else:
-        backbone = backbone_for(model)
-    if images is not None:
-        if not isinstance(model, ReducedViT):
-            raise ValueError("images are measured on a model from foveate.apply only")
-        trace = model.trace(images)
+    if images is not None and not isinstance(model, ReducedViT):
+        raise ValueError("images are measured on a model from foveate.apply only")
+    backbone = model.backbone if isinstance(model, ReducedViT) else backbone_for(model)
+    reducer = model.reducer if isinstance(model, ReducedViT) else None
     spec = backbone.spec
     grid = spec.grid if image_size is None else image_grid(image_size, spec.patch)
-    how = "exact" if reducer is None or reducer.fixed_count else "expected"
-    runs: list[list[BlockPlan] | None] = [None]
     if trace is not None:
-        grid, how = trace.grid, "measured"
-        runs = list(measured(trace))
-    costs = [cost(spec, reducer, grid, tokens) for tokens in runs]
+        grid = trace.grid
+    elif images is not None:
+        grid = backbone.grid_of(images)
+    how = "measured"
+    if reducer is None:
+        how, costs = "exact", [cost(spec, None, grid)]
+    elif trace is not None and has_formula(reducer):
+        costs = [cost(spec, reducer, grid, tokens) for tokens in measured(trace)]
+    elif images is not None:
+        assert isinstance(model, ReducedViT)
+        costs = _measured(model, images)
+    elif reducer.fixed_count:
+        how, costs = "exact", [_by_running(backbone, reducer, grid)]
+    elif has_formula(reducer):
+        how, costs = "expected", [cost(spec, reducer, grid)]
+    else:
+        raise ValueError(
+            f"how many tokens {reducer!r} keeps depends on the image: give images= to measure it"
+        )
+    total = fmean(c.total for c in costs)
+    plain = fmean(cost(spec, reducer, grid, c.tokens, own=False).total for c in costs)
     new = 0 if reducer is None else sum(p.numel() for p in reducer.parameters())
     return Count(
-        macs=fmean(c.total for c in costs),
+        macs=total,
         dense_macs=cost(spec, None, grid).total,
-        method_macs=fmean(sum(c.method) for c in costs),
+        method_macs=total - plain,
         parameters=sum(p.numel() for p in backbone.model.parameters()) + new,
         new_parameters=new,
         tokens=_mean_tokens(costs),
@@ -92,19 +102,46 @@ def count(
     )
 
 
+# A pass on the meta device takes a tenth of a second, and reports ask for the same one many times.
+_COUNTED: dict[tuple[object, ...], Cost] = {}
+
+
+def _by_running(backbone: Backbone, reducer: Reducer, grid: tuple[int, int]) -> Cost:
+    """Count a method with fixed counts by running it on the meta device."""
+    progress = tuple(part.progress for part in reducer.members)
+    key = (backbone.spec, repr(reducer), progress, grid)
+    if key not in _COUNTED:
+        hollow = type(backbone)(on_meta(backbone.model))  # type: ignore[call-arg]
+        method = on_meta(reducer)
+        assert isinstance(method, Reducer)
+        _COUNTED[key] = run_on_meta(hollow, method, grid)
+    return _COUNTED[key]
+
+
+def _measured(model: ReducedViT, images: Tensor) -> list[Cost]:
+    """Count every image by running it alone, as in evaluation."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        return [run(model, image[None]) for image in images]
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
 def _mean_tokens(costs: list[Cost]) -> tuple[float, ...]:
     means = (
-        fmean(b.fed for b in blocks) for blocks in zip(*(c.tokens for c in costs), strict=True)
+        fmean(b.mlp for b in blocks) for blocks in zip(*(c.tokens for c in costs), strict=True)
     )
     return tuple(int(n) if n == int(n) else n for n in means)
 
 
 def describe(model: ReducedViT, image_size: int | tuple[int, int] | None = None) -> str:
-    """One screen of facts: the method, tokens per block, multiply-adds, training.
+    """Say on one screen: the method, tokens per block, multiply-adds, how it trains.
 
     Args:
         model: a model from ``apply``.
-        image_size: other than the model's own.
+        image_size: size to describe it for, if not the model's own.
     """
     if not isinstance(model, ReducedViT):
         raise ValueError(f"a model from foveate.apply is needed, got {type(model).__name__}")
@@ -114,9 +151,9 @@ def describe(model: ReducedViT, image_size: int | tuple[int, int] | None = None)
     dense, reduced, own = (n / 1e9 for n in (counted.dense_macs, counted.macs, counted.method_macs))
     fixed = reducer.fixed_count
     attention = "fused"
-    if "attention" in reducer.needs or ("cls_row" in reducer.needs and not spec.class_token):
+    if "full_map" in reducer.reads or ("cls_row" in reducer.reads and not spec.class_token):
         attention = "fused, and the whole map beside it where scores are read"
-    elif "cls_row" in reducer.needs:
+    elif "cls_row" in reducer.reads:
         attention = "fused, and one row beside it where scores are read"
     losses = _losses(reducer)
     lines = [
@@ -156,7 +193,7 @@ def _modes(reducer: Reducer) -> list[str]:
 
 
 def image_grid(image_size: int | tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
-    """Patch rows and columns at an image size; ValueError where the patch does not divide it."""
+    """Return patch rows and columns of an image size; ValueError if the patch does not fit."""
     sizes = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size,) * 2
     if len(sizes) != 2 or not all(isinstance(size, int) for size in sizes):
         raise ValueError(f"image_size must be one or two whole numbers, got {image_size!r}")

@@ -8,7 +8,7 @@ import torch
 from contract.table import close, eva, hf, images, randomise, said, vit
 from torch import Tensor, nn
 
-from foveate.core import BackboneSpec, Layout, ReducedViT, Reducer, TokenState
+from foveate.core import BackboneSpec, Context, Layout, ReducedViT, Reducer, TokenState
 from foveate.registry import parse
 
 __all__ = [
@@ -43,7 +43,8 @@ def batch_state(counts: Sequence[int] | int, *, prefix: int = 1, width: int = 4)
     even = isinstance(counts, int)
     lengths = [counts + prefix] * 2 if even else [n + prefix for n in counts]
     layout = Layout.even(2, lengths[0]) if even else Layout.ragged(lengths)
-    return TokenState(noise(sum(lengths), width), layout, prefix, (1, max(lengths) - prefix))
+    context = Context(prefix, (1, max(lengths) - prefix))
+    return TokenState(noise(sum(lengths), width), layout, context)
 
 
 def keep_masks(batch: int, grid: tuple[int, int], share: float = 0.6, seed: int = 5) -> Tensor:

@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import foveate
 from foveate.backbones import lvvit_m, lvvit_s
-from foveate.core import Schedule
 from foveate.methods.evit import EViT
 from foveate.registry import method_class
 
@@ -164,7 +163,8 @@ def test_only_one_source_of_counts(model: nn.Module) -> None:
 
 # Budgets ---------------------------------------------------------------------------------------
 
-RATED = [name for name in foveate.list_methods() if method_class(name).rate]
+# The budget of atm is calibrated on images: tests/methods/test_atm.py.
+RATED = [n for n in foveate.list_methods() if method_class(n).rate and n != "atm"]
 
 
 @pytest.mark.parametrize("budget, share", [("2.9 GMACs", 2.9 / 4.599), ("0.6x", 0.6), ("80%", 0.8)])
@@ -176,14 +176,12 @@ def test_a_budget_is_met(method: str, budget: str, share: float) -> None:
 
 def test_what_a_budget_leaves_alone() -> None:
     """Blocks and other options hold, and the rate is the only one that is set."""
-    reduced = foveate.apply(deit("small"), "evit(blocks=[2, 5], fuse=False)", budget="0.7x")
+    reduced = foveate.apply(deit("small"), "evit(blocks=[2, 5], rest='drop')", budget="0.7x")
     assert reduced.reducer.config() == {
-        **EViT(blocks=(2, 5), fuse=False).config(),
+        **EViT(blocks=(2, 5), rest="drop").config(),
         "keep": reduced.reducer.keep,
     }
     assert foveate.count(reduced).ratio == pytest.approx(0.7, rel=0.01)
-    schedule = Schedule.for_macs("0.7x", reduced.backbone.spec, EViT(blocks=(2, 5), fuse=False))
-    assert schedule == reduced.reducer.schedule
 
 
 def test_a_short_rate_where_it_will_do() -> None:

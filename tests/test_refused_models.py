@@ -168,7 +168,7 @@ def test_matching_follows_adapters_on_the_keys() -> None:
         folded.blocks[0].attn.qkv.weight *= scale[:, None]
         folded.blocks[0].attn.qkv.bias *= scale
     first, second = (
-        foveate.apply(model, "tome(r=6, blocks=[0])").eval().trace(images()).blocks[0].left.source
+        foveate.apply(model, "tome(r=6, blocks=[0])").eval().trace(images()).blocks[0].output.source
         for model in (plain, folded)
     )
     assert torch.equal(first, second)

@@ -16,11 +16,13 @@ from foveate.methods import ATS, EViT, ToMe
 from foveate.registry import list_methods, make, method_class, parse, register
 
 NAMES = [
+    "atm",
     "ats",
     "attention",
     "dynamicvit",
     "evit",
     "evovit",
+    "pitome",
     "random",
     "spvit",
     "static",
@@ -43,7 +45,7 @@ def test_the_twelve_methods() -> None:
     ("text", "config"),
     [
         ("evit(keep=0.5)", {"keep": 0.5}),
-        ("  evit ( keep = 0.5 , fuse = False )  ", {"keep": 0.5, "fuse": False}),
+        ("  evit ( keep = 0.5 , rest = 'drop' )  ", {"keep": 0.5, "rest": "drop"}),
         ("evit(keep=[0.9, 0.8, 0.7], blocks=(2, 4, 6))", {"blocks": (2, 4, 6)}),
         ("evit(keep=1, warmup=[0, 0.5], warmup_steps=4)", {"warmup": (0, 0.5)}),
         ("evit(keep=+0.5, blocks=None,)", {"keep": 0.5, "blocks": None}),
@@ -64,7 +66,7 @@ def test_chains() -> None:
     assert parse("(evit + tome) + ats").config() == parse("evit + tome + ats").config()
 
 
-@pytest.mark.parametrize("method", ["evit(keep=0.6, fuse=False)", "tome(r=(3, 1))", "svit"])
+@pytest.mark.parametrize("method", ["evit(keep=0.6, rest='drop')", "tome(r=(3, 1))", "svit"])
 def test_repr_can_be_read_again(method: str) -> None:
     assert parse(repr(parse(method))).config() == parse(method).config()
     chain = parse(f"{method} + structural")
@@ -190,8 +192,8 @@ def test_inner_fields_are_no_options() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "evit(fuse='no')",
-        "evit(preserve=3)",
+        "evit(rest=1)",
+        "evit(recall_before=3.5)",
         "evovit(layerwise='off')",
         "spvit(accumulate=2)",
         "tome(prop_attn=0)",
@@ -242,8 +244,8 @@ class Odd(ScoreReducer):
 
 def test_options_of_any_kind_can_be_declared() -> None:
     assert Odd(anything=object(), one_of="b", table={"x": 1}, function=len).one_of == "b"
-    with pytest.raises(ValueError, match="preserve"):
-        Odd(preserve="no")
+    with pytest.raises(ValueError, match="recall_before"):
+        Odd(recall_before=0.5)
 
 
 def test_registering() -> None:

@@ -16,9 +16,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from foveate.backbones._shared import key_average, patch_grid, refuse, same_modules
-from foveate.core import Backbone, BackboneSpec, Embedded, Heads, TokenState, linear_cost
-from foveate.core.driver import ReducedViT
+from foveate.backbones._shared import patch_grid, plain_class, refuse, same_modules
+from foveate.core import (
+    Backbone,
+    BackboneSpec,
+    Embedded,
+    Heads,
+    Outcome,
+    ReducedViT,
+    TokenState,
+    linear_cost,
+)
 
 __all__ = ["OLDEST", "Form", "HfBackbone", "ReducedHf", "classifier", "library_class"]
 
@@ -48,7 +56,7 @@ class Form:
 
 
 def classifier(tower: str) -> Form:
-    """The form of an image classifier."""
+    """Make the form of an image classifier."""
     return Form(tower, "ImageClassifierOutput", "logits", tokens=False, labels=True)
 
 
@@ -71,7 +79,7 @@ class ReducedHf(ReducedViT):
         attention_mask: Tensor | None = None,
         bool_masked_pos: Tensor | None = None,
     ) -> Any:
-        """The model's own kind of answer for ``pixel_values [B, 3, H, W]``.
+        """Return the model's own kind of answer for ``pixel_values [B, 3, H, W]``.
 
         ``last_hidden_state`` and ``hidden_states`` are ``[B, prefix + H*W, C]`` whatever was
         dropped or merged: prefix tokens first, then every patch in its place. While it trains, the
@@ -120,12 +128,11 @@ class ReducedHf(ReducedViT):
             take = wanted is None or len(hidden) in wanted
             hidden.append(_on_grid(state, gone) if take else None)
 
-        state = self._tokens(
-            backbone,
+        state = self.tokens(
             pixel_values,
             keep_mask,
-            form.tokens or bool(output_hidden_states),
-            visit if output_hidden_states else None,
+            track=form.tokens or bool(output_hidden_states),
+            visit=visit if output_hidden_states else None,
         )
         fields: dict[str, Any] = dict(backbone.answers(state))
         if form.tokens:
@@ -138,36 +145,24 @@ class ReducedHf(ReducedViT):
         return output if return_dict else output.to_tuple()
 
     def _loss(self, labels: Tensor, logits: Tensor, state: TokenState) -> Tensor:
-        """The model's own loss and, in training, the method's."""
+        """The model's own loss and, in training, the method's own ones, weighted."""
         loss = self.vit.loss_function(labels, logits, self.vit.config)
-        if self.training:
-            for part in self.reducer.members:
-                for name, value in part.losses(state.notes).items():
-                    loss = loss + part.loss_weights[name] * value
-        return loss
-
-    @property
-    def config(self) -> Any:
-        """The model's configuration."""
-        return self.vit.config
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return self.vit.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the model's parameters."""
-        return self.vit.dtype
+        if not self.training:
+            return loss
+        single = self.vit.config.problem_type == "single_label_classification"
+        weights = self.reducer.loss_weights
+        own = self.reducer.losses(Outcome(logits, state), labels.flatten() if single else None)
+        return weights.get("class", 1.0) * loss + sum(
+            weights[name] * value for name, value in own.items() if weights.get(name)
+        )
 
     def can_generate(self) -> bool:
-        """Pipelines ask; it makes no text."""
+        """Answer the question of pipelines: it makes no text."""
         return False
 
 
 def _selected(which: bool | int | Sequence[int] | None, count: int) -> frozenset[int] | None:
-    """Numbers of the hidden states that are wanted, of ``count``; None means all."""
+    """Return the numbers of the wanted hidden states, of ``count``; None means all."""
     if which is None or isinstance(which, bool):
         return None
     numbers = [which] if isinstance(which, int) else which
@@ -178,7 +173,7 @@ def _selected(which: bool | int | Sequence[int] | None, count: int) -> frozenset
 
 
 def _on_grid(state: TokenState, gone: str) -> Tensor:
-    """Prefix tokens and every patch in its place, ``[B, prefix + H*W, C]``."""
+    """Return prefix tokens and every patch in its place, ``[B, prefix + H*W, C]``."""
     state = state.recalled()
     return torch.cat([state.prefix_tokens(), state.restore(gone)], 1)
 
@@ -207,7 +202,7 @@ class HfBackbone(Backbone):
 
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:
-        """Take every model of the family's modules; the constructor refuses what is not plain."""
+        """Accept every model of the family; the constructor refuses what is not plain."""
         return _library_class(type(model), cls.library) is not None
 
     def __init__(self, model: Any) -> None:
@@ -235,7 +230,7 @@ class HfBackbone(Backbone):
         return int(_find(self.tower, self.patches).in_channels)
 
     def native(self, images: Tensor) -> Tensor:
-        """The main field of the model's own answer."""
+        """Return the main field of the model's own answer."""
         resize = {} if self.always_resizes else {"interpolate_pos_encoding": self._resizes(images)}
         output = self.model(images, output_hidden_states=False, return_dict=True, **resize)
         answer = getattr(output, self.form.main)
@@ -245,7 +240,7 @@ class HfBackbone(Backbone):
         return answer
 
     def current(self) -> bool:
-        """Nobody has given the model another head or other layers since."""
+        """Tell whether head and layers are still the same."""
         return (
             _outputs(self.model, self.form) == self.spec.classes
             and list(_find(self.tower, self.layers)) == self._blocks
@@ -257,7 +252,7 @@ class HfBackbone(Backbone):
         return any(layer.gradient_checkpointing and layer.training for layer in self._blocks)
 
     def recipe(self) -> dict[str, Any] | None:
-        """Name of the class, its configuration, and what its constructor was told besides."""
+        """Return the class's name, its configuration, and other constructor arguments."""
         model = self.model
         config = {k: v for k, v in model.config.to_dict().items() if not _names_code(k)}
         recipe = {
@@ -276,7 +271,7 @@ class HfBackbone(Backbone):
 
     @classmethod
     def rebuild(cls, recipe: Mapping[str, Any]) -> nn.Module:
-        """Make a model of one of the known classes; nothing is fetched, no other code runs."""
+        """Make a model of one of the known classes; nothing is downloaded, no other code runs."""
         name, config = recipe["transformers"], recipe["config"]
         if name not in cls.forms:
             raise ValueError(f"no {cls.family} model is called {name!r}")
@@ -290,17 +285,17 @@ class HfBackbone(Backbone):
             raise ValueError(f"{name} cannot be made again: {error}") from error
 
     def _arguments(self) -> dict[str, Any]:
-        """What the constructor was told besides the configuration."""
+        """Return the constructor's arguments besides the configuration."""
         return {}
 
     # The model in parts ------------------------------------------------------------------------
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
-        """Patch rows and columns; an image that the patch does not divide is refused."""
+        """Return patch rows and columns; refuse images that the patch does not divide."""
         return patch_grid(images, self.spec.patch)
 
     def embed(self, images: Tensor) -> Embedded:
-        """The model's own embeddings, their positions resized where the image needs it."""
+        """Run the model's own embeddings, their positions resized where the image needs it."""
         grid = self.grid_of(images)
         resizes = self._resizes(images)
         rows, columns = self.spec.grid
@@ -317,39 +312,44 @@ class HfBackbone(Backbone):
     def _resizes(self, images: Tensor) -> bool:
         return tuple(images.shape[-2:]) != self._size
 
-    def qkv(self, block: int, x: Tensor, rotary: Tensor | None) -> Heads:
-        """First norm and the three projections."""
-        layer = self._blocks[block]
-        attn = getattr(layer, self.attention)
-        y = getattr(layer, self.norms[0])(x)
+    def attention_of(self, block: int) -> nn.Module:
+        """Return a layer's attention."""
+        return getattr(self._blocks[block], self.attention)
+
+    def wrap(self, out: Tensor) -> Any:
+        """Attention modules of transformers return maps too, and here there are none."""
+        return out, None
+
+    def attention_input(self, block: int, x: Tensor) -> Tensor:
+        """Apply the first norm."""
+        return getattr(self._blocks[block], self.norms[0])(x)
+
+    def qkv(self, block: int, y: Tensor, rotary: Tensor | None) -> Heads:
+        """Apply the three projections."""
+        attn: Any = self.attention_of(block)
         shape = (self.spec.heads, attn.head_dim)
         q, k, v = (p(y).unflatten(-1, shape) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
-        return Heads(q, k, v, y, _scale(attn), _dropout(attn) if attn.training else 0.0)
+        return Heads(q, k, v, _scale(attn), _dropout(attn) if attn.training else 0.0)
 
-    def project(self, block: int, out: Tensor, heads: Heads) -> Tensor:
-        """The output projection."""
-        return getattr(getattr(self._blocks[block], self.attention), self.out)(out)
+    def project(self, block: int, out: Tensor, y: Tensor) -> Tensor:
+        """Apply the output projection."""
+        return getattr(self.attention_of(block), self.out)(out)
 
     def feedforward(self, block: int, x: Tensor) -> Tensor:
-        """Second norm and MLP."""
+        """Apply second norm and MLP."""
         layer = self._blocks[block]
         return layer.mlp(getattr(layer, self.norms[1])(x))
 
     def drop_path(self, block: int, branch: int) -> nn.Module | None:
-        """None: most families have no stochastic depth."""
+        """Return None: most families have no stochastic depth."""
         return None
 
-    def key_mean(self, block: int, heads: Heads) -> Tensor | None:
-        """One thin product with the head-averaged key weights."""
-        attn = getattr(self._blocks[block], self.attention)
-        return key_average(attn.k_proj, heads.y, self.spec.heads)
-
     def answers(self, state: TokenState) -> dict[str, Tensor | None]:
-        """Fields of the model's answer, from normed tokens, without the tokens themselves."""
+        """Make the fields of the model's answer from normed tokens, but for the tokens."""
         raise NotImplementedError
 
     def head(self, state: TokenState) -> Tensor:
-        """The main field of the answer; the class token where the model has no head."""
+        """Return the main field of the answer; the class token where the model has no head."""
         answer = self.answers(state)[self.form.main]
         return self._headless(state) if answer is None else answer
 
@@ -359,7 +359,7 @@ class HfBackbone(Backbone):
     # Reading the facts -------------------------------------------------------------------------
 
     def _facts(self, model: Any) -> BackboneSpec:
-        kind = type(model)
+        kind = plain_class(model)
         if _library_class(kind, self.library) is not kind:
             raise refuse(model, "a class of its own")
         if kind.__name__ not in self.forms:
@@ -391,7 +391,6 @@ class HfBackbone(Backbone):
             embed_cost=conv.weight.numel(),
             head_cost=head_cost,
             pool_cost=pool_cost,
-            thin_key_mean=True,
         )
 
     def _checked(self, model: Any, tower: Any) -> list[Any]:
@@ -401,7 +400,7 @@ class HfBackbone(Backbone):
             for layer in layers:
                 attn = getattr(layer, self.attention)
                 for part in (layer, attn, layer.mlp):
-                    if _library_class(type(part), self.library) is not type(part):
+                    if _library_class(plain_class(part), self.library) is not plain_class(part):
                         raise refuse(model, f"{type(part).__name__} in its layers")
                 _ = attn.q_proj, attn.head_dim
         except AttributeError:
@@ -426,7 +425,7 @@ class HfBackbone(Backbone):
 
 
 def library_class(name: str) -> Any:
-    """A class of transformers by its name; ImportError saying what to install."""
+    """Return a class of transformers by its name; ImportError says what to install."""
     try:
         import transformers
     except ImportError as error:

@@ -41,13 +41,17 @@ class TimmBackbone(Backbone):
         """The model's own blocks."""
         return self._blocks
 
+    def attention_of(self, block: int) -> nn.Module:
+        """Return a block's attention."""
+        return self._blocks[block].attn
+
     @property
     def channels(self) -> int:
         """Channels that the patch projection takes."""
         return int(self.model.patch_embed.proj.in_channels)
 
     def recipe(self) -> dict[str, Any] | None:
-        """Name and arguments of ``timm.create_model``."""
+        """Return name and arguments of ``timm.create_model``."""
         model = self.model
         name = getattr(model, "pretrained_cfg", {}).get("architecture")
         if not name:
@@ -70,7 +74,7 @@ class TimmBackbone(Backbone):
 
     @classmethod
     def rebuild(cls, recipe: Mapping[str, Any]) -> nn.Module:
-        """Make a model by timm's name for it; nothing is fetched."""
+        """Make a model by timm's name for it; nothing is downloaded."""
         name, arguments = recipe["timm"], recipe["arguments"]
         # Only timm's own constructors: a prefixed name would make timm fetch or read elsewhere.
         known = isinstance(name, str) and timm.is_model(name)
@@ -82,7 +86,7 @@ class TimmBackbone(Backbone):
             raise ValueError(f"{name} cannot be made again: {error}") from error
 
     def current(self) -> bool:
-        """Nobody has given the model another head, pooling, size or other blocks since."""
+        """Tell whether head, pooling, size and blocks are still the same."""
         model, spec = self.model, self.spec
         return (
             model.num_classes == spec.classes
@@ -92,21 +96,21 @@ class TimmBackbone(Backbone):
         )
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
-        """Patch rows and columns; an image that the patch does not divide is refused."""
+        """Return patch rows and columns; refuse images that the patch does not divide."""
         embed = self.model.patch_embed
         if embed.dynamic_img_pad:
             return tuple(embed.dynamic_feat_size(tuple(images.shape[-2:])))
         return patch_grid(images, self.spec.patch)
 
     def _patches(self, images: Tensor) -> Tensor:
-        """Patch embeddings ``[B, H*W, C]`` at any size, also where the model insists on one."""
+        """Embed patches ``[B, H*W, C]`` at any size, also where the model insists on one."""
         embed = self.model.patch_embed
         if embed.dynamic_img_pad:
             return embed(images).reshape(images.shape[0], -1, self.spec.width)
         return embed.norm(embed.proj(images).flatten(2).transpose(1, 2))
 
     def _with_prefix(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Prefix tokens in front and absolute positions added, resized to the grid."""
+        """Put prefix tokens in front and add absolute positions, resized to the grid."""
         model, batch = self.model, patches.shape[0]
         front = [
             token.expand(batch, -1, -1)
@@ -127,13 +131,13 @@ class TimmBackbone(Backbone):
         return x + pos if pos is not None and covers_prefix else x
 
     def drop_path(self, block: int, branch: int) -> nn.Module | None:
-        """Timm's DropPath of a branch; None where its rate is zero."""
+        """Return timm's DropPath of a branch; None where its rate is zero."""
         stock = self._blocks[block]
         module = stock.drop_path2 if branch else stock.drop_path1
         return None if isinstance(module, nn.Identity) else module
 
     def norm(self, x: Tensor) -> Tensor:
-        """The norm after the last block (Identity where the model norms after pooling)."""
+        """Apply the norm after the last block (Identity where the model norms after pooling)."""
         return self.model.norm(x)
 
     def head(self, state: TokenState) -> Tensor:
@@ -145,7 +149,7 @@ class TimmBackbone(Backbone):
             if not state.layout.is_even:
                 raise ValueError(
                     "this model returns un-pooled tokens, and images kept different counts: use "
-                    "forward_features(images).restore(), or preserve=True"
+                    "forward_features(images), or without a keep_mask recall_before='head'"
                 )
             pooled = state.tokens()
         elif getattr(model, "attn_pool", None) is not None:
@@ -179,7 +183,6 @@ def spec_of(
     class_token: bool,
     rotary: bool,
     pools_prefix: bool,
-    thin_key_mean: bool = False,
     stem: type[PatchEmbed] = PatchEmbed,
 ) -> BackboneSpec:
     """Read the facts off a timm model whose blocks have been checked."""
@@ -219,5 +222,4 @@ def spec_of(
         embed_cost=model.patch_embed.proj.weight.numel(),
         head_cost=head_cost,
         pool_cost=pool_cost,
-        thin_key_mean=thin_key_mean,
     )

@@ -34,16 +34,16 @@ class HfClip(HfBackbone):
     patches = "embeddings.patch_embedding"
 
     def embed(self, images: Tensor) -> Embedded:
-        """The model's own embeddings and the norm before the layers."""
+        """Run the model's own embeddings and the norm before the layers."""
         embedded = super().embed(images)
         return Embedded(self.tower.pre_layrnorm(embedded.x), embedded.grid)
 
     def norm(self, x: Tensor) -> Tensor:
-        """Nothing."""
+        """Leave tokens as they are: the norm comes after pooling."""
         return x
 
     def answers(self, state: TokenState) -> dict[str, Tensor | None]:
-        """The normed class token, its projection, or the classifier on the patches' mean."""
+        """Return the normed class token, its projection, or logits from the patches' mean."""
         model = self.model
         if self.form.main == "logits":
             return {"logits": model.classifier(pool_tokens(state, "avg"))}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.backbones._hf import Form, HfBackbone, classifier
-from foveate.core import Heads, TokenState, pool_tokens
+from foveate.core import TokenState, pool_tokens
 
 __all__ = ["HfDinov2"]
 
@@ -28,25 +28,25 @@ class HfDinov2(HfBackbone):
     layers = "encoder.layer"
     always_resizes = True
 
-    def project(self, block: int, out: Tensor, heads: Heads) -> Tensor:
-        """The output projection and LayerScale."""
-        return self._blocks[block].layer_scale1(super().project(block, out, heads))
+    def scale(self, block: int, out: Tensor) -> Tensor:
+        """Apply LayerScale."""
+        return self._blocks[block].layer_scale1(out)
 
     def feedforward(self, block: int, x: Tensor) -> Tensor:
-        """Second norm, MLP and LayerScale."""
+        """Apply second norm, MLP and LayerScale."""
         return self._blocks[block].layer_scale2(super().feedforward(block, x))
 
     def drop_path(self, block: int, branch: int) -> nn.Module | None:
-        """One module serves both branches of a layer; None where its rate is zero."""
+        """Return the module that serves both branches; None where its rate is zero."""
         module = self._blocks[block].drop_path
         return None if isinstance(module, nn.Identity) else module
 
     def norm(self, x: Tensor) -> Tensor:
-        """The norm after the last layer."""
+        """Apply the norm after the last layer."""
         return self.tower.layernorm(x)
 
     def answers(self, state: TokenState) -> dict[str, Tensor | None]:
-        """The class token, or what the classifier makes of it and the mean of the patches."""
+        """Return the class token, or the classifier's logits from it and the patches' mean."""
         token = state.prefix_tokens()[:, 0]
         if not self.form.tower:
             return {"pooler_output": token}

@@ -31,11 +31,11 @@ class HfSiglip(HfBackbone):
     patches = "embeddings.patch_embedding"
 
     def norm(self, x: Tensor) -> Tensor:
-        """The norm after the last layer."""
+        """Apply the norm after the last layer."""
         return self.tower.post_layernorm(x)
 
     def answers(self, state: TokenState) -> dict[str, Tensor | None]:
-        """What attention pooling, or the classifier on the mean, makes of the tokens left."""
+        """Apply attention pooling, or the classifier on the mean, to the tokens that are left."""
         if self.form.tower:
             return {"logits": self.model.classifier(pool_tokens(state, "avg"))}
         return {"pooler_output": self._attended(state) if self.tower.use_head else None}

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from foveate.backbones._hf import Form, HfBackbone, classifier
-from foveate.core import Heads, TokenState, linear_cost
+from foveate.core import TokenState, linear_cost
 
 __all__ = ["HfViT"]
 
@@ -29,20 +29,20 @@ class HfViT(HfBackbone):
     norms = ("layernorm_before", "layernorm_after")
     layers = "layers"
 
-    def project(self, block: int, out: Tensor, heads: Heads) -> Tensor:
-        """The output projection and dropout."""
-        return self._blocks[block].dropout(super().project(block, out, heads))
+    def scale(self, block: int, out: Tensor) -> Tensor:
+        """Apply dropout."""
+        return self._blocks[block].dropout(out)
 
     def feedforward(self, block: int, x: Tensor) -> Tensor:
-        """Second norm, MLP and dropout."""
+        """Apply second norm, MLP and dropout."""
         return self._blocks[block].dropout(super().feedforward(block, x))
 
     def norm(self, x: Tensor) -> Tensor:
-        """The norm after the last layer."""
+        """Apply the norm after the last layer."""
         return self.tower.layernorm(x)
 
     def answers(self, state: TokenState) -> dict[str, Tensor | None]:
-        """What the pooler, the classifier or both of DeiT's heads make of the prefix tokens."""
+        """Apply the pooler, the classifier or both of DeiT's heads to the prefix tokens."""
         model, tokens = self.model, state.prefix_tokens()
         if not self.form.tower:
             return {"pooler_output": None if model.pooler is None else model.pooler(tokens)}

@@ -21,7 +21,7 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from foveate.backbones._shared import refuse, same_modules
+from foveate.backbones._shared import plain_class, refuse, same_modules
 from foveate.backbones._timm import spec_of
 from foveate.backbones.timm_vit import TimmViT, check_blocks_plain
 from foveate.core import TokenState, pool_mask
@@ -32,7 +32,7 @@ _AUX_WEIGHT = 0.5
 
 
 class Stem(PatchEmbed):
-    """Three convolutions at half the resolution, then one that makes the patches."""
+    """Applies three convolutions at half the resolution, then one that makes the patches."""
 
     def __init__(self, *, patch_size: int, in_chans: int, embed_dim: int, **options: Any) -> None:
         super().__init__(
@@ -48,14 +48,14 @@ class Stem(PatchEmbed):
         self.proj = nn.Conv2d(64, embed_dim, side, stride=side)
 
     def patches(self, images: Tensor) -> Tensor:
-        """Patches ``[B, H*W, C]`` of images of any size that the patch divides."""
+        """Make patches ``[B, H*W, C]`` of images of any size that the patch divides."""
         x = self.bn1(self.conv1(images)).relu()
         x = self.bn2(self.conv2(x)).relu()
         x = self.bn3(self.conv3(x)).relu()
         return self.proj(x).flatten(2).transpose(1, 2)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Patches of images of the model's own size."""
+        """Make patches of images of the model's own size."""
         if tuple(images.shape[-2:]) != tuple(self.img_size):
             raise ValueError(
                 f"this LV-ViT takes images of {self.img_size[0]} x {self.img_size[1]}, got "
@@ -64,7 +64,7 @@ class Stem(PatchEmbed):
         return self.patches(images)
 
     def cost(self) -> int:
-        """Multiply-adds per patch."""
+        """Count the multiply-adds per patch."""
         inside = self.proj.kernel_size[0] ** 2  # cells of the convolutions' grid in one patch
         convs = sum(conv.weight.numel() for conv in (self.conv1, self.conv2, self.conv3))
         return inside * convs + self.proj.weight.numel()
@@ -74,7 +74,7 @@ class Half(nn.Module):
     """Halves a residual branch."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Half of ``x``."""
+        """Return half of ``x``."""
         return x * 0.5
 
 
@@ -143,18 +143,18 @@ class LVViT(VisionTransformer):
         return head
 
     def forward_labels(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the class token ``[B, K]`` and of every patch ``[B, N, K]``."""
+        """Return logits of the class token ``[B, K]`` and of every patch ``[B, N, K]``."""
         x = self.forward_features(images)
         return self.head(x[:, 0]), self.aux_head(x[:, self.num_prefix_tokens :])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Class logits plus half of the largest auxiliary logits, from normed tokens."""
+        """Return class logits plus half of the largest auxiliary logits, from normed tokens."""
         if pre_logits or not self.num_classes:
             return x[:, 0]
         return self.predict(x[:, 0], x[:, self.num_prefix_tokens :])
 
     def predict(self, token: Tensor, patches: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The prediction from a class token ``[B, C]`` and patches ``[B, N, C]``.
+        """Predict from a class token ``[B, C]`` and patches ``[B, N, C]``.
 
         ``mask [B, N]`` says which patches count; an image without any has its class logits alone.
         """
@@ -168,19 +168,19 @@ class LVViT(VisionTransformer):
 
 
 def _stem(**options: Any) -> Stem:
-    """Drop what timm's ViT says to its patch embedding and the stem has settled."""
+    """Drop the arguments of timm's patch embedding that the stem does not have."""
     for name in ("bias", "device", "dtype"):
         options.pop(name, None)
     return Stem(**options)
 
 
 def lvvit_s(**options: Any) -> LVViT:
-    """LV-ViT-S: 26.2 million parameters, untrained; options as ``LVViT`` takes them."""
+    """Make an untrained LV-ViT-S, 26.2 million parameters; options are those of ``LVViT``."""
     return LVViT(**{"embed_dim": 384, "depth": 16, "num_heads": 6, **options})
 
 
 def lvvit_m(**options: Any) -> LVViT:
-    """LV-ViT-M: 55.8 million parameters, untrained; options as ``LVViT`` takes them."""
+    """Make an untrained LV-ViT-M, 55.8 million parameters; options are those of ``LVViT``."""
     return LVViT(**{"embed_dim": 512, "depth": 20, "num_heads": 8, **options})
 
 
@@ -191,11 +191,11 @@ class LVViTBackbone(TimmViT):
 
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:
-        """Take LV-ViTs alone."""
+        """Accept LV-ViTs alone."""
         return isinstance(model, LVViT)
 
     def __init__(self, model: Any) -> None:
-        if type(model) is not LVViT:
+        if plain_class(model) is not LVViT:
             raise refuse(model, "a class of its own")
         check_blocks_plain(model)
         spec = spec_of(
@@ -204,7 +204,6 @@ class LVViTBackbone(TimmViT):
             class_token=True,
             rotary=False,
             pools_prefix=False,
-            thin_key_mean=True,
             stem=Stem,
         )
         super(TimmViT, self).__init__(
@@ -229,7 +228,7 @@ class LVViTBackbone(TimmViT):
         return self.model.patch_embed.patches(images)
 
     def head(self, state: TokenState) -> Tensor:
-        """Both heads, the auxiliary one on the patches that are left."""
+        """Apply both heads, the auxiliary one to the patches that are left."""
         model, token = self.model, state.prefix_tokens()[:, 0]
         if not model.num_classes:
             return token
@@ -239,7 +238,7 @@ class LVViTBackbone(TimmViT):
         return model.predict(token, state.tokens()[:, state.prefix :], mask)
 
     def recipe(self) -> dict[str, Any] | None:
-        """The arguments of ``LVViT``."""
+        """Return the arguments of ``LVViT``."""
         model = self.model
         arguments = {
             "img_size": list(model.patch_embed.img_size),
@@ -257,7 +256,7 @@ class LVViTBackbone(TimmViT):
 
     @classmethod
     def rebuild(cls, recipe: Mapping[str, Any]) -> nn.Module:
-        """From the arguments of ``LVViT``."""
+        """Make the model from the arguments of ``LVViT``."""
         try:
             return LVViT(**recipe["lvvit"])
         except (TypeError, ValueError, KeyError) as error:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from foveate.backbones._shared import refuse
 from foveate.backbones._timm import TimmBackbone, spec_of
-from foveate.core import Embedded, Heads, TokenState
+from foveate.core import Context, Embedded, TokenState
 
 __all__ = ["SHARED_BIAS", "TABLE", "TimmBeit", "expand_position_bias", "shared_position_bias"]
 
@@ -34,7 +34,7 @@ class TimmBeit(TimmBackbone):
 
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:
-        """Take every Beit; the constructor refuses what is not stock."""
+        """Accept every Beit; the constructor refuses what is not stock."""
         return isinstance(model, Beit)
 
     def __init__(self, model: Any) -> None:
@@ -57,11 +57,11 @@ class TimmBeit(TimmBackbone):
 
     @property
     def fixed_size(self) -> tuple[int, int] | None:
-        """The image size that a relative position bias is for; None without one."""
+        """Image size that a relative position bias is for; None without one."""
         return tuple(self.model.patch_embed.img_size) if self.relative else None
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
-        """Patch rows and columns; with a relative position bias the model's own alone."""
+        """Return patch rows and columns; a relative position bias allows the model's own alone."""
         grid, size = super().grid_of(images), self.fixed_size
         if size is not None and grid != self._own_grid():
             raise ValueError(
@@ -72,7 +72,7 @@ class TimmBeit(TimmBackbone):
         return grid
 
     def embed(self, images: Tensor, edit: Callable[[Tensor], Tensor] | None = None) -> Embedded:
-        """Patches, class token, and absolute positions where the model has them.
+        """Make patches, class token, and absolute positions where the model has them.
 
         ``edit`` may change the patches ``[B, H*W, C]`` before they get their positions.
         """
@@ -84,7 +84,7 @@ class TimmBeit(TimmBackbone):
     def through(
         self, x: Tensor, grid: tuple[int, int], visit: Callable[[Tensor], None] | None = None
     ) -> Tensor:
-        """All tokens ``[B, 1 + H*W, C]`` block after block; ``visit`` sees what each one leaves.
+        """Run all tokens ``[B, 1 + H*W, C]`` block after block; ``visit`` sees what each leaves.
 
         Without a relative position bias any number of tokens will do.
         """
@@ -106,27 +106,13 @@ class TimmBeit(TimmBackbone):
         return x
 
     def whole(self, images: Tensor) -> TokenState:
-        """Final, normed tokens of whole images."""
+        """Return the final, normed tokens of whole images."""
         embedded = self.embed(images)
         x = self.norm(self.through(embedded.x, embedded.grid))
-        return TokenState.begin(x, prefix=self.spec.prefix, grid=embedded.grid)
+        return TokenState.begin(x, Context(self.spec.prefix, embedded.grid))
 
     def _own_grid(self) -> tuple[int, int]:
         return tuple(self.model.patch_embed.grid_size)
-
-    # Attention maps and methods drive blocks in parts, which would leave out the bias ------------
-
-    def qkv(self, block: int, x: Tensor, rotary: Tensor | None) -> Heads:
-        """Refused, as are all parts of a block."""
-        raise self.undrivable()
-
-    def project(self, block: int, out: Tensor, heads: Heads) -> Tensor:
-        """Refused."""
-        raise self.undrivable()
-
-    def feedforward(self, block: int, x: Tensor) -> Tensor:
-        """Refused."""
-        raise self.undrivable()
 
 
 def expand_position_bias(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:

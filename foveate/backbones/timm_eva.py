@@ -11,7 +11,7 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveate.backbones._shared import refuse
+from foveate.backbones._shared import plain_class, refuse
 from foveate.backbones._timm import TimmBackbone, spec_of
 from foveate.core import Embedded, Heads
 
@@ -25,17 +25,17 @@ class TimmEva(TimmBackbone):
 
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:
-        """Take every Eva; the constructor refuses what is not plain."""
+        """Accept every Eva; the constructor refuses what is not plain."""
         return isinstance(model, Eva)
 
     def __init__(self, model: Any) -> None:
-        if type(model) is not Eva:
+        if plain_class(model) is not Eva:
             raise refuse(model, "a class of its own")
         for block in model.blocks:
-            if type(block) is not EvaBlock:
+            if plain_class(block) is not EvaBlock:
                 kind = type(block).__name__
                 raise refuse(model, "post-norm blocks" if "PostNorm" in kind else f"{kind} blocks")
-            if type(block.attn) not in (EvaAttention, AttentionRope):
+            if plain_class(block.attn) not in (EvaAttention, AttentionRope):
                 raise refuse(model, f"{type(block.attn).__name__} attention")
         spec = spec_of(
             self.family,
@@ -47,13 +47,13 @@ class TimmEva(TimmBackbone):
         super().__init__(model, spec)
 
     def embed(self, images: Tensor) -> Embedded:
-        """Patches, prefix tokens, absolute positions, and the table of rotary ones."""
+        """Make patches, prefix tokens, absolute positions, and the table of rotary ones."""
         grid, model = self.grid_of(images), self.model
         x = model.pos_drop(self._with_prefix(self._patches(images), grid))
         return Embedded(model.norm_pre(x), grid, self._table(grid))
 
     def _table(self, grid: tuple[int, int]) -> Tensor | None:
-        """Rotary sines and cosines of every patch, and a last row that turns nothing."""
+        """Return the sines and cosines of every patch, and a last row that turns nothing."""
         rope = self.model.rope
         if rope is None:
             return None
@@ -73,11 +73,13 @@ class TimmEva(TimmBackbone):
             return table.transpose(1, 2)
         return table[:, None]  # [P + 1, 1, 2d]
 
-    def qkv(self, block: int, x: Tensor, rotary: Tensor | None) -> Heads:
-        """Fused or separate projections, qk-norm, rotation, grouped keys repeated."""
-        stock = self._blocks[block]
-        attn = stock.attn
-        y = stock.norm1(x)
+    def attention_input(self, block: int, x: Tensor) -> Tensor:
+        """Apply the first norm."""
+        return self._blocks[block].norm1(x)
+
+    def qkv(self, block: int, y: Tensor, rotary: Tensor | None) -> Heads:
+        """Apply fused or separate projections, qk-norm and rotation; repeat grouped keys."""
+        attn = self._blocks[block].attn
         if attn.qkv is not None:
             q, k, v = self._fused(attn, y).view(-1, 3, attn.num_heads, attn.head_dim).unbind(1)
         else:
@@ -94,7 +96,7 @@ class TimmEva(TimmBackbone):
         if groups > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         dropout = attn.attn_drop.p if attn.training else 0.0
-        return Heads(q, k, v, y, attn.scale, dropout)
+        return Heads(q, k, v, attn.scale, dropout)
 
     @staticmethod
     def _fused(attn: Any, y: Tensor) -> Tensor:
@@ -105,18 +107,21 @@ class TimmEva(TimmBackbone):
             return attn.qkv(y) + bias
         return F.linear(y, attn.qkv.weight, bias)
 
-    def project(self, block: int, out: Tensor, heads: Heads) -> Tensor:
-        """Inner norm, gate, projection and LayerScale."""
-        stock = self._blocks[block]
-        attn = stock.attn
+    def project(self, block: int, out: Tensor, y: Tensor) -> Tensor:
+        """Apply inner norm, gate and projection."""
+        attn = self._blocks[block].attn
         out = attn.norm(out)
         if attn.gate is not None:
-            out = out * attn.gate(heads.y).sigmoid()
-        out = attn.proj_drop(attn.proj(out))
-        return out if stock.gamma_1 is None else stock.gamma_1 * out
+            out = out * attn.gate(y).sigmoid()
+        return attn.proj_drop(attn.proj(out))
+
+    def scale(self, block: int, out: Tensor) -> Tensor:
+        """Apply LayerScale."""
+        gamma = self._blocks[block].gamma_1
+        return out if gamma is None else gamma * out
 
     def feedforward(self, block: int, x: Tensor) -> Tensor:
-        """Norm, MLP and LayerScale."""
+        """Apply norm, MLP and LayerScale."""
         stock = self._blocks[block]
         out = stock.mlp(stock.norm2(x))
         return out if stock.gamma_2 is None else stock.gamma_2 * out

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from foveate.backbones._shared import key_average, refuse, same_modules
+from foveate.backbones._shared import plain_class, refuse, same_modules
 from foveate.backbones._timm import TimmBackbone, spec_of
 from foveate.core import Embedded, Heads
 
@@ -27,11 +27,11 @@ class TimmViT(TimmBackbone):
 
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:
-        """Take every VisionTransformer; the constructor refuses what is not plain."""
+        """Accept every VisionTransformer; the constructor refuses what is not plain."""
         return isinstance(model, VisionTransformer)
 
     def __init__(self, model: Any) -> None:
-        if type(model) not in (VisionTransformer, VisionTransformerDistilled):
+        if plain_class(model) not in (VisionTransformer, VisionTransformerDistilled):
             raise refuse(model, "a class of its own")
         check_blocks_plain(model)
         spec = spec_of(
@@ -40,12 +40,11 @@ class TimmViT(TimmBackbone):
             class_token=model.cls_token is not None,
             rotary=False,
             pools_prefix=model.pool_include_prefix,
-            thin_key_mean=isinstance(model.blocks[0].attn.k_norm, nn.Identity),
         )
         super().__init__(model, spec)
 
     def recipe(self) -> dict[str, Any] | None:
-        """Timm's name for the model, or else what ``plain_vit`` takes to make it."""
+        """Return timm's name for the model, or else what ``plain_vit`` takes to make it."""
         named = super().recipe()
         if named is not None:
             return named
@@ -56,7 +55,7 @@ class TimmViT(TimmBackbone):
 
     @classmethod
     def rebuild(cls, recipe: Mapping[str, Any]) -> nn.Module:
-        """By name, or from the arguments of ``plain_vit``."""
+        """Make the model by timm's name, or from the arguments of ``plain_vit``."""
         if "plain" not in recipe:
             return super().rebuild(recipe)
         try:
@@ -65,7 +64,7 @@ class TimmViT(TimmBackbone):
             raise ValueError(f"the model cannot be made again: {error}") from error
 
     def embed(self, images: Tensor, edit: Callable[[Tensor], Tensor] | None = None) -> Embedded:
-        """Patches, prefix tokens, positions, and the norm before the blocks (CLIP).
+        """Make patches, prefix tokens and positions; apply the norm before the blocks (CLIP).
 
         ``edit`` may change the patches ``[B, H*W, C]`` before they get their positions.
         """
@@ -77,7 +76,7 @@ class TimmViT(TimmBackbone):
     def through(
         self, x: Tensor, grid: tuple[int, int], visit: Callable[[Tensor], None] | None = None
     ) -> Tensor:
-        """Block after block; any number of tokens will do, positions are in them."""
+        """Run block after block on any number of tokens; their positions are in them."""
         for block in self._blocks:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
@@ -87,45 +86,39 @@ class TimmViT(TimmBackbone):
                 visit(x)
         return x
 
-    def qkv(self, block: int, x: Tensor, rotary: Tensor | None) -> Heads:
-        """One linear layer for all three, then qk-norm where the model has it."""
-        stock = self._blocks[block]
-        attn = stock.attn
-        y = stock.norm1(x)
+    def attention_input(self, block: int, x: Tensor) -> Tensor:
+        """Apply the first norm."""
+        return self._blocks[block].norm1(x)
+
+    def qkv(self, block: int, y: Tensor, rotary: Tensor | None) -> Heads:
+        """Apply one linear layer for all three, then qk-norm where the model has it."""
+        attn = self._blocks[block].attn
         q, k, v = attn.qkv(y).view(-1, 3, attn.num_heads, attn.head_dim).unbind(1)
         dropout = attn.attn_drop.p if attn.training else 0.0
-        return Heads(attn.q_norm(q), attn.k_norm(k), v, y, attn.scale, dropout)
+        return Heads(attn.q_norm(q), attn.k_norm(k), v, attn.scale, dropout)
 
-    def project(self, block: int, out: Tensor, heads: Heads) -> Tensor:
-        """Inner norm, gate, projection and LayerScale."""
-        stock = self._blocks[block]
-        attn = stock.attn
+    def project(self, block: int, out: Tensor, y: Tensor) -> Tensor:
+        """Apply inner norm, gate and projection."""
+        attn = self._blocks[block].attn
         out = attn.norm(out)
         if attn.gate is not None:
-            out = out * attn.gate(heads.y).sigmoid()
-        return stock.ls1(attn.proj_drop(attn.proj(out)))
+            out = out * attn.gate(y).sigmoid()
+        return attn.proj_drop(attn.proj(out))
+
+    def scale(self, block: int, out: Tensor) -> Tensor:
+        """Apply LayerScale."""
+        return self._blocks[block].ls1(out)
 
     def feedforward(self, block: int, x: Tensor) -> Tensor:
-        """Norm, MLP and LayerScale."""
+        """Apply norm, MLP and LayerScale."""
         stock = self._blocks[block]
         return stock.ls2(stock.mlp(stock.norm2(x)))
-
-    def key_mean(self, block: int, heads: Heads) -> Tensor | None:
-        """One thin product with the head-averaged key weights.
-
-        Not where keys are normed, nor where an adapter or a hook makes them differ from what the
-        layer's own weights give.
-        """
-        attn = self._blocks[block].attn
-        if not isinstance(attn.k_norm, nn.Identity):
-            return None
-        return key_average(attn.qkv, heads.y, attn.num_heads, part=1, parts=3)
 
 
 def check_blocks_plain(model: Any) -> None:
     """Refuse any block that is not timm's plain pre-norm one."""
     for block in model.blocks:
-        if type(block) is not Block:
+        if plain_class(block) is not Block:
             kind = type(block).__name__
             named = {
                 "ResPostBlock": "post-norm blocks",
@@ -134,19 +127,19 @@ def check_blocks_plain(model: Any) -> None:
                 "ParallelThingsBlock": "parallel blocks",
             }
             raise refuse(model, named.get(kind, f"{kind} blocks"))
-        if type(block.attn) is not Attention:
+        if plain_class(block.attn) is not Attention:
             raise refuse(model, f"{type(block.attn).__name__} attention")
 
 
 def plain_vit(
     *, distilled: bool = False, eps: float = 1e-6, block_eps: float | None = None, **arguments: Any
 ) -> VisionTransformer:
-    """A timm ViT from plain data alone.
+    """Make a timm ViT from plain data alone.
 
     Args:
-        distilled: with a distillation token and its own head.
-        eps: of the layer norms.
-        block_eps: of those inside the blocks, where it differs.
+        distilled: add a distillation token and its own head.
+        eps: epsilon of the layer norms.
+        block_eps: epsilon of the norms inside the blocks, where it differs.
         arguments: as timm's ``VisionTransformer`` takes them.
     """
     kind = VisionTransformerDistilled if distilled else VisionTransformer
@@ -159,7 +152,7 @@ def plain_vit(
 
 
 def _arguments(model: Any) -> dict[str, Any]:
-    """What ``plain_vit`` takes to make this model, read off its layers."""
+    """Read off a model's layers what ``plain_vit`` takes to make it."""
     block, distilled = model.blocks[0], isinstance(model, VisionTransformerDistilled)
     norm_eps = [m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)]
     positions = 0 if model.pos_embed is None else model.pos_embed.shape[1]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.core import GatedReducer, ReducedViT, TokenState
+from foveate.core.gated import log_odds
 
 __all__ = ["calibrate"]
 
@@ -34,7 +35,7 @@ def calibrate(model: ReducedViT, images: Tensor) -> bool:
     gated = [
         part
         for part in model.reducer.members
-        if part.gated and not part.fixed_count and part.name in _LAST
+        if isinstance(part, GatedReducer) and not part.fixed_count and part.name in _LAST
     ]
     for part in gated:
         vars(part)["before"] = _setting(part)
@@ -47,38 +48,28 @@ def calibrate(model: ReducedViT, images: Tensor) -> bool:
     return bool(gated)
 
 
-def _setting(reducer: Any) -> Callable[[int, TokenState], TokenState]:
-    """The method's ``before``, which sets the gate of a block just before it decides."""
+def _setting(reducer: GatedReducer) -> Callable[[int, TokenState], TokenState]:
+    """Return the method's ``before`` that sets the gate of a block just before it decides."""
     decide = reducer.before
 
     def before(block: int, state: TokenState) -> TokenState:
-        if block in reducer.acts:
-            stage = reducer.acts.index(block)
+        if block in reducer.active_blocks:
+            stage = reducer.active_blocks.index(block)
             odds = _odds(reducer, stage, state)
-            _set(odds, _wanted(reducer, stage, state, odds), _LAST[reducer.name](reducer, stage))
+            wanted = reducer.target(stage) * state.patches * state.batch
+            _set(odds, wanted, _LAST[reducer.name](reducer, stage))
         return decide(block, state)
 
     return before
 
 
-def _odds(reducer: Any, stage: int, state: TokenState) -> Tensor:
-    """Log-odds of keeping of every token that the gate decides about, in one row."""
-    counted = state.present()
-    if isinstance(reducer, GatedReducer):
-        logits, candidates = reducer.logits(stage, state), reducer.candidates(state)
-        if candidates is not None:
-            counted = candidates if counted is None else counted & candidates
-    else:
-        logits = state.after_prefix(reducer.gates[stage](state.x))
-    odds = (logits[..., 0] - logits[..., 1]).float()
+def _odds(reducer: GatedReducer, stage: int, state: TokenState) -> Tensor:
+    """Return the log-odds of every token that the gate decides about, in one row."""
+    odds = log_odds(reducer.logits(stage, state))
+    counted, exempt = state.present(), reducer.exempt(state)
+    if exempt is not None:
+        counted = ~exempt if counted is None else counted & ~exempt
     return odds.flatten() if counted is None else odds[counted]
-
-
-def _wanted(reducer: Any, stage: int, state: TokenState, odds: Tensor) -> float:
-    """How many of them its target share is: of all patches, or of those that are there."""
-    if isinstance(reducer, GatedReducer):
-        return reducer.schedule.share(stage) * state.patches * state.batch
-    return reducer.target(stage) * odds.numel()
 
 
 def _set(odds: Tensor, wanted: float, layer: Any) -> None:

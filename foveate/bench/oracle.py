@@ -1,8 +1,9 @@
 """The oracle: a method's token counts by taking the first tokens, without any scoring.
 
 No implementation of a schedule can be faster than its oracle by much, so the share of the oracle
-says how much of the possible gain a method delivers. Counts come from a real pass of the method,
-and everything that can be made beforehand is: indices, layouts, rotary rows.
+says how much of the possible gain a method delivers. The oracle runs in the same driver as the
+methods. Its counts come from a real pass of the method, and everything that can be made beforehand
+is made beforehand: indices and layouts.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from foveate.core import Backbone, Embedded, Layout, ReducedViT, TokenState, attend
-from foveate.core.driver import Trace
+from foveate.core import AttentionReader, Backbone, Layout, ReducedViT, Reducer, TokenState, Trace
+from foveate.core.tokens import Parked
 
 __all__ = ["Counts", "Oracle"]
 
@@ -25,16 +26,16 @@ class Counts:
     """Tokens of each image in each block, prefix included.
 
     Attributes:
-        attended: those that a block attended over.
-        fed: those that it fed forward.
-        left: those that it left.
+        attention: those that enter a block's attention.
+        mlp: those that enter its feed forward.
+        output: those that leave it.
         parked: whether other tokens waited during the block.
         waits: whether they still waited after it.
     """
 
-    attended: tuple[Lengths, ...]
-    fed: tuple[Lengths, ...]
-    left: tuple[Lengths, ...]
+    attention: tuple[Lengths, ...]
+    mlp: tuple[Lengths, ...]
+    output: tuple[Lengths, ...]
     parked: tuple[bool, ...]
     waits: tuple[bool, ...]
 
@@ -42,23 +43,23 @@ class Counts:
     def of(cls, trace: Trace) -> Counts:
         """Read the counts off a pass of the method."""
         return cls(
-            tuple(block.attended.layout.lengths for block in trace.blocks),
-            tuple(block.fed.layout.lengths for block in trace.blocks),
-            tuple(block.left.layout.lengths for block in trace.blocks),
-            tuple(block.attended.outer is not None for block in trace.blocks),
-            tuple(block.left.outer is not None for block in trace.blocks),
+            tuple(block.attention.layout.lengths for block in trace.blocks),
+            tuple(block.mlp.layout.lengths for block in trace.blocks),
+            tuple(block.output.layout.lengths for block in trace.blocks),
+            tuple(block.attention.parked is not None for block in trace.blocks),
+            tuple(block.output.parked is not None for block in trace.blocks),
         )
 
     @property
     def batch(self) -> int:
         """Number of images."""
-        return len(self.fed[0])
+        return len(self.mlp[0])
 
     def summary(self) -> dict[str, object]:
-        """Mean and extreme counts of every block, for the report."""
-        last = self.fed[-1]
+        """Summarise the counts of every block for the report."""
+        last = self.mlp[-1]
         return {
-            "fed_mean_per_block": [round(sum(n) / len(n), 1) for n in self.fed],
+            "fed_mean_per_block": [round(sum(n) / len(n), 1) for n in self.mlp],
             "fed_last_block_min": min(last),
             "fed_last_block_max": max(last),
             "parked_blocks": [block for block, parked in enumerate(self.parked) if parked],
@@ -67,30 +68,39 @@ class Counts:
 
 @dataclass
 class _Take:
-    """The first tokens of every image: a slice where all have one count, else rows."""
+    """Takes the first tokens of every image: a slice where all have one count, else rows."""
 
     old: Lengths
-    new: Lengths
+    layout: Layout
     rows: Tensor | None
 
     @classmethod
     def of(cls, old: Lengths, new: Lengths, even: bool, device: torch.device) -> _Take | None:
-        """None where all tokens stay."""
+        """Return None where all tokens stay."""
         if old == new:
             return None
-        return cls(old, new, None if even else _first_rows(old, new, device))
+        layout = Layout.even(len(new), new[0]) if len(set(new)) == 1 else Layout.ragged(new)
+        grows = any(has > had for had, has in zip(old, new, strict=True))  # patches come back
+        return cls(old, layout, _first_rows(old, new, device) if grows or not even else None)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, state: TokenState) -> TokenState:
+        changes = {"x": self._first(state.x), "layout": self.layout}
+        if state.place is not None:
+            changes["place"] = self._first(state.place)
+        return state.replace(**changes)
+
+    def _first(self, values: Tensor) -> Tensor:
         if self.rows is not None:
-            return x.index_select(0, self.rows)
-        return x.unflatten(0, (len(self.old), -1))[:, : self.new[0]].flatten(0, 1)
+            return values.index_select(0, self.rows)
+        count = self.layout.longest
+        return values.unflatten(0, (len(self.old), -1))[:, :count].flatten(0, 1)
 
     def back(self, x: Tensor, full: Tensor) -> Tensor:
         """Put processed tokens back in front of those that waited."""
         if self.rows is not None:
             return full.index_copy(0, self.rows, x)
         images = len(self.old)
-        waited = full.unflatten(0, (images, -1))[:, self.new[0] :]
+        waited = full.unflatten(0, (images, -1))[:, self.layout.longest :]
         return torch.cat([x.unflatten(0, (images, -1)), waited], 1).flatten(0, 1)
 
 
@@ -103,19 +113,60 @@ class _Step:
     after: _Take | None
     parks: bool
     recall: _Take | None
-    layout: Layout
-    rotary: Tensor | None
 
 
-class Oracle(nn.Module):
-    """The parts of a backbone, in the least time for given token counts; its logits mean nothing.
+class _FirstTokens(Reducer):
+    """Takes the first tokens wherever the method had fewer."""
+
+    name = "oracle"
+    hooks = ("before", "between", "after")
+
+    def __init__(self, steps: list[_Step], even: bool) -> None:
+        self.__post_init__()
+        self.steps, self.even = steps, even
+
+    @property
+    def fixed_count(self) -> bool:
+        """Whether all images have the same counts."""
+        return self.even
+
+    def before(self, block: int, state: TokenState) -> TokenState:
+        """Take the tokens that enter attention; the others may wait."""
+        step = self.steps[block]
+        inner = state if step.before is None else step.before(state)
+        if step.parks:
+            inner = inner.replace(parked=Parked(state, state.layout.start(state.x.device)))
+        return inner
+
+    def acts_between(self, block: int) -> bool:
+        """Tell whether the method had fewer tokens after attention."""
+        return self.steps[block].between is not None
+
+    def between(self, block: int, state: TokenState, attention: AttentionReader) -> TokenState:
+        """Take the tokens that are fed forward."""
+        take = self.steps[block].between
+        assert take is not None
+        return take(state)
+
+    def after(self, block: int, state: TokenState) -> TokenState:
+        """Put waiting tokens back, or take those that leave."""
+        step = self.steps[block]
+        if step.recall is not None:
+            assert state.parked is not None
+            waiting = state.parked.state
+            return waiting.replace(x=step.recall.back(state.x, waiting.x), block=state.block)
+        return state if step.after is None else step.after(state)
+
+
+class Oracle(ReducedViT):
+    """A backbone with the first tokens alone, at given token counts; its logits mean nothing.
 
     Args:
         backbone: of any family.
         counts: tokens of every image in every block.
         grid: patch rows and columns.
-        embedded: embedded images, for rotary positions.
         even: all images have the same counts.
+        device: where the tokens are.
     """
 
     def __init__(
@@ -123,87 +174,43 @@ class Oracle(nn.Module):
         backbone: Backbone,
         counts: Counts,
         grid: tuple[int, int],
-        embedded: Embedded,
         even: bool,
+        device: torch.device,
     ) -> None:
-        super().__init__()
-        self._backbone, self.counts, self.grid, self.even = backbone, counts, grid, even
-        device = embedded.x.device
-        tokens = grid[0] * grid[1] + backbone.spec.prefix
-        now = full = (tokens,) * counts.batch
-        self.steps: list[_Step] = []
+        self.counts, self.even = counts, even
+        now = full = (grid[0] * grid[1] + backbone.spec.prefix,) * counts.batch
+        steps: list[_Step] = []
         for block, parked in enumerate(counts.parked):
-            attended, fed, left = counts.attended[block], counts.fed[block], counts.left[block]
+            enter, fed = counts.attention[block], counts.mlp[block]
             # Tokens wait for one block, or for a stage of several.
             parks = parked and not (block > 0 and counts.waits[block - 1])
             full = now if parks else full
             back = parked and not counts.waits[block]
-            self.steps.append(
+            steps.append(
                 _Step(
-                    before=_Take.of(now, attended, even, device),
-                    between=_Take.of(attended, fed, even, device),
-                    after=None if back else _Take.of(fed, left, even, device),
+                    before=_Take.of(now, enter, even, device),
+                    between=_Take.of(enter, fed, even, device),
+                    after=None if back else _Take.of(fed, counts.output[block], even, device),
                     parks=parks,
                     recall=_Take.of(full, fed, even, device) if back else None,
-                    layout=_layout(attended),
-                    rotary=self._rotary(block, attended, embedded.table),
                 )
             )
-            now = left
-        self.layout = _layout(now)
+            now = counts.output[block]
+        super().__init__(backbone, _FirstTokens(steps, even))
+        self.steps = steps
 
     @classmethod
-    @torch.no_grad()
     def of(cls, model: ReducedViT, trace: Trace, images: Tensor) -> Oracle:
-        """The oracle of the counts that a traced pass of ``model`` over ``images`` had."""
-        backbone, counts = model.backbone, Counts.of(trace)
+        """Make the oracle of the counts that a traced pass of ``model`` over ``images`` had."""
+        counts = Counts.of(trace)
         even = model.reducer.fixed_count or counts.batch == 1
-        return cls(backbone, counts, trace.grid, backbone.embed(images), even)
-
-    def _rotary(self, block: int, lengths: Lengths, table: Tensor | None) -> Tensor | None:
-        """Rotary rows of the first tokens of every image."""
-        if table is None:
-            return None
-        rows = table[block] if table.ndim == 4 else table
-        prefix, patches = self._backbone.spec.prefix, self.grid[0] * self.grid[1]
-        places = [[patches] * prefix + list(range(n - prefix)) for n in lengths]
-        flat = torch.tensor([place for image in places for place in image], device=table.device)
-        return rows.index_select(0, flat.clamp_max(patches))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of no meaning."""
-        parts = self._backbone
-        prefix, grid = parts.spec.prefix, self.grid
-        x = full = parts.embed(images).x.flatten(0, 1)
-        for block, step in enumerate(self.steps):
-            if step.parks:
-                full = x
-            if step.before is not None:
-                x = step.before(x)
-            heads = parts.qkv(block, x, step.rotary)
-            out = attend(heads, TokenState(x, step.layout, prefix, grid))
-            x = x + parts.project(block, out, heads)
-            del heads, out  # they would stay while the feed forward needs most memory
-            if step.between is not None:
-                x = step.between(x)
-            x = x + parts.feedforward(block, x)
-            if step.recall is not None:
-                x = step.recall.back(x, full)
-            elif step.after is not None:
-                x = step.after(x)
-        return parts.head(TokenState(parts.norm(x), self.layout, prefix, grid))
-
-
-def _layout(lengths: Lengths) -> Layout:
-    if len(set(lengths)) == 1:
-        return Layout.even(len(lengths), lengths[0])
-    return Layout.ragged(lengths)
+        return cls(model.backbone, counts, trace.grid, even, images.device)
 
 
 def _first_rows(old: Lengths, new: Lengths, device: torch.device) -> Tensor:
-    """Rows of the first ``new[b]`` of the ``old[b]`` tokens of every image."""
+    """Rows of the first ``new[b]`` of every image's ``old[b]`` tokens, the last one repeated."""
     start, rows = 0, []
     for had, has in zip(old, new, strict=True):
-        rows.append(torch.arange(start, start + has))
+        rows.append(start + torch.arange(has).clamp_max(max(had - 1, 0)))
         start += had
     return torch.cat(rows).to(device)

@@ -231,10 +231,11 @@ def _own_method(
     reducer = reduced.reducer
     if origin.modules is not None:
         stages = len({key.split(".")[1] for key in own})
-        if stages != len(reducer.acts):
+        active = reducer.active_blocks
+        if stages != len(active):
             raise ValueError(
-                f"{path} has {origin.modules} for {stages} blocks, expected {len(reducer.acts)} "
-                f"for {origin.method} at blocks {list(reducer.acts)}; say which with blocks="
+                f"{path} has {origin.modules} for {stages} blocks, expected {len(active)} "
+                f"for {origin.method} at blocks {list(active)}; say which with blocks="
             )
     _fill(path, f"the method {origin.method}", reducer, own)
     return reduced.eval()

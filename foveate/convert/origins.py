@@ -28,6 +28,7 @@ class Origin:
         renames: patterns in keys and their replacements, all applied in this order. What begins
             with "reducer." afterwards belongs to the method.
         joins: per block, parts that are one tensor here.
+        splits: tensors that are two halves here, and along which dimension.
         unused: patterns of keys that are left out, and why.
         method: the method that such a model runs with.
         options: of the method, where the release differs from the paper.
@@ -43,6 +44,7 @@ class Origin:
     marks: str | None = None
     renames: tuple[tuple[str, str], ...] = ()
     joins: tuple[tuple[tuple[str, ...], str], ...] = ()
+    splits: tuple[tuple[str, int, tuple[str, ...]], ...] = ()
     unused: tuple[tuple[str, str], ...] = ()
     method: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -63,8 +65,19 @@ _ALL = (
         title="DynamicViT",
         marks=r"^score_predictor\.",
         renames=(
-            (r"^score_predictor\.(\d+)\.in_conv\.", r"reducer.predictors.\1.local."),
-            (r"^score_predictor\.(\d+)\.out_conv\.", r"reducer.predictors.\1.out."),
+            (r"^score_predictor\.(\d+)\.in_conv\.0\.", r"reducer.predictors.\1.norm."),
+            (r"^score_predictor\.(\d+)\.out_conv\.2\.", r"reducer.predictors.\1.out.1."),
+            (r"^score_predictor\.(\d+)\.out_conv\.4\.", r"reducer.predictors.\1.out.3."),
+            (
+                r"^score_predictor\.(\d+)\.out_conv\.0\.bias",
+                r"reducer.predictors.\1.global_out.bias",
+            ),
+            (r"^score_predictor\.", "reducer.predictors."),
+        ),
+        splits=(
+            ("in_conv.1.weight", 0, ("local_in.weight", "global_in.weight")),
+            ("in_conv.1.bias", 0, ("local_in.bias", "global_in.bias")),
+            ("out_conv.0.weight", 1, ("local_out.weight", "global_out.weight")),
         ),
         method="dynamicvit",
         options={"keep": 0.7},
@@ -225,5 +238,9 @@ def translate(
             block = key.removesuffix(parts[0])
             if all(block + part in state for part in parts):
                 state[block + whole] = torch.cat([state.pop(block + part) for part in parts])
+    for whole, dim, parts in origin.splits:
+        for key in [key for key in state if key.endswith("." + whole)]:
+            halves = state.pop(key).chunk(len(parts), dim)
+            state |= {key.removesuffix(whole) + p: h for p, h in zip(parts, halves, strict=True)}
     own = {k.removeprefix("reducer."): v for k, v in state.items() if k.startswith("reducer.")}
     return {k: v for k, v in state.items() if not k.startswith("reducer.")}, own

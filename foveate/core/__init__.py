@@ -1,13 +1,15 @@
 """Tokens, schedules, attention, gates and the driver: what every method and family shares."""
 
-from foveate.core.attention import Heads, Seen, attend
+from foveate.core.attention import AttentionReader, Heads, attend
 from foveate.core.backbone import Backbone, BackboneSpec, Embedded, pool_mask, pool_tokens
+from foveate.core.chain import Chain
+from foveate.core.context import Context
 from foveate.core.cost import linear_cost
-from foveate.core.driver import BlockTrace, Outcome, ReducedViT, Trace, dense
+from foveate.core.driver import ReducedViT, dense
 from foveate.core.gated import GatedReducer
 from foveate.core.gates import decide
 from foveate.core.layout import Layout
-from foveate.core.reducer import Chain, Match, MatchReducer, Reducer, ScoreReducer
+from foveate.core.reducer import Match, MatchReducer, Reducer, ScoreReducer
 from foveate.core.schedule import (
     Schedule,
     check_blocks,
@@ -15,13 +17,17 @@ from foveate.core.schedule import (
     check_keep,
     stage_blocks,
 )
+from foveate.core.selection import Selection
 from foveate.core.tokens import TokenState
+from foveate.core.trace import BlockTrace, Outcome, Trace
 
 __all__ = [
+    "AttentionReader",
     "Backbone",
     "BackboneSpec",
     "BlockTrace",
     "Chain",
+    "Context",
     "Embedded",
     "GatedReducer",
     "Heads",
@@ -33,7 +39,7 @@ __all__ = [
     "Reducer",
     "Schedule",
     "ScoreReducer",
-    "Seen",
+    "Selection",
     "TokenState",
     "Trace",
     "attend",

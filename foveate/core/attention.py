@@ -3,8 +3,9 @@
 Attention stays fused: a backbone hands over q, k and v, and one of four paths runs.
 
 * plain: ``scaled_dot_product_attention``;
-* weighted: the same with ``log(size)`` as an additive mask (proportional attention);
-* masked: the differentiable softmax with a self-loop that trains token gates;
+* weighted: the same with ``log(size)`` as an additive mask (proportional attention), or with a
+  mask that hides dead keys;
+* soft: the differentiable softmax with a self-loop that trains token gates;
 * packed: images of different lengths in a few buckets, or one variable-length kernel on CUDA.
 
 Scores that papers read off the N x N map need one row of it, so only that row is computed.
@@ -18,15 +19,21 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from foveate.core.layout import Layout
 from foveate.core.tokens import TokenState
 
-__all__ = ["CarriedSeen", "Heads", "Seen", "attend"]
+__all__ = ["READABLE", "AttentionReader", "Heads", "attend"]
 
-_CARRIED = "seen."
+READABLE = ("cls_row", "key_mean", "value_norm", "full_map")
+
 _BUCKETS = 4  # the number hardly matters between 2 and 8; more buckets pad less
-_QUERY_CHUNK = 64
+_QUERY_CHUNK = 64  # queries at a time where the whole map is read
+# Soft attention holds several float32 maps of N x N for the backward pass. Above so many tokens it
+# goes through the queries in chunks and computes each chunk's maps again in the backward pass.
+_SOFT_WHOLE = 1024
+_SOFT_CHUNK = 256
 
 
 @dataclass(eq=False)
@@ -35,7 +42,6 @@ class Heads:
 
     Attributes:
         q, k, v: ``[T, H, d]`` each.
-        y: the normed block input that they were made from, ``[T, C]``.
         scale: factor on the dot products.
         dropout: probability of dropping an attention weight (0 in evaluation).
     """
@@ -43,84 +49,102 @@ class Heads:
     q: Tensor
     k: Tensor
     v: Tensor
-    y: Tensor
     scale: float
     dropout: float = 0.0
 
 
 def attend(
-    heads: Heads, state: TokenState, *, proportional: bool = False, eps: float = 0.0
+    heads: Heads, state: TokenState, *, proportional: bool = False, softmax_eps: float | None = None
 ) -> Tensor:
-    """Attention output ``[T, H * d]``.
+    """Compute the attention output ``[T, H * d]``.
 
     Args:
         heads: q, k, v of the block.
-        state: the tokens; its layout and its alive, visible and size fields choose the path.
+        state: the tokens; its layout and its alive and size fields choose the path.
         proportional: add ``log(size)`` to the logits.
-        eps: smoothing of the masked softmax.
+        softmax_eps: in the masked mode, smoothing of the soft softmax, through which gates get
+            their gradient; None hides dead keys instead, without a gradient.
     """
     bias = None
     if proportional and state.size is not None:
         # Prefix and fused tokens may carry size 0; they still count as one key.
         bias = state.size.clamp_min(1.0).log()
-    if state.alive is not None:
-        out = _masked(heads, state, bias, eps)
-    elif state.layout.is_even:
-        mask = None if bias is None else state.layout.rect(bias)[:, None, None, :]
-        if state.visible is not None:
-            # With no key left in an image every key is shown, or its softmax would be NaN; a
-            # method that hides keys throws away what comes of it.
-            shown = state.visible | ~state.visible.any(1, keepdim=True)
-            mask = shown[:, None, None, :]
-        out = _fused(heads, state.layout, mask)
-    else:
+    if not state.layout.is_even:
         out = _packed(heads, state.layout, bias)
+    elif state.alive is not None and softmax_eps is not None:
+        out = _soft(heads, state.alive, state.layout, bias, softmax_eps)
+    else:
+        mask = None if bias is None else state.layout.rect(bias)[:, None, None, :]
+        if state.alive is not None:
+            mask = _hidden(mask, state.alive.detach() > 0)
+        out = _fused(heads, state.layout, mask)
     return out.flatten(1)
 
 
+def _hidden(bias: Tensor | None, live: Tensor) -> Tensor:
+    """Hide dead keys ``[B, N]`` on top of an additive mask."""
+    # Where an image has no live key all are shown: its softmax would be NaN, and nobody reads it.
+    live = (live | ~live.any(1, keepdim=True))[:, None, None, :]
+    return live if bias is None else bias.masked_fill(~live, float("-inf"))
+
+
 def _split(t: Tensor, layout: Layout) -> Tensor:
-    """``[T, H, d]`` as ``[B, H, N, d]``."""
+    """View ``[T, H, d]`` as ``[B, H, N, d]``."""
     return t.view(layout.batch, layout.count or 0, *t.shape[1:]).transpose(1, 2)
 
 
 def _fused(heads: Heads, layout: Layout, mask: Tensor | None) -> Tensor:
-    q, k, v = (_split(t, layout) for t in (heads.q, heads.k, heads.v))
+    q, k, v = _split(heads.q, layout), _split(heads.k, layout), _split(heads.v, layout)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=heads.dropout, scale=heads.scale
     )
-    return out.transpose(1, 2).reshape(layout.total, *heads.v.shape[1:])
+    return out.transpose(1, 2).reshape(heads.v.shape)
 
 
-def _masked(heads: Heads, state: TokenState, bias: Tensor | None, eps: float) -> Tensor:
-    """Softmax over live keys, where every query also sees itself.
+def _soft(heads: Heads, alive: Tensor, layout: Layout, bias: Tensor | None, eps: float) -> Tensor:
+    """Compute the softmax over live keys, where every query also sees itself.
 
     The weights are ``exp(a_ij) G_ij``, with ``G_ij = alive_j`` off the diagonal and 1 on it, so
     the gradient of a kept or dropped key flows through the normaliser. An additive log-mask
     would give dropped tokens no gradient at all.
     """
-    assert state.alive is not None
-    layout = state.layout
-    q, k, v = (_split(t, layout) for t in (heads.q, heads.k, heads.v))
-    logits = (q * heads.scale @ k.transpose(-2, -1)).float()
-    if bias is not None:
-        logits = logits + layout.rect(bias)[:, None, None, :]
-    count = logits.shape[-1]
-    self_loop = torch.eye(count, device=logits.device)
-    gate = state.alive.float()[:, None, :]
-    gate = (gate + (1 - gate) * self_loop)[:, None]  # [B, 1, N, N]
-    seen = logits.detach().masked_fill(gate.detach() <= 0, float("-inf"))
-    # Dropped keys may hold the largest logit; capping keeps their exp finite where it is only
-    # needed for the gradient.
-    shifted = (logits - seen.amax(-1, keepdim=True)).clamp_max(30.0)
-    weight = shifted.exp() * gate
-    total = weight.sum(-1, keepdim=True)
-    attention = (weight + eps / count) / (total + eps)
-    if heads.dropout:
-        attention = F.dropout(attention, heads.dropout)
-    out = attention.to(v.dtype) @ v
-    return out.transpose(1, 2).reshape(layout.total, *heads.v.shape[1:])
+    q, k, v = _split(heads.q, layout), _split(heads.k, layout), _split(heads.v, layout)
+    count = q.shape[2]
+    keys = None if bias is None else layout.rect(bias)[:, None, None, :]
+
+    def rows(queries: Tensor, k: Tensor, v: Tensor, alive: Tensor, first: int) -> Tensor:
+        logits = (queries * heads.scale @ k.transpose(-2, -1)).float()
+        if keys is not None:
+            logits = logits + keys
+        own = torch.arange(first, first + queries.shape[2], device=logits.device)
+        self_loop = (own[:, None] == torch.arange(count, device=logits.device)).float()
+        gate = alive.float()[:, None, :]
+        gate = (gate + (1 - gate) * self_loop)[:, None]  # [B, 1, queries, N]
+        visible = logits.detach().masked_fill(gate.detach() <= 0, float("-inf"))
+        # Dropped keys may hold the largest logit; capping keeps their exp finite where it is only
+        # needed for the gradient.
+        shifted = (logits - visible.amax(-1, keepdim=True)).clamp_max(30.0)
+        weight = shifted.exp() * gate
+        attention = (weight + eps / count) / (weight.sum(-1, keepdim=True) + eps)
+        if heads.dropout:
+            attention = F.dropout(attention, heads.dropout)
+        return attention.to(v.dtype) @ v
+
+    if count <= _SOFT_WHOLE:
+        out = rows(q, k, v, alive, 0)
+    else:
+        parts, first = [], 0
+        for queries in q.split(_SOFT_CHUNK, 2):
+            if torch.is_grad_enabled():
+                part = checkpoint(rows, queries, k, v, alive, first, use_reentrant=False)
+            else:
+                part = rows(queries, k, v, alive, first)
+            parts.append(part)
+            first += queries.shape[2]
+        out = torch.cat(parts, 2)
+    return out.transpose(1, 2).reshape(heads.v.shape)
 
 
 def _packed(heads: Heads, layout: Layout, bias: Tensor | None) -> Tensor:
@@ -141,7 +165,7 @@ def _packed(heads: Heads, layout: Layout, bias: Tensor | None) -> Tensor:
 
 
 def _buckets(lengths: Iterable[int]) -> list[list[int]]:
-    """Group images of similar length: few groups, images without tokens left out."""
+    """Group images of similar length into a few groups; leave out images without tokens."""
     order = sorted((n, b) for b, n in enumerate(lengths) if n > 0)
     step = max(1, -(-len(order) // _BUCKETS))
     return [[b for _, b in order[i : i + step]] for i in range(0, len(order), step)]
@@ -150,7 +174,7 @@ def _buckets(lengths: Iterable[int]) -> list[list[int]]:
 def _bucket(
     heads: Heads, layout: Layout, bias: Tensor | None, images: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """Attention of a few images: their rows of the output and where they belong."""
+    """Compute the attention of a few images; return rows of the output and where they belong."""
     device = heads.q.device
     lens = [layout.lengths[b] for b in images]
     longest = max(lens)
@@ -179,7 +203,7 @@ def _bucket(
 
 
 def _varlen_kernel() -> Callable[[Heads, Layout], Tensor] | None:
-    """The variable-length flash kernel of recent torch, or None where there is none."""
+    """Return the variable-length flash kernel of recent torch, or None where there is none."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -198,10 +222,10 @@ def _varlen_kernel() -> Callable[[Heads, Layout], Tensor] | None:
     return run
 
 
-class Seen:
+class AttentionReader:
     """What a method may read off one block's attention: computed on demand, by name.
 
-    A method declares the names in ``needs``; others are refused, so that a declared fact about a
+    A method declares the names in ``reads``; others are refused, so that a declared fact about a
     method cannot be wrong.
     """
 
@@ -209,101 +233,81 @@ class Seen:
         self,
         heads: Heads,
         state: TokenState,
-        needs: frozenset[str],
+        reads: frozenset[str],
         class_token: bool,
         proportional: bool = False,
-        key_mean: Tensor | None = None,
     ) -> None:
         self._heads = heads
         self._layout = state.layout
-        self._needs = needs
+        self._reads = reads
         self._class_token = class_token
-        self._key_mean = key_mean
         self._bias = None
         if proportional and state.size is not None:
             self._bias = state.layout.rect(state.size.clamp_min(1.0).log())[:, None, :]
-        live = None if state.alive is None else state.alive.detach() > 0
-        valid = state.layout.valid(state.x.device)
-        if live is None:
-            self._live = valid
-        else:
-            self._live = live if valid is None else live & valid
+        self._live = state.layout.valid(state.x.device)
+        if state.alive is not None:
+            self._live = state.alive.detach() > 0
 
     def cls_row(self) -> Tensor:
-        """Attention of the class token to every token, head mean: ``[B, N]`` float32.
+        """Return the class token's attention to every token, head mean, ``[B, N]`` float32.
 
         Without a class token: the attention each token receives, averaged over all queries.
         """
         return self.cls_row_heads().mean(1)
 
     def cls_row_heads(self) -> Tensor:
-        """The same before the mean over heads, ``[B, H, N]`` float32."""
+        """Return the same before the mean over heads, ``[B, H, N]`` float32."""
         self._check("cls_row")
-        return self._cls_row()
+        return self._first_row() if self._class_token else self._received()
 
     def key_mean(self) -> Tensor:
-        """Keys averaged over heads, ``[T, d]``."""
+        """Return the keys averaged over heads, ``[T, d]``."""
         self._check("key_mean")
-        return self._heads.k.mean(1) if self._key_mean is None else self._key_mean
+        return self._heads.k.mean(1)
 
     def value_norm(self) -> Tensor:
-        """Length of every token's value vector in each head, ``[B, H, N]`` float32."""
+        """Return the length of every token's value vector in each head, ``[B, H, N]`` float32."""
         self._check("value_norm")
         norm = self._heads.v.float().norm(dim=-1)  # [T, H]
         return self._layout.rect(norm).transpose(1, 2)
 
-    def attention(self) -> Tensor:
-        """The whole map, head mean, ``[B, N, N]`` float32. Costly: un-fused."""
-        self._check("attention")
+    def full_map(self) -> Tensor:
+        """Return the whole map, head mean, ``[B, N, N]`` float32. Costly: un-fused."""
+        self._check("full_map")
         return torch.cat([a.mean(1) for a in self._maps()], 1)
 
-    def carry(self, state: TokenState, needs: frozenset[str]) -> TokenState:
-        """Let the tokens take along what a later method will read (see CarriedSeen)."""
-        extras = dict(state.extras)
-        if "cls_row" in needs:
-            extras[_CARRIED + "cls_row"] = self._layout.flat(self._cls_row().transpose(1, 2))
-        if "key_mean" in needs:
-            mean = self._heads.k.mean(1) if self._key_mean is None else self._key_mean
-            extras[_CARRIED + "key_mean"] = mean
-        if "value_norm" in needs:
-            extras[_CARRIED + "value_norm"] = self._heads.v.float().norm(dim=-1)
-        return state.replace(extras=extras)
-
     def _check(self, name: str) -> None:
-        if name not in self._needs:
-            raise RuntimeError(f"{name!r} is not among the declared needs {sorted(self._needs)}")
+        if name not in self._reads:
+            raise RuntimeError(f"{name!r} is not among the declared reads {sorted(self._reads)}")
 
-    def _cls_row(self) -> Tensor:
-        if self._class_token:
-            return self._first_row()
-        queries = self._live
+    def _received(self) -> Tensor:
+        """Attention that each token receives, mean over live queries."""
         total: Tensor | None = None
         done = 0
         for part in self._maps():
-            if queries is not None:
-                rows = queries[:, done : done + part.shape[2]]
+            if self._live is not None:
+                rows = self._live[:, done : done + part.shape[2]]
                 part = part * rows[:, None, :, None]
             done += part.shape[2]
             total = part.sum(2) if total is None else total + part.sum(2)
         assert total is not None
-        if queries is None:
+        if self._live is None:
             return total / done
-        return total / queries.sum(1).clamp_min(1)[:, None, None]
+        return total / self._live.sum(1).clamp_min(1)[:, None, None]
 
     def _first_row(self) -> Tensor:
         heads, layout = self._heads, self._layout
-        batch, device = layout.batch, heads.q.device
         num_heads, dim = heads.q.shape[1:]
         if layout.count is not None:
-            q = _split(heads.q, layout)[:, :, 0]  # [B, H, d]
+            q = heads.q.view(layout.batch, layout.count, num_heads, dim)[:, 0]  # [B, H, d]
             # One product of the un-permuted key rows with a block-diagonal query is about twice
             # as fast as H thin products on the permuted view.
-            eye = torch.eye(num_heads, dtype=q.dtype, device=device)
+            eye = torch.eye(num_heads, dtype=q.dtype, device=q.device)
             spread = (q[:, :, None, :] * eye[:, :, None]).flatten(2)  # [B, H, H * d]
-            keys = heads.k.view(batch, layout.count, num_heads * dim)
+            keys = heads.k.view(layout.batch, layout.count, num_heads * dim)
             logits = spread @ keys.transpose(1, 2)  # [B, H, N]
         else:
-            first = heads.q.index_select(0, layout.start(device))  # [B, H, d]
+            first = heads.q.index_select(0, layout.start(heads.q.device))  # [B, H, d]
             products = (heads.k * layout.spread(first)).sum(-1)  # [T, H]
             logits = layout.rect(products).transpose(1, 2)
         return self._softmax(logits.float() * heads.scale)
@@ -324,42 +328,3 @@ class Seen:
         k = self._layout.rect(self._heads.k).transpose(1, 2)
         for part in q.split(_QUERY_CHUNK, 2):
             yield self._softmax((part @ k.transpose(-2, -1)).float() * self._heads.scale)
-
-
-class CarriedSeen(Seen):
-    """What a method reads after another one changed the tokens in the same block.
-
-    The values were computed for the tokens that attention saw and travelled with them: a merged
-    token has its target's, a fused one has zeros.
-    """
-
-    def __init__(self, state: TokenState, needs: frozenset[str]) -> None:
-        self._state = state
-        self._needs = needs
-
-    def _read(self, name: str) -> Tensor:
-        self._check(name)
-        return self._state.extras[_CARRIED + name]
-
-    def cls_row_heads(self) -> Tensor:
-        """Class attention as it was before the tokens changed, ``[B, H, N]``."""
-        return self._state.layout.rect(self._read("cls_row")).transpose(1, 2)
-
-    def key_mean(self) -> Tensor:
-        """Mean keys of the tokens that are left, ``[T, d]``."""
-        return self._read("key_mean")
-
-    def value_norm(self) -> Tensor:
-        """Value lengths of the tokens that are left, ``[B, H, N]``."""
-        return self._state.layout.rect(self._read("value_norm")).transpose(1, 2)
-
-    def attention(self) -> Tensor:
-        """Refused: the map belongs to tokens that are no longer there."""
-        raise RuntimeError("the attention map cannot be carried past a change of the tokens")
-
-    @staticmethod
-    def dropped(state: TokenState) -> TokenState:
-        """The state without the carried values."""
-        return state.replace(
-            extras={k: v for k, v in state.extras.items() if not k.startswith(_CARRIED)}
-        )

@@ -1,7 +1,7 @@
 """What the core asks of a model family: parts, not a forward pass.
 
 A family file in ``foveate.backbones`` subclasses Backbone. It is the only place that knows a
-model class; the softmax, the tokens and the order of things are the core's.
+model class. The core owns the softmax, the tokens and the order of things.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ class BackboneSpec:
         embed_cost: multiply-adds per patch of the embedding.
         head_cost: multiply-adds of the head per image.
         pool_cost: multiply-adds of the head per patch token that is left at the end.
-        thin_key_mean: head-averaged keys cost a product of their own (``Backbone.key_mean``).
     """
 
     family: str
@@ -57,15 +56,14 @@ class BackboneSpec:
     embed_cost: int
     head_cost: int
     pool_cost: int = 0
-    thin_key_mean: bool = False
 
 
 @dataclass(eq=False)
 class Embedded:
     """Embedded images: tokens ``[B, N, C]``, their grid, and a rotary table or None.
 
-    The table is ``[H*W + 1, 1, 2d]`` or, one a block, ``[depth, H*W + 1, heads, 2d]``; its last
-    row turns nothing and serves tokens without a place.
+    The rotary table is ``[H*W + 1, 1, 2d]`` or, one a block, ``[depth, H*W + 1, heads, 2d]``. Its
+    last row turns nothing and serves tokens without a place.
     """
 
     x: Tensor
@@ -74,16 +72,14 @@ class Embedded:
 
 
 class Backbone:
-    """The parts of one model. Holds the model, adds nothing to it.
+    """The parts of one model. A backbone holds the model and adds nothing to it.
 
-    ``family`` is the name that errors, ``describe`` and saved folders use.
-
-    ``driver`` is the class that runs models of the family where ReducedViT's own interface (images
-    in, logits out) is not theirs.
-
-    ``needs_every_token`` says why no token of the family's models may be left out, if that is so.
-    No method runs on such a family, and ``whole`` takes the place of ``qkv``, ``project`` and
-    ``feedforward``.
+    Attributes:
+        family: the name that errors, ``describe`` and saved folders use.
+        driver: the class that runs models of the family where its interface is not that of
+            ReducedViT (images in, logits out).
+        needs_every_token: why no token of the family's models may be left out, if that is so. No
+            method runs on such a family, and ``whole`` takes the place of the parts of a block.
     """
 
     family: ClassVar[str] = ""
@@ -95,24 +91,24 @@ class Backbone:
         self.bind(model)
 
     def bind(self, model: nn.Module) -> None:
-        """Take the parts from this model: the one given, or a replica of it."""
+        """Take the parts from this model: the given one, or a replica of it."""
         # Any: what a family reads off its model is known to the family file alone.
         self.model: Any = model
 
     def undrivable(self) -> ValueError:
-        """The error for a method on a family that needs every token."""
+        """Make the error for a method on a family that needs every token."""
         return ValueError(
             f"{self.family} models cannot run with fewer tokens: {self.needs_every_token}; dense "
             "pre-training and fine-tuning work"
         )
 
     def current(self) -> bool:
-        """Whether the model still is what ``spec`` and the parts were read from."""
+        """Tell whether the model still is what ``spec`` and the parts were read from."""
         return True
 
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:
-        """Whether the model is of this family at all, drivable or not."""
+        """Tell whether the model is of this family at all, drivable or not."""
         raise NotImplementedError
 
     # The model as it is ------------------------------------------------------------------------
@@ -128,62 +124,77 @@ class Backbone:
         raise NotImplementedError
 
     def native(self, images: Tensor) -> Tensor:
-        """The model's own answer to these images, of which ``head`` gives the reduced one."""
+        """Return the model's own answer to images, in the form in which ``head`` gives it."""
         return self.model(images)
 
     def recipe(self) -> dict[str, Any] | None:
-        """Plain data from which ``rebuild`` makes the model again, without its weights.
+        """Return plain data from which ``rebuild`` makes the model again, without its weights.
 
-        None where the model is not one that can be made again.
+        None if the model cannot be made again from plain data.
         """
         return None
 
     @classmethod
     def rebuild(cls, recipe: Mapping[str, Any]) -> nn.Module:
-        """Make a model from what ``recipe`` gave; ValueError saying what does not fit."""
+        """Make a model from what ``recipe`` gave; ValueError says what does not fit."""
         raise NotImplementedError
 
     # The model in parts ------------------------------------------------------------------------
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
-        """Patch rows and columns of these images; ValueError when the patch does not fit."""
+        """Return patch rows and columns of images; ValueError when the patch does not fit."""
         raise NotImplementedError
 
     def embed(self, images: Tensor) -> Embedded:
-        """Everything before the first block."""
+        """Do everything before the first block."""
         raise NotImplementedError
 
     def whole(self, images: Tensor) -> TokenState:
-        """Final, normed tokens by the model's own blocks, where the family needs every token."""
+        """Run the model's own blocks on whole images and return the final, normed tokens.
+
+        Only families that need every token have it.
+        """
         raise NotImplementedError
 
-    def qkv(self, block: int, x: Tensor, rotary: Tensor | None) -> Heads:
-        """First norm and the query, key and value projections, for tokens ``[T, C]``."""
+    def attention_of(self, block: int) -> nn.Module:
+        """Return the attention module of a block, which runs from ``qkv`` to ``project``."""
         raise NotImplementedError
 
-    def project(self, block: int, out: Tensor, heads: Heads) -> Tensor:
-        """From attention output to what is added to the residual stream (before DropPath)."""
+    def wrap(self, out: Tensor) -> Any:
+        """Put an attention output into the form that the model's own module returns."""
+        return out
+
+    def attention_input(self, block: int, x: Tensor) -> Tensor:
+        """Apply the first norm, to tokens ``[T, C]``."""
         raise NotImplementedError
+
+    def qkv(self, block: int, y: Tensor, rotary: Tensor | None) -> Heads:
+        """Make queries, keys and values of normed tokens."""
+        raise NotImplementedError
+
+    def project(self, block: int, out: Tensor, y: Tensor) -> Tensor:
+        """Turn the attention output into the attention module's own, from its input ``y``."""
+        raise NotImplementedError
+
+    def scale(self, block: int, out: Tensor) -> Tensor:
+        """Apply what lies between the attention module and the residual sum, but for DropPath."""
+        return out
 
     def feedforward(self, block: int, x: Tensor) -> Tensor:
-        """Second norm and MLP: what is added to the residual stream (before DropPath)."""
+        """Apply second norm and MLP: what is added to the residual stream, but for DropPath."""
         raise NotImplementedError
 
     def drop_path(self, block: int, branch: int) -> nn.Module | None:
-        """The stochastic depth module of a branch (0 attention, 1 feed forward), or None."""
+        """Return the stochastic depth module of a branch (0 attention, 1 feed forward), or None."""
         raise NotImplementedError
 
     def norm(self, x: Tensor) -> Tensor:
-        """The final norm over tokens."""
+        """Apply the final norm over tokens."""
         raise NotImplementedError
 
     def head(self, state: TokenState) -> Tensor:
-        """Pooling and head, from normed tokens."""
+        """Apply pooling and head to normed tokens."""
         raise NotImplementedError
-
-    def key_mean(self, block: int, heads: Heads) -> Tensor | None:
-        """Keys averaged over heads ``[T, d]`` by a cheaper way than their mean, or None."""
-        return None
 
     @property
     def checkpointing(self) -> bool:
@@ -192,12 +203,12 @@ class Backbone:
 
     @property
     def fixed_size(self) -> tuple[int, int] | None:
-        """Image size the model insists on, or None when it takes any."""
+        """Image size that the model insists on, or None when it takes any."""
         return None
 
 
 def pool_tokens(state: TokenState, how: str, include_prefix: bool = False) -> Tensor:
-    """Pool ``state`` per image, ``[B, C]``, whatever its layout.
+    """Pool the tokens of each image, ``[B, C]``, whatever the layout.
 
     Merged tokens weigh as many patches as they stand for; dead, fused and padding tokens do not
     count. ``how`` is "avg", "max" or "avgmax".
@@ -226,18 +237,18 @@ def pool_tokens(state: TokenState, how: str, include_prefix: bool = False) -> Te
 
 
 def pool_mask(state: TokenState) -> Tensor | None:
-    """Tokens that attention pooling may read, ``[B, 1, 1, N]`` bool; None means all."""
+    """Mark the tokens that attention pooling may read, ``[B, 1, 1, N]`` bool; None means all."""
     weight = _pool_weight(state, sizes=False)
     return None if weight is None else (weight > 0)[:, None, None, :]
 
 
 def _pool_weight(state: TokenState, sizes: bool = True) -> Tensor | None:
-    """Weight of every token, ``[B, N]`` float32; None when all are equal."""
+    """Return the weight of every token, ``[B, N]`` float32; None when all are equal."""
     weight: Tensor | None = None
     if sizes and state.size is not None:
         weight = state.layout.rect(state.size)
-    if state.place is not None and state.prefix * state.batch < state.layout.total:
-        real = state.layout.rect(state.placed().float())
+    if state.place is not None and not _only_prefix(state):
+        real = state.layout.rect(state.is_patch().float())
         front = torch.arange(real.shape[1], device=real.device) < state.prefix
         real = torch.where(front, torch.ones_like(real), real)
         weight = real if weight is None else weight * real
@@ -247,3 +258,10 @@ def _pool_weight(state: TokenState, sizes: bool = True) -> Tensor | None:
     if valid is not None:
         weight = valid.float() if weight is None else weight * valid
     return weight
+
+
+def _only_prefix(state: TokenState) -> bool:
+    count = state.layout.count
+    return (
+        state.layout.total == state.prefix * state.batch if count is None else count == state.prefix
+    )

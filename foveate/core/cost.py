@@ -1,65 +1,66 @@
-"""Multiply-adds of a forward pass, from token counts alone: nothing is run.
+"""Multiply-adds of a forward pass.
 
-A linear layer counts once per token, attention as its two products of N x N, what a method reads
-off attention and computes itself as the products that do it; norms, activations, sorting and
-gathering not at all. That is what the papers call FLOPs, and half of what torch's FlopCounterMode
-counts on the real pass.
+A linear layer counts once per token, attention as its two products of N x N, and a method's own
+products as what they are; norms, activations, sorting and gathering do not count. The papers call
+that FLOPs. torch's FlopCounterMode counts two for each.
+
+A method with the same count for every image is counted by running it: on the meta device nothing is
+computed, and torch's counter sees every product. Where counts depend on the image, the cost of
+given token counts is worked out from the facts of the backbone.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from foveate.core.backbone import BackboneSpec
+from foveate.core.backbone import Backbone, BackboneSpec
+from foveate.core.driver import ReducedViT
 from foveate.core.reducer import Reducer
+from foveate.core.tokens import TokenState
+from foveate.core.trace import Trace
 
-if TYPE_CHECKING:
-    from foveate.core.driver import Trace
-
-__all__ = ["BlockPlan", "Cost", "cost", "linear_cost", "measured", "plan"]
+__all__ = [
+    "BlockTokens",
+    "Cost",
+    "cost",
+    "expected",
+    "has_formula",
+    "linear_cost",
+    "measured",
+    "on_meta",
+    "run",
+    "run_on_meta",
+]
 
 _HOOKS = ("before", "between", "after")
 
 
 @dataclass(frozen=True)
-class BlockPlan:
-    """Tokens of one image in one block, prefix included."""
+class BlockTokens:
+    """Tokens of one image in one block, prefix included; see ``BlockTrace``."""
 
-    attended: int
-    fed: int
-    left: int
+    attention: int
+    mlp: int
+    output: int
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-adds of one image, by part; ``total`` is their sum.
+    """Multiply-adds of one image and the tokens of every block."""
 
-    Attributes:
-        embed: the patch embedding.
-        blocks: every block's linear layers and attention.
-        method: what the method adds to every block: reading attention, predictors, matching.
-        head: pooling and head.
-        tokens: tokens of every block.
-    """
-
-    embed: float
-    blocks: tuple[float, ...]
-    method: tuple[float, ...]
-    head: float
-    tokens: tuple[BlockPlan, ...]
-
-    @property
-    def total(self) -> float:
-        """All of it."""
-        return self.embed + sum(self.blocks) + sum(self.method) + self.head
+    total: float
+    tokens: tuple[BlockTokens, ...]
 
 
 def linear_cost(*modules: nn.Module | None) -> int:
-    """Multiply-adds per token of all linear layers in some modules."""
+    """Count the multiply-adds per token of all linear layers in some modules."""
     return sum(
         layer.in_features * layer.out_features
         for module in modules
@@ -69,107 +70,122 @@ def linear_cost(*modules: nn.Module | None) -> int:
     )
 
 
-def plan(spec: BackboneSpec, reducer: Reducer | None, grid: tuple[int, int]) -> list[BlockPlan]:
-    """Tokens of every block; expected or at most, where counts depend on the image."""
+# By running --------------------------------------------------------------------------------------
+
+
+def on_meta(module: nn.Module) -> nn.Module:
+    """Copy a module onto the meta device, in evaluation mode, without touching its weights."""
+    # The copy is told beforehand what stands for each tensor, so none is copied.
+    memo: dict[int, object] = {}
+    for p in module.parameters():
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+    for b in module.buffers():
+        memo[id(b)] = torch.empty_like(b, device="meta")
+    return copy.deepcopy(module, memo).eval()
+
+
+def run_on_meta(backbone: Backbone, reducer: Reducer, grid: tuple[int, int]) -> Cost:
+    """Count a built method with fixed counts, on a backbone that is on the meta device."""
+    size = [n * side for n, side in zip(grid, backbone.spec.patch, strict=True)]
+    model = ReducedViT(backbone, reducer.eval())
+    like = next(backbone.model.parameters())
+    return run(model, torch.empty(1, backbone.channels, *size, device="meta", dtype=like.dtype))
+
+
+@torch.no_grad()
+def run(model: ReducedViT, images: Tensor) -> Cost:
+    """Count one pass over one image, by torch's own counter."""
+    watched: list[dict[str, int]] = []
+    # The counter asks views of trainable parameters for a gradient that they have not.
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        # As two products attention is counted by every torch, on every device.
+        with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
+            state = model.begin(images)
+            for block in range(model.backbone.spec.depth):
+                seen: dict[str, int] = {}
+
+                def watch(name: str, now: TokenState, seen: dict[str, int] = seen) -> None:
+                    seen[name] = now.layout.longest
+
+                state = model.step(block, state, watch)
+                watched.append(seen)
+            model.backbone.head(model.end(state))
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
+    return Cost(flops.get_total_flops() / 2, tuple(BlockTokens(**seen) for seen in watched))
+
+
+def has_formula(reducer: Reducer) -> bool:
+    """Tell whether a method with a count per image works its own cost out from token counts."""
+    return not reducer.fixed_count and all(
+        type(part).own_macs is not Reducer.own_macs for part in reducer.members
+    )
+
+
+# By formula --------------------------------------------------------------------------------------
+
+
+def expected(
+    spec: BackboneSpec, reducer: Reducer | None, grid: tuple[int, int]
+) -> list[BlockTokens]:
+    """Expect the tokens of every block: the method's target counts, or upper bounds."""
     current, blocks = grid[0] * grid[1], []
     for block in range(spec.depth):
         counts = []
         for hook in _HOOKS:
             if reducer is not None:
-                current = reducer.planned(block, hook, current, grid)
+                if hook == "before" and block in reducer.recall_blocks:
+                    current = grid[0] * grid[1]
+                current = reducer.expected_count(block, hook, current, grid)
             counts.append(current + spec.prefix)
-        blocks.append(BlockPlan(*counts))
+        blocks.append(BlockTokens(*counts))
     return blocks
 
 
-def measured(trace: Trace) -> list[list[BlockPlan]]:
-    """Tokens of every block, for each image of a trace."""
+def measured(trace: Trace) -> list[list[BlockTokens]]:
+    """Read the tokens of every block off a trace, for each of its images."""
     counts = [
-        [s.layout.lengths for s in (b.attended, b.fed, b.left)] for b in trace.blocks
+        [s.layout.lengths for s in (b.attention, b.mlp, b.output)] for b in trace.blocks
     ]  # [block][place][image]
     images = range(len(counts[0][0]))
-    return [[BlockPlan(*(place[i] for place in block)) for block in counts] for i in images]
+    return [[BlockTokens(*(place[i] for place in block)) for block in counts] for i in images]
 
 
 def cost(
     spec: BackboneSpec,
     reducer: Reducer | None,
     grid: tuple[int, int],
-    tokens: Sequence[BlockPlan] | None = None,
+    tokens: Sequence[BlockTokens] | None = None,
+    *,
+    own: bool = True,
 ) -> Cost:
-    """Multiply-adds of one image.
+    """Work out the multiply-adds of one image.
 
     Args:
         spec: facts of the backbone.
-        reducer: a method bound to it, or None for the dense model.
+        reducer: a method bound to it whose counts depend on the image; None for the dense model.
         grid: patch rows and columns.
-        tokens: tokens of every block where they were measured; None takes the planned ones.
+        tokens: tokens of every block; None takes the expected ones.
+        own: count what the method computes itself, besides what it leaves of the model.
     """
-    blocks = tuple(plan(spec, reducer, grid) if tokens is None else tokens)
-    members = () if reducer is None else reducer.members
-    patches, entering = grid[0] * grid[1], grid[0] * grid[1] + spec.prefix
-    linear, method = [], []
+    blocks = tuple(expected(spec, reducer, grid) if tokens is None else tokens)
+    patches = grid[0] * grid[1]
+    total, entering = patches * spec.embed_cost + spec.head_cost, patches + spec.prefix
     for block, now in enumerate(blocks):
-        linear.append(
-            now.attended * spec.qkv_cost[block]
-            + 2 * now.attended**2 * spec.heads * spec.head_dim
-            + now.fed * spec.mlp_cost[block]
-        )
-        own = 0
-        for hook, before, after in zip(
-            _HOOKS,
-            (entering, now.attended, now.fed),
-            (now.attended, now.fed, now.left),
-            strict=True,
-        ):
-            own += _own(spec, members, block, hook, before, after, grid)
-        method.append(own)
-        entering = now.left
-    final = entering - spec.prefix
-    if reducer is not None and reducer.preserves:
-        final = patches
-    return Cost(
-        embed=patches * spec.embed_cost,
-        blocks=tuple(linear),
-        method=tuple(method),
-        head=spec.head_cost + final * spec.pool_cost,
-        tokens=blocks,
-    )
-
-
-def _own(
-    spec: BackboneSpec,
-    members: Sequence[Reducer],
-    block: int,
-    hook: str,
-    before: int,
-    after: int,
-    grid: tuple[int, int],
-) -> int:
-    """What the parts of a method compute themselves at one hook, one after another."""
-    total, now = 0, before
-    parts = members[::-1] if hook == "after" else members
-    for number, part in enumerate(parts):
-        last = number == len(parts) - 1
-        left = after if last else part.planned(block, hook, now - spec.prefix, grid) + spec.prefix
-        if hook == "between" and part.reads(block, now, left):
-            # Read off the attention that was computed, whatever an earlier part has dropped.
-            total += _reading(spec, part, before)
-        total += part.macs(block, hook, now, left)
-        now = left
-    return total
-
-
-def _reading(spec: BackboneSpec, part: Reducer, tokens: int) -> int:
-    """Products behind what a method reads off attention."""
-    width = spec.heads * spec.head_dim
-    whole_map = tokens * tokens * width
-    total = 0
-    if "cls_row" in part.needs:
-        # One row as a product with a block-diagonal query of all heads (core/attention.py).
-        total += spec.heads * tokens * width if spec.class_token else whole_map
-    if "key_mean" in part.needs and spec.thin_key_mean:
-        total += tokens * spec.width * spec.head_dim
-    if "attention" in part.needs:
-        total += whole_map
-    return total
+        total += now.attention * spec.qkv_cost[block]
+        total += 2 * now.attention**2 * spec.heads * spec.head_dim
+        total += now.mlp * spec.mlp_cost[block]
+        if reducer is not None:
+            if block in reducer.recall_blocks:
+                entering = patches + spec.prefix
+            counts = (entering, now.attention, now.mlp, now.output)
+            for hook, before, after in zip(_HOOKS, counts[:-1], counts[1:], strict=True):
+                total += reducer.own_macs(block, hook, before, after) if own else 0
+        entering = now.output
+    if reducer is not None and spec.depth in reducer.recall_blocks:
+        entering = patches + spec.prefix
+    return Cost(total + (entering - spec.prefix) * spec.pool_cost, blocks)

@@ -1,8 +1,8 @@
-"""GatedReducer: methods that learn which tokens to drop, stage by stage, for good.
+"""GatedReducer: methods that learn gates, one before each of some blocks.
 
-Written once here: the decision (sampled, arg-max or top-k), its masked form for training and its
-gathered and packed forms, nesting, and the ratio loss. A method overrides ``logits`` and, if
-dropped tokens leave something behind, ``leave``.
+Written once here: the decision (sampled, arg-max or top-k), its masked form for training, its
+gathered and packed forms, and the losses. A method overrides ``logits``; ``dispose`` and ``hide``
+say what becomes of the tokens that a gate closes on.
 """
 
 from __future__ import annotations
@@ -14,17 +14,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from foveate.core.gates import DECISIONS, decide, ratio_loss
-from foveate.core.reducer import ScoreReducer, Seen
+from foveate.core.attention import AttentionReader
+from foveate.core.gates import DECISIONS, decide
+from foveate.core.losses import ratio_loss, token_distillation
+from foveate.core.reducer import ScoreReducer
 from foveate.core.schedule import check_choice
+from foveate.core.selection import Selection
 from foveate.core.tokens import TokenState
+from foveate.core.trace import Outcome
 
 __all__ = ["GatedReducer"]
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class GatedReducer(ScoreReducer):
-    """Drops tokens by learned gates before its blocks.
+    """Closes learned gates on tokens before its blocks.
 
     Attributes:
         gate: how gates decide: "sample", "argmax", "topk"; None samples while training masked
@@ -33,13 +37,20 @@ class GatedReducer(ScoreReducer):
 
     gate: str | None = None
 
-    hooks: ClassVar[tuple[str, ...]] = ("before",)
     training_need: ClassVar[str] = "required"
     gated: ClassVar[bool] = True
     maskable: ClassVar[bool] = True
     rule: ClassVar[str] = "topk"
     ratio_per_image: ClassVar[bool] = True
+    lasting: ClassVar[bool] = True  # what a gate closes on is out for good
+    softmax_eps: ClassVar[float | None] = 0.0
     identity: ClassVar[Mapping[str, Any] | None] = {"keep": 1.0, "gate": "topk"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.token_loss = "mse"  # how the "token" loss compares tokens: "mse" or "kl"
+        # Another disposal than the method's own has no masked form to train in.
+        vars(self)["maskable"] = self.rest == type(self).rest
 
     def validate(self) -> None:
         """Check the gate's rule besides the schedule."""
@@ -51,106 +62,169 @@ class GatedReducer(ScoreReducer):
         """Counts are fixed unless every image decides for itself."""
         return (self.gate or self.rule) == "topk"
 
+    # To override ---------------------------------------------------------------------------------
+
     def logits(self, stage: int, state: TokenState) -> Tensor:
-        """Log-probabilities of keeping and dropping each token after the prefix, ``[B, N, 2]``."""
+        """Score keeping and dropping each gated token, ``[B, N, 2]``; the odds alone count."""
         raise NotImplementedError
 
-    def candidates(self, state: TokenState) -> Tensor | None:
-        """Tokens that may be dropped, ``[B, N]`` bool; None means all. Others always stay."""
+    def exempt(self, state: TokenState) -> Tensor | None:
+        """Mark the gated tokens that no gate may close on, ``[B, N]`` bool; None means none."""
         return None
 
-    def leave(
-        self, before: TokenState, after: TokenState, dropped: Tensor, logits: Tensor
-    ) -> TokenState:
-        """Let the tokens ``dropped [B, N]`` (of ``before``) leave something in ``after``."""
-        return after
+    def usable(self, stage: int, state: TokenState) -> Tensor | None:
+        """Mark the gated tokens that may be kept, ``[B, N]`` bool; None means all."""
+        return None
+
+    def front(self, stage: int, state: TokenState) -> int:
+        """Return the first token of an image that the gate decides about."""
+        return state.prefix
+
+    def hide(self, stage: int, state: TokenState, keep: Tensor) -> TokenState:
+        """Carry out decisions in the masked mode, where they carry the gates' gradient."""
+        return state.mask_out(keep)
+
+    # Deciding ------------------------------------------------------------------------------------
+
+    def score(self, stage: int, state: TokenState, attention: AttentionReader | None) -> Tensor:
+        """Score a token by the log-odds of keeping it."""
+        return log_odds(self.logits(stage, state))
+
+    def weights(self, score: Tensor) -> Tensor:
+        """Weigh tokens by the probability of keeping them."""
+        return score.sigmoid()
 
     def before(self, block: int, state: TokenState) -> TokenState:
-        """Decide at a stage's first block."""
-        if block not in self.acts:
+        """Decide before each active block."""
+        if block not in self.active_blocks:
             return state
-        stage = self.acts.index(block)
-        masked = state.alive is not None
-        how = self.gate
-        if how is None:
-            how = "sample" if masked and state.notes["training"] else self.rule
-        candidates = self.candidates(state)
-        if how == "topk" and not masked and candidates is None:
+        stage, masked = self.active_blocks.index(block), state.alive is not None
+        how = self.gate or ("sample" if masked and state.context.training else self.rule)
+        if how == "topk" and not masked and state.layout.is_even:
             return self._stage(stage, state, None)  # static sizes: the deployed form
         logits = self.logits(stage, state)
-        present = state.present()
-        eligible = _both(present, candidates)
-        counts = self._droppable_counts(stage, state, logits, eligible) if how == "topk" else None
-        if masked:
+        keep = self.decide(stage, state, logits, how)
+        return self.close(stage, self._note(stage, state, keep), keep, logits)
+
+    def close(self, stage: int, state: TokenState, keep: Tensor, logits: Tensor) -> TokenState:
+        """Carry out the decisions ``keep [B, N]``."""
+        if state.alive is not None:
+            return self.hide(stage, state, keep)
+        present = self._present(stage, state)
+        kept = Selection.where(keep > 0 if present is None else (keep > 0) & present)
+        return self.dispose(state, kept, log_odds(logits))
+
+    def decide(self, stage: int, state: TokenState, logits: Tensor, how: str) -> Tensor:
+        """Decide about every gated token: ``[B, N]`` in {0, 1}, with the gradient of the gates."""
+        present, exempt = self._present(stage, state), self.exempt(state)
+        candidates, gone = self.usable(stage, state), None
+        if exempt is not None:
+            candidates = ~exempt if candidates is None else candidates & ~exempt
+        if self.lasting and state.alive is not None and present is not None:
             # Patches that an earlier stage dropped are gated like the others: what they are worth
             # later is what the earlier gate has to learn.
-            gone = None if present is None else ~present
-            keep = decide(
-                logits[..., :2], how, k=counts, candidates=candidates, gone=gone, at_least_one=True
-            )
+            gone = ~present
         else:
-            keep = decide(logits[..., :2], how, k=counts, candidates=eligible, at_least_one=True)
-        if candidates is not None:
-            keep = torch.where(candidates, keep, torch.ones_like(keep))
-        state = self._note(stage, state, keep, candidates)
-        if masked:
-            assert state.alive is not None
-            dropped = state.alive[:, state.prefix :] * (1 - keep)
-            return self.leave(state, state.mask_out(keep), dropped, logits)
-        gone = (keep <= 0) if present is None else (keep <= 0) & present
-        return self.leave(state, state.keep_where(~gone), gone.to(keep.dtype), logits)
+            candidates = _both(candidates, present)
+        k: list[int] | None = None
+        if how == "topk":
+            eligible = _both(candidates, present)
+            now = [logits.shape[1]] * state.batch if eligible is None else eligible.sum(1).tolist()
+            k = self.gated_counts(stage, state, now)
+        keep = decide(
+            logits[..., :2],
+            how,
+            k=k,
+            candidates=candidates,
+            gone=gone,
+            at_least_one=self.lasting,
+        )
+        return keep if exempt is None else torch.where(exempt, torch.ones_like(keep), keep)
 
-    def score(self, stage: int, state: TokenState, seen: Seen | None) -> Tensor:
-        """Log-odds of keeping."""
-        logits = self.logits(stage, state)
-        return logits[..., 0] - logits[..., 1]
-
-    def scoring(self, stage: int, tokens: int) -> int:
-        """Multiply-adds of ``logits`` on an image of so many tokens, prefix included."""
-        return 0
-
-    def macs(self, block: int, hook: str, tokens: int, left: int) -> int:
-        """Scoring, wherever anything may be dropped."""
-        if hook != "before" or block not in self.acts or (self.fixed_count and left == tokens):
-            return 0
-        return self.scoring(self.acts.index(block), tokens)
-
-    def _droppable_counts(
-        self, stage: int, state: TokenState, logits: Tensor, eligible: Tensor | None
-    ) -> list[int]:
-        """How many of each image's droppable live tokens "topk" keeps."""
-        if eligible is None:
-            now = [logits.shape[1]] * logits.shape[0]
-        else:
-            now = eligible.sum(1).tolist()
-        original = self.original(state)
+    def gated_counts(self, stage: int, state: TokenState, now: list[int]) -> list[int]:
+        """Return how many of each image's eligible tokens "topk" keeps."""
         return [
             self.schedule.count(stage, n0, n, self.progress) if n else 0
-            for n0, n in zip(original, now, strict=True)
+            for n0, n in zip(self.original(state), now, strict=True)
         ]
 
-    def _note(
-        self, stage: int, state: TokenState, keep: Tensor, candidates: Tensor | None
-    ) -> TokenState:
-        """Record which share of an image's patches this stage left, for the ratio loss."""
-        live = keep if state.alive is None else keep * state.alive[:, state.prefix :]
-        if candidates is not None:
-            live = live * candidates
+    def _present(self, stage: int, state: TokenState) -> Tensor | None:
+        """Gated tokens that take part at all, ``[B, N]``; None means all."""
+        present = state.layout.valid(state.x.device)
+        if state.alive is not None:
+            present = state.alive.detach() > 0
+        return None if present is None else present[:, self.front(stage, state) :]
+
+    # Training ------------------------------------------------------------------------------------
+
+    def _note(self, stage: int, state: TokenState, keep: Tensor) -> TokenState:
+        """Record which share of an image's tokens this stage left, for the ratio loss."""
+        front, live, exempt = self.front(stage, state), keep, self.exempt(state)
+        if state.alive is not None:
+            live = live * state.alive[:, front:]
+        if exempt is not None:
+            live = live * ~exempt
         present = state.layout.valid(keep.device)
         if present is not None:
-            live = live * present[:, state.prefix :]
-        original = torch.tensor(self.original(state), device=keep.device)
-        share = live.sum(1) / original
-        shares = {**self.noted(state.notes, "kept_share", {}), stage: share}
-        return self.note(state, "kept_share", shares)
+            live = live * present[:, front:]
+        original = state.context.original
+        count = state.patches if original is None else live.new_tensor(original)
+        share = live.sum(1) / (count + state.prefix - front)
+        return state.note(self._key, {**state.notes.get(self._key, {}), stage: share})
 
-    def losses(self, notes: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Distance of the kept shares from the schedule's."""
-        return ratio_loss(
-            self.noted(notes, "kept_share", {}),
-            lambda stage: self.schedule.share(stage, self.progress),
-            self.ratio_per_image,
-        )
+    @property
+    def _key(self) -> str:
+        return f"{self.name}.kept_share"
+
+    def target(self, stage: int) -> float:
+        """Return the share of patches that a stage should keep."""
+        return self.schedule.share(stage, self.progress)
+
+    def losses(
+        self, outcome: Outcome, targets: Tensor | None = None, teacher: Outcome | None = None
+    ) -> dict[str, Tensor]:
+        """Add "ratio", the distance of kept shares from the schedule, and "token".
+
+        "token" compares the final tokens that were kept with the teacher's.
+        """
+        shares = outcome.notes.get(self._key, {})
+        found = ratio_loss(shares, self.target, self.ratio_per_image)
+        found |= super().losses(outcome, targets, teacher)
+        if teacher is not None and self.loss_weights.get("token"):
+            state = outcome.state
+            assert state.alive is not None  # gates train masked
+            patches = slice(state.prefix, state.prefix + state.patches)  # package tokens follow
+            found["token"] = token_distillation(
+                state.tokens()[:, patches],
+                teacher.state.tokens()[:, teacher.state.prefix :],
+                state.alive[:, patches],
+                self.token_loss,
+            )
+        return found
+
+    # Counts that depend on the image -------------------------------------------------------------
+
+    def gate_macs(self, stage: int, tokens: int) -> int:
+        """Count the multiply-adds of ``logits`` for so many tokens, prefix included."""
+        return 0
+
+    def own_macs(self, block: int, hook: str, tokens: int, left: int) -> int:
+        """Every gate scores all tokens that reach it."""
+        if hook != "before" or block not in self.active_blocks:
+            return 0
+        return self.gate_macs(self.active_blocks.index(block), tokens)
+
+    def expected_count(self, block: int, hook: str, current: int, grid: tuple[int, int]) -> int:
+        """Gates are expected to keep their target shares."""
+        if hook != "before" or block not in self.active_blocks:
+            return current
+        stage = self.active_blocks.index(block)
+        return self.schedule.count(stage, grid[0] * grid[1], current, self.progress)
+
+
+def log_odds(logits: Tensor) -> Tensor:
+    """Return the log-odds of keeping, ``[B, N]`` float32."""
+    return (logits[..., 0] - logits[..., 1]).float()
 
 
 def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -1,23 +1,23 @@
-"""Gates: from two log-probabilities a token to a hard, differentiable decision.
+"""Gates: from two scores a token to a hard, differentiable decision.
 
 How a gate decides is a switch of its own and does not depend on ``.training``:
 
 * ``sample``: draw from the gate (Gumbel noise), as in training;
-* ``argmax``: keep where keeping is the likelier;
-* ``topk``: keep exactly k, the best first; the same count for every image.
+* ``argmax``: keep a token where keeping is the more likely;
+* ``topk``: keep exactly k tokens, those with the best odds; the same count for every image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.ops import top_k
+from foveate.core.selection import Selection
 
-__all__ = ["DECISIONS", "decide", "ratio_loss"]
+__all__ = ["DECISIONS", "decide"]
 
 DECISIONS = ("sample", "argmax", "topk")
 
@@ -54,53 +54,23 @@ def decide(
     standing = score if gone is None else score.masked_fill(gone, float("-inf"))
     if how == "topk":
         assert k is not None
-        idx, valid = top_k(standing, k)
-        picked = torch.ones_like(idx, dtype=keep.dtype) if valid is None else valid.to(keep.dtype)
-        hard = torch.zeros_like(keep).scatter(1, idx, picked)
+        best = Selection.best(standing, k)
+        picked = torch.ones_like(best.index, dtype=keep.dtype)
+        if best.valid is not None:
+            picked = best.valid.to(keep.dtype)
+        hard = torch.zeros_like(keep).scatter(1, best.index, picked)
         if gone is not None:  # would it have been picked?
             worst = standing.masked_fill(hard == 0, float("inf")).amin(1, keepdim=True)
             hard = torch.where(gone, (score >= worst).to(hard.dtype), hard)
     else:
         hard = (score >= 0).to(keep.dtype)
         if at_least_one and score.shape[1] > 0:
-            best = F.one_hot(standing.argmax(1), score.shape[1]).to(hard.dtype)
-            best = best * (standing > float("-inf"))
+            first = F.one_hot(standing.argmax(1), score.shape[1]).to(hard.dtype)
+            first = first * (standing > float("-inf"))
             kept = hard if gone is None else hard * ~gone
-            hard = torch.where(kept.sum(1, keepdim=True) > 0, hard, torch.maximum(hard, best))
+            hard = torch.where(kept.sum(1, keepdim=True) > 0, hard, torch.maximum(hard, first))
     if not keep.requires_grad:
         return hard
     # Adding a difference that is exactly zero keeps the decision exactly 0 or 1.
     soft = keep if candidates is None else keep * candidates
     return hard + (soft - soft.detach())
-
-
-def ratio_loss(
-    shares: Mapping[int, Tensor], target: Callable[[int], float], per_image: bool
-) -> dict[str, Tensor]:
-    """Mean over stages of the squared distance between kept share and target.
-
-    Args:
-        shares: share that each image kept, ``[B]``, by stage; empty when no gate decided.
-        target: the share wanted of a stage.
-        per_image: hold every image to the target, not only their mean: that of the whole batch,
-            over all processes that train together.
-    """
-    terms = [
-        (((share if per_image else _over_ranks(share.mean())) - target(stage)) ** 2).mean()
-        for stage, share in shares.items()
-    ]
-    return {"ratio": torch.stack(terms).mean()} if terms else {}
-
-
-def _over_ranks(mean: Tensor) -> Tensor:
-    """The mean over all processes, with the gradient that their averaged gradients need.
-
-    Every process has the square's outer factor from the whole batch and the inner derivative of
-    its own images; data-parallel training then averages these to the gradient of one process.
-    """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return mean
-    whole = mean.detach().clone()
-    torch.distributed.all_reduce(whole)
-    whole /= torch.distributed.get_world_size()
-    return mean + (whole - mean.detach())

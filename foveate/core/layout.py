@@ -1,19 +1,24 @@
 """How the tokens of a batch lie in one flat tensor.
 
 All tokens of all images stand in one ``[T, C]`` tensor, image after image. When every image has
-the same count the layout is *even* and ``[B, N, C]`` is a free view; otherwise it is *ragged*.
+the same count, the layout is *even* and ``[B, N, C]`` is a free view; otherwise it is *ragged*.
 
-Decisions (scores, matches) are small, so they are made on *rectangles* ``[B, longest]``: a free
-view when even, padded when ragged. One algorithm then serves both layouts, and only the scores
-are ever padded, never the tokens.
+Decisions (scores, matches) are small, so methods make them on *rectangles* ``[B, longest]``: a
+free view when even, padded when ragged. One algorithm then serves both layouts, and only scores
+are ever padded, never tokens.
+
+An even layout computes nothing from the number of images on the host. A compiled or exported
+model therefore serves every batch size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from foveate.core.selection import Selection
 
 __all__ = ["Layout"]
 
@@ -63,7 +68,7 @@ class Layout:
         return (self.count,) * self.batch
 
     def resized(self, change: int) -> Layout:
-        """The same batch with ``change`` more (or fewer) tokens in every image."""
+        """Return the layout with ``change`` more (or fewer) tokens in every image."""
         if self.count is not None:
             return Layout.even(self.batch, self.count + change)
         return Layout.ragged([n + change for n in self.lengths])
@@ -71,28 +76,34 @@ class Layout:
     # Index tensors -------------------------------------------------------------------------
 
     def start(self, device: torch.device) -> Tensor:
-        """Row of each image's first token, ``[B]``."""
+        """Return the row of each image's first token, ``[B]``."""
         if self.count is not None:
-            return torch.arange(self.batch, device=device) * self.count
+            return self._cached("start", device, self._even_start)
         return self._cached("start", device, self._make_start)
 
     def image(self, device: torch.device) -> Tensor:
-        """Image that each row belongs to, ``[T]``."""
+        """Return the image that each row belongs to, ``[T]``."""
         if self.count is not None:
             return torch.arange(self.batch, device=device).repeat_interleave(self.count)
         return self._cached("image", device, self._make_image)
 
     def valid(self, device: torch.device) -> Tensor | None:
-        """Which cells of the rectangle hold a token, ``[B, longest]``; None when all do."""
+        """Mark the cells of the rectangle that hold a token, ``[B, longest]``; None means all."""
         if self.count is not None:
             return None
         return self._cached("valid", device, self._make_valid)
 
-    def _cached(self, name: str, device: torch.device, make) -> Tensor:  # type: ignore[no-untyped-def]
+    def _cached(
+        self, name: str, device: torch.device, make: Callable[[torch.device], Tensor]
+    ) -> Tensor:
         key = (name, device)
         if key not in self._tensors:
             self._tensors[key] = make(device)
         return self._tensors[key]
+
+    def _even_start(self, device: torch.device) -> Tensor:
+        assert self.count is not None
+        return torch.arange(self.batch, device=device) * self.count
 
     def _make_start(self, device: torch.device) -> Tensor:
         starts = [0]
@@ -111,7 +122,7 @@ class Layout:
         return torch.arange(self.longest, device=device) < lens[:, None]
 
     def _cells(self, device: torch.device) -> Tensor:
-        """Cell of the flattened rectangle that each row falls in, ``[T]``."""
+        """Return the cell of the flattened rectangle that each row falls in, ``[T]``."""
         image = self.image(device)
         within = torch.arange(self.total, device=device) - self.start(device)[image]
         return image * self.longest + within
@@ -133,9 +144,10 @@ class Layout:
         cells = self._cached("cells", rect.device, self._cells)
         return rect.reshape(self.batch * self.longest, *rect.shape[2:]).index_select(0, cells)
 
-    def rows(self, idx: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Turn positions inside the images ``[B, K]`` into rows of the flat tensor."""
-        rows = idx + self.start(idx.device)[:, None]
+    def rows(self, selection: Selection) -> Tensor:
+        """Turn the positions that a selection has inside the images into rows of the tensor."""
+        rows = selection.index + self.start(selection.index.device)[:, None]
+        valid = selection.valid
         return rows.flatten() if valid is None else rows[valid]
 
     def spread(self, per_image: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Base classes of the reduction methods.
 
 A method is a keyword-only dataclass: its fields are its config. It declares the hooks it acts at,
-what it needs of attention and how it trains; the driver and ``describe`` read those facts and the
-contract tests hold it to them. State of a forward pass lives in the TokenState, never here.
+what it reads off attention and how it trains. The driver and ``describe`` use those facts, and the
+contract tests hold the method to them. State of a forward pass lives in the TokenState, never here.
 """
 
 from __future__ import annotations
@@ -13,57 +13,73 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from foveate.core.attention import CarriedSeen, Seen
+from foveate.core import disposal
+from foveate.core.attention import AttentionReader
 from foveate.core.backbone import BackboneSpec
+from foveate.core.losses import distillation
 from foveate.core.options import check_types
-from foveate.core.schedule import Schedule, check_blocks, check_keep, stage_blocks
+from foveate.core.schedule import Schedule, check_blocks, check_choice, check_keep, stage_blocks
+from foveate.core.selection import Selection
 from foveate.core.tokens import TokenState
-from foveate.ops import top_k
+from foveate.core.trace import Outcome
 
-__all__ = ["Chain", "Match", "MatchReducer", "Reducer", "ScoreReducer", "Seen"]
+__all__ = ["Match", "MatchReducer", "Reducer", "ScoreReducer"]
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class Reducer(nn.Module):
     """Base of every method.
 
-    Class attributes are the facts a method declares about itself:
+    Class attributes are the facts that a method declares about itself:
 
     * ``paper``: authors, title and where it appeared; ``summary``: one line;
     * ``hooks``: any of "before" (a block), "between" (its attention and its feed forward), "after";
-    * ``needs``: what it reads off attention: "cls_row", "key_mean", "value_norm", "attention";
-    * ``training``: "none" (works as it is), "recommended" or "required";
-    * ``maskable``: can run masked, all tokens computed and decisions applied as a mask;
-    * ``gated``: learns gates, so it trains masked;
-    * ``drops``: tokens may disappear (``preserve`` then brings them back at the end);
+    * ``reads``: what it reads off attention: "cls_row", "key_mean", "value_norm", "full_map";
+    * ``training_need``: "none" (works as it is), "recommended" or "required";
+    * ``gated``: it learns gates, so it trains masked;
+    * ``maskable``: it can run masked: all tokens are computed and decisions applied as a mask;
+    * ``drops``: tokens may disappear; ``merges``: tokens are averaged into others;
     * ``parks``: tokens are set aside and come back;
+    * ``needs_place``: it asks where in the grid a token stands;
     * ``identity``: options under which the method changes nothing, or None if there are none;
     * ``rate``: the option that says how much is reduced, "" if there is none;
-    * ``loss_weights``: what training minimises besides the task, and how strongly.
+    * ``default_loss_weights``: what training minimises besides the task, and how strongly;
+    * ``softmax_eps``: smoothing of the soft softmax that trains gates through attention; None for
+      methods whose gates do not need it.
+
+    Attributes:
+        recall_before: block before which dropped and merged patches come back, so that it works
+            on all of them; "head" brings them back after the last block.
+        active_blocks: blocks at which the method changes the token set.
+        loss_weights: the losses to minimise besides the task's and their weights.
     """
+
+    recall_before: int | str | None = None
 
     paper: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     name: ClassVar[str] = ""
     hooks: ClassVar[tuple[str, ...]] = ()
-    needs: ClassVar[frozenset[str]] = frozenset()
+    reads: ClassVar[frozenset[str]] = frozenset()
     training_need: ClassVar[str] = "none"
     gated: ClassVar[bool] = False
     maskable: ClassVar[bool] = False
     drops: ClassVar[bool] = False
+    merges: ClassVar[bool] = False
     parks: ClassVar[bool] = False
     needs_place: ClassVar[bool] = False
     identity: ClassVar[Mapping[str, Any] | None] = None
     rate: ClassVar[str] = ""
-    loss_weights: ClassVar[Mapping[str, float]] = {}
-    softmax_eps: ClassVar[float] = 0.0
+    default_loss_weights: ClassVar[Mapping[str, float]] = {}
+    softmax_eps: ClassVar[float | None] = None
 
     def __post_init__(self) -> None:
         # The dataclass sets plain fields first; nn.Module does not need its tables for those.
         super().__init__()
         self.progress = 1.0
         self.spec: BackboneSpec | None = None
-        self.acts: tuple[int, ...] = ()
+        self.active_blocks: tuple[int, ...] = ()
+        self.loss_weights = dict(self.default_loss_weights)
         check_types(self)
         self.validate()
 
@@ -75,12 +91,21 @@ class Reducer(nn.Module):
     def build(self, spec: BackboneSpec) -> None:
         """Bind to a backbone: resolve blocks, check against it, make new parameters.
 
-        Sets ``acts``, the blocks at which the method changes the token set.
+        A method that extends it sets ``active_blocks``.
         """
         self.spec = spec
+        recall = self.recall_before
+        if recall is None:
+            return
+        if not (self.drops or self.merges):
+            raise ValueError(f"recall_before: {self.name} keeps every token, so none comes back")
+        if recall != "head" and not (isinstance(recall, int) and 1 <= recall < spec.depth):
+            raise ValueError(
+                f"recall_before must be a block in 1..{spec.depth - 1} or 'head', got {recall!r}"
+            )
 
     def config(self) -> dict[str, Any]:
-        """The method's options, as given."""
+        """Return the method's options, as given."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def __repr__(self) -> str:
@@ -88,8 +113,8 @@ class Reducer(nn.Module):
         for f in fields(self):
             value = getattr(self, f.name)
             if value != f.default or f.name == self.rate:
-                options.append(f"{f.name}={value!r}")
-        return f"{self.name}({', '.join(options)})"
+                options.append((f.name != self.rate, f"{f.name}={value!r}"))
+        return f"{self.name}({', '.join(text for _, text in sorted(options, key=lambda o: o[0]))})"
 
     def advance(self, progress: float) -> None:
         """Follow the training, of which so much is done, 0 to 1; 1 is the method as deployed."""
@@ -111,12 +136,15 @@ class Reducer(nn.Module):
         return False
 
     @property
-    def preserves(self) -> bool:
-        """Whether dropped patches return, at their last value, after the last block."""
-        return bool(getattr(self, "preserve", False))
+    def recall_blocks(self) -> frozenset[int]:
+        """Blocks before which all patches come back; the depth stands for the head."""
+        if self.recall_before is None or self.spec is None:
+            return frozenset()
+        recall = self.recall_before
+        return frozenset({self.spec.depth if isinstance(recall, str) else recall})
 
-    def spans(self) -> frozenset[int]:
-        """Blocks during which tokens of this method are parked."""
+    def parked_blocks(self) -> frozenset[int]:
+        """Return the blocks during which tokens of this method are parked."""
         return frozenset()
 
     # Work --------------------------------------------------------------------------------------
@@ -125,7 +153,11 @@ class Reducer(nn.Module):
         """Change the tokens that enter a block."""
         return state
 
-    def between(self, block: int, state: TokenState, seen: Seen) -> TokenState:
+    def acts_between(self, block: int) -> bool:
+        """Tell whether ``between`` has anything to do in this block."""
+        return "between" in self.hooks and block in self.active_blocks
+
+    def between(self, block: int, state: TokenState, attention: AttentionReader) -> TokenState:
         """Change the tokens between attention and feed forward."""
         return state
 
@@ -133,66 +165,66 @@ class Reducer(nn.Module):
         """Change the tokens that leave a block."""
         return state
 
-    def wants(self, block: int) -> bool:
-        """Whether ``between`` has anything to do in this block."""
-        return "between" in self.hooks and block in self.acts
-
     def finish(self, state: TokenState) -> TokenState:
-        """Last word after the last block, before the final norm."""
+        """Do what remains after the last block, before the final norm."""
         return state
 
-    # Facts for describe, costs and training ----------------------------------------------------
+    # Training ----------------------------------------------------------------------------------
 
-    def planned(self, block: int, hook: str, current: int, grid: tuple[int, int]) -> int:
-        """Tokens after the prefix once a hook has run, from the count before it.
+    def losses(
+        self, outcome: Outcome, targets: Tensor | None = None, teacher: Outcome | None = None
+    ) -> dict[str, Tensor]:
+        """Compute the method's own losses, un-weighted; those without a weight may be left out.
 
-        For counts that depend on the image: the expected count, or its upper bound.
+        Args:
+            outcome: what the forward pass gave.
+            targets: labels ``[B]`` or class probabilities ``[B, classes]``.
+            teacher: what a dense teacher made of the same images; "kl" compares logits with its.
+        """
+        if teacher is None or not self.loss_weights.get("kl"):
+            return {}
+        return {"kl": distillation(outcome.logits, teacher.logits)}
+
+    # Counts that depend on the image -----------------------------------------------------------
+
+    def expected_count(self, block: int, hook: str, current: int, grid: tuple[int, int]) -> int:
+        """Expect a count of tokens after the prefix once a hook has run.
+
+        Only methods whose count depends on the image need it: the expected count, or its upper
+        bound, from the count before the hook. All others are counted by running them.
         """
         return current
 
-    def at_level(self, level: float) -> dict[str, Any]:
-        """The rate from level 0, nothing reduced, to 1, as few tokens as the method can leave.
+    def own_macs(self, block: int, hook: str, tokens: int, left: int) -> int:
+        """Count the multiply-adds of the method's own products for one image at a hook.
 
-        For budgets, of a method that has a ``rate``, once it is built. A share kept is the common
-        case; methods that count tokens instead override it.
+        ``tokens`` enter and ``left`` leave, prefix included. Only methods whose count depends on
+        the image need it, with everything they read off attention.
+        """
+        raise NotImplementedError
+
+    def at_level(self, level: float) -> dict[str, Any]:
+        """Set the rate from level 0, nothing reduced, to 1, as few tokens as possible.
+
+        Budgets use it, on a method that is built. A share kept is the common case; methods that
+        count tokens instead override it.
         """
         return {self.rate: max(1.0 - level, 1e-6)}
-
-    def reads(self, block: int, tokens: int, left: int) -> bool:
-        """Whether attention is read in a block that ``between`` takes from one count to another."""
-        return self.wants(block) and left < tokens
-
-    def macs(self, block: int, hook: str, tokens: int, left: int) -> int:
-        """Multiply-adds of the method's own products for one image when a hook runs.
-
-        ``tokens`` enter and ``left`` leave, prefix included. What is read off attention is counted
-        by core/cost.py and does not belong here.
-        """
-        return 0
-
-    def losses(self, notes: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The method's own losses, un-weighted, from what a forward pass left in its notes."""
-        return {}
-
-    def note(self, state: TokenState, key: str, value: Any) -> TokenState:
-        """Leave a value for losses and traces."""
-        return state.replace(notes={**state.notes, (self.name, key): value})
-
-    def noted(self, notes: Mapping[Any, Any], key: str, default: Any = None) -> Any:
-        """Read back what this method left."""
-        return notes.get((self.name, key), default)
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class ScoreReducer(Reducer):
-    """Keeps the best-scored patch tokens at a few blocks; a method overrides only ``score``.
+    """Scores patch tokens at a few blocks, keeps the best and disposes of the rest.
+
+    A method overrides ``score``. What becomes of the tokens that are not kept is an option.
 
     Attributes:
         keep: fraction kept at each stage, or one fraction a stage.
         blocks: where; None means a quarter, a half and three quarters of the depth.
         relative: rates are of the "original" count (keep, keep**2, ...) or of the "current" one.
-        rounding: "floor" or "ceil".
-        preserve: bring dropped patches back at their last value after the last block.
+        rounding: "floor", "ceil" or "nearest".
+        rest: what becomes of the others: "drop", "fuse" (into one token, their weighted sum),
+            "merge" (each into the most similar kept token) or "park" (they skip this block).
         warmup: training progress between which the rate sinks from 1 to ``keep``.
         warmup_steps: number of equal steps of the warm-up; None is continuous.
     """
@@ -201,23 +233,34 @@ class ScoreReducer(Reducer):
     blocks: tuple[int, ...] | None = None
     relative: str = "original"
     rounding: str = "floor"
-    preserve: bool = False
+    rest: str = "drop"
     warmup: tuple[float, float] | None = None
     warmup_steps: int | None = None
 
-    drops: ClassVar[bool] = True
     identity: ClassVar[Mapping[str, Any] | None] = {"keep": 1.0}
     rate: ClassVar[str] = "keep"
+    hook: ClassVar[str] = "before"
+    hooks: ClassVar[tuple[str, ...]] = ("before",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parks = self.rest == "park"
+        # These facts follow from an option.
+        vars(self).update(
+            drops=self.rest in ("drop", "fuse"),
+            merges=self.rest == "merge",
+            parks=parks,
+            hooks=(self.hook, "after") if parks else (self.hook,),
+        )
 
     def validate(self) -> None:
         """Check the rate and, where blocks are given, the rest of the schedule."""
+        check_choice("rest", self.rest, tuple(disposal.DISPOSALS))
         check_keep(self.keep)
         if self.blocks is not None:
             check_blocks(self.blocks)
-        self._schedule(self.blocks or self._stand_in())
-
-    def _stand_in(self) -> tuple[int, ...]:
-        return tuple(range(len(self.keep) if isinstance(self.keep, Sequence) else 3))
+        stages = len(self.keep) if isinstance(self.keep, Sequence) else 3
+        self._schedule(self.blocks or tuple(range(stages)))
 
     def _schedule(self, blocks: tuple[int, ...]) -> Schedule:
         return Schedule(
@@ -232,78 +275,99 @@ class ScoreReducer(Reducer):
     def build(self, spec: BackboneSpec) -> None:
         """Resolve the schedule for the backbone's depth."""
         super().build(spec)
-        blocks = self.blocks if self.blocks is not None else stage_blocks(spec.depth)
-        self.acts = check_blocks(blocks, spec.depth)
-        self.schedule = self._schedule(self.acts)
+        blocks = self.blocks if self.blocks is not None else self.default_blocks(spec.depth)
+        self.active_blocks = check_blocks(blocks, spec.depth)
+        self.schedule = self._schedule(self.active_blocks)
 
-    def score(self, stage: int, state: TokenState, seen: Seen | None) -> Tensor:
+    def default_blocks(self, depth: int) -> tuple[int, ...]:
+        """Return the blocks at which the method acts if the user names none."""
+        return stage_blocks(depth)
+
+    # Score, select, dispose ----------------------------------------------------------------------
+
+    def score(self, stage: int, state: TokenState, attention: AttentionReader | None) -> Tensor:
         """Score the tokens after the prefix, higher = keep: ``[B, N]`` float32."""
         raise NotImplementedError
 
-    def reduce(
+    def weights(self, score: Tensor) -> Tensor:
+        """Turn scores into the weights that fusing and merging use; none may be negative."""
+        return score.clamp_min(0.0)  # padding was scored -inf
+
+    def dispose(
         self,
         state: TokenState,
-        seen: Seen | None,
+        kept: Selection,
         score: Tensor,
-        idx: Tensor,
-        valid: Tensor | None,
+        attention: AttentionReader | None = None,
     ) -> TokenState:
-        """Leave the tokens ``idx`` and deal with the others; dropping them is the default."""
-        return state.keep(idx, valid)
+        """Keep the selected tokens and deal with the others as ``rest`` says."""
+        return disposal.DISPOSALS[self.rest](state, kept, self.weights(score))
+
+    def counts(self, stage: int, state: TokenState) -> int | list[int]:
+        """Return the number of tokens to keep after the prefix; a list where images differ."""
+        original, count = state.context.original, state.layout.count
+        if count is not None and original is None:  # nothing here may depend on the batch
+            now = count - state.prefix
+            return self.schedule.count(stage, state.patches, now, self.progress)
+        counts = [
+            self.schedule.count(stage, n0, n, self.progress)
+            for n0, n in zip(self.original(state), state.counts, strict=True)
+        ]
+        return counts[0] if count is not None else counts
+
+    def original(self, state: TokenState) -> tuple[int, ...]:
+        """Return the number of patches that each image started with."""
+        return state.context.original or (state.patches,) * state.batch
 
     def before(self, block: int, state: TokenState) -> TokenState:
         """Reduce here if the method's hook is "before"."""
-        if self.hooks != ("before",) or block not in self.acts:
+        if self.hook != "before" or block not in self.active_blocks:
             return state
-        return self._stage(self.acts.index(block), state, None)
+        return self._stage(self.active_blocks.index(block), state, None)
 
-    def between(self, block: int, state: TokenState, seen: Seen) -> TokenState:
+    def between(self, block: int, state: TokenState, attention: AttentionReader) -> TokenState:
         """Reduce here if the method's hook is "between"."""
-        return self._stage(self.acts.index(block), state, seen)
+        return self._stage(self.active_blocks.index(block), state, attention)
 
-    def counts(self, stage: int, state: TokenState) -> int | list[int]:
-        """Tokens to keep after the prefix: one number, or one an image when they differ."""
-        original = self.original(state)
-        counts = [
-            self.schedule.count(stage, n0, n, self.progress)
-            for n0, n in zip(original, state.counts, strict=True)
-        ]
-        return counts[0] if state.layout.is_even else counts
+    def acts_between(self, block: int) -> bool:
+        """Tell whether the method's hook is "between" and this is one of its blocks."""
+        return self.hook == "between" and block in self.active_blocks
 
-    def original(self, state: TokenState) -> tuple[int, ...]:
-        """Patches each image started with (fewer than the grid under a user's mask)."""
-        return state.notes.get("original", (state.patches,) * state.batch)
+    def after(self, block: int, state: TokenState) -> TokenState:
+        """Bring back the tokens that skipped the block."""
+        parked_here = self.rest == "park" and block in self.active_blocks
+        return state.recall() if parked_here and state.parked is not None else state
 
-    def _stage(self, stage: int, state: TokenState, seen: Seen | None) -> TokenState:
+    def parked_blocks(self) -> frozenset[int]:
+        """Tokens wait during each active block if the rest is parked."""
+        return frozenset(self.active_blocks) if self.rest == "park" else frozenset()
+
+    def _stage(
+        self, stage: int, state: TokenState, attention: AttentionReader | None
+    ) -> TokenState:
         k = self.counts(stage, state)
-        if k == (state.counts[0] if isinstance(k, int) else list(state.counts)):
-            return state  # nothing to drop: the score need not even be computed
-        score = self.score(stage, state, seen)
+        if isinstance(k, int):
+            assert state.layout.count is not None
+            unchanged = k == state.layout.count - state.prefix
+        else:
+            unchanged = k == list(state.counts)
+        if unchanged:
+            return state  # nothing to dispose of: the score need not even be computed
+        score = self.score(stage, state, attention)
         present = state.present()
         if present is not None:
             score = score.masked_fill(~present, float("-inf"))
-        idx, valid = top_k(score, k)
-        return self.reduce(state, seen, score, idx, valid)
-
-    def planned(self, block: int, hook: str, current: int, grid: tuple[int, int]) -> int:
-        """Counts follow the schedule."""
-        if hook not in self.hooks or block not in self.acts:
-            return current
-        return self.schedule.count(
-            self.acts.index(block), grid[0] * grid[1], current, self.progress
-        )
+        return self.dispose(state, Selection.best(score, k), score, attention)
 
 
 @dataclass(eq=False)
 class Match:
     """Who merges into whom; fields as TokenState.merge takes them."""
 
-    idx_keep: Tensor
-    idx_src: Tensor
+    kept: Selection
+    merged: Selection
     into: Tensor
     weight: Tensor
-    valid_keep: Tensor | None = None
-    valid_src: Tensor | None = None
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -311,173 +375,24 @@ class MatchReducer(Reducer):
     """Merges tokens into others between attention and feed forward; override only ``match``."""
 
     hooks: ClassVar[tuple[str, ...]] = ("between",)
+    merges: ClassVar[bool] = True
     track_size: ClassVar[bool] = True
 
-    def match(self, block: int, state: TokenState, seen: Seen | None) -> Match | None:
+    def match(
+        self, block: int, state: TokenState, attention: AttentionReader | None
+    ) -> Match | None:
         """Say which tokens stay and which are merged into them; None to leave all alone."""
         raise NotImplementedError
 
-    def between(self, block: int, state: TokenState, seen: Seen) -> TokenState:
+    def between(self, block: int, state: TokenState, attention: AttentionReader) -> TokenState:
         """Merge in the blocks where the method acts."""
-        return self.merge(block, state, seen)
+        return self.merge(block, state, attention)
 
-    def merge(self, block: int, state: TokenState, seen: Seen | None) -> TokenState:
+    def merge(self, block: int, state: TokenState, attention: AttentionReader | None) -> TokenState:
         """Carry out the match, if there is one."""
-        match = self.match(block, state, seen)
-        if match is None:
+        found = self.match(block, state, attention)
+        if found is None:
             return state
         return state.merge(
-            match.idx_keep,
-            match.idx_src,
-            match.into,
-            match.weight,
-            valid_keep=match.valid_keep,
-            valid_src=match.valid_src,
-            track_size=self.track_size,
+            found.kept, found.merged, found.into, found.weight, track_size=self.track_size
         )
-
-
-class Chain(Reducer):
-    """Runs methods one after another at every hook.
-
-    What one of them parks may not be touched by another, so a method that drops or merges in the
-    middle of such a stretch is refused when the chain meets its model.
-    """
-
-    name = "chain"
-
-    def __init__(self, *parts: Reducer) -> None:
-        if len(parts) < 2:
-            raise ValueError(f"a chain needs at least two methods, got {len(parts)}")
-        names = [part.name for part in parts]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"a chain takes each method once, got {name!r} twice")
-        Reducer.__post_init__(self)
-        self.parts = nn.ModuleList(parts)
-        # The facts of a chain follow from its parts and shadow the class attributes.
-        for key, merged in _MERGED.items():
-            vars(self)[key] = merged(parts)
-
-    @property
-    def members(self) -> tuple[Reducer, ...]:
-        """The chained methods."""
-        return tuple(part for part in self.parts if isinstance(part, Reducer))
-
-    def config(self) -> dict[str, Any]:
-        """Options of the parts, by name."""
-        return {part.name: part.config() for part in self.members}
-
-    def __repr__(self) -> str:
-        return " + ".join(repr(part) for part in self.members)
-
-    def build(self, spec: BackboneSpec) -> None:
-        """Bind every part and refuse combinations that cannot work."""
-        super().build(spec)
-        for part in self.members:
-            part.build(spec)
-        self.acts = tuple(sorted({b for part in self.members for b in part.acts}))
-        for place, part in enumerate(self.members):
-            for other_place, other in enumerate(self.members):
-                if other is part:
-                    continue
-                clash = part.spans() & (set(other.acts) | other.spans())
-                if other.hooks == ("before",) and not other.parks and other_place < place:
-                    clash = clash - set(part.acts)  # it acts just before the tokens are parked
-                if clash:
-                    raise ValueError(
-                        f"{part.name} has tokens parked in blocks {sorted(part.spans())}, and "
-                        f"{other.name} would change the tokens in {sorted(clash)} of these"
-                    )
-        self.carried: dict[int, frozenset[str]] = {}
-        for block in range(spec.depth):
-            later = [part for part in self.members if part.wants(block)][1:]
-            self.carried[block] = frozenset(need for part in later for need in part.needs)
-            if "attention" in self.carried[block]:
-                raise ValueError(
-                    f"block {block}: only the first method of a chain may read the attention map"
-                )
-
-    @property
-    def fixed_count(self) -> bool:
-        """Fixed only if every part's count is."""
-        return all(part.fixed_count for part in self.members)
-
-    @property
-    def proportional(self) -> bool:
-        """Proportional attention if any part asks for it."""
-        return any(part.proportional for part in self.members)
-
-    @property
-    def preserves(self) -> bool:
-        """Preserve if any part does."""
-        return any(part.preserves for part in self.members)
-
-    def spans(self) -> frozenset[int]:
-        """Blocks in which any part has tokens parked."""
-        return frozenset().union(*(part.spans() for part in self.members))
-
-    def wants(self, block: int) -> bool:
-        """Whether any part acts between attention and feed forward here."""
-        return any(part.wants(block) for part in self.members)
-
-    def before(self, block: int, state: TokenState) -> TokenState:
-        """Run the parts in order."""
-        for part in self.members:
-            state = part.before(block, state)
-        return state
-
-    def between(self, block: int, state: TokenState, seen: Seen) -> TokenState:
-        """Run the parts in order; what later ones read of attention travels with the tokens."""
-        first, *later = [part for part in self.members if part.wants(block)]
-        if not later:
-            return first.between(block, state, seen)
-        needs = self.carried[block]
-        state = first.between(block, seen.carry(state, needs), seen)
-        for part in later:
-            state = part.between(block, state, CarriedSeen(state, part.needs))
-        return CarriedSeen.dropped(state)
-
-    def after(self, block: int, state: TokenState) -> TokenState:
-        """Run the parts in reverse, so that what was parked last comes back first."""
-        for part in reversed(self.members):
-            state = part.after(block, state)
-        return state
-
-    def finish(self, state: TokenState) -> TokenState:
-        """Let every part have its last word."""
-        for part in self.members:
-            state = part.finish(state)
-        return state
-
-    def planned(self, block: int, hook: str, current: int, grid: tuple[int, int]) -> int:
-        """Compose the parts' counts."""
-        parts = reversed(self.members) if hook == "after" else self.members
-        for part in parts:
-            current = part.planned(block, hook, current, grid)
-        return current
-
-    def losses(self, notes: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Losses of all parts, prefixed with their names."""
-        return {
-            f"{part.name}.{key}": value
-            for part in self.members
-            for key, value in part.losses(notes).items()
-        }
-
-
-_NEEDS = ("none", "recommended", "required")
-_MERGED: dict[str, Any] = {
-    "hooks": lambda parts: tuple(
-        h for h in ("before", "between", "after") if any(h in p.hooks for p in parts)
-    ),
-    "needs": lambda parts: frozenset().union(*(p.needs for p in parts)),
-    "training_need": lambda parts: max((p.training_need for p in parts), key=_NEEDS.index),
-    "gated": lambda parts: any(p.gated for p in parts),
-    "maskable": lambda parts: all(p.maskable for p in parts),
-    "drops": lambda parts: any(p.drops for p in parts),
-    "parks": lambda parts: any(p.parks for p in parts),
-    # Sizes may begin after tokens were fused, which only their places tell.
-    "needs_place": lambda parts: True,
-    "softmax_eps": lambda parts: max(p.softmax_eps for p in parts),
-}

@@ -8,13 +8,8 @@ methods train with.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from foveate.core.backbone import BackboneSpec
-    from foveate.core.reducer import ScoreReducer
 
 __all__ = ["Schedule", "check_blocks", "check_choice", "check_keep", "stage_blocks"]
 
@@ -58,7 +53,7 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
 
 
 def stage_blocks(depth: int, parts: int = 4) -> tuple[int, ...]:
-    """Blocks that start every part but the first: 3, 6, 9 of 12; 4, 8, 12 of 16."""
+    """Return the blocks that start every part but the first: 3, 6, 9 of 12; 4, 8, 12 of 16."""
     return tuple(sorted({max(1, depth * part // parts) for part in range(1, parts)} - {depth}))
 
 
@@ -71,7 +66,7 @@ class Schedule:
         keep: one rate for all of them, or one for each.
         relative: rate of the "original" count (one rate then means keep, keep**2, ...) or of the
             "current" one.
-        rounding: "floor" or "ceil".
+        rounding: "floor", "ceil" or "nearest".
         warmup: the rate sinks from 1 to its value on a cosine between these two points of
             training progress; None holds it constant.
         warmup_steps: number of equal steps that the warm-up takes; None changes it continuously.
@@ -88,7 +83,7 @@ class Schedule:
     def __post_init__(self) -> None:
         check_keep(self.keep)
         check_choice("relative", self.relative, ("original", "current"))
-        check_choice("rounding", self.rounding, ("floor", "ceil"))
+        check_choice("rounding", self.rounding, ("floor", "ceil", "nearest"))
         if isinstance(self.keep, Sequence) and len(self.keep) != len(self.blocks):
             raise ValueError(
                 f"keep has {len(self.keep)} rates for {len(self.blocks)} blocks {self.blocks}"
@@ -107,14 +102,14 @@ class Schedule:
             raise ValueError(f"warmup_steps must be a whole number of at least 1, got {steps!r}")
 
     def rate(self, stage: int, progress: float = 1.0) -> float:
-        """Keep rate of a stage at a point of training progress in [0, 1]."""
+        """Return the keep rate of a stage at a point of training progress in [0, 1]."""
         if isinstance(self.keep, Sequence):
             return self._warmed(self.keep[stage], progress)
         keep = self._warmed(self.keep, progress)
         return float(keep ** (stage + 1)) if self.relative == "original" else keep
 
     def share(self, stage: int, progress: float = 1.0) -> float:
-        """Share of the original tokens that should be left after a stage."""
+        """Return the share of the original tokens that should be left after a stage."""
         if self.relative == "original":
             return self.rate(stage, progress)
         return math.prod(self.rate(s, progress) for s in range(stage + 1))
@@ -129,31 +124,13 @@ class Schedule:
         return keep + (1 - keep) * (math.cos(math.pi * done) + 1) / 2
 
     def count(self, stage: int, original: int, current: int, progress: float = 1.0) -> int:
-        """Tokens left after a stage, between 1 and the current count (0 when there are none)."""
+        """Return the count after a stage, from 1 to the current count (0 when there are none)."""
         base = original if self.relative == "original" else current
         exact = base * self.rate(stage, progress)
-        floor = self.rounding == "floor"
-        count = math.floor(exact + _SLACK) if floor else math.ceil(exact - _SLACK)
+        if self.rounding == "nearest":
+            count = round(round(exact, 9))  # half a token is half a token, whatever the float
+        elif self.rounding == "floor":
+            count = math.floor(exact + _SLACK)
+        else:
+            count = math.ceil(exact - _SLACK)
         return min(current, max(1, count))
-
-    def stage(self, block: int) -> int | None:
-        """Which stage a block is, or None where it does not reduce."""
-        return self.blocks.index(block) if block in self.blocks else None
-
-    @staticmethod
-    def for_macs(budget: str, spec: BackboneSpec, method: ScoreReducer) -> Schedule:
-        """The schedule at which a scoring method meets a budget of multiply-adds.
-
-        Args:
-            budget: as ``foveate.apply`` takes it: "2.9 GMACs", "0.6x", "60%".
-            spec: facts of the backbone, ``model.backbone.spec``.
-            method: its blocks, rounding and other options hold; its rate is replaced.
-        """
-        from foveate.core.budget import meet  # which stands on this file
-
-        def make(options: Mapping[str, Any]) -> ScoreReducer:
-            return type(method)(**{**method.config(), **options})
-
-        solved = meet(budget, spec, make)
-        solved.build(spec)
-        return solved.schedule

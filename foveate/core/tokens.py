@@ -1,25 +1,43 @@
 """TokenState: the tokens of a batch on their way through the network.
 
-Every change of the token set is one verb here, so where each patch went (``source``), how many
-patches a token stands for (``size``), what was last known of it (``canvas``) and everything that
-travels with a token (``place``, ``extras``) stay right in one place. Methods decide; the verbs
-move. A verb returns a new state and never changes the old one.
+Every change of the token set is one verb here. So the place where each patch went (``source``),
+the number of patches that a token stands for (``size``), the last known value of every patch
+(``canvas``) and everything that travels with a token (``place``, ``extras``) stay right in one
+place. Methods decide; the verbs move. A verb returns a new state and never changes the old one.
 
-Positions that methods hand to the verbs (``idx_keep``, ``into`` ...) count the tokens of an image
-*after* its prefix tokens: 0 is the first patch token. Prefix tokens always stay in front.
+Positions that methods hand to the verbs count the tokens of an image *after* its prefix tokens: 0
+is the first patch token. Prefix tokens stay in front.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from foveate.core.context import Context
 from foveate.core.layout import Layout
+from foveate.core.selection import Selection
 
-__all__ = ["TokenState"]
+__all__ = ["Parked", "TokenState"]
+
+
+@dataclass(frozen=True, eq=False)
+class Parked:
+    """Tokens that wait while a method works on some of them.
+
+    Attributes:
+        state: all tokens as they were when the others were set aside. It may hold parked tokens
+            itself.
+        rows: for each token that is worked on its row in ``state``, ``[T]``; -1 for tokens that
+            were appended since.
+    """
+
+    state: TokenState
+    rows: Tensor
 
 
 @dataclass(eq=False)
@@ -29,52 +47,44 @@ class TokenState:
     Attributes:
         x: token values, ``[T, C]``, image after image.
         layout: how the rows of ``x`` divide into images.
-        prefix: class, distillation and register tokens in front of each image.
-        grid: rows and columns of the patch grid.
+        context: facts about the whole pass: prefix, grid, mode.
+        block: the block that comes next.
         place: patch index whose position each token has, ``[T]``; ``H*W`` for tokens without a
             place (prefix, fused, package, representative). None while nobody needs it.
         source: for each patch the token that carries it, counted within its image including the
             prefix, ``[B, H*W]``; -1 when the patch is gone. None unless tracked.
-        size: patches each token stands for, ``[T]`` float32. None until something merged.
-        alive: 1 = takes part, ``[B, N]`` float with gradient. Masked mode only.
-        visible: keys that attention may see, ``[B, N]`` bool, without gradient.
-        canvas: last value of every patch, ``[B, H*W, C]``. None unless tracked.
+        canvas: last value of every patch that is gone, ``[B, H*W, C]``. None unless tracked.
+        size: patches that each token stands for, ``[T]`` float32. None until something merged.
+        alive: 1 = takes part, ``[B, N]`` float, with gradient where gates are trained. Masked
+            mode only.
         extras: further values that follow their tokens, each ``[T, ...]``.
-        outer: the state in which tokens were parked, and ``home`` the row each token has there.
-        notes: what a forward pass leaves behind for losses and traces; keys name the method.
+        parked: tokens that wait meanwhile, or None.
+        notes: what methods leave behind, for later blocks, losses and traces.
     """
 
     x: Tensor
     layout: Layout
-    prefix: int
-    grid: tuple[int, int]
+    context: Context
+    block: int = 0
     place: Tensor | None = None
     source: Tensor | None = None
+    canvas: Tensor | None = None
     size: Tensor | None = None
     alive: Tensor | None = None
-    visible: Tensor | None = None
-    canvas: Tensor | None = None
-    extras: dict[str, Tensor] = field(default_factory=dict)
-    outer: TokenState | None = None
-    home: Tensor | None = None
-    notes: dict[str, Any] = field(default_factory=dict)
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    parked: Parked | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     # Making and reading ----------------------------------------------------------------------
 
     @classmethod
     def begin(
-        cls,
-        x: Tensor,
-        *,
-        prefix: int,
-        grid: tuple[int, int],
-        place: bool = False,
-        track: bool = False,
+        cls, x: Tensor, context: Context, *, place: bool = False, track: bool = False
     ) -> TokenState:
         """Start from embedded images ``x [B, N, C]``: prefix tokens, then the grid's patches."""
         batch, count, width = x.shape
-        patches = grid[0] * grid[1]
-        state = cls(x.reshape(batch * count, width), Layout.even(batch, count), prefix, grid)
+        prefix, patches = context.prefix, context.patches
+        state = cls(x.reshape(batch * count, width), Layout.even(batch, count), context)
         index = torch.arange(patches, device=x.device)
         if place:
             nowhere = index.new_full((prefix,), patches)
@@ -87,6 +97,20 @@ class TokenState:
     def replace(self, **changes: Any) -> TokenState:
         """Copy the state with some fields changed."""
         return TokenState(**{**vars(self), **changes})
+
+    def with_tokens(self, x: Tensor) -> TokenState:
+        """Give the tokens new values, ``[T, C]`` or ``[B, N, C]``; nothing else changes."""
+        if x.ndim == 3:
+            x = x.flatten(0, 1)
+        if x.shape != self.x.shape:
+            raise ValueError(
+                f"the tokens are {list(self.x.shape)} (all images in one), got {list(x.shape)}"
+            )
+        return self.replace(x=x)
+
+    def note(self, key: str, value: Any) -> TokenState:
+        """Leave a value for later blocks, losses and traces."""
+        return self.replace(notes={**self.notes, key: value})
 
     def __repr__(self) -> str:
         values = {f.name: getattr(self, f.name) for f in fields(self)[4:]}
@@ -104,34 +128,43 @@ class TokenState:
         return self.layout.batch
 
     @property
+    def prefix(self) -> int:
+        """Tokens in front of each image's patches."""
+        return self.context.prefix
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the patch grid."""
+        return self.context.grid
+
+    @property
     def patches(self) -> int:
         """Number of cells of the patch grid."""
-        return self.grid[0] * self.grid[1]
+        return self.context.patches
 
     @property
     def counts(self) -> tuple[int, ...]:
         """Tokens after the prefix, one number an image."""
         return tuple(n - self.prefix for n in self.layout.lengths)
 
-    @property
-    def tracked(self) -> bool:
-        """Whether source and canvas are kept."""
-        return self.source is not None
-
     def tokens(self) -> Tensor:
-        """The tokens as ``[B, N, C]``; zero-padded when the layout is ragged."""
+        """Return the tokens as ``[B, N, C]``; zero-padded when the layout is ragged."""
         return self.layout.rect(self.x)
 
     def prefix_tokens(self) -> Tensor:
-        """The prefix tokens ``[B, prefix, C]``."""
+        """Return the prefix tokens ``[B, prefix, C]``."""
         if self.layout.is_even:
             return self.tokens()[:, : self.prefix]
         rows = self.layout.start(self.x.device)[:, None]
         rows = rows + torch.arange(self.prefix, device=self.x.device)
         return self.x.index_select(0, rows.flatten()).view(self.batch, self.prefix, self.x.shape[1])
 
+    def after_prefix(self, values: Tensor, fill: float = 0.0) -> Tensor:
+        """Lay flat values ``[T, ...]`` out as ``[B, longest - prefix, ...]``."""
+        return self.layout.rect(values, fill)[:, self.prefix :]
+
     def mean(self, values: Tensor) -> Tensor:
-        """Mean of flat values ``[T, ...]`` over each image's live tokens after the prefix."""
+        """Average flat values ``[T, ...]`` over each image's live tokens after the prefix."""
         if self.layout.is_even and self.alive is None:
             return self.after_prefix(values).mean(1)
         weight = self.layout.valid(values.device) if self.alive is None else self.alive
@@ -142,99 +175,96 @@ class TokenState:
         per_token = (-1, *[1] * (values.ndim - 1))
         return self.layout.sum(values * flat.view(per_token)) / total.view(per_token)
 
-    def after_prefix(self, values: Tensor, fill: float = 0.0) -> Tensor:
-        """Lay flat values ``[T, ...]`` out as ``[B, longest - prefix, ...]``."""
-        return self.layout.rect(values, fill)[:, self.prefix :]
-
     def present(self) -> Tensor | None:
-        """Cells after the prefix that hold a live token, ``[B, longest - prefix]``; None = all."""
+        """Mark the cells that hold a live token, ``[B, longest - prefix]``; None means all."""
         valid = self.layout.valid(self.x.device)
         if self.alive is not None:
             live = self.alive.detach() > 0
             valid = live if valid is None else valid & live
         return None if valid is None else valid[:, self.prefix :]
 
-    def placed(self) -> Tensor:
-        """Tokens that stand for a patch of the grid, ``[T]``: no prefix, no fused ones."""
+    def is_patch(self) -> Tensor:
+        """Mark the tokens that stand for a patch of the grid, ``[T]``: no prefix, no fused ones."""
         if self.place is None:
             raise RuntimeError("this pass does not carry token places; ask with needs_place")
         return self.place < self.patches
 
-    def sizes(self) -> Tensor:
-        """Patches each token stands for, ``[T]`` float32; 0 for prefix and fused tokens."""
-        if self.source is None:
-            raise RuntimeError("sizes are read off the source map; run with tracking")
+    def patch_counts(self) -> Tensor:
+        """Count the patches that each token carries, ``[T]`` float32."""
+        source = self._tracked()
         longest = self.layout.longest
-        slots = torch.where(self.source < 0, longest, self.source)
+        slots = torch.where(source < 0, longest, source)
         counted = slots.new_zeros(self.batch, longest + 1)
         counted = counted.scatter_add(1, slots, torch.ones_like(slots))[:, :longest]
         return self.layout.flat(counted).float()
 
+    def merge_weight(self) -> Tensor:
+        """Weigh every token after the prefix by the patches it stands for, ``[B, N]`` float32.
+
+        A fused token stands for no patch but has a value, so it weighs as one.
+        """
+        if self.size is None:
+            return self.after_prefix(self.x.new_ones(self.x.shape[0], dtype=torch.float32))
+        return self.after_prefix(self.size.clamp_min(1.0))
+
     # Verbs -------------------------------------------------------------------------------------
 
-    def keep(self, idx: Tensor, valid: Tensor | None = None) -> TokenState:
-        """Keep the tokens ``idx [B, K]`` after the prefix, in that order; drop the others."""
-        return self._moved(*self._with_prefix(idx, valid))
+    def keep(self, kept: Selection) -> TokenState:
+        """Keep the selected tokens, in that order; drop the others."""
+        return self._moved(kept.behind(self.prefix))
 
     def keep_where(self, mask: Tensor) -> TokenState:
         """Keep the tokens marked in ``mask [B, longest - prefix]``; images may differ."""
-        idx, valid = _true_positions(self._present_only(mask))
-        return self.keep(idx, valid)
+        present = self.layout.valid(self.x.device)
+        if present is not None:
+            mask = mask & present[:, self.prefix :]
+        return self.keep(Selection.where(mask))
 
     def merge(
         self,
-        idx_keep: Tensor,
-        idx_src: Tensor,
+        kept: Selection,
+        merged: Selection,
         into: Tensor,
         weight: Tensor,
         *,
-        valid_keep: Tensor | None = None,
-        valid_src: Tensor | None = None,
         track_size: bool = True,
     ) -> TokenState:
-        """Average the tokens ``idx_src [B, R]`` into kept ones, weighted.
+        """Average some tokens into kept ones, weighted.
 
         Args:
-            idx_keep: tokens that stay, ``[B, K]``, in their new order.
-            idx_src: tokens that are merged, ``[B, R]``.
-            into: for each of them the position in ``idx_keep`` that takes it up, ``[B, R]``.
+            kept: tokens that stay, in their new order.
+            merged: tokens that are merged away, ``[B, R]``.
+            into: for each of them the entry of ``kept`` that takes it up, ``[B, R]``.
             weight: weight of every token after the prefix, ``[B, N]`` float32.
-            valid_keep: which entries of ``idx_keep`` count.
-            valid_src: which entries of ``idx_src`` count.
             track_size: count merged patches in ``size`` from here on.
         """
-        prefix, old_layout = self.prefix, self.layout
-        target_old = idx_keep.gather(1, into)  # the target's position before the merge
-        weight_src = weight.gather(1, idx_src)
-        if valid_src is not None:
-            weight_src = weight_src * valid_src
-        weight_keep = weight.gather(1, idx_keep)
-        total = weight_keep.scatter_add(1, into, weight_src)  # [B, K]
-        share = weight_src / total.gather(1, into).clamp_min(torch.finfo(total.dtype).tiny)
+        weight_merged = weight.gather(1, merged.index)
+        valid = merged.valid
+        if valid is not None:
+            weight_merged = torch.where(valid, weight_merged, 0.0)
+            into = torch.where(valid, into, 0)
+        total = weight.gather(1, kept.index).scatter_add(1, into, weight_merged)  # [B, K]
+        share = weight_merged / total.gather(1, into).clamp_min(torch.finfo(total.dtype).tiny)
 
-        idx_full, valid_full = self._with_prefix(idx_keep, valid_keep)
+        everything = kept.behind(self.prefix)
         inverse = None
         if self.source is not None:
-            slots = idx_src + prefix
-            if valid_src is not None:
-                slots = torch.where(valid_src, slots, old_layout.longest)
-            inverse = self._inverse(idx_full, valid_full).scatter(1, slots, into + prefix)
-        state = self._moved(idx_full, valid_full, inverse)
+            slots = merged.slots(self.layout.longest - self.prefix) + self.prefix
+            inverse = self._inverse(everything).scatter(1, slots, into + self.prefix)
+        state = self._moved(everything, inverse)
 
-        rows_src = old_layout.rows(idx_src + prefix, valid_src)
-        rows_dst = old_layout.rows(target_old + prefix, valid_src)
-        rows_new = state.layout.rows(into + prefix, valid_src)
-        share = share.flatten() if valid_src is None else share[valid_src]
-        change = self.x.index_select(0, rows_src) - self.x.index_select(0, rows_dst)
+        rows_from = self.layout.rows(Selection(merged.index + self.prefix, merged.lengths))
+        rows_to = state.layout.rows(Selection(into + self.prefix, merged.lengths))
+        change = self.x.index_select(0, rows_from) - state.x.index_select(0, rows_to)
+        share = share.flatten() if valid is None else share[valid]
         change = change * share.to(change.dtype)[:, None]
-        size = None
-        if track_size or self.size is not None:
-            before = self.size
-            if before is None:
-                before = self._first_sizes()
-            size = before.index_select(0, old_layout.rows(idx_full, valid_full))
-            size = size.index_add(0, rows_new, before.index_select(0, rows_src))
-        return state.replace(x=state.x.index_add(0, rows_new, change), size=size)
+        size, before = state.size, self.size
+        if track_size and before is None:
+            before = self._initial_size()
+            size = before.index_select(0, self.layout.rows(everything))
+        if size is not None and before is not None:
+            size = size.index_add(0, rows_to, before.index_select(0, rows_from))
+        return state.replace(x=state.x.index_add(0, rows_to, change), size=size)
 
     def append(
         self, token: Tensor, exists: Tensor | None = None, alive: Tensor | None = None
@@ -265,86 +295,64 @@ class TokenState:
                 out = out.index_copy(0, old_rows, values)
                 return out.index_copy(0, last[here], new[here])
 
-        def none_of(values: Tensor, fill: float = 0) -> Tensor:
+        def constant(values: Tensor, fill: float = 0) -> Tensor:
             return values.new_full((batch, *values.shape[1:]), fill)
 
         token = token.to(self.x.dtype)  # products under autocast come in half precision
         changes: dict[str, Any] = {"x": put(self.x, token), "layout": layout}
         if self.place is not None:
-            changes["place"] = put(self.place, none_of(self.place, self.patches))
+            changes["place"] = put(self.place, constant(self.place, self.patches))
         if self.size is not None:
-            changes["size"] = put(self.size, none_of(self.size))
-        if self.home is not None:
-            changes["home"] = put(self.home, none_of(self.home, -1))
+            changes["size"] = put(self.size, constant(self.size))
+        if self.parked is not None:
+            rows = self.parked.rows
+            changes["parked"] = Parked(self.parked.state, put(rows, constant(rows, -1)))
         if self.alive is not None:
             new = torch.ones_like(self.alive[:, 0]) if alive is None else alive
             changes["alive"] = torch.cat([self.alive, new.to(self.alive)[:, None]], 1)
-        changes["extras"] = {k: put(v, none_of(v)) for k, v in self.extras.items()}
+        changes["extras"] = {k: put(v, constant(v)) for k, v in self.extras.items()}
         return self.replace(**changes)
 
-    def fuse(
-        self, idx: Tensor, weight: Tensor, valid: Tensor | None = None, exists: Tensor | None = None
-    ) -> TokenState:
-        """Keep ``idx`` and append the weighted sum of everything else as one token.
+    def discard_last(self, mask: Tensor | None = None) -> TokenState:
+        """Take the last token of each image (or of those in ``mask [B]``) away again."""
+        device = self.x.device
+        if self.layout.is_even and mask is None:
+            assert self.layout.count is not None
+            index = torch.arange(self.layout.count - 1, device=device).expand(self.batch, -1)
+            return self._moved(Selection(index))
+        last = torch.tensor(self.layout.lengths, device=device) - 1
+        gone = last if mask is None else torch.where(mask, last, -1)
+        stays = torch.arange(self.layout.longest, device=device) != gone[:, None]
+        present = self.layout.valid(device)
+        return self._moved(Selection.where(stays if present is None else stays & present))
 
-        ``weight [B, N]`` weighs every token after the prefix; those that stay do not enter.
-        ``exists [B]`` says which images have anything to fuse; None means all of them.
-        """
-        left = zero_at(weight, idx, valid).to(self.x.dtype)
-        fused = (left[:, None, :] @ self.after_prefix(self.x)).squeeze(1)
-        return self.keep(idx, valid).append(fused, exists)
+    def park(self, kept: Selection, *, with_prefix: bool = True) -> TokenState:
+        """Set everything but the selected tokens aside, unchanged, until ``recall``.
 
-    def park(
-        self, idx: Tensor, valid: Tensor | None = None, *, with_prefix: bool = True
-    ) -> TokenState:
-        """Set everything but the tokens ``idx [B, K]`` aside, unchanged, until ``recall``.
-
-        Without ``with_prefix``, positions count the whole image and a prefix token that is not
-        listed is parked too.
+        Without ``with_prefix``, positions count the whole image, and a prefix token that is not
+        selected is parked too. What is parked already stays parked until a later recall.
         """
         if with_prefix:
-            idx, valid = self._with_prefix(idx, valid)
-        if self.outer is not None:
-            raise RuntimeError("tokens are parked already; recall them first")
-        inner = self._moved(idx, valid, remember=False)
-        return inner.replace(outer=self, home=self.layout.rows(idx, valid))
-
-    def park_but(self, mask: Tensor) -> TokenState:
-        """Park everything but the tokens marked in ``mask [B, longest]``, prefix included."""
-        present = self.layout.valid(self.x.device)
-        idx, valid = _true_positions(mask if present is None else mask & present)
-        return self.park(idx, valid, with_prefix=False)
+            kept = kept.behind(self.prefix)
+        inner = self._moved(kept, remember=False)
+        return inner.replace(parked=Parked(self, self.layout.rows(kept)))
 
     def recall(self, change: Tensor | None = None) -> TokenState:
-        """Bring parked tokens back to where they stood; processed ones take their new values.
+        """Bring the tokens parked last back to where they stood; the others have new values.
 
         ``change [B, C]`` is added to the parked tokens of each image.
         """
-        if self.outer is None or self.home is None:
+        if self.parked is None:
             raise RuntimeError("no tokens are parked")
-        outer, home = self.outer, self.home
-        base = outer.x if change is None else outer.x + outer.layout.spread(change)
-        x = base.index_copy(0, home, self.x)
-        extras = dict(outer.extras)
+        outside, rows = self.parked.state, self.parked.rows
+        base = outside.x if change is None else outside.x + outside.layout.spread(change)
+        extras = dict(outside.extras)
         for name, values in self.extras.items():
             if name in extras:
-                extras[name] = extras[name].index_copy(0, home, values)
-        return outer.replace(x=x, extras=extras, notes=self.notes)
-
-    def discard(self, mask: Tensor | None = None) -> TokenState:
-        """Take the last token of each image (or of those in ``mask [B]``) away again."""
-        if self.layout.is_even and mask is None:
-            assert self.layout.count is not None
-            idx = torch.arange(self.layout.count - 1, device=self.x.device)
-            idx, valid = idx.expand(self.batch, -1), None
-        else:
-            last = torch.tensor(self.layout.lengths, device=self.x.device) - 1
-            gone = last if mask is None else torch.where(mask, last, -1)
-            cell = torch.arange(self.layout.longest, device=self.x.device)
-            stays = cell[None] != gone[:, None]
-            present = self.layout.valid(self.x.device)
-            idx, valid = _true_positions(stays if present is None else stays & present)
-        return self._moved(idx, valid)
+                extras[name] = extras[name].index_copy(0, rows, values)
+        return outside.replace(
+            x=base.index_copy(0, rows, self.x), extras=extras, notes=self.notes, block=self.block
+        )
 
     def mask_out(self, alive: Tensor) -> TokenState:
         """Masked mode: let ``alive [B, N - prefix]`` decide which live tokens stay alive."""
@@ -358,142 +366,142 @@ class TokenState:
             canvas = torch.where(lost[..., None], self._carried(self.source), canvas)
         return self.replace(alive=now, canvas=canvas)
 
-    # Back to the grid --------------------------------------------------------------------------
+    # The full grid -----------------------------------------------------------------------------
 
     def recalled(self) -> TokenState:
-        """The same state with nothing parked, for looking at a pass from outside."""
+        """Return the state with nothing parked, for a look at a pass from outside."""
         state = self
-        while state.outer is not None and state.home is not None:
-            guests = state.layout.rect(state.home, -1) < 0
-            if bool((state.home < 0).any()):  # appended tokens have no home to go back to
-                idx, valid = _true_positions(~guests)
-                state = state._moved(idx, valid, remember=False)
+        while state.parked is not None:
+            guests = state.layout.rect(state.parked.rows, 0) < 0
+            if bool((state.parked.rows < 0).any()):  # appended tokens have no place to go back to
+                present = state.layout.valid(state.x.device)
+                own = ~guests if present is None else ~guests & present
+                state = state._moved(Selection.where(own), remember=False)
             state = state.recall()
         return state
 
     def restore(self, gone: str = "last") -> Tensor:
-        """Values on the full grid, ``[B, H*W, C]``.
+        """Return values on the full grid, ``[B, H*W, C]``.
 
         A merged patch gets its merged token. A patch whose token is gone (dropped, or fused into
         one un-normalised sum) gets the last value it had (``gone="last"``) or zeros ("zero").
         """
         if gone not in ("last", "zero"):
             raise ValueError(f"gone must be 'last' or 'zero', not {gone!r}")
-        if self.outer is not None:
+        if self.parked is not None:
             return self.recalled().restore(gone)
-        if self.source is None or self.canvas is None:
-            raise RuntimeError("this pass was not tracked: use forward_features() or trace()")
-        source, here = self.source, self.source >= 0
+        source = self._tracked()
+        assert self.canvas is not None
+        here = source >= 0
         if self.alive is not None:
             here = here & (self.alive.detach().gather(1, source.clamp_min(0)) > 0)
-        value = self._carried(source)
         other = self.canvas if gone == "last" else torch.zeros_like(self.canvas)
-        return torch.where(here[..., None], value, other)
+        return torch.where(here[..., None], self._carried(source), other)
+
+    def add(self, values: Tensor) -> TokenState:
+        """Add ``values [B, H*W, C]`` to the patches, wherever each of them is.
+
+        A token takes the mean of what is added to the patches that it carries. Patches that are
+        parked or gone take theirs too.
+        """
+        source = self._tracked()
+        shape = (self.batch, self.patches, self.x.shape[1])
+        if tuple(values.shape) != shape:
+            raise ValueError(
+                f"what is added must be {list(shape)}, a value for every patch of the grid, got "
+                f"{list(values.shape)}"
+            )
+        assert self.canvas is not None
+        values = values.to(self.x.dtype)
+        longest = self.layout.longest
+        slots = torch.where(source < 0, longest, source)[..., None].expand(shape)
+        total = values.new_zeros(self.batch, longest + 1, shape[2]).scatter_add(1, slots, values)
+        change = self.layout.flat(total[:, :longest])
+        change = change / self.patch_counts().clamp_min(1.0).to(change.dtype)[:, None]
+        parked = self.parked
+        if parked is not None:
+            parked = Parked(parked.state.add(values), parked.rows)
+        return self.replace(x=self.x + change, canvas=self.canvas + values, parked=parked)
 
     def refill(self) -> TokenState:
         """Bring every patch back at its last value: prefix, then the whole grid in order."""
-        grid_tokens = self.restore("last")
-        x = torch.cat([self.prefix_tokens(), grid_tokens], 1)
-        fresh = TokenState.begin(
-            x, prefix=self.prefix, grid=self.grid, place=self.place is not None, track=True
-        )
-        return fresh.replace(notes=self.notes)
+        x = torch.cat([self.prefix_tokens(), self.restore("last")], 1)
+        full = TokenState.begin(x, self.context, place=self.place is not None, track=True)
+        full = full.replace(notes=self.notes, block=self.block)
+        mask = self.context.mask
+        if self.alive is not None:
+            alive = self.alive.new_ones(self.batch, full.layout.longest)
+            if mask is not None:
+                alive[:, self.prefix :] = mask.to(alive.dtype)
+            return full.replace(alive=alive)
+        return full if mask is None else full.keep_where(mask)
 
     # Inside ------------------------------------------------------------------------------------
 
-    def _present_only(self, mask: Tensor) -> Tensor:
-        present = self.layout.valid(self.x.device)
-        return mask if present is None else mask & present[:, self.prefix :]
+    def _tracked(self) -> Tensor:
+        if self.source is None:
+            raise RuntimeError("this pass does not track its patches: begin it with track=True")
+        return self.source
 
-    def _first_sizes(self) -> Tensor:
+    def _initial_size(self) -> Tensor:
         """Sizes before anything merged: 1, and 0 for fused tokens where they can be told."""
         size = torch.ones(self.layout.total, device=self.x.device)
         if self.place is None:
             return size
-        rect = self.layout.rect(self.placed().float())
+        rect = self.layout.rect(self.is_patch().float())
         front = torch.arange(rect.shape[1], device=rect.device) < self.prefix
         return self.layout.flat(torch.where(front, torch.ones_like(rect), rect))
 
-    def _with_prefix(self, idx: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if self.prefix == 0:
-            return idx, valid
-        front = torch.arange(self.prefix, device=idx.device).expand(idx.shape[0], -1)
-        if valid is not None:
-            valid = torch.cat([torch.ones_like(front, dtype=torch.bool), valid], 1)
-        return torch.cat([front, idx + self.prefix], 1), valid
-
-    def _inverse(self, idx: Tensor, valid: Tensor | None) -> Tensor:
+    def _inverse(self, kept: Selection) -> Tensor:
         """New position of each old one, ``[B, longest + 1]``, -1 = gone; the last slot is spare."""
-        new = torch.arange(idx.shape[1], device=idx.device).expand_as(idx)
-        empty = idx.new_full((idx.shape[0], self.layout.longest + 1), -1)
-        slots = idx if valid is None else torch.where(valid, idx, self.layout.longest)
-        return _close(empty.scatter(1, slots, new))
+        new = torch.arange(kept.index.shape[1], device=kept.index.device).expand_as(kept.index)
+        empty = kept.index.new_full((kept.index.shape[0], self.layout.longest + 1), -1)
+        return _close(empty.scatter(1, kept.slots(self.layout.longest), new))
 
     def _moved(
-        self,
-        idx: Tensor,
-        valid: Tensor | None,
-        inverse: Tensor | None = None,
-        remember: bool = True,
+        self, kept: Selection, inverse: Tensor | None = None, remember: bool = True
     ) -> TokenState:
-        """Select the tokens ``idx [B, K]`` and carry everything that belongs to them along.
+        """Select tokens of the whole image and carry everything that belongs to them along.
 
         ``inverse`` says where every old token's patches go, if not simply along with it.
         """
-        rows = self.layout.rows(idx, valid)
-        if valid is None:
-            layout = Layout.even(self.batch, idx.shape[1])
+        rows = self.layout.rows(kept)
+        if kept.lengths is None:
+            layout = Layout.even(self.layout.batch, kept.index.shape[1])
         else:
-            layout = Layout.ragged(valid.sum(1).tolist())
-
-        def take(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values.index_select(0, rows)
-
-        source, canvas = self.source, self.canvas
-        if source is not None:
-            inverse = self._inverse(idx, valid) if inverse is None else _close(inverse)
-            slots = torch.where(source < 0, self.layout.longest, source)
-            source = inverse.gather(1, slots)
-            if canvas is not None and remember:
+            layout = Layout.ragged(kept.lengths)
+        changes: dict[str, Any] = {"x": self.x.index_select(0, rows), "layout": layout}
+        if self.place is not None:
+            changes["place"] = self.place.index_select(0, rows)
+        if self.size is not None:
+            changes["size"] = self.size.index_select(0, rows)
+        if self.alive is not None:
+            changes["alive"] = self.alive.gather(1, kept.index)
+        if self.extras:
+            changes["extras"] = {k: v.index_select(0, rows) for k, v in self.extras.items()}
+        if self.parked is not None:
+            parked = self.parked
+            changes["parked"] = Parked(parked.state, parked.rows.index_select(0, rows))
+        if self.source is not None:
+            inverse = self._inverse(kept) if inverse is None else _close(inverse)
+            slots = torch.where(self.source < 0, self.layout.longest, self.source)
+            changes["source"] = source = inverse.gather(1, slots)
+            if self.canvas is not None and remember:
                 lost = (source < 0) & (slots < self.layout.longest)
-                canvas = torch.where(lost[..., None], self._carried(self.source), canvas)
-        return self.replace(
-            x=self.x.index_select(0, rows),
-            layout=layout,
-            place=take(self.place),
-            size=take(self.size),
-            home=take(self.home),
-            alive=None if self.alive is None else self.alive.gather(1, idx),
-            source=source,
-            canvas=canvas,
-            extras={k: v.index_select(0, rows) for k, v in self.extras.items()},
-        )
+                last = self._carried(self.source)
+                changes["canvas"] = torch.where(lost[..., None], last, self.canvas)
+        return self.replace(**changes)
 
-    def _carried(self, source: Tensor | None) -> Tensor:
+    def _carried(self, source: Tensor) -> Tensor:
         """Value of the token that carries each patch, ``[B, H*W, C]``; arbitrary where gone."""
-        assert source is not None
         if self.x.shape[0] == 0:
             return self.x.new_zeros(self.batch, self.patches, self.x.shape[1])
-        rows = self.layout.rows(source.clamp_min(0)).clamp_max(self.x.shape[0] - 1)
+        rows = self.layout.rows(Selection(source.clamp_min(0)))
+        if not self.layout.is_even:  # an image without tokens has no row of its own
+            rows = rows.clamp_max(self.x.shape[0] - 1)
         return self.x.index_select(0, rows).view(self.batch, self.patches, -1)
 
 
 def _close(inverse: Tensor) -> Tensor:
     """Mark the spare last slot as gone again after writes to it."""
     return torch.cat([inverse[:, :-1], torch.full_like(inverse[:, :1], -1)], 1)
-
-
-def zero_at(weight: Tensor, idx: Tensor, valid: Tensor | None) -> Tensor:
-    """``weight [B, N]`` with the entries ``idx [B, K]`` set to zero."""
-    if valid is None:
-        return weight.scatter(1, idx, 0.0)
-    spare = weight.shape[1]  # one more cell takes the entries that do not count
-    padded = torch.cat([weight, weight.new_zeros(weight.shape[0], 1)], 1)
-    return padded.scatter(1, torch.where(valid, idx, spare), 0.0)[:, :-1]
-
-
-def _true_positions(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions of the true cells of ``mask [B, N]`` in order, padded, with what counts."""
-    counts = mask.sum(1)
-    order = (~mask).to(torch.uint8).sort(dim=1, stable=True).indices[:, : int(counts.max())]
-    return order, torch.arange(order.shape[1], device=mask.device) < counts[:, None]

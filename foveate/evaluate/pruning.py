@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from foveate import api, facts
 from foveate.backbones import backbone_for
 from foveate.core import (
+    AttentionReader,
     Backbone,
     ReducedViT,
     ScoreReducer,
-    Seen,
     TokenState,
     check_keep,
     stage_blocks,
@@ -85,8 +85,8 @@ class _Chance(ScoreReducer):
     hooks: ClassVar[tuple[str, ...]] = ("before",)
     needs_place: ClassVar[bool] = True
 
-    def score(self, stage: int, state: TokenState, seen: Seen | None) -> Tensor:
-        """What stays longest scores highest; the same order in every stage."""
+    def score(self, stage: int, state: TokenState, attention: AttentionReader | None) -> Tensor:
+        """Score highest what stays longest; the order is the same in every stage."""
         assert state.place is not None
         order = keep_order(torch.tensor(self.images), state.patches, self.seed)
         rank = order.argsort(1).to(state.x.device)
@@ -176,7 +176,7 @@ def _row(
     assert isinstance(reducer, ScoreReducer) and isinstance(reducer.keep, float)
     patches = now = spec.grid[0] * spec.grid[1]
     kept = []
-    for stage in range(len(reducer.acts)):
+    for stage in range(len(reducer.active_blocks)):
         now = reducer.schedule.count(stage, patches, now)
         kept.append(now)
     return Pruned(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate import api, facts
-from foveate.core import ReducedViT
+from foveate.core import ReducedViT, Trace
 from foveate.evaluate.answers import Accuracy, Batches, Tally, evaluating, logits_of
 from foveate.registry import make, method_class, parse
 
@@ -61,7 +61,7 @@ class _Meter:
         model = self.model
         if isinstance(model, ReducedViT) and not model.reducer.fixed_count:
             trace = model.trace(images)
-            self._add(facts.count(model, trace=trace), len(images))
+            self._add(_measured(model, trace, images), len(images))
             return trace.logits
         if self.last is None and self.images == 0:
             self._add(_counted(model, (images.shape[2], images.shape[3])), len(images))
@@ -92,6 +92,13 @@ class _Meter:
             tokens=self.tokens / self.images,
             counted=self.last.how,
         )
+
+
+def _measured(model: ReducedViT, trace: Trace, images: Tensor) -> facts.Count:
+    try:
+        return facts.count(model, trace=trace)
+    except ValueError:  # a method that does not work out its own cost is counted by running
+        return facts.count(model, images=images)
 
 
 def _counted(model: nn.Module, size: tuple[int, int]) -> facts.Count | None:
@@ -141,7 +148,7 @@ def by_rate(
     Args:
         model: a plain ViT; or a model from ``foveate.apply``, whose own method is then taken with
             the parameters that it has.
-        method: such as "evit" or "evit(fuse=False)"; None with a model that has its own.
+        method: such as "evit" or "evit(rest='drop')"; None with a model that has its own.
         rates: at least one.
         batches: gives a pass over the data.
         classes: how many the data set has.

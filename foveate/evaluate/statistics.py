@@ -141,7 +141,7 @@ class _Sums:
             )
         self.grid = trace.grid
         used = torch.stack([block.active() for block in trace.blocks])  # [blocks, B, patches]
-        size = torch.stack([_sizes(block.fed) for block in trace.blocks]) * used
+        size = torch.stack([_sizes(block.mlp) for block in trace.blocks]) * used
         later = torch.zeros_like(used)  # whether any later block uses it
         for block in range(len(used) - 2, -1, -1):
             later[block] = later[block + 1] | used[block + 1]
@@ -153,7 +153,7 @@ class _Sums:
         for name, flags in (("out", ~used), ("back", back), ("at_once", back & following)):
             self._sum(name, flags.double().sum((1, 2)))
         self.usage.append(used.float().mean(2).T.cpu())
-        self.tokens.append(torch.stack([_live(block.fed) for block in trace.blocks], 1).cpu())
+        self.tokens.append(torch.stack([_live(block.mlp) for block in trace.blocks], 1).cpu())
         self.images += used.shape[1]
 
     def _sum(self, name: str, values: Tensor) -> None:
@@ -197,15 +197,14 @@ class _Sums:
 def _sizes(state: TokenState) -> Tensor:
     """Patches that the token of each patch stands for, ``[B, patches]``; anything where gone."""
     assert state.source is not None
-    return state.layout.rect(state.sizes()).gather(1, state.source.clamp_min(0))
+    return state.layout.rect(state.patch_counts()).gather(1, state.source.clamp_min(0))
 
 
 def _live(state: TokenState) -> Tensor:
     """Tokens of each image that take part, ``[B]``."""
-    alive = state.alive if state.visible is None else state.visible
-    if alive is None:
+    if state.alive is None:
         return torch.tensor(state.layout.lengths)
-    return (alive.detach() > 0).sum(1).cpu()
+    return (state.alive.detach() > 0).sum(1).cpu()
 
 
 def _ratios(part: Tensor, whole: Tensor) -> tuple[float | None, ...]:

@@ -23,7 +23,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from foveate.core import BackboneSpec, Reducer, Seen, TokenState, check_blocks, check_choice
+from foveate.core import (
+    AttentionReader,
+    BackboneSpec,
+    Reducer,
+    TokenState,
+    check_blocks,
+    check_choice,
+)
 from foveate.ops import inverse_transform, nearest
 from foveate.registry import register
 
@@ -41,18 +48,16 @@ class ATS(Reducer):
         blocks: where; None is every block from a quarter of the depth on (multi-stage). One block
             alone is the paper's single-stage form.
         variant: "paper" or "release".
-        preserve: bring dropped patches back at their last value after the last block.
     """
 
     K: int | tuple[int, ...] | None = None
     blocks: tuple[int, ...] | None = None
     variant: str = "paper"
-    preserve: bool = False
 
     paper: ClassVar[str] = "Fayyaz et al., ATS, ECCV 2022"
     summary: ClassVar[str] = "samples as many tokens as an image needs, at most K"
     hooks: ClassVar[tuple[str, ...]] = ("between",)
-    needs: ClassVar[frozenset[str]] = frozenset({"cls_row", "value_norm"})
+    reads: ClassVar[frozenset[str]] = frozenset({"cls_row", "value_norm"})
     drops: ClassVar[bool] = True
     maskable: ClassVar[bool] = True
     rate: ClassVar[str] = "K"
@@ -76,17 +81,17 @@ class ATS(Reducer):
         """Resolve the blocks."""
         super().build(spec)
         blocks = tuple(range(spec.depth // 4, spec.depth)) if self.blocks is None else self.blocks
-        self.acts = check_blocks(blocks, spec.depth)
-        if isinstance(self.K, tuple) and len(self.K) != len(self.acts):
-            raise ValueError(f"K has {len(self.K)} entries for {len(self.acts)} blocks")
+        self.active_blocks = check_blocks(blocks, spec.depth)
+        if isinstance(self.K, tuple) and len(self.K) != len(self.active_blocks):
+            raise ValueError(f"K has {len(self.K)} entries for {len(self.active_blocks)} blocks")
 
     def _most(self, block: int, patches: int) -> int:
-        k = self.K[self.acts.index(block)] if isinstance(self.K, tuple) else self.K
+        k = self.K[self.active_blocks.index(block)] if isinstance(self.K, tuple) else self.K
         return patches if k is None else k
 
-    def between(self, block: int, state: TokenState, seen: Seen) -> TokenState:
+    def between(self, block: int, state: TokenState, attention: AttentionReader) -> TokenState:
         """Sample once."""
-        score = self._score(state, seen)
+        score = self._score(state, attention)
         most, present = self._most(block, state.patches), state.present()
         if self.variant == "release":
             marks = self._release(score, most, present)
@@ -97,9 +102,9 @@ class ATS(Reducer):
             return state.mask_out(marks.to(state.alive.dtype))
         return state.keep_where(marks)
 
-    def _score(self, state: TokenState, seen: Seen) -> Tensor:
+    def _score(self, state: TokenState, attention: AttentionReader) -> Tensor:
         """Significance of each token after the prefix, ``[B, N]``."""
-        row, length = seen.cls_row_heads().detach(), seen.value_norm().detach()
+        row, length = attention.cls_row_heads().detach(), attention.value_norm().detach()
         if self.variant == "release":
             score = row.sum(1) * length.square().sum(1).sqrt()
         else:
@@ -125,17 +130,21 @@ class ATS(Reducer):
         return torch.zeros_like(marks).scatter(1, order, marks)
 
     def at_level(self, level: float) -> dict[str, Any]:
-        """The most tokens any image may keep."""
+        """Set the most tokens that any image may keep."""
         assert self.spec is not None
         patches = self.spec.grid[0] * self.spec.grid[1]
         return {"K": max(1, round((1 - level) * patches))}
 
-    def reads(self, block: int, tokens: int, left: int) -> bool:
-        """Scores decide how many tokens stay, so they are always read."""
-        return self.wants(block)
+    def own_macs(self, block: int, hook: str, tokens: int, left: int) -> int:
+        """Read the class token's attention, or without one the whole map."""
+        assert self.spec is not None
+        if hook != "between" or block not in self.active_blocks:
+            return 0
+        width = self.spec.heads * self.spec.head_dim
+        return (self.spec.heads if self.spec.class_token else tokens) * tokens * width
 
-    def planned(self, block: int, hook: str, current: int, grid: tuple[int, int]) -> int:
-        """At most K; how many fewer depends on the image."""
-        if hook != "between" or block not in self.acts:
+    def expected_count(self, block: int, hook: str, current: int, grid: tuple[int, int]) -> int:
+        """Expect at most K; how many fewer depends on the image."""
+        if hook != "between" or block not in self.active_blocks:
             return current
         return min(current, self._most(block, grid[0] * grid[1]))

@@ -1,4 +1,4 @@
-"""Attention: drop the patches the class token attends to least. A control without training.
+"""Attention: drop the patches that the class token attends to least. A control without training.
 
 Paper: the "Top-K" baseline of Haurum et al., "Which Tokens to Use? Investigating Token Reduction
 in Vision Transformers", ICCV Workshops 2023.
@@ -12,9 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from foveate.core import ScoreReducer, Seen, TokenState
+from foveate.methods._class_attention import ClassAttention
 from foveate.registry import register
 
 __all__ = ["Attention"]
@@ -22,15 +20,8 @@ __all__ = ["Attention"]
 
 @register("attention")
 @dataclass(eq=False, kw_only=True, repr=False)
-class Attention(ScoreReducer):
+class Attention(ClassAttention):
     """Class-attention top-k."""
 
     paper: ClassVar[str] = "Top-K baseline of Haurum et al., Which Tokens to Use?, ICCVW 2023"
     summary: ClassVar[str] = "drops what the class token attends to least (control)"
-    hooks: ClassVar[tuple[str, ...]] = ("between",)
-    needs: ClassVar[frozenset[str]] = frozenset({"cls_row"})
-
-    def score(self, stage: int, state: TokenState, seen: Seen | None) -> Tensor:
-        """Attention of the class token."""
-        assert seen is not None
-        return seen.cls_row()[:, state.prefix :]

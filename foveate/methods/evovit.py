@@ -22,26 +22,27 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveate.core import (
+    AttentionReader,
     BackboneSpec,
+    Outcome,
     Reducer,
     Schedule,
-    Seen,
+    Selection,
     TokenState,
     check_blocks,
     check_choice,
     check_keep,
-    linear_cost,
 )
-from foveate.core.tokens import zero_at
-from foveate.ops import top_k
+from foveate.core.disposal import fused
 from foveate.registry import register
 
 __all__ = ["EvoViT"]
 
-_SCORE = "evovit.score"
+_SCORE, _STAND_IN, _AUX = "evovit.score", "evovit.representative", "evovit.aux_logits"
 
 
 @register("evovit")
@@ -57,7 +58,7 @@ class EvoViT(Reducer):
             training, from its beginning, during which this holds (the paper's: 2 / 3).
         tradeoff: weight of the newest attention in the running score from the first stage on.
         variant: "paper", or "deit" for the released DeiT models.
-        aux: train an auxiliary classifier on the class token; its logits are noted.
+        aux: train an auxiliary classifier on the class token.
     """
 
     keep: float = 0.5
@@ -70,12 +71,17 @@ class EvoViT(Reducer):
     paper: ClassVar[str] = "Xu et al., Evo-ViT, AAAI 2022"
     summary: ClassVar[str] = "attended patches are processed, the others follow one representative"
     hooks: ClassVar[tuple[str, ...]] = ("before", "between", "after")
-    needs: ClassVar[frozenset[str]] = frozenset({"cls_row"})
+    reads: ClassVar[frozenset[str]] = frozenset({"cls_row"})
     training_need: ClassVar[str] = "required"
     parks: ClassVar[bool] = True
     rate: ClassVar[str] = "keep"
     identity: ClassVar[Mapping[str, Any] | None] = {"keep": 1.0}
-    loss_weights: ClassVar[Mapping[str, float]] = {"class": 0.5, "aux": 0.5}
+    default_loss_weights: ClassVar[Mapping[str, float]] = {"class": 0.5, "aux": 0.5}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.aux:  # without the head the class loss stands alone
+            self.loss_weights = {}
 
     def validate(self) -> None:
         """Check rate, weight and variant."""
@@ -111,98 +117,83 @@ class EvoViT(Reducer):
         super().advance(progress)
         starts = self._starts
         early = progress < self.layerwise or self.layerwise == 1
-        self.acts = tuple(range(starts[0], self.spec.depth)) if early else starts
-        self.ends = (*(start - 1 for start in self.acts[1:]), self.spec.depth - 1)
-        self.schedule = Schedule(self.acts, (self.keep,) * len(self.acts))
+        self.active_blocks = tuple(range(starts[0], self.spec.depth)) if early else starts
+        self.ends = (*(start - 1 for start in self.active_blocks[1:]), self.spec.depth - 1)
+        self.schedule = Schedule(self.active_blocks, (self.keep,) * len(self.active_blocks))
 
-    def spans(self) -> frozenset[int]:
+    def parked_blocks(self) -> frozenset[int]:
         """Patches wait from the first stage to the end."""
         assert self.spec is not None
-        return frozenset(range(self.acts[0], self.spec.depth))
+        return frozenset(range(self.active_blocks[0], self.spec.depth))
 
-    def wants(self, block: int) -> bool:
+    def acts_between(self, block: int) -> bool:
         """Scores are read from the block before the first stage on."""
-        return block >= self.acts[0] - 1
+        return block >= self.active_blocks[0] - 1
 
-    def between(self, block: int, state: TokenState, seen: Seen) -> TokenState:
+    def between(self, block: int, state: TokenState, attention: AttentionReader) -> TokenState:
         """Update the scores of the tokens that were processed."""
-        score = state.layout.flat(seen.cls_row().detach())
-        if block >= self.acts[0]:
+        score = state.layout.flat(attention.cls_row().detach())
+        if block >= self.active_blocks[0]:
             old = state.extras[_SCORE]
             score = (1 - self.tradeoff) * old + self.tradeoff * score
         return state.replace(extras={**state.extras, _SCORE: score})
 
     def before(self, block: int, state: TokenState) -> TokenState:
         """Start a stage: park what is not selected, with one token to stand for it."""
-        if block not in self.acts:
+        if block not in self.active_blocks:
             return state
-        original = state.notes.get("original", (state.patches,) * state.batch)
-        now = state.counts
-        counts = [self.schedule.count(0, n0, n) for n0, n in zip(original, now, strict=True)]
-        if counts == list(now):
+        count, original = state.layout.count, state.context.original
+        if count is not None and original is None:
+            k: int | list[int] = self.schedule.count(0, state.patches, count - state.prefix)
+            unchanged = k == count - state.prefix
+        else:
+            now = state.counts
+            pairs = zip(original or (state.patches,) * state.batch, now, strict=True)
+            k = [self.schedule.count(0, n0, n) for n0, n in pairs]
+            unchanged = k == list(now)
+            k = k if count is None else k[0]
+        if unchanged:
             return state
         score = state.after_prefix(state.extras[_SCORE], float("-inf"))
-        idx, valid = top_k(score, counts[0] if state.layout.is_even else counts)
-        inner = state.park(idx, valid)
+        kept = Selection.best(score, k)
+        inner = state.park(kept)
         if self.variant == "deit":
             return inner
-        token = self._representative(state, score, idx, valid)
+        token = fused(state, kept, score.clamp_min(0.0), mean=True)
         exists = None
-        if valid is not None:
-            exists = torch.tensor([k < n for k, n in zip(counts, now, strict=True)])
-            exists = exists.to(token.device)
-        inner = inner.append(token, exists)
-        return self.note(inner, "representative", (token, exists))
-
-    @staticmethod
-    def _representative(
-        state: TokenState, score: Tensor, idx: Tensor, valid: Tensor | None
-    ) -> Tensor:
-        """Score-weighted mean of the parked patches, ``[B, C]``."""
-        weight = zero_at(score.clamp_min(0.0), idx, valid)
-        weight = weight / weight.sum(1, keepdim=True).clamp_min(1e-12)
-        tokens = state.after_prefix(state.x)
-        return (weight.to(tokens.dtype)[:, None, :] @ tokens).squeeze(1)
+        if kept.lengths is not None:
+            exists = kept.fewer_than(now)
+        return inner.append(token, exists).note(_STAND_IN, (token, exists))
 
     def after(self, block: int, state: TokenState) -> TokenState:
         """End a stage: what the blocks added to the representative goes to the parked ones."""
-        if block not in self.ends or state.outer is None:
+        if block not in self.ends or state.parked is None:
             return state
         if self.variant == "deit":
             return state.recall()
-        token, exists = self.noted(state.notes, "representative")
-        last = torch.tensor(state.layout.lengths, device=token.device) - 1
-        now = state.x.index_select(0, state.layout.start(token.device) + last)
+        token, exists = state.notes[_STAND_IN]
+        if state.layout.is_even:
+            now = state.tokens()[:, -1]
+        else:
+            last = torch.tensor(state.layout.lengths, device=token.device) - 1
+            now = state.x.index_select(0, state.layout.start(token.device) + last)
         change = now - token
         if exists is not None:
             change = change * exists[:, None]
-        return state.discard(exists).recall(change)
+        return state.discard_last(exists).recall(change)
 
     def finish(self, state: TokenState) -> TokenState:
         """Note the auxiliary classifier's logits."""
         if not self.aux:
             return state
         token = self.aux_norm(state.prefix_tokens()[:, 0])
-        return self.note(state, "aux_logits", self.aux_head(token))
+        return state.note(_AUX, self.aux_head(token))
 
-    def reads(self, block: int, tokens: int, left: int) -> bool:
-        """Scores are updated in every block from the one before the first stage on."""
-        return self.wants(block)
-
-    def macs(self, block: int, hook: str, tokens: int, left: int) -> int:
-        """The representative token, and the auxiliary head at the end."""
-        assert self.spec is not None
-        total = 0
-        if hook == "before" and block in self.acts and self.variant == "paper" and left < tokens:
-            total += (tokens - self.spec.prefix) * self.spec.width
-        if self.aux and hook == "after" and block == self.spec.depth - 1:
-            total += linear_cost(self.aux_head)
-        return total
-
-    def planned(self, block: int, hook: str, current: int, grid: tuple[int, int]) -> int:
-        """The selected share and the representative inside a stage, everything outside."""
-        patches = grid[0] * grid[1]
-        if hook == "before" and block in self.acts:
-            count = self.schedule.count(0, patches, patches)
-            return count + (1 if self.variant == "paper" and count < patches else 0)
-        return patches if hook == "after" and block in self.ends else current
+    def losses(
+        self, outcome: Outcome, targets: Tensor | None = None, teacher: Outcome | None = None
+    ) -> dict[str, Tensor]:
+        """Add the auxiliary classifier's cross entropy."""
+        found = super().losses(outcome, targets, teacher)
+        if targets is not None and _AUX in outcome.notes:
+            found["aux"] = F.cross_entropy(outcome.notes[_AUX].float(), targets)
+        return found

@@ -3,7 +3,7 @@
 Paper: a baseline of Rao et al., "DynamicViT", NeurIPS 2021.
 
 Scored: a random number for every position. In evaluation the numbers follow from ``seed`` alone,
-the same for all images, so that results repeat and do not depend on the batch; in training they
+the same for all images, so that results repeat and do not depend on the batch. In training they
 are drawn anew for every image. The others are dropped.
 """
 
@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from foveate.core import ScoreReducer, Seen, TokenState
+from foveate.core import AttentionReader, ScoreReducer, TokenState
 from foveate.ops import hashed
 from foveate.registry import register
 
@@ -35,14 +35,13 @@ class Random(ScoreReducer):
 
     paper: ClassVar[str] = "baseline of Rao et al., DynamicViT, NeurIPS 2021"
     summary: ClassVar[str] = "drops patches at random (control)"
-    hooks: ClassVar[tuple[str, ...]] = ("before",)
     needs_place: ClassVar[bool] = True
 
-    def score(self, stage: int, state: TokenState, seen: Seen | None) -> Tensor:
-        """One random number a token."""
+    def score(self, stage: int, state: TokenState, attention: AttentionReader | None) -> Tensor:
+        """Give every token a random number."""
         assert state.place is not None
-        if state.notes["training"]:
-            noise = torch.rand(state.layout.total, device=state.x.device)
+        if state.context.training:
+            noise = torch.rand(state.x.shape[0], device=state.x.device)
         else:
             noise = hashed(state.place, self.seed * 1009 + stage)
         return state.after_prefix(noise)

@@ -25,10 +25,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveate.core import BackboneSpec, GatedReducer, TokenState, check_choice, linear_cost
+from foveate.core import (
+    AttentionReader,
+    BackboneSpec,
+    GatedReducer,
+    Selection,
+    TokenState,
+    check_choice,
+    linear_cost,
+)
+from foveate.core.gated import log_odds
 from foveate.registry import register
 
 __all__ = ["SPViT", "Selector"]
+
+_PACKAGES = "spvit.packages"  # how many package tokens each image has, where all have as many
 
 
 class Grouped(nn.Module):
@@ -128,7 +139,7 @@ class SPViT(GatedReducer):
 
     paper: ClassVar[str] = "Kong et al., SPViT, ECCV 2022"
     summary: ClassVar[str] = "multi-head selectors drop patches and pack them into one token"
-    loss_weights: ClassVar[Mapping[str, float]] = {"ratio": 2.0, "kl": 0.5, "token": 0.5}
+    default_loss_weights: ClassVar[Mapping[str, float]] = {"ratio": 2.0, "kl": 0.5, "token": 0.5}
     needs_place: ClassVar[bool] = True
     rule: ClassVar[str] = "argmax"
     ratio_per_image: ClassVar[bool] = False
@@ -136,6 +147,7 @@ class SPViT(GatedReducer):
     def validate(self) -> None:
         """Check the package's kind."""
         super().validate()
+        check_choice("rest", self.rest, ("drop",))
         check_choice("package", self.package, ("mean", "sum"))
 
     def build(self, spec: BackboneSpec) -> None:
@@ -143,56 +155,96 @@ class SPViT(GatedReducer):
         super().build(spec)
         dim = spec.width // spec.heads
         self.selectors = nn.ModuleList(
-            Selector(spec.heads, dim, self.shared_heads) for _ in self.acts
+            Selector(spec.heads, dim, self.shared_heads) for _ in self.active_blocks
         )
 
-    @property
-    def fixed_count(self) -> bool:
-        """Package tokens come only where something was dropped, so images may differ."""
-        return False
-
-    def candidates(self, state: TokenState) -> Tensor | None:
+    def exempt(self, state: TokenState) -> Tensor | None:
         """Packages are never dropped."""
-        return state.after_prefix(state.placed(), False)
+        return ~state.after_prefix(state.is_patch(), True)
 
     def logits(self, stage: int, state: TokenState) -> Tensor:
-        """Aggregated log-probabilities; package tokens count in the global mean."""
+        """Return aggregated scores; package tokens count in the global mean."""
         log_prob, keep = self.selectors[stage](state)
-        # The package weighs by keep probability; pass it on with the logits' third column.
+        # The package weighs by keep probability; it comes along as a third column.
         return state.after_prefix(torch.cat([log_prob, keep[:, None]], -1))
 
-    def leave(
-        self, before: TokenState, after: TokenState, dropped: Tensor, logits: Tensor
+    # Top-k at a static size: packages stay, and another one comes --------------------------------
+
+    def counts(self, stage: int, state: TokenState) -> int | list[int]:
+        """Count the scheduled patches and the packages that are there."""
+        assert state.layout.count is not None
+        packages = state.notes.get(_PACKAGES, 0)
+        now = state.layout.count - state.prefix - packages
+        original = self.original(state)[0] if state.context.original else state.patches
+        return packages + self.schedule.count(stage, original, now, self.progress)
+
+    def _stage(
+        self, stage: int, state: TokenState, attention: AttentionReader | None
     ) -> TokenState:
-        """Pack what was dropped into one more token, or into the one there is already."""
-        weight = logits[..., 2] * dropped
-        if self.package == "mean":
-            weight = weight / weight.sum(1, keepdim=True).clamp_min(1e-12)
-        tokens = before.after_prefix(before.x)
-        package = (weight.to(tokens.dtype)[:, None, :] @ tokens).squeeze(1)  # [B, C]
+        k = self.counts(stage, state)
+        assert isinstance(k, int) and state.layout.count is not None
+        if k == state.layout.count - state.prefix:
+            return state
+        logits, exempt = self.logits(stage, state), self.exempt(state)
+        assert exempt is not None
+        kept = Selection.best(log_odds(logits).masked_fill(exempt, float("inf")), k)
+        dropped = logits.new_ones(logits.shape[:2]).scatter(1, kept.index, 0.0)
+        packages = 1 if self.accumulate else state.notes.get(_PACKAGES, 0) + 1
+        first = not (self.accumulate and state.notes.get(_PACKAGES, 0))
+        package = self._package(state, dropped, logits)
+        state = state.keep(kept).note(_PACKAGES, packages)
+        return state.append(package) if first else self._add(state, package)
+
+    # A count per image, and training -------------------------------------------------------------
+
+    def close(self, stage: int, state: TokenState, keep: Tensor, logits: Tensor) -> TokenState:
+        """Pack what is dropped into one more token, or into the one there is already."""
+        if state.alive is not None:
+            dropped = state.alive[:, state.prefix :] * (1 - keep)
+            after = state.mask_out(keep)
+        else:
+            present = self._present(stage, state)
+            gone = keep <= 0 if present is None else (keep <= 0) & present
+            dropped, after = gone.to(keep.dtype), state.keep_where(~gone)
+        package = self._package(state, dropped, logits)
         exists = dropped.detach().sum(1) > 0
         if self.accumulate:
-            after, exists = self._add(after, package, exists)
+            after, exists = self._added(after, package, exists)
         if after.alive is not None:
             return after.append(package, alive=exists)
         return after.append(package, exists)
 
-    def _add(self, state: TokenState, package: Tensor, exists: Tensor) -> tuple[TokenState, Tensor]:
+    def _package(self, state: TokenState, dropped: Tensor, logits: Tensor) -> Tensor:
+        """Score-weighted mean (or sum) of the tokens ``dropped [B, N]``: ``[B, C]``."""
+        weight = logits[..., 2] * dropped
+        if self.package == "mean":
+            weight = weight / weight.sum(1, keepdim=True).clamp_min(1e-12)
+        tokens = state.after_prefix(state.x)
+        return (weight.to(tokens.dtype)[:, None, :] @ tokens).squeeze(1)
+
+    def _added(
+        self, state: TokenState, package: Tensor, exists: Tensor
+    ) -> tuple[TokenState, Tensor]:
         """Add to packages that exist; images still without one are left in ``exists``."""
         front = torch.arange(state.layout.longest, device=package.device) < state.prefix
-        old = ~state.layout.rect(state.placed(), True) & ~front  # [B, N]
+        old = ~state.layout.rect(state.is_patch(), True) & ~front  # [B, N]
         if state.alive is not None:
             old = old & (state.alive.detach() > 0)
-        # One package an image, unless an image has none yet.
-        rows = state.layout.flat(old).to(package.dtype)
-        x = (
-            state.x
-            + state.layout.spread(package * exists.to(package.dtype)[:, None]) * rows[:, None]
-        )
-        return state.replace(x=x), exists & ~old.any(1)
+        return self._add(state, package * exists[:, None], old), exists & ~old.any(1)
 
-    def scoring(self, stage: int, tokens: int) -> int:
-        """All heads' predictors, the weights of the heads, and the package."""
+    @staticmethod
+    def _add(state: TokenState, package: Tensor, old: Tensor | None = None) -> TokenState:
+        """Add ``package [B, C]`` to the tokens ``old [B, N]`` of each image, or to the package."""
+        if old is None:
+            front = torch.arange(state.layout.longest, device=package.device) < state.prefix
+            old = ~state.layout.rect(state.is_patch(), True) & ~front
+        rows = state.layout.flat(old).to(package.dtype)
+        return state.replace(x=state.x + state.layout.spread(package) * rows[:, None])
+
+    # Counts that depend on the image -------------------------------------------------------------
+
+    def gate_macs(self, stage: int, tokens: int) -> int:
+        """Run all heads' predictors, the weights of the heads, and make the package."""
         assert self.spec is not None
         selector = self.selectors[stage]
         assert isinstance(selector, Selector)
@@ -207,13 +259,13 @@ class SPViT(GatedReducer):
             + (tokens - self.spec.prefix) * self.spec.width
         )
 
-    def planned(self, block: int, hook: str, current: int, grid: tuple[int, int]) -> int:
-        """The scheduled patches and the package tokens so far."""
-        if hook != "before" or block not in self.acts:
+    def expected_count(self, block: int, hook: str, current: int, grid: tuple[int, int]) -> int:
+        """Expect the scheduled patches and the package tokens so far."""
+        if hook != "before" or block not in self.active_blocks:
             return current
         left = patches = grid[0] * grid[1]
         packages = 0
-        for stage in range(self.acts.index(block) + 1):
+        for stage in range(self.active_blocks.index(block) + 1):
             count = self.schedule.count(stage, patches, left, self.progress)
             if count < left:
                 packages = 1 if self.accumulate else packages + 1

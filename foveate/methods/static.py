@@ -30,19 +30,19 @@ class Static(GatedReducer):
 
     paper: ClassVar[str] = "baseline of Rao et al., DynamicViT, NeurIPS 2021"
     summary: ClassVar[str] = "keeps the same learned positions in every image"
-    loss_weights: ClassVar[Mapping[str, float]] = {"ratio": 2.0, "kl": 0.5, "token": 0.5}
-    softmax_eps: ClassVar[float] = 1e-6
+    default_loss_weights: ClassVar[Mapping[str, float]] = {"ratio": 2.0, "kl": 0.5, "token": 0.5}
+    softmax_eps: ClassVar[float | None] = 1e-6
     needs_place: ClassVar[bool] = True
 
     def build(self, spec: BackboneSpec) -> None:
         """Make one score map a stage."""
         super().build(spec)
-        self.maps = nn.Parameter(torch.empty(len(self.acts), *spec.grid))
+        self.maps = nn.Parameter(torch.empty(len(self.active_blocks), *spec.grid))
         # Spread far enough that no two positions tie.
         nn.init.trunc_normal_(self.maps, std=0.02)
 
     def logits(self, stage: int, state: TokenState) -> Tensor:
-        """Log-odds of each token's position."""
+        """Return the log-odds of each token's position."""
         scores = self.maps[stage]
         if scores.shape != state.grid:
             scores = F.interpolate(

@@ -20,27 +20,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from foveate.core import (
+    AttentionReader,
     BackboneSpec,
-    Reducer,
+    GatedReducer,
+    Schedule,
+    Selection,
     TokenState,
-    check_blocks,
     check_choice,
-    check_keep,
-    decide,
     linear_cost,
 )
-from foveate.core.gates import DECISIONS, ratio_loss
 from foveate.registry import register
 
 __all__ = ["Gate", "SViT"]
 
-_USED = "svit.used"
+_USABLE, _GATE, _BEFORE, _ALIVE = "svit.usable", "svit.gate", "svit.before", "svit.alive"
 
 
 class Gate(nn.Sequential):
@@ -56,192 +55,166 @@ class Gate(nn.Sequential):
 
 @register("svit")
 @dataclass(eq=False, kw_only=True, repr=False)
-class SViT(Reducer):
+class SViT(GatedReducer):
     """Per-block gates over all tokens, with skipped tokens preserved.
 
+    One rate means keep, keep**2 and keep**3 in the first, second and last third of the gated
+    blocks, which are all from a quarter of the depth on unless they are named.
+
     Attributes:
-        keep: target share of tokens: one rate means keep, keep**2 and keep**3 in the first,
-            second and last third of the gated blocks; or one rate for each.
-        blocks: where; None is every block from a quarter of the depth on.
         reactivate: tokens left out may be used again; False keeps them out.
         ratio: "dynamic" holds the batch to the target, "fixed" each image.
-        gate: "sample", "argmax", "topk"; None samples while training masked, else takes arg-max.
         gate_prefix_last: the last gate decides about prefix tokens too.
         keep_bias: initial bias of the gates towards keeping; the release has none.
     """
 
-    keep: float | tuple[float, ...] = 0.7
-    blocks: tuple[int, ...] | None = None
+    rounding: str = "nearest"
+    rest: str = "park"
     reactivate: bool = True
     ratio: str = "dynamic"
-    gate: str | None = None
     gate_prefix_last: bool = False
     keep_bias: float = 0.0
 
     paper: ClassVar[str] = "Liu et al., SViT, WACV 2024"
     summary: ClassVar[str] = "gates choose the tokens of every block; the others wait unchanged"
     hooks: ClassVar[tuple[str, ...]] = ("before", "after")
-    training_need: ClassVar[str] = "required"
-    gated: ClassVar[bool] = True
-    maskable: ClassVar[bool] = True
     parks: ClassVar[bool] = True
-    rate: ClassVar[str] = "keep"
-    identity: ClassVar[Mapping[str, Any] | None] = {"keep": 1.0, "gate": "topk"}
-    loss_weights: ClassVar[Mapping[str, float]] = {"ratio": 4.0}
+    rule: ClassVar[str] = "argmax"
+    lasting: ClassVar[bool] = False
+    softmax_eps: ClassVar[float | None] = None
+    default_loss_weights: ClassVar[Mapping[str, float]] = {"ratio": 4.0}
 
     def validate(self) -> None:
-        """Check rates and switches."""
-        if self.blocks is not None:
-            check_blocks(self.blocks)
-        check_keep(self.keep)
+        """Check the switches besides rate and gate."""
+        super().validate()
+        check_choice("rest", self.rest, ("park",))
         check_choice("ratio", self.ratio, ("dynamic", "fixed"))
-        check_choice("gate", self.gate, (None, *DECISIONS))
+        vars(self)["ratio_per_image"] = self.ratio == "fixed"
 
-    @property
-    def fixed_count(self) -> bool:
-        """Counts differ by image unless exactly k tokens are taken."""
-        return self.gate == "topk"
+    def default_blocks(self, depth: int) -> tuple[int, ...]:
+        """Gate every block from a quarter of the depth on."""
+        return tuple(range(depth // 4, depth))
+
+    def _schedule(self, blocks: tuple[int, ...]) -> Schedule:
+        keep = self.keep
+        if not isinstance(keep, Sequence):
+            keep = tuple(keep ** (1 + 3 * stage // len(blocks)) for stage in range(len(blocks)))
+        return Schedule(
+            blocks,
+            keep,
+            relative=self.relative,
+            rounding=self.rounding,
+            warmup=self.warmup,
+            warmup_steps=self.warmup_steps,
+        )
 
     def build(self, spec: BackboneSpec) -> None:
         """Make one gate a block."""
         super().build(spec)
-        blocks = tuple(range(spec.depth // 4, spec.depth)) if self.blocks is None else self.blocks
-        self.acts = check_blocks(blocks, spec.depth)
-        if isinstance(self.keep, Sequence) and len(self.keep) != len(self.acts):
-            raise ValueError(f"keep has {len(self.keep)} rates for {len(self.acts)} blocks")
-        self.gates = nn.ModuleList(Gate(spec.width, self.keep_bias) for _ in self.acts)
+        self.gates = nn.ModuleList(Gate(spec.width, self.keep_bias) for _ in self.active_blocks)
 
-    def spans(self) -> frozenset[int]:
-        """Tokens wait during each gated block."""
-        return frozenset(self.acts)
+    # Deciding: over the patches, and in the last block over the prefix too if asked ---------------
 
-    def target(self, stage: int) -> float:
-        """Share of tokens that a gate should keep."""
-        if isinstance(self.keep, Sequence):
-            return self.keep[stage]
-        return float(self.keep ** (1 + 3 * stage // len(self.acts)))
+    def front(self, stage: int, state: TokenState) -> int:
+        """Gate the prefix in the last block if asked to."""
+        last = stage == len(self.active_blocks) - 1
+        return 0 if self.gate_prefix_last and last else state.prefix
 
-    def before(self, block: int, state: TokenState) -> TokenState:
-        """Decide, and park what the block skips (or mask it while training)."""
-        if block not in self.acts:
-            return state
-        stage = self.acts.index(block)
-        masked = state.alive is not None
-        how = self.gate
-        if how is None:
-            how = "sample" if masked and state.notes["training"] else "argmax"
-        front = 0 if self.gate_prefix_last and block == self.acts[-1] else state.prefix
-        logits = state.layout.rect(self.gates[stage](state.x))[:, front:]  # [B, N, 2]
-        if how == "topk" and not masked and state.layout.is_even:
-            return self._gathered(stage, state, logits, front)
-        there = self._there(state, front)
-        live = self._live(state, front, there)
-        counts = self._counts(stage, state, front, there) if how == "topk" else None
-        keep = decide(logits, how, k=counts, candidates=live)
-        state = self._note(stage, state, keep, there)
-        always = keep.new_ones(keep.shape[0], front)
-        keep = torch.cat([always, keep], 1)  # [B, longest]
-        if not self.reactivate:
-            used = state.layout.flat(keep.detach())
-            state = state.replace(extras={**state.extras, _USED: used})
-        return self._mask(state, keep) if masked else state.park_but(keep > 0)
+    def logits(self, stage: int, state: TokenState) -> Tensor:
+        """Ask the gate about every token."""
+        return state.layout.rect(self.gates[stage](state.x))[:, self.front(stage, state) :]
 
-    def _gathered(self, stage: int, state: TokenState, logits: Tensor, front: int) -> TokenState:
-        """Exactly k tokens at a static size: the deployed form of "topk"."""
-        score = (logits[..., 0] - logits[..., 1]).float()
-        if _USED in state.extras:
-            used = state.layout.rect(state.extras[_USED])[:, front:]
-            score = score.masked_fill(used <= 0, float("-inf"))
-        k = self._wanted(stage, state.counts[0], state.prefix - front)
-        idx = score.topk(k, dim=1).indices
-        if not self.reactivate:
-            now = torch.zeros_like(score).scatter(1, idx, 1.0)
-            used = torch.cat([now.new_ones(now.shape[0], front), now], 1)
-            state = state.replace(extras={**state.extras, _USED: state.layout.flat(used)})
-        return state.park(idx, with_prefix=front > 0)
+    def usable(self, stage: int, state: TokenState) -> Tensor | None:
+        """Bar the tokens that an earlier gate left out, unless they may be used again."""
+        if _USABLE not in state.extras:
+            return None
+        return state.layout.rect(state.extras[_USABLE])[:, self.front(stage, state) :] > 0
 
-    @staticmethod
-    def _there(state: TokenState, front: int) -> Tensor | None:
-        """Tokens that take part at all, ``[B, N]``; None means all."""
-        there = state.layout.valid(state.x.device)
-        if state.alive is not None:
-            alive = state.alive.detach() > 0
-            there = alive if there is None else there & alive
-        return None if there is None else there[:, front:]
+    def score(self, stage: int, state: TokenState, attention: AttentionReader | None) -> Tensor:
+        """Score a token by its log-odds; those that may not be used score lowest."""
+        score, usable = super().score(stage, state, attention), self.usable(stage, state)
+        return score if usable is None else score.masked_fill(~usable, float("-inf"))
 
-    def _live(self, state: TokenState, front: int, there: Tensor | None) -> Tensor | None:
-        """Tokens a gate may keep: those that are there, less those left out for good."""
-        if _USED not in state.extras:
-            return there
-        used = state.layout.rect(state.extras[_USED])[:, front:] > 0
-        return used if there is None else there & used
+    def counts(self, stage: int, state: TokenState) -> int | list[int]:
+        """Count the target share of all tokens that are gated."""
+        assert state.layout.count is not None
+        front = self.front(stage, state)
+        return self._count(stage, state.layout.count - front, state.prefix - front)
 
-    def _counts(self, stage: int, state: TokenState, front: int, there: Tensor | None) -> list[int]:
-        """How many tokens of each image "topk" keeps."""
-        now = list(state.layout.lengths)
-        now = [n - front for n in now] if there is None else there.sum(1).tolist()
-        gated = state.prefix - front
-        return [self._wanted(stage, n - gated, gated) if n else 0 for n in now]
+    def gated_counts(self, stage: int, state: TokenState, now: list[int]) -> list[int]:
+        """Count the target share of each image's tokens."""
+        prefix = state.prefix - self.front(stage, state)
+        present = self._present(stage, state)
+        there = now if present is None else present.sum(1).tolist()
+        return [self._count(stage, n, prefix) if n else 0 for n in there]
 
-    def _wanted(self, stage: int, patches: int, prefix: int = 0) -> int:
-        """Tokens that "topk" keeps of so many patches and gated prefix tokens."""
-        k = max(1, round(self.target(stage) * (patches + prefix)))
+    def _count(self, stage: int, tokens: int, prefix: int) -> int:
+        """Tokens that "topk" takes of so many, of which ``prefix`` are prefix tokens."""
+        count = self.schedule.count(stage, tokens, tokens, self.progress)
         if not self.reactivate:  # no more than every earlier gate left
-            earlier = [max(1, round(self.target(s) * patches)) for s in range(stage)]
-            k = min([k, *(n + prefix for n in earlier)])
-        return min(k, patches + prefix)
+            patches = tokens - prefix
+            earlier = (self.schedule.count(s, patches, patches) for s in range(stage))
+            count = min([count, *(n + prefix for n in earlier)])
+        return count
 
-    def _mask(self, state: TokenState, keep: Tensor) -> TokenState:
-        """Training: all tokens are computed; the rest of the work is done after the block."""
-        assert state.alive is not None
-        visible = (keep.detach() * state.alive.detach()) > 0
+    # What a closed gate does ---------------------------------------------------------------------
+
+    def dispose(
+        self,
+        state: TokenState,
+        kept: Selection,
+        score: Tensor,
+        attention: AttentionReader | None = None,
+    ) -> TokenState:
+        """Park what the block skips."""
+        if not self.reactivate:
+            spare = score.shape[1]
+            open_ = score.new_zeros(len(score), spare + 1).scatter(1, kept.slots(spare), 1.0)
+            state = self._bar(state, open_[:, :-1])
+        return state.park(kept, with_prefix=score.shape[1] < state.layout.longest)
+
+    def hide(self, stage: int, state: TokenState, keep: Tensor) -> TokenState:
+        """Training: hide the keys of closed gates; all tokens are computed, and mixed later."""
+        if not self.reactivate:
+            state = self._bar(state, keep)
+        alive = state.alive
+        assert alive is not None
+        keep = torch.cat([keep.new_ones(len(keep), self.front(stage, state)), keep], 1)
         extras = {
             **state.extras,
-            "svit.gate": state.layout.flat(keep).to(state.x.dtype),
-            "svit.x": state.x,
-            "svit.alive": state.layout.flat(state.alive),
+            _GATE: state.layout.flat(keep).to(state.x.dtype),
+            _BEFORE: state.x,
+            _ALIVE: state.layout.flat(alive),
         }
-        return state.replace(visible=visible, alive=None, extras=extras)
+        return state.replace(alive=keep.detach() * alive.detach(), extras=extras)
+
+    def _bar(self, state: TokenState, open_: Tensor) -> TokenState:
+        """Remember the gated tokens ``open_ [B, N]`` as the only ones that may be used again."""
+        front = state.layout.longest - open_.shape[1]
+        usable = torch.cat([open_.new_ones(len(open_), front), open_.detach()], 1)
+        return state.replace(extras={**state.extras, _USABLE: state.layout.flat(usable)})
 
     def after(self, block: int, state: TokenState) -> TokenState:
         """Put processed and waiting tokens together again."""
-        if block not in self.acts:
-            return state
-        if state.outer is not None:
-            return state.recall()
+        if block not in self.active_blocks or _GATE not in state.extras:
+            return super().after(block, state)
         extras = dict(state.extras)
-        gate, before = extras.pop("svit.gate")[:, None], extras.pop("svit.x")
-        alive = state.layout.rect(extras.pop("svit.alive"))
+        gate, before = extras.pop(_GATE)[:, None], extras.pop(_BEFORE)
+        alive = state.layout.rect(extras.pop(_ALIVE))
         x = gate * state.x + (1 - gate) * before
-        return state.replace(x=x, visible=None, alive=alive, extras=extras)
+        return state.replace(x=x, alive=alive, extras=extras)
 
-    def _note(
-        self, stage: int, state: TokenState, keep: Tensor, there: Tensor | None
-    ) -> TokenState:
-        """Record which share of an image's tokens the gate kept, for the ratio loss."""
-        if there is None:
-            share = keep.mean(1)
-        else:
-            share = (keep * there).sum(1) / there.sum(1).clamp_min(1)
-        shares = {**self.noted(state.notes, "kept_share", {}), stage: share}
-        return self.note(state, "kept_share", shares)
+    # Counts that depend on the image -------------------------------------------------------------
 
-    def losses(self, notes: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Distance of the used shares from the gates' targets."""
-        shares = self.noted(notes, "kept_share", {})
-        return ratio_loss(shares, self.target, per_image=self.ratio == "fixed")
+    def gate_macs(self, stage: int, tokens: int) -> int:
+        """Run the gate on every token."""
+        return tokens * linear_cost(self.gates[stage])
 
-    def macs(self, block: int, hook: str, tokens: int, left: int) -> int:
-        """The gate, on every token."""
-        if hook != "before" or block not in self.acts:
-            return 0
-        return tokens * linear_cost(self.gates[self.acts.index(block)])
-
-    def planned(self, block: int, hook: str, current: int, grid: tuple[int, int]) -> int:
-        """The target share inside a gated block, everything outside."""
-        if block not in self.acts or hook == "between":
+    def expected_count(self, block: int, hook: str, current: int, grid: tuple[int, int]) -> int:
+        """Expect the target share inside a gated block, everything outside."""
+        if block not in self.active_blocks or hook == "between":
             return current
         patches = grid[0] * grid[1]
-        if hook == "after":
-            return patches
-        return self._wanted(self.acts.index(block), patches)
+        return (
+            patches if hook == "after" else self._count(self.active_blocks.index(block), patches, 0)
+        )

@@ -18,10 +18,18 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
 
-from foveate.core import BackboneSpec, Match, MatchReducer, Seen, TokenState, check_blocks
-from foveate.ops import alternate_split, best_partner, complement, pairwise, top_k
+from foveate.core import (
+    AttentionReader,
+    BackboneSpec,
+    Match,
+    MatchReducer,
+    Selection,
+    TokenState,
+    check_blocks,
+)
+from foveate.ops import alternate_split, best_partner
 from foveate.registry import register
 
 __all__ = ["ToMe"]
@@ -47,7 +55,7 @@ class ToMe(MatchReducer):
 
     paper: ClassVar[str] = "Bolya et al., Token Merging, ICLR 2023"
     summary: ClassVar[str] = "merges the most similar pairs of tokens in every block"
-    needs: ClassVar[frozenset[str]] = frozenset({"key_mean"})
+    reads: ClassVar[frozenset[str]] = frozenset({"key_mean"})
     rate: ClassVar[str] = "r"
     identity: ClassVar[Mapping[str, Any] | None] = {"r": 0}
 
@@ -72,8 +80,10 @@ class ToMe(MatchReducer):
         """Resolve r for every block and refuse more than half of the patches."""
         super().build(spec)
         blocks = tuple(range(spec.depth)) if self.blocks is None else self.blocks
-        self.acts = check_blocks(blocks, spec.depth)
-        self.removed = dict(zip(self.acts, self._per_block(len(self.acts)), strict=True))
+        self.active_blocks = check_blocks(blocks, spec.depth)
+        self.removed = dict(
+            zip(self.active_blocks, self._per_block(len(self.active_blocks)), strict=True)
+        )
         most = spec.grid[0] * spec.grid[1] // 2
         for r in self.removed.values():
             if r > most:
@@ -91,88 +101,46 @@ class ToMe(MatchReducer):
         step = (last - first) / max(1, blocks - 1)
         return [int(first + step * i) for i in range(blocks)]
 
-    def wants(self, block: int) -> bool:
+    def acts_between(self, block: int) -> bool:
         """Keys are read only where anything is merged."""
-        return super().wants(block) and self.removed[block] > 0
+        return super().acts_between(block) and self.removed[block] > 0
 
-    def match(self, block: int, state: TokenState, seen: Seen | None) -> Match | None:
+    def match(
+        self, block: int, state: TokenState, attention: AttentionReader | None
+    ) -> Match | None:
         """Pair up tokens and pick the most similar pairs."""
-        assert seen is not None
-        counts = state.counts
-        removed = [min(self.removed[block], n // 2) for n in counts]
-        if not any(removed):
+        assert attention is not None
+        count = state.layout.longest - state.prefix
+        most, present = self.removed[block], state.present()
+        removed: int | list[int] = min(most, count // 2)
+        if not state.layout.is_even:
+            removed = [min(most, n // 2) for n in state.counts]
+        if removed == 0 or (isinstance(removed, list) and not any(removed)):
             return None
-        count, device = max(counts), state.x.device
         sources, targets = alternate_split(count, state.prefix % 2 == 0)
-        metric = state.after_prefix(seen.key_mean().detach()).float()
-        present = state.present()
+        metric = F.normalize(state.after_prefix(attention.key_mean().detach()).float(), dim=-1)
+        similarity = metric[:, sources] @ metric[:, targets].transpose(1, 2)
         there = None if present is None else present[:, targets]
-        similarity = pairwise(metric[:, sources], metric[:, targets], "cosine")
         value, partner = best_partner(similarity, there)
-        positions = torch.arange(count, device=device).expand(state.batch, -1)
-        source_at, target_at = positions[:, sources], positions[:, targets]
-        weight = state.after_prefix(
-            state.x.new_ones(state.layout.total, dtype=torch.float32)
-            if state.size is None
-            else state.size.clamp_min(1.0)  # a fused token stands for no patch but has a value
-        )
-        if present is None:
-            merged, _ = top_k(value, removed[0])
-            stay, _ = complement(merged, value.shape[1])
-            idx_keep = torch.cat([source_at.gather(1, stay), target_at], 1)
-            into = stay.shape[1] + partner.gather(1, merged)
-            return Match(idx_keep, source_at.gather(1, merged), into, weight)
-        return self._ragged(removed, value, partner, present, sources, source_at, target_at, weight)
-
-    @staticmethod
-    def _ragged(
-        removed: list[int],
-        value: Tensor,
-        partner: Tensor,
-        present: Tensor,
-        sources: slice,
-        source_at: Tensor,
-        target_at: Tensor,
-        weight: Tensor,
-    ) -> Match:
-        """The same where images differ in count: padding stays out of every list."""
-        here = present[:, sources]
-        merged, valid = top_k(value.masked_fill(~here, float("-inf")), removed)
-        stay, valid_stay = complement(merged, value.shape[1], valid, here)
-        assert valid is not None and valid_stay is not None
-        idx_keep = torch.cat([source_at.gather(1, stay), target_at], 1)
-        valid_keep = torch.cat([valid_stay, present.gather(1, target_at)], 1)
-        # Entries that count go to the left, so that columns are new positions.
-        order = (~valid_keep).to(torch.uint8).sort(dim=1, stable=True).indices
-        into = valid_stay.sum(1, keepdim=True) + partner.gather(1, merged)
-        return Match(
-            idx_keep.gather(1, order),
-            source_at.gather(1, merged),
-            torch.where(valid, into, torch.zeros_like(into)),
-            weight,
-            valid_keep.gather(1, order),
-            valid,
-        )
+        here = None
+        if present is not None:
+            here = present[:, sources]
+            value = value.masked_fill(~here, float("-inf"))
+        positions = torch.arange(count, device=state.x.device).expand(value.shape[0], -1)
+        best = Selection.best(value, removed)
+        stay = best.complement(value.shape[1], here).of(positions[:, sources])
+        kept_targets = Selection(positions[:, targets])
+        if there is not None:
+            kept_targets = Selection.where(there).of(positions[:, targets])
+        into = stay.size + partner.gather(1, best.index)
+        merged = best.of(positions[:, sources])
+        return Match(stay.then(kept_targets), merged, into, state.merge_weight())
 
     def at_level(self, level: float) -> dict[str, Any]:
-        """A number a block, one more in the first ones where they do not come out even."""
+        """Set a number for each block; the first blocks take one more if it does not divide."""
         assert self.spec is not None
-        blocks, patches = len(self.acts), self.spec.grid[0] * self.spec.grid[1]
+        blocks, patches = len(self.active_blocks), self.spec.grid[0] * self.spec.grid[1]
         each, more = divmod(round(level * min(patches, blocks * (patches // 2))), blocks)
         if not more:
             return {"r": each}
         return {"r": tuple(each + (i < more) for i in range(blocks))}
-
-    def macs(self, block: int, hook: str, tokens: int, left: int) -> int:
-        """The similarity of every source to every target."""
-        if hook != "between" or block not in self.acts or left == tokens:
-            return 0
-        assert self.spec is not None
-        patches = tokens - self.spec.prefix
-        return (patches // 2) * (patches - patches // 2) * self.spec.head_dim
-
-    def planned(self, block: int, hook: str, current: int, grid: tuple[int, int]) -> int:
-        """Reduce by r, but never more than half."""
-        if hook != "between" or block not in self.acts:
-            return current
-        return current - min(self.removed[block], current // 2)

@@ -3,15 +3,12 @@
 from foveate.ops.match import alternate_split, best_partner, pairwise
 from foveate.ops.noise import hashed
 from foveate.ops.sample import inverse_transform, nearest
-from foveate.ops.select import complement, top_k
 
 __all__ = [
     "alternate_split",
     "best_partner",
-    "complement",
     "hashed",
     "inverse_transform",
     "nearest",
     "pairwise",
-    "top_k",
 ]

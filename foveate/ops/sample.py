@@ -11,7 +11,7 @@ __all__ = ["inverse_transform", "nearest"]
 def inverse_transform(score: Tensor, points: Tensor, alive: Tensor | None = None) -> Tensor:
     """Mark the tokens that a grid of quantiles hits, ``[B, N]`` bool.
 
-    ``score [B, N]`` is non-negative; its running sum, scaled to end at 1, is the distribution.
+    ``score [B, N]`` is non-negative. Its running sum, scaled to end at 1, is the distribution.
     Each of ``points [K]`` in (0, 1] takes the token whose cumulative value is nearest; tokens hit
     more than once count once. ``alive [B, N]`` bars padding and dead tokens.
 

@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from foveate.backbones import backbone_for, image_settings
 from foveate.convert import save_plain
 from foveate.core import dense
+from foveate.core.losses import distillation, hard_distillation
 from foveate.evaluate.answers import logits_of
 from foveate.files import write_text
 from foveate.train.draws import Draws
-from foveate.train.losses import distillation, hard_distillation
 from foveate.train.masking import draw_masks, kept_patches
 from foveate.train.recipe import Distill, Masking
 from foveate.train.task import LOGITS, Task

@@ -1,8 +1,8 @@
 """Training a model together with a reduction method.
 
-The method brings its own losses and their weights; the task adds the classification loss and what
-compares with a dense teacher: "kl" on logits and "token" on the final tokens that were kept.
-Gated methods run masked here, all others as they are deployed, with real token counts.
+The method computes its own losses, those that compare with a dense teacher too ("kl" on logits,
+"token" on the final tokens that were kept); the task adds the classification loss. Gated methods
+run masked here, all others as they are deployed, with real token counts.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from foveate.api import save
 from foveate.backbones import backbone_for
-from foveate.core import Outcome, ReducedViT, dense
+from foveate.core import GatedReducer, ReducedViT, dense
+from foveate.core.chain import chained_name
 from foveate.registry import suggest
 from foveate.train.draws import Draws
-from foveate.train.losses import distillation, token_distillation
 from foveate.train.task import LOGITS, Task
 
 __all__ = ["ReduceTask", "own_weights"]
@@ -28,22 +28,13 @@ _COMPARED = ("kl", "token")  # losses that need a teacher
 
 
 def own_weights(model: ReducedViT) -> dict[str, float]:
-    """The losses that a method is trained with and their weights, as its paper has them.
-
-    In a chain the losses that parts compute themselves carry the part's name.
-    """
-    several = len(model.reducer.members) > 1
-    found: dict[str, float] = {}
-    for part in model.reducer.members:
-        weights = dict(part.loss_weights)
-        if "aux" in weights and not getattr(part, "aux", False):
-            continue  # the auxiliary head is an option, and the class loss stands alone without it
-        shared = ("class", "aux", *_COMPARED)
-        found |= {
-            f"{part.name}.{name}" if several and name not in shared else name: weight
-            for name, weight in weights.items()
-        }
-    return found
+    """Return the losses that a method is trained with and their weights, as its paper has them."""
+    members = model.reducer.members
+    return {
+        chained_name(part, name) if len(members) > 1 else name: weight
+        for part in members
+        for name, weight in part.loss_weights.items()
+    }
 
 
 class ReduceTask(Task):
@@ -69,7 +60,10 @@ class ReduceTask(Task):
         if needed and teacher is None:
             raise ValueError(f"the losses {' and '.join(needed)} need a teacher")
         super().__init__(model, weights, teacher if needed else None)
-        self.token_loss = token_loss
+        for part in model.reducer.members:
+            part.loss_weights |= {name: weights[name] for name in _COMPARED if name in weights}
+            if isinstance(part, GatedReducer):
+                part.token_loss = token_loss
         if self.teacher is not None:
             self._dense = [dense(backbone_for(self.teacher))]
             mine, its = model.backbone.spec, self._dense[0].backbone.spec
@@ -81,43 +75,16 @@ class ReduceTask(Task):
                     )
 
     def forward(self, images: Tensor, targets: Tensor, draws: Draws) -> dict[str, Tensor]:
-        """Losses "class", the method's own, and "kl" and "token" where they have a weight."""
-        outcome = self.model.run(images)
-        losses = {"class": F.cross_entropy(outcome.logits.float(), targets)}
-        losses |= self.model.reducer.losses(outcome.notes)
-        aux = self._auxiliary(outcome)
-        if aux is not None:
-            losses["aux"] = F.cross_entropy(aux.float(), targets)
+        """Compute the loss "class" and the method's own ones, which may compare with a teacher."""
+        outcome, teacher = self.model.run(images), None
         if self.teacher is not None:
-            losses |= self._compared(images, outcome)
-        losses[LOGITS] = outcome.logits
-        return losses
-
-    def _auxiliary(self, outcome: Outcome) -> Tensor | None:
-        """Logits of a method's auxiliary head."""
-        for part in self.model.reducer.members:
-            logits = part.noted(outcome.notes, "aux_logits")
-            if logits is not None:
-                return logits
-        return None
-
-    def _compared(self, images: Tensor, outcome: Outcome) -> dict[str, Tensor]:
-        with torch.no_grad():
-            teacher = self._dense[0].run(images)
-        losses = {}
-        if self.weights["kl"]:
-            losses["kl"] = distillation(outcome.logits, teacher.logits)
-        if self.weights.get("token"):
-            state = outcome.state
-            assert state.alive is not None  # gated methods train masked
-            patches = slice(state.prefix, state.prefix + state.patches)  # package tokens follow
-            losses["token"] = token_distillation(
-                state.tokens()[:, patches],
-                teacher.state.tokens()[:, teacher.state.prefix :],
-                state.alive[:, patches],
-                self.token_loss,
-            )
-        return losses
+            with torch.no_grad():
+                teacher = self._dense[0].run(images)
+        return {
+            "class": F.cross_entropy(outcome.logits.float(), targets),
+            **self.model.reducer.losses(outcome, targets, teacher),
+            LOGITS: outcome.logits,
+        }
 
     def new_parameters(self) -> set[int]:
         """The method's parameters."""

@@ -264,7 +264,7 @@ def _trainer(
         loggers.append(TensorBoardLogger(out, name="tensorboard", version=""))
     strategy: Any = loop.strategy
     if strategy == "fsdp":
-        # One unit: blocks are driven by their parts, so their own hooks would never run.
+        # One unit: this strategy wraps modules in others, and a wrapped block is not driven.
         strategy = FSDPStrategy(use_orig_params=True, state_dict_type="full")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return Trainer(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from foveate.core import ReducedViT, Trace
-from foveate.core.cost import BlockPlan, cost
+from foveate.core.cost import BlockTokens, cost, has_formula
+from foveate.facts import count
 from foveate.viz.steps import check_index, live_tokens
 
 __all__ = ["caption", "giga", "image_cost"]
@@ -18,23 +19,29 @@ def caption(model: ReducedViT, trace: Trace, index: int = 0) -> list[str]:
     now, dense = image_cost(model, trace, index)
     return [
         repr(model.reducer),
-        f"tokens per block: {' '.join(str(block.fed) for block in _plan(trace, index))}",
+        f"tokens per block: {' '.join(str(block.mlp) for block in _plan(trace, index))}",
         f"{giga(now, dense)} GMACs ({now / dense:.0%})",
     ]
 
 
 def image_cost(model: ReducedViT, trace: Trace, index: int = 0) -> tuple[float, float]:
     """Multiply-adds of one image of a trace, and what it would cost without the method."""
-    spec = model.backbone.spec
-    now = cost(spec, model.reducer, trace.grid, _plan(trace, index))
+    spec, reducer = model.backbone.spec, model.reducer
+    if reducer.fixed_count:  # the same for every image
+        size = tuple(n * side for n, side in zip(trace.grid, spec.patch, strict=True))
+        counted = count(model, (size[0], size[1]))
+        return counted.macs, counted.dense_macs
+    # Without a formula for the method's own products, they are left out.
+    own = has_formula(reducer)
+    now = cost(spec, reducer, trace.grid, _plan(trace, index), own=own)
     return now.total, cost(spec, None, trace.grid).total
 
 
-def _plan(trace: Trace, index: int) -> list[BlockPlan]:
+def _plan(trace: Trace, index: int) -> list[BlockTokens]:
     """Working tokens of one image, block by block."""
     index = check_index(trace, index)
     return [
-        BlockPlan(*(int(live_tokens(s, index).sum()) for s in (b.attended, b.fed, b.left)))
+        BlockTokens(*(int(live_tokens(s, index).sum()) for s in (b.attention, b.mlp, b.output)))
         for b in trace.blocks
     ]
 

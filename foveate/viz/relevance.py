@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.backbones import backbone_for
-from foveate.core import Backbone, ReducedViT, TokenState
+from foveate.core import Backbone, Heads, ReducedViT, TokenState, dense
 from foveate.core.schedule import check_choice
 
 __all__ = ["HEATS", "evaluating", "heat_map"]
@@ -83,31 +83,40 @@ def _readers(backbone: Backbone, how: str) -> int:
     return 0 if how == "attention" else backbone.spec.prefix
 
 
+class _Mapped(ReducedViT):
+    """Drives all tokens and keeps the attention maps ``[B, H, N, N]`` of all blocks, un-fused."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__(backbone, dense(backbone).reducer)
+        self.maps: list[Tensor] = []
+
+    def attend(self, block: int, heads: Heads, state: TokenState) -> Tensor:
+        """Attend by two products, whose softmax is kept."""
+        q, k, v = (
+            t.view(state.batch, -1, *t.shape[1:]).transpose(1, 2)
+            for t in (heads.q, heads.k, heads.v)
+        )
+        attention = (q @ k.transpose(-2, -1) * heads.scale).float().softmax(-1)
+        self.maps.append(attention)
+        return (attention.to(v.dtype) @ v).transpose(1, 2).flatten(0, 1).flatten(1)
+
+
 def _maps(
     backbone: Backbone, images: Tensor, with_gradient: bool
 ) -> tuple[list[Tensor], TokenState, Tensor]:
-    """The attention maps ``[B, H, N, N]`` of all blocks, un-fused, and the model's logits."""
-    spec = backbone.spec
+    """Return the attention maps of all blocks and the model's logits."""
+    if backbone.needs_every_token:
+        raise backbone.undrivable()
+    model = _Mapped(backbone)
     with torch.set_grad_enabled(with_gradient):
-        embedded = backbone.embed(images)
+        state = model.begin(images)
         # From here on gradients are needed, whether or not the weights take any.
-        x = embedded.x.detach().requires_grad_(with_gradient)
-        state = TokenState.begin(x, prefix=spec.prefix, grid=embedded.grid, place=spec.rotary)
-        maps = []
-        for block in range(spec.depth):
-            rotary = ReducedViT._rotary(block, state, embedded.table)
-            heads = backbone.qkv(block, state.x, rotary)
-            q, k, v = (
-                t.view(state.batch, -1, *t.shape[1:]).transpose(1, 2)
-                for t in (heads.q, heads.k, heads.v)
-            )
-            attention = (q @ k.transpose(-2, -1) * heads.scale).float().softmax(-1)
-            maps.append(attention)
-            out = (attention.to(v.dtype) @ v).transpose(1, 2).flatten(0, 1).flatten(1)
-            state = state.replace(x=state.x + backbone.project(block, out, heads))
-            state = state.replace(x=state.x + backbone.feedforward(block, state.x))
-        logits = backbone.head(state.replace(x=backbone.norm(state.x)))
-    return maps, state, logits
+        state = state.with_tokens(state.x.detach().requires_grad_(with_gradient))
+        for block in range(backbone.spec.depth):
+            state = model.step(block, state)
+        state = model.end(state)
+        logits = backbone.head(state)
+    return model.maps, state, logits
 
 
 def _chosen(logits: Tensor, target: int | None) -> Tensor:

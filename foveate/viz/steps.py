@@ -51,7 +51,7 @@ class Step:
 
 def check_index(trace: Trace, index: int) -> int:
     """The image number, if the trace has it."""
-    batch = trace.blocks[0].fed.batch
+    batch = trace.blocks[0].mlp.batch
     if not 0 <= index < batch:
         raise ValueError(f"index must lie in 0..{batch - 1}, the images of the trace; got {index}")
     return index
@@ -60,8 +60,8 @@ def check_index(trace: Trace, index: int) -> int:
 def steps(trace: Trace, index: int = 0) -> list[Step]:
     """One step a block, and one more where the last block leaves fewer tokens than it fed."""
     index = check_index(trace, index)
-    states = [(block.fed, f"block {n}") for n, block in enumerate(trace.blocks)]
-    last = trace.blocks[-1].left
+    states = [(block.mlp, f"block {n}") for n, block in enumerate(trace.blocks)]
+    last = trace.blocks[-1].output
     if last.layout.lengths[index] < states[-1][0].layout.lengths[index]:
         states.append((last, f"after block {len(trace.blocks) - 1}"))
     found: list[Step] = []
@@ -88,10 +88,9 @@ def changes(found: list[Step], field: str) -> list[Step]:
 
 def live_tokens(state: TokenState, index: int) -> np.ndarray:
     """Which tokens of an image take part, ``[N]`` bool."""
-    alive = state.alive if state.visible is None else state.visible
-    if alive is None:
+    if state.alive is None:
         return np.ones(state.layout.lengths[index], dtype=bool)
-    return (alive[index].detach() > 0).cpu().numpy()
+    return (state.alive[index].detach() > 0).cpu().numpy()
 
 
 def _step(state: TokenState, index: int, label: str, hue: np.ndarray) -> Step:
@@ -123,12 +122,13 @@ def _hues(carrier: np.ndarray, before: np.ndarray) -> np.ndarray:
 def _carries_none(state: TokenState, index: int) -> np.ndarray:
     """Which tokens of an image are neither prefix tokens nor ever stood for a patch, ``[N]``."""
     length = state.layout.lengths[index]
-    if state.outer is not None and state.home is not None:
+    if state.parked is not None:
         # Some prefix tokens may be parked too, so where each token came from decides.
         begin = sum(state.layout.lengths[:index])
-        home = state.home[begin : begin + length].cpu().numpy()
-        outside = _carries_none(state.outer, index)
-        return (home < 0) | outside[np.maximum(home - sum(state.outer.layout.lengths[:index]), 0)]
+        rows = state.parked.rows[begin : begin + length].cpu().numpy()
+        waiting = state.parked.state
+        outside = _carries_none(waiting, index)
+        return (rows < 0) | outside[np.maximum(rows - sum(waiting.layout.lengths[:index]), 0)]
     assert state.source is not None
     carried = state.source[index].cpu().numpy()
     none = np.ones(length, dtype=bool)

@@ -155,7 +155,7 @@ def test_the_loss_in_training_has_the_methods_own_in_it() -> None:
     output = model(images(), labels=labels)
     torch.manual_seed(0)
     outcome = model.run(images())
-    ratio = model.reducer.losses(outcome.notes)["ratio"]
+    ratio = model.reducer.losses(outcome)["ratio"]
     task = nn.functional.cross_entropy(outcome.logits, labels)
     close(output.loss, task + model.reducer.loss_weights["ratio"] * ratio)
     output.loss.backward()
@@ -203,6 +203,23 @@ def test_training_draws_the_same_random_numbers() -> None:
 METHODS = ["evit(keep=0.6)", "tome(r=5)", "svit(keep=0.6)", "evovit(keep=0.5)", "spvit(keep=0.6)"]
 
 
+def test_labels_train_an_auxiliary_head_with_the_methods_weights() -> None:
+    """Evo-ViT: half of the class loss and half of that of the head on the class token."""
+    model = foveate.apply(copy.deepcopy(stock("vit_classifier")), "evovit(aux=True)").train()
+    labels = torch.tensor([1, 4, 9])
+    output = model(images(), labels=labels)
+    outcome = model.run(images())
+    task = nn.functional.cross_entropy(outcome.logits, labels)
+    aux = nn.functional.cross_entropy(outcome.notes["evovit.aux_logits"], labels)
+    close(output.loss, 0.5 * task + 0.5 * aux)
+    output.loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.reducer.parameters())
+    same(
+        model.eval()(images(), labels=labels).loss,
+        model.vit.loss_function(labels, model.run(images()).logits, model.vit.config),
+    )
+
+
 @pytest.mark.parametrize("method", METHODS)
 @names
 def test_tokens_stand_on_the_grid(method: str, name: str) -> None:
@@ -214,17 +231,17 @@ def test_tokens_stand_on_the_grid(method: str, name: str) -> None:
     assert all(state.shape == shape for state in output.hidden_states)
     trace = model.trace(x)
     for block, state in zip(trace.blocks, output.hidden_states[1:], strict=True):
-        close(state[:, prefix:], block.left.restore())
+        close(state[:, prefix:], block.output.restore())
     if "last_hidden_state" in output:
         assert output.last_hidden_state.shape == shape
-        close(output.last_hidden_state[:, prefix:], model.forward_features(x).restore())
+        close(output.last_hidden_state[:, prefix:], model.tokens(x).restore())
         assert torch.equal(output.last_hidden_state[:, :prefix], trace.final.prefix_tokens())
     close(main(model, output, trace.logits), trace.logits)
 
 
 def test_gone_tokens_show_their_last_value_or_zero() -> None:
-    model, x = reduced("dinov2", "evit(keep=0.5, fuse=False)"), images()
-    state = model.forward_features(x)
+    model, x = reduced("dinov2", "evit(keep=0.5, rest='drop')"), images()
+    state = model.tokens(x)
     gone = (state.source < 0)[..., None]
     last = driven(model, x).last_hidden_state[:, 1:]
     zero = driven(model, x, gone="zero").last_hidden_state[:, 1:]
@@ -276,13 +293,6 @@ def test_gradients_and_checkpointing(method: str) -> None:
         grads.append(torch.cat([p.grad.flatten() for p in trained.values()]))
     close(grads[1], grads[0], 1e-5)
     assert not reduced.eval().backbone.checkpointing
-
-
-def test_key_average_is_the_mean_of_the_keys() -> None:
-    for name in ("vit", "vit_no_bias", "clip"):
-        backbone = reduced(name).backbone
-        heads = backbone.qkv(1, torch.randn(7, 48), None)
-        close(backbone.key_mean(1, heads), heads.k.mean(1))
 
 
 # The model behind it -----------------------------------------------------------------------------
@@ -490,9 +500,31 @@ def test_changed_models() -> None:
     with pytest.raises(ValueError, match="an older transformers: 5.18 or newer is needed"):
         foveate.apply(model, "evit")
     model = randomise(hf("ViTModel"))
-    model.layers[2].register_forward_hook(lambda _, __, output: output * 1.05)
+    stock_forward = model.layers[2].forward
+    model.layers[2].forward = lambda x, *rest, **named: stock_forward(x, *rest, **named) * 1.05
     with pytest.raises(ValueError, match="block 2 differs"):
         foveate.apply(model, "evit")
+
+
+@names
+def test_hooks_on_layers_and_their_attention_see_what_they_would(name: str) -> None:
+    """The same forms and shapes as natively."""
+    model, seen = copy.deepcopy(stock(name)), []
+
+    def note(_: nn.Module, __: tuple, output: object) -> None:
+        parts = output if isinstance(output, tuple) else (output,)
+        shapes = [list(part.shape) for part in parts if part is not None]
+        seen.append((type(output).__name__, shapes))
+
+    backbone = foveate.apply(model, NOTHING, check=False).eval()
+    backbone.backbone.blocks[1].register_forward_hook(note)
+    backbone.backbone.attention_of(1).register_forward_hook(note)
+    with torch.no_grad():
+        model(images())
+        natively = list(seen)
+        seen.clear()
+        backbone(images())
+    assert seen == natively and len(seen) == 2
 
 
 def test_what_the_driver_does_not_do() -> None:

@@ -58,8 +58,8 @@ def test_the_sizes_of_the_papers() -> None:
         small, middle = lvvit_s(), lvvit_m(num_classes=10, img_size=384)
     assert (small.embed_dim, len(small.blocks), small.blocks[0].attn.num_heads) == (384, 16, 6)
     assert (middle.embed_dim, len(middle.blocks), middle.blocks[0].attn.num_heads) == (512, 20, 8)
-    assert foveate.apply(small, "dynamicvit").reducer.acts == (4, 8, 12)
-    assert foveate.apply(middle, "dynamicvit").reducer.acts == (5, 10, 15)
+    assert foveate.apply(small, "dynamicvit").reducer.active_blocks == (4, 8, 12)
+    assert foveate.apply(middle, "dynamicvit").reducer.active_blocks == (5, 10, 15)
     assert middle.aux_head.out_features == 10 and middle.pos_embed.shape[1] == 577
 
 

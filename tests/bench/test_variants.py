@@ -27,19 +27,19 @@ class Noting:
 
     def __init__(self, parts: Backbone) -> None:
         self.parts = parts
-        self.attended: list[int] = []
-        self.fed: list[int] = []
+        self.attention: list[int] = []
+        self.mlp: list[int] = []
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.parts, name)
 
     def qkv(self, block: int, x: Tensor, rotary: Tensor | None) -> object:
         assert rotary is None or len(rotary) == len(x)
-        self.attended.append(len(x))
+        self.attention.append(len(x))
         return self.parts.qkv(block, x, rotary)
 
     def feedforward(self, block: int, x: Tensor) -> Tensor:
-        self.fed.append(len(x))
+        self.mlp.append(len(x))
         return self.parts.feedforward(block, x)
 
 
@@ -48,10 +48,11 @@ def check_oracle(model: ReducedViT, x: Tensor) -> Oracle:
     oracle = Oracle.of(model, trace, x)
     noting = oracle._backbone = Noting(oracle._backbone)  # type: ignore[assignment]
     with torch.no_grad():
-        out = oracle(x)
-    assert noting.attended == [b.attended.layout.total for b in trace.blocks]
-    assert noting.fed == [b.fed.layout.total for b in trace.blocks]
-    assert oracle.layout.lengths == trace.blocks[-1].left.layout.lengths
+        outcome = oracle.run(x)
+        out = outcome.logits
+    assert noting.attention == [b.attention.layout.total for b in trace.blocks]
+    assert noting.mlp == [b.mlp.layout.total for b in trace.blocks]
+    assert outcome.state.layout.lengths == trace.blocks[-1].output.layout.lengths
     assert out.shape == trace.logits.shape and torch.isfinite(out).all()
     return oracle
 
@@ -77,7 +78,7 @@ def test_without_reduction_the_oracle_is_the_model(name: str) -> None:
     trace = model.trace(x)
     native = logits(form(name), x)
     close(logits(Oracle.of(model, trace, x), x), native, 1e-4)
-    packed = Oracle(model.backbone, Counts.of(trace), trace.grid, model.backbone.embed(x), False)
+    packed = Oracle(model.backbone, Counts.of(trace), trace.grid, False, x.device)
     close(logits(packed, x), native, 1e-4)
 
 
@@ -172,7 +173,7 @@ def test_untrained_gates_keep_their_target(method: str, shares: tuple[float, ...
     counts = [sum(block.active().sum(1).tolist()) for block in trace.blocks]
     for found, share in zip(counts, shares, strict=True):
         assert found == pytest.approx(16 * 36 * share, abs=16)
-    assert len({n for block in trace.blocks for n in block.fed.layout.lengths}) > 4
+    assert len({n for block in trace.blocks for n in block.mlp.layout.lengths}) > 4
     assert "before" not in vars(model.reducer)
 
 

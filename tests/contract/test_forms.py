@@ -81,10 +81,22 @@ def test_self_check_passes(name: str) -> None:
 
 def test_self_check_catches_a_changed_block() -> None:
     model = randomise(vit())
-    model.blocks[2].register_forward_hook(lambda _, __, output: output * 1.05)
+    stock = model.blocks[2].forward
+    model.blocks[2].forward = lambda x, **options: stock(x, **options) * 1.05
+    model.blocks[1].eval()
     with pytest.raises(ValueError, match="block 2 differs"):
         foveate.apply(model, "tome")
-    assert model.training
+    assert model.training and not model.blocks[1].training
+
+
+def test_hooks_that_change_a_block_are_part_of_the_model() -> None:
+    model = randomise(vit()).eval()
+    plain = said(model, images())
+    model.blocks[2].register_forward_hook(lambda _, __, output: output * 1.05)
+    driven = foveate.apply(model, NOTHING)
+    with torch.no_grad():
+        close(said(driven, images()), said(model, images()))
+        assert (said(driven, images()) - plain).abs().max() > 1e-3
 
 
 def test_prefixes_are_0_1_2_and_5() -> None:

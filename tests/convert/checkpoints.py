@@ -48,10 +48,21 @@ def parts(model: ReducedViT) -> Weights:
 
 
 def as_dynamicvit(model: ReducedViT) -> Weights:
+    """Halves of a predictor's layers in one, as released."""
+    state = parts(model)
+    for stage in range(len(model.reducer.predictors)):
+        ours, theirs = f"reducer.predictors.{stage}.", f"score_predictor.{stage}."
+        for kind in ("weight", "bias"):
+            halves = [state.pop(f"{ours}{half}_in.{kind}") for half in ("local", "global")]
+            state[f"{theirs}in_conv.1.{kind}"] = torch.cat(halves)
+        halves = [state.pop(f"{ours}{half}_out.weight") for half in ("local", "global")]
+        state[f"{theirs}out_conv.0.weight"] = torch.cat(halves, 1)
     return renamed(
-        parts(model),
-        (r"^reducer\.predictors\.(\d+)\.local\.", r"score_predictor.\1.in_conv."),
-        (r"^reducer\.predictors\.(\d+)\.out\.", r"score_predictor.\1.out_conv."),
+        state,
+        (r"^reducer\.predictors\.(\d+)\.norm\.", r"score_predictor.\1.in_conv.0."),
+        (r"^reducer\.predictors\.(\d+)\.global_out\.bias", r"score_predictor.\1.out_conv.0.bias"),
+        (r"^reducer\.predictors\.(\d+)\.out\.1\.", r"score_predictor.\1.out_conv.2."),
+        (r"^reducer\.predictors\.(\d+)\.out\.3\.", r"score_predictor.\1.out_conv.4."),
     )
 
 

@@ -102,10 +102,10 @@ def test_a_method_becomes_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_options_stand_anywhere(tmp_path: Path) -> None:
-    model = reduced("evit(keep=[0.9, 0.6], blocks=[1, 2], fuse=False)")
+    model = reduced("evit(keep=[0.9, 0.6], blocks=[1, 2], rest='drop')")
     path = write(parts(model), tmp_path / "x.pth")
     heads = ("--num-heads", 3)
-    words = ("keep=0.9,0.6", "blocks=[1, 2]", "fuse=false")
+    words = ("keep=0.9,0.6", "blocks=[1, 2]", "rest=drop")
     for order in (
         (path, tmp_path / "out", *words, "--origin", "evit", *heads),
         ("--origin", "evit", *heads, path, tmp_path / "out", *words),
@@ -145,8 +145,8 @@ def test_a_plain_model_with_a_method(plain: Path, tmp_path: Path) -> None:
     words = (plain, tmp_path / "out", "--num-heads", 3, "--method")
     assert convert(*words, "tome", "r=4") == 0
     assert repr(foveate.load(tmp_path / "out").reducer) == "tome(r=4)"
-    assert convert(*words, "evit(keep=0.8) + tome(r=2)") == 0
-    assert repr(foveate.load(tmp_path / "out").reducer) == "evit(keep=0.8) + tome(r=2)"
+    assert convert(*words, "evit(keep=0.8, blocks=(1,)) + tome(r=2, blocks=(2,))") == 0
+    assert repr(foveate.load(tmp_path / "out").reducer) == "evit(keep=0.8, blocks=(1,)) + tome(r=2, blocks=(2,))"
 
 
 @pytest.mark.parametrize(

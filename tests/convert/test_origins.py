@@ -278,13 +278,13 @@ def test_stages_must_be_said_when_they_are_not_the_usual(tmp_path: Path) -> None
     path = write(as_svit(reduced("svit(blocks=[2, 3])")), tmp_path / "x.pth")
     with pytest.raises(ValueError, match=r"gates for 2 blocks, expected 3 .*blocks="):
         load(path)
-    assert load(path, blocks=(2, 3)).reducer.acts == (2, 3)
+    assert load(path, blocks=(2, 3)).reducer.active_blocks == (2, 3)
 
 
 def test_parts_of_a_method_that_miss(tmp_path: Path) -> None:
     state = as_dynamicvit(reduced("dynamicvit"))
     del state["score_predictor.1.out_conv.2.bias"]
-    with pytest.raises(ValueError, match=r"no predictors\.1\.out\.2\.bias; .* method dynamicvit"):
+    with pytest.raises(ValueError, match=r"no predictors\.1\.out\.1\.bias; .* method dynamicvit"):
         load(write(state, tmp_path / "x.pth"))
     state = as_evovit(reduced("evovit(variant='deit')", randomise(vit(global_pool="avg"))))
     del state["vs.2.v.weight"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from foveate.core import Layout, TokenState
+from foveate.core import Context, Layout, Selection, TokenState
 
 NOWHERE = -1  # place of tokens that stand for no patch, until compared
 
@@ -22,6 +22,7 @@ class Token:
     size: float
     mark: float  # an extra
     alive: float = 1.0
+    homes: tuple[int | None, ...] = ()  # where it stood when the others were parked, level by level
 
 
 @dataclass
@@ -35,9 +36,16 @@ class Image:
         for patch in token.patches:
             self.last[patch] = token.x
 
+    def copied(self) -> Image:
+        return Image([copy.copy(token) for token in self.tokens], dict(self.last))
+
 
 class Naive:
-    """A batch of images; every verb changes it in place. ``prefix`` as in TokenState."""
+    """A batch of images; every verb changes it in place. ``prefix`` as in TokenState.
+
+    ``outer`` has the images as they were when the others were parked, and whether there were sizes
+    then; the last parking is last.
+    """
 
     def __init__(self, state: TokenState) -> None:
         """Read off a state at its beginning, when every patch has its own token."""
@@ -62,8 +70,7 @@ class Naive:
                 )
                 row += 1
             self.images.append(Image(tokens))
-        self.outer: Naive | None = None
-        self.homes: list[list[int]] = []
+        self.outer: list[tuple[list[Image], bool]] = []
 
     def front(self, image: Image) -> list[Token]:
         return image.tokens[: self.prefix]
@@ -111,9 +118,10 @@ class Naive:
             image.tokens = self.front(image) + kept
 
     def append(self, tokens: Tensor, exists: Sequence[bool]) -> None:
+        homes = (None,) * len(self.outer)
         for image, x, there in zip(self.images, tokens, exists, strict=True):
             if there:
-                image.tokens.append(Token(x, NOWHERE, set(), 0.0, 0.0))
+                image.tokens.append(Token(x, NOWHERE, set(), 0.0, 0.0, homes=homes))
 
     def fuse(self, idx: Sequence[Sequence[int]], weight: Tensor, exists: Sequence[bool]) -> None:
         fused = []
@@ -133,22 +141,50 @@ class Naive:
 
     def park(self, stay: Sequence[Sequence[int]]) -> None:
         """Positions of the whole image."""
-        self.outer = copy.deepcopy(self)
-        self.homes = [list(row) for row in stay]
+        self.outer.append(([image.copied() for image in self.images], self.sized))
         for image, row in zip(self.images, stay, strict=True):
             image.tokens = [image.tokens[i] for i in row]
+            for i, token in zip(row, image.tokens, strict=True):
+                token.homes = (*token.homes, i)
 
-    def recall(self, change: Tensor | None) -> None:
-        outer = self.outer
-        assert outer is not None
-        for b, image in enumerate(outer.images):
+    def recall(self, change: Tensor | None = None) -> None:
+        inner = self.images
+        self.images, self.sized = self.outer.pop()
+        for b, image in enumerate(self.images):
             if change is not None:
                 for token in image.tokens:
                     token.x = token.x + change[b]
-            inner = self.images[b].tokens
-            for home, token in zip(self.homes[b], inner, strict=True):
+            for token in inner[b].tokens:
+                home = token.homes[-1]
+                assert home is not None, "a guest has no place to go back to"
                 image.tokens[home].x, image.tokens[home].mark = token.x, token.mark
-        self.images, self.outer, self.homes = outer.images, None, []
+
+    def guests(self) -> list[list[int]]:
+        """Positions in the whole image of tokens that were appended since the last parking."""
+        return [
+            [i for i, token in enumerate(image.tokens) if token.homes[-1] is None]
+            for image in self.images
+        ]
+
+    def recalled(self) -> Naive:
+        """A copy with nothing parked; guests are left behind."""
+        seen = copy.copy(self)
+        seen.images = [image.copied() for image in self.images]
+        seen.outer = [([i.copied() for i in images], sized) for images, sized in self.outer]
+        while seen.outer:
+            for image, gone in zip(seen.images, seen.guests(), strict=True):
+                image.tokens = [t for i, t in enumerate(image.tokens) if i not in gone]
+            seen.recall()
+        return seen
+
+    def add(self, values: Tensor) -> None:
+        """``values [B, H*W, C]``: to every patch, whatever became of it."""
+        for images in (self.images, *(images for images, _ in self.outer)):
+            for b, image in enumerate(images):
+                for token in image.tokens:
+                    if token.patches:
+                        token.x = token.x + values[b, sorted(token.patches)].mean(0)
+                image.last = {p: x + values[b, p] for p, x in image.last.items()}
 
     def mask_out(self, alive: Tensor) -> None:
         for b, image in enumerate(self.images):
@@ -184,9 +220,9 @@ class Naive:
             torch.testing.assert_close(state.x, torch.stack([t.x for t in tokens]))
         places = [self.patches if t.place == NOWHERE else t.place for t in tokens]
         assert state.place is not None and state.place.tolist() == places
-        assert state.placed().tolist() == [t.place != NOWHERE for t in tokens]
+        assert state.is_patch().tolist() == [t.place != NOWHERE for t in tokens]
         assert state.extras["mark"].tolist() == [t.mark for t in tokens]
-        assert state.sizes().tolist() == [float(len(t.patches)) for t in tokens]
+        assert state.patch_counts().tolist() == [float(len(t.patches)) for t in tokens]
         if self.sized:
             assert state.size is not None
             assert state.size.tolist() == [t.size for t in tokens]
@@ -199,9 +235,13 @@ class Naive:
             carrier = {p: i for i, t in enumerate(image.tokens) for p in t.patches}
             expected = [carrier.get(p, -1) for p in range(self.patches)]
             assert state.source[b].tolist() == expected
-        if self.outer is None:
-            for gone in ("last", "zero"):
-                torch.testing.assert_close(state.restore(gone), self.restored(gone))
+        depth, parked = 0, state.parked
+        while parked is not None:
+            depth, parked = depth + 1, parked.state.parked
+        assert depth == len(self.outer)
+        seen = self.recalled() if self.outer else self
+        for gone in ("last", "zero"):
+            torch.testing.assert_close(state.restore(gone), seen.restored(gone))
 
 
 def beginning(
@@ -210,7 +250,7 @@ def beginning(
     """A tracked state with places and an extra; ``counts`` patches of each image are there."""
     patches, noise = grid[0] * grid[1], torch.Generator().manual_seed(0)
     x = torch.randn(batch, prefix + patches, 4, generator=noise)
-    state = TokenState.begin(x, prefix=prefix, grid=grid, place=True, track=True)
+    state = TokenState.begin(x, Context(prefix, grid), place=True, track=True)
     mark = torch.arange(float(len(state.x)))
     state = state.replace(extras={"mark": mark})
     naive = Naive(state)
@@ -224,23 +264,29 @@ def beginning(
     return state.replace(layout=Layout.ragged(state.layout.lengths)).keep_where(mask), naive
 
 
-def padded(rows: Sequence[Sequence[int]], fill: int = 0) -> tuple[Tensor, Tensor]:
-    """Lists as a rectangle and the mask of what counts."""
+def padded(rows: Sequence[Sequence[int]], fill: int = 0) -> Tensor:
+    """Lists as a rectangle."""
     longest = max(len(row) for row in rows)
-    idx = torch.full((len(rows), longest), fill)
-    valid = torch.zeros(len(rows), longest, dtype=torch.bool)
+    index = torch.full((len(rows), longest), fill)
     for b, row in enumerate(rows):
-        idx[b, : len(row)] = torch.tensor(row, dtype=torch.long)
-        valid[b, : len(row)] = True
-    return idx, valid
+        index[b, : len(row)] = torch.tensor(row, dtype=torch.long)
+    return index
+
+
+def chosen(rows: Sequence[Sequence[int]], fill: int = 0) -> Selection:
+    """The selection of these positions; it has lengths only where images differ."""
+    lengths = tuple(map(len, rows))
+    return Selection(padded(rows, fill), None if len(set(lengths)) == 1 else lengths)
 
 
 def snapshot(state: TokenState) -> list[object]:
     """Copies of everything in a state, to see later that nothing changed in place."""
-    values: list[object] = [state.layout.lengths, state.prefix, state.grid]
-    named = (state.x, state.place, state.source, state.size, state.alive, state.visible)
-    for tensor in (*named, state.canvas, state.home, *state.extras.values()):
+    values: list[object] = [state.layout.lengths, state.context, state.block]
+    named = (state.x, state.place, state.source, state.size, state.alive, state.canvas)
+    for tensor in (*named, *state.extras.values()):
         values.append(None if tensor is None else tensor.clone())
+    if state.parked is not None:
+        values += [state.parked.rows.clone(), *snapshot(state.parked.state)]
     return [*values, sorted(state.extras), dict(state.notes)]
 
 

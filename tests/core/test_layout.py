@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small import noise
 
-from foveate.core import Layout
+from foveate.core import Layout, Selection
 
 CPU = torch.device("cpu")
 # Images without a token are legal; a batch without any image is not.
@@ -57,12 +57,14 @@ def test_rows_point_at_tokens(lengths: list[int], data: st.DataObject) -> None:
     layout = Layout.ragged(lengths)
     chosen = [data.draw(st.lists(st.integers(0, n - 1), max_size=4)) if n else [] for n in lengths]
     width = max(len(row) for row in chosen)
-    idx = torch.tensor([row + [0] * (width - len(row)) for row in chosen], dtype=torch.long)
-    idx = idx.view(len(lengths), width)
-    valid = torch.arange(width) < torch.tensor([len(row) for row in chosen])[:, None]
+    index = torch.tensor([row + [0] * (width - len(row)) for row in chosen], dtype=torch.long)
+    index = index.view(len(lengths), width)
     starts = [sum(lengths[:b]) for b in range(len(lengths))]
     expected = [starts[b] + i for b, row in enumerate(chosen) for i in row]
-    assert layout.rows(idx, valid).tolist() == expected
+    assert layout.rows(Selection(index, tuple(map(len, chosen)))).tolist() == expected
+    if width and all(lengths):  # without lengths every entry counts
+        everything = [starts[b] + i for b, row in enumerate(index.tolist()) for i in row]
+        assert layout.rows(Selection(index)).tolist() == everything
 
 
 def test_even_rectangles_are_views() -> None:

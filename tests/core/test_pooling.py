@@ -8,7 +8,7 @@ from naive_tokens import beginning
 from small import noise
 from torch import Tensor
 
-from foveate.core import Layout, TokenState, pool_mask, pool_tokens
+from foveate.core import Context, Layout, TokenState, pool_mask, pool_tokens
 
 HOW = pytest.mark.parametrize("how", ["avg", "max", "avgmax"])
 PREFIX = pytest.mark.parametrize("include_prefix", [False, True])
@@ -105,7 +105,7 @@ def test_an_image_with_nothing_to_pool_gives_zeros(how: str) -> None:
 @HOW
 def test_a_single_image_with_nothing_to_pool_gives_zeros(how: str) -> None:
     """One image alone is even, whatever it holds."""
-    state = TokenState(noise(1, 4), Layout.ragged([1]), 1, (2, 4))
+    state = TokenState(noise(1, 4), Layout.ragged([1]), Context(1, (2, 4)))
     assert torch.equal(pool_tokens(state, how), torch.zeros(1, 4))
 
 

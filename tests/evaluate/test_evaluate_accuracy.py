@@ -102,7 +102,7 @@ def test_without_torchmetrics_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
     ("method", "rates", "names"),
     [
         ("evit", (0.5, 0.7), ["evit(keep=0.5)", "evit(keep=0.7)"]),
-        ("evit(fuse=False)", (0.5,), ["evit(keep=0.5, fuse=False)"]),
+        ("evit(rest='drop')", (0.5,), ["evit(keep=0.5, rest='drop')"]),
         ("tome", (2.0, 3), ["tome(r=2)", "tome(r=3)"]),
         ("ats", (20,), ["ats(K=20)"]),
     ],

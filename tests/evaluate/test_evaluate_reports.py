@@ -150,14 +150,14 @@ def test_lines_of_a_tradeoff(report: Report) -> None:
 
 def test_a_line_is_a_method_with_its_other_options(report: Report) -> None:
     row = report.entries[0].rows["ats(K=20)"]
-    names = ("evit(keep=0.5)", "evit(keep=0.5, fuse=False)", "evit(keep=0.7, fuse=False)")
+    names = ("evit(keep=0.5)", "evit(keep=0.5, rest='drop')", "evit(keep=0.7, rest='drop')")
     rates = (0.5, 0.5, 0.7)
     rows = {
         n: replace(row, name=n, method="evit", rate=r) for n, r in zip(names, rates, strict=True)
     }
     axes = tradeoff_figure([Entry("demo", {}, rows)]).axes[0]
     found = {line.get_label(): len(line.get_xdata()) for line in axes.lines}
-    assert found == {"evit": 1, "evit(fuse=False)": 2}
+    assert found == {"evit": 1, "evit(rest='drop')": 2}
 
 
 def test_bands_are_the_spread_over_seeds(report: Report) -> None:

@@ -16,7 +16,7 @@ from foveate.evaluate.occlusion import keep_order, kept_patches
 def entering(model, images) -> list[tuple[int, ...]]:
     """Patches over which each block attends."""
     blocks = model.eval().trace(images).blocks
-    return [block.attended.counts for block in blocks]
+    return [block.attention.counts for block in blocks]
 
 
 @pytest.mark.parametrize("method", ["random", "attention"])
@@ -32,7 +32,7 @@ def test_scores_are_class_attention_of_the_previous_block() -> None:
     """Against attention taken by hand off the plain model, before anything is dropped."""
     model = randomise(vit(depth=4)).eval()
     images = next(iter(small_batches(3)()))[0]
-    first = prune(model, "attention", 0.5).eval().trace(images).blocks[1].attended
+    first = prune(model, "attention", 0.5).eval().trace(images).blocks[1].attention
     norm, attn = model.blocks[0].norm1, model.blocks[0].attn
     with torch.no_grad():
         x = model._pos_embed(model.patch_embed(images))
@@ -55,7 +55,7 @@ def test_chance_is_of_seed_and_image_alone_and_as_in_the_occlusion_curve() -> No
 
     def kept(seed: int, part: slice) -> list[torch.Tensor]:
         reduced = prune(model, "random", 0.5, seed=seed, images=indices[part].tolist())
-        return [block.attended.source >= 0 for block in reduced.trace(images[part]).blocks]
+        return [block.attention.source >= 0 for block in reduced.trace(images[part]).blocks]
 
     whole = kept(7, slice(None))
     order = keep_order(indices, 36, 7)

@@ -22,7 +22,7 @@ METHODS = (
     "structural",
     "tome(r=3)",
     "ats(K=12)",
-    "evit(keep=0.7) + tome(r=2)",
+    "evit(keep=0.7, blocks=[1]) + tome(r=2, blocks=[2, 3])",
 )
 
 
@@ -44,7 +44,7 @@ def test_against_loops(method: str) -> None:
         sizes.append([])
         tokens.append([])
         for trace in traces:
-            state = trace.blocks[block].fed
+            state = trace.blocks[block].mlp
             for source, length in zip(state.source.tolist(), state.layout.lengths, strict=True):
                 used[-1].append([token >= 0 for token in source])
                 sizes[-1].append([source.count(token) if token >= 0 else 0 for token in source])

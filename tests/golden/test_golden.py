@@ -58,18 +58,18 @@ def test_tome(tmp_path: Path) -> None:
 
 
 def test_evit(tmp_path: Path) -> None:
-    for name, fuse in (("evit", True), ("evit_nofuse", False)):
-        model, answers = load(name, tmp_path, origin="evit", keep=0.7, fuse=fuse)
+    for name, rest in (("evit", "fuse"), ("evit_nofuse", "drop")):
+        model, answers = load(name, tmp_path, origin="evit", keep=0.7, rest=rest)
         logits, blocks = run(model)
         assert_logits(logits, answers)
-        for block, expected in zip((3, 6, 9), chain_kept(answers, fuse), strict=True):
-            assert left_patches(blocks[block].left) == expected
+        for block, expected in zip((3, 6, 9), chain_kept(answers, rest == "fuse"), strict=True):
+            assert left_patches(blocks[block].output) == expected
 
 
 def assert_kept(blocks: list, answers: dict[str, Tensor], stages: tuple[int, ...]) -> None:
     for stage, block in enumerate(stages):
         kept = [set(row) for row in answers[f"kept{stage}"].tolist()]
-        assert left_patches(blocks[block].attended) == kept
+        assert left_patches(blocks[block].attention) == kept
 
 
 def test_dynamicvit(tmp_path: Path) -> None:
@@ -82,8 +82,8 @@ def test_dynamicvit(tmp_path: Path) -> None:
 def test_dynamicvit_scores(tmp_path: Path) -> None:
     """The predictor's log-probabilities, not only their order."""
     model, answers = load("dynamicvit", tmp_path)
-    entering = model.trace(images()).blocks[2].left
-    got = model.reducer.logits(0, entering)[..., 0]
+    entering = model.trace(images()).blocks[2].output
+    got = model.reducer.logits(0, entering).log_softmax(-1)[..., 0]
     torch.testing.assert_close(got, answers["keep_logprob0"], atol=TOLERANCE, rtol=0)
 
 

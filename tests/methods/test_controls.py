@@ -114,7 +114,7 @@ def test_attention_keeps_what_the_class_token_attends_to() -> None:
     model = control("attention(keep=0.5, blocks=[2])")
     block = model.trace(images()).blocks[2]
     with torch.no_grad():
-        _, weights = after_attention(model.vit, 2, block.attended.tokens())
+        _, weights = after_attention(model.vit, 2, block.attention.tokens())
     best = weights.mean(1)[:, 0, 1:].topk(18).indices
     expected = torch.zeros(3, 36, dtype=torch.bool).scatter(1, best, True)
     assert torch.equal(block.active(), expected)
@@ -129,19 +129,19 @@ def test_without_a_class_token_received_attention_decides(
     assert "no class token" in caplog.text
     block = reduced.trace(images()).blocks[2]
     with torch.no_grad():
-        _, weights = after_attention(model, 2, block.attended.tokens())
+        _, weights = after_attention(model, 2, block.attention.tokens())
     best = weights.mean(1).mean(1).topk(18).indices
     expected = torch.zeros(3, 36, dtype=torch.bool).scatter(1, best, True)
     assert torch.equal(block.active(), expected)
 
 
 @pytest.mark.parametrize("name", ["attention", "random", "static", "dynamicvit", "evit"])
-def test_preserve_brings_patches_back_at_their_last_value(name: str) -> None:
+def test_recall_before_the_head_brings_patches_back_at_their_last_value(name: str) -> None:
     model = control(f"{name}(keep=0.5)", global_pool="avg")
-    dropping = model.forward_features(images())
-    preserving = foveate.apply(model.vit, f"{name}(keep=0.5, preserve=True)").eval()
+    dropping = model.tokens(images())
+    preserving = foveate.apply(model.vit, f"{name}(keep=0.5, recall_before='head')").eval()
     preserving.reducer.load_state_dict(model.reducer.state_dict())
-    final = preserving.forward_features(images())
+    final = preserving.tokens(images())
     assert final.counts == (36,) * 3 and (final.source >= 0).all()
     assert torch.equal(final.restore(), dropping.restore("last"))
     pooled = dropping.restore("last").mean(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from small import batch_state, images, logits, noise, randomise, spec, vit
 from torch import Tensor
 
@@ -62,7 +63,7 @@ def test_gates_are_nested_and_drawn_in_training_only() -> None:
     first, second = model.trace(images()), model.trace(images())
     assert not torch.equal(first.logits, second.logits)
     for trace in (first, second):
-        alive = [block.attended.alive for block in trace.blocks]
+        alive = [block.attention.alive for block in trace.blocks]
         for before, after in zip(alive, alive[1:], strict=False):
             assert (after <= before).all()
         assert (alive[-1][:, 1:].sum(1) >= 1).all() and (alive[-1][:, 0] == 1).all()
@@ -75,11 +76,14 @@ def test_gates_are_nested_and_drawn_in_training_only() -> None:
 
 def naive_predictor(predictor: Predictor, x: Tensor, weight: Tensor) -> Tensor:
     """As methods.md 2.1 has it, for one image ``x [N, C]``."""
-    u = predictor.local(x)
+    into = torch.cat([predictor.local_in.weight, predictor.global_in.weight])
+    bias = torch.cat([predictor.local_in.bias, predictor.global_in.bias])
+    u = F.gelu(F.linear(predictor.norm(x), into, bias))
     half = u.shape[1] // 2
     shared = (u[:, half:] * weight[:, None]).sum(0) / weight.sum()
     z = torch.cat([u[:, :half], shared.expand(len(u), -1)], 1)
-    return predictor.out(z).log_softmax(-1)
+    first = torch.cat([predictor.local_out.weight, predictor.global_out.weight], 1)
+    return predictor.out(F.linear(z, first, predictor.global_out.bias)).log_softmax(-1)
 
 
 @pytest.mark.parametrize("kind", ["even", "ragged", "masked"])
@@ -94,7 +98,7 @@ def test_predictor(kind: str) -> None:
     for n in state.layout.lengths:
         part = slice(row + 2, row + n)  # prefix tokens have no say
         expected = naive_predictor(predictor, state.x[part], weight[part])
-        torch.testing.assert_close(got[part], expected)
+        torch.testing.assert_close(got[part].log_softmax(-1), expected)
         row += n
 
 
@@ -106,9 +110,9 @@ def test_the_ratio_loss_holds_every_image_to_its_target() -> None:
     trace = model.trace(images())
     terms = []
     for stage, block in enumerate((1, 2)):
-        share = trace.blocks[block].attended.alive[:, 1:].mean(1)
+        share = trace.blocks[block].attention.alive[:, 1:].mean(1)
         terms.append(((share - 0.5 ** (stage + 1)) ** 2).mean())
-    losses = model.reducer.losses(outcome.notes)
+    losses = model.reducer.losses(outcome)
     torch.testing.assert_close(losses["ratio"], torch.stack(terms).mean())
     assert set(model.reducer.loss_weights) == {"ratio", "kl", "token"}
 
@@ -141,11 +145,11 @@ def test_an_earlier_gate_learns_from_what_later_ones_make_of_the_dropped() -> No
     reducer = Scripted(keep=0.5, blocks=(0, 1), gate="argmax").script(odds)
     reducer.build(spec(depth=2, grid=(1, 4)))
     state = batch_state(4)
-    state = state.replace(alive=torch.ones(2, 5), notes={"training": True})
+    state = state.replace(alive=torch.ones(2, 5))
     for block in (0, 1):
         state = reducer.before(block, state)
     assert state.alive[:, 1:].tolist() == [[1, 0, 0, 0]] * 2
-    share = reducer.noted(state.notes, "kept_share")
+    share = state.notes[".kept_share"]
     assert share[0].tolist() == [0.5, 0.5] and share[1].tolist() == [0.25, 0.25]
     (gradient,) = torch.autograd.grad(share[1][0], odds)
     slope = (odds.sigmoid() * (1 - odds.sigmoid())).detach()
@@ -174,10 +178,10 @@ def test_the_ratio_loss_reaches_patches_that_were_dropped(
     with torch.no_grad():
         monkeypatch.setattr(type(model.reducer), "logits", original)
         torch.manual_seed(0)
-        alive = model.trace(images(8)).blocks[1].attended.alive[:, 1 : 1 + 36]
+        alive = model.trace(images(8)).blocks[1].attention.alive[:, 1 : 1 + 36]
     monkeypatch.setattr(type(model.reducer), "logits", watched)
     torch.manual_seed(0)
     outcome = model.run(images(8), track=True)
-    model.reducer.noted(outcome.notes, "kept_share")[1].sum().backward()
+    outcome.notes[f"{model.reducer.name}.kept_share"][1].sum().backward()
     gradient = said[0].grad[..., 0].abs()
     assert gradient[alive == 0].mean() > 1e-3 and gradient[alive > 0].mean() > 1e-3

@@ -14,8 +14,8 @@ def test_the_fused_token_is_the_sum_of_scored_tokens() -> None:
     model = randomise(small_vit()).eval()
     trace = foveate.apply(model, "evit", keep=0.6, blocks=[1]).eval().trace(images())
     with torch.no_grad():
-        x, weights = after_attention(model, 1, trace.blocks[1].attended.tokens())
-    score, fed = weights.mean(1)[:, 0, 1:], trace.blocks[1].fed
+        x, weights = after_attention(model, 1, trace.blocks[1].attention.tokens())
+    score, fed = weights.mean(1)[:, 0, 1:], trace.blocks[1].mlp
     count = 22  # ceil(0.6 * 36)
     assert fed.layout.lengths == (1 + count + 1,) * 3
     for b in range(3):
@@ -28,7 +28,7 @@ def test_the_fused_token_is_the_sum_of_scored_tokens() -> None:
 def test_without_fusing_the_rest_is_gone() -> None:
     row = noise(2, 3, 11).exp()
     state = batch_state(10)
-    after = built("evit(keep=0.5, fuse=False)", grid=(1, 10)).between(1, state, Said(row))
+    after = built("evit(keep=0.5, rest='drop')", grid=(1, 10)).between(1, state, Said(row))
     best = row.mean(1)[:, 1:].topk(5).indices
     for b in range(2):
         assert torch.equal(after.tokens()[b, 1:], state.tokens()[b, 1:][best[b]])
@@ -74,15 +74,15 @@ def test_images_that_drop_nothing_fuse_nothing() -> None:
     mask[0, 2, 3] = True  # a single patch: ceil(0.7 * 1) is that one
     trace = model.trace(images(), keep_mask=mask)
     for block in trace.blocks:
-        assert block.fed.counts[0] == 1
-    assert trace.blocks[1].fed.counts[1] == -(-7 * int(mask[1].sum()) // 10) + 1
+        assert block.mlp.counts[0] == 1
+    assert trace.blocks[1].mlp.counts[1] == -(-7 * int(mask[1].sum()) // 10) + 1
     assert torch.isfinite(trace.logits).all()
 
 
 @pytest.mark.parametrize("mode", ["gathered", "packed"])
 def test_warm_up_moves_the_counts(mode: str) -> None:
     model = foveate.apply(
-        randomise(small_vit()).eval(), "evit", keep=0.5, blocks=[1], warmup=(0.0, 1.0), fuse=False
+        randomise(small_vit()).eval(), "evit", keep=0.5, blocks=[1], warmup=(0.0, 1.0), rest="drop"
     )
     model.mode = mode
     for progress, count in ((0.0, 36), (0.5, 27), (1.0, 18)):

@@ -36,16 +36,19 @@ def test_scores_follow_processed_tokens_only() -> None:
     vit_model = model.vit
     for index in range(4):
         with torch.no_grad():
-            _, weights = after_attention(vit_model, index, blocks[index].attended.tokens())
+            _, weights = after_attention(vit_model, index, blocks[index].attention.tokens())
         new = weights.mean(1)[:, 0]
         if index == 0:
-            torch.testing.assert_close(score(blocks[0].left), new[:, 1:])
+            torch.testing.assert_close(score(blocks[0].output), new[:, 1:])
             continue
-        old, now = score(blocks[index - 1].left.recalled()), score(blocks[index].left.recalled())
+        old, now = (
+            score(blocks[index - 1].output.recalled()),
+            score(blocks[index].output.recalled()),
+        )
         still = waiting(blocks[index])
         assert still.sum(1).tolist() == [18] * 3
         assert torch.equal(now[still], old[still])
-        attended = blocks[index].attended
+        attended = blocks[index].attention
         fresh = new.gather(1, attended.source.clamp_min(0))
         expected = 0.7 * old + 0.3 * fresh
         torch.testing.assert_close(now[~still], expected[~still])
@@ -55,13 +58,13 @@ def test_a_stage_processes_the_best_and_restores_the_order() -> None:
     model = evovit()
     blocks = model.trace(images()).blocks
     for start, end in ((1, 1), (2, 3)):
-        best = score(blocks[start - 1].left).topk(18).indices
+        best = score(blocks[start - 1].output).topk(18).indices
         active = torch.zeros(3, 36, dtype=torch.bool).scatter(1, best, True)
         for index in range(start, end + 1):
             assert torch.equal(blocks[index].active(), active)
-            assert blocks[index].fed.layout.lengths == (1 + 18 + 1,) * 3
-        left = blocks[end].left
-        assert left.outer is None and left.layout.lengths == (37,) * 3
+            assert blocks[index].mlp.layout.lengths == (1 + 18 + 1,) * 3
+        left = blocks[end].output
+        assert left.parked is None and left.layout.lengths == (37,) * 3
         assert torch.equal(left.source, torch.arange(1, 37).expand(3, -1))
 
 
@@ -81,7 +84,7 @@ def test_waiting_patches_follow_their_representative(
     monkeypatch.setattr(EvoViT, "after", spy)
     blocks = model.trace(images(), keep_mask=mask).blocks
     for start, end in ((1, 1), (2, 3)):
-        before, inner, left = blocks[start - 1].left, blocks[start].attended, blocks[end].left
+        before, inner, left = blocks[start - 1].output, blocks[start].attention, blocks[end].output
         there = before.source >= 0
         idle = waiting(blocks[start]) & there
         weight = torch.where(
@@ -105,8 +108,8 @@ def test_the_released_deit_variant_leaves_them_as_they_are() -> None:
     blocks = evovit("evovit(keep=0.5, variant='deit')").trace(images()).blocks
     for start, end in ((1, 1), (2, 3)):
         idle = waiting(blocks[start])
-        assert blocks[start].fed.layout.lengths == (1 + 18,) * 3
-        before, after = blocks[start - 1].left.restore(), blocks[end].left.restore()
+        assert blocks[start].mlp.layout.lengths == (1 + 18,) * 3
+        before, after = blocks[start - 1].output.restore(), blocks[end].output.restore()
         assert torch.equal(after[idle], before[idle])
         assert (after[~idle] != before[~idle]).any(-1).all()
 
@@ -114,7 +117,7 @@ def test_the_released_deit_variant_leaves_them_as_they_are() -> None:
 def test_layerwise_selects_anew_in_every_block() -> None:
     blocks = evovit("evovit(keep=0.5, layerwise=True, starts=[1])").trace(images()).blocks
     stages = [block.active() for block in blocks[1:]]
-    assert all(block.left.outer is None for block in blocks)
+    assert all(block.output.parked is None for block in blocks)
     assert all(stage.sum(1).tolist() == [18] * 3 for stage in stages)
     together = evovit("evovit(keep=0.5, starts=[1])").trace(images()).blocks
     assert all(torch.equal(block.active(), stages[0]) for block in together[1:])
@@ -124,7 +127,7 @@ def test_nothing_waits_at_keep_1() -> None:
     model = evovit("evovit(keep=1.0)")
     trace = model.trace(images())
     assert trace.counts() == [(37,) * 3] * 4
-    assert ("evovit", "representative") not in trace.notes
+    assert "evovit.representative" not in trace.notes
 
 
 def test_an_image_of_one_patch_has_no_representative() -> None:
@@ -133,14 +136,20 @@ def test_an_image_of_one_patch_has_no_representative() -> None:
     mask[1, 3, 3] = True
     trace = evovit().trace(images(), keep_mask=mask)
     for block in trace.blocks:
-        assert block.fed.layout.lengths[1] == 2
+        assert block.mlp.layout.lengths[1] == 2
     assert torch.isfinite(trace.logits).all()
 
 
-def test_the_auxiliary_head_is_noted() -> None:
+def test_the_auxiliary_head_has_a_loss_of_its_own() -> None:
     model = evovit("evovit(keep=0.5, aux=True)", global_pool="avg")
-    notes = model.run(images()).notes
-    assert notes["evovit", "aux_logits"].shape == (3, 10)
+    outcome, labels = model.run(images()), torch.tensor([1, 4, 7])
+    (loss,) = (losses := model.reducer.losses(outcome, labels)).values()
+    assert list(losses) == ["aux"] and model.reducer.losses(outcome) == {}
+    torch.testing.assert_close(
+        loss, torch.nn.functional.cross_entropy(outcome.notes["evovit.aux_logits"], labels)
+    )
+    assert model.reducer.loss_weights == {"class": 0.5, "aux": 0.5}
+    assert evovit("evovit(keep=0.5)").reducer.loss_weights == {}
     assert len(model.parameter_groups()["new"]) == 4
     for options in ({"class_token": False, "global_pool": "avg"}, {"num_classes": 0}):
         with pytest.raises(ValueError, match="needs a class token and a classification head"):

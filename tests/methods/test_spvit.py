@@ -22,8 +22,8 @@ def spvit(options: str = "keep=0.7", **changes: object) -> ReducedViT:
 @torch.no_grad()
 def balanced(model: ReducedViT) -> ReducedViT:
     """Move the gates one after the other so that each keeps some patches and drops some."""
-    for block, selector in zip(model.reducer.acts, model.reducer.selectors, strict=True):
-        log_prob, _ = selector(model.trace(images()).blocks[block - 1].left)
+    for block, selector in zip(model.reducer.active_blocks, model.reducer.selectors, strict=True):
+        log_prob, _ = selector(model.trace(images()).blocks[block - 1].output)
         odds = log_prob[:, 0] - log_prob[:, 1]
         selector.predictors.rest[-1].bias[..., 0] -= odds.quantile(0.4)
     return model
@@ -38,7 +38,7 @@ def probabilities(model: ReducedViT, stage: int, state: TokenState) -> tuple[Ten
 
 
 def entering(blocks: list[BlockTrace], stage: int) -> TokenState:
-    return blocks[stage].left  # stages start at blocks 1, 2, 3
+    return blocks[stage].output  # stages start at blocks 1, 2, 3
 
 
 @pytest.mark.parametrize("package", ["mean", "sum"])
@@ -46,7 +46,7 @@ def test_the_package_is_the_weighted_mean_of_what_a_stage_dropped(package: str) 
     model = spvit(f"keep=0.7, package='{package}'")
     blocks = model.trace(images()).blocks
     for stage in range(3):
-        before, after = entering(blocks, stage), blocks[stage + 1].attended
+        before, after = entering(blocks, stage), blocks[stage + 1].attention
         keep, prob = probabilities(model, stage, before)
         for b in range(3):
             row = slice(1, before.layout.lengths[b])
@@ -68,7 +68,7 @@ def test_packages_are_never_dropped() -> None:
         selector.predictors.rest[-1].bias.data.copy_(torch.tensor([-50.0, 50.0]))
     for mode in ("packed", "masked"):
         model.mode = mode
-        states = [block.attended for block in model.trace(images()).blocks[1:]]
+        states = [block.attention for block in model.trace(images()).blocks[1:]]
         for stage, state in enumerate(states):
             # The second stage has only one patch left, which has to stay: nothing to pack.
             present = state.present()
@@ -105,7 +105,7 @@ def test_an_accumulating_package_stays_a_single_one() -> None:
     model = spvit("keep=0.7, accumulate=True, package='sum'")
     blocks = model.trace(images()).blocks
     for stage in range(3):
-        before, after = entering(blocks, stage), blocks[stage + 1].attended
+        before, after = entering(blocks, stage), blocks[stage + 1].attention
         guests = after.layout.rect(after.place, -1) == 36
         assert guests[:, 1:].sum(1).tolist() == [1] * 3
         if stage == 0:
@@ -175,8 +175,8 @@ def test_the_ratio_loss_holds_the_batch_to_absolute_targets() -> None:
     torch.manual_seed(0)
     terms = []
     for block, target in zip(model.trace(images()).blocks[1:], (0.6, 0.4, 0.1), strict=True):
-        share = block.attended.alive[:, 1:37].mean()  # packages do not count
+        share = block.attention.alive[:, 1:37].mean()  # packages do not count
         terms.append((share - target) ** 2)
-    got = model.reducer.losses(outcome.notes)["ratio"]
+    got = model.reducer.losses(outcome)["ratio"]
     torch.testing.assert_close(got, torch.stack(terms).mean())
     assert SPViT.rule == "argmax" and not model.reducer.fixed_count

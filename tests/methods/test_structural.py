@@ -9,7 +9,7 @@ from small import built, images, keep_masks, noise, randomise, vit
 from torch import Tensor
 
 import foveate
-from foveate.core import ReducedViT, TokenState
+from foveate.core import Context, ReducedViT, Selection, TokenState
 
 
 def structural(method: str = "structural(after_block=1)", **options: object) -> ReducedViT:
@@ -20,13 +20,13 @@ def dense(model: ReducedViT, x: Tensor) -> Tensor:
     """Patches after block 1 of the untouched model, ``[B, C, H, W]``."""
     nothing = foveate.apply(model.vit, "random(keep=1.0)").eval()
     with torch.no_grad():
-        return nothing.forward_intermediates(x, [1])[0]
+        return nothing.forward_intermediates(x, [1], intermediates_only=True)[0]
 
 
 @pytest.mark.parametrize("size", [(48, 48), (24, 56), (40, 48), (8, 40), (8, 8)], ids=str)
 def test_cells_are_means_also_at_the_edges_of_odd_grids(size: tuple[int, int]) -> None:
     model, x = structural(), images(2, size)
-    left = model.trace(x).blocks[1].left
+    left = model.trace(x).blocks[1].output
     pooled = F.avg_pool2d(dense(model, x), 2, ceil_mode=True, count_include_pad=False)
     rows, columns = pooled.shape[2:]
     assert left.counts == (rows * columns,) * 2
@@ -41,9 +41,9 @@ def test_under_a_keep_mask_cells_are_means_of_what_is_there(size: tuple[int, int
     model, x, grid = structural(), images(3, size), (size[0] // 8, size[1] // 8)
     mask = keep_masks(3, grid, share=0.4)
     trace = model.trace(x, keep_mask=mask)
-    before, left = trace.blocks[1].fed, trace.blocks[1].left
+    before, left = trace.blocks[1].mlp, trace.blocks[1].output
     nothing = foveate.apply(model.vit, "random(keep=1.0)").eval()
-    values = nothing.trace(x, keep_mask=mask).blocks[1].left.restore("zero")
+    values = nothing.trace(x, keep_mask=mask).blocks[1].output.restore("zero")
     values = values.transpose(1, 2).unflatten(2, grid)
     pool = dict(kernel_size=2, ceil_mode=True, count_include_pad=False)
     share = F.avg_pool2d(mask[:, None].float(), **pool)
@@ -60,10 +60,10 @@ def test_under_a_keep_mask_cells_are_means_of_what_is_there(size: tuple[int, int
 def test_after_a_method_that_reorders_the_grid() -> None:
     """Cells are found by place, not by position."""
     alone = structural("structural(after_block=2)")
-    chain = structural("evit(keep=0.5, fuse=False, blocks=[1]) + structural(after_block=2)")
+    chain = structural("evit(keep=0.5, rest='drop', blocks=[1]) + structural(after_block=2)")
     trace = chain.trace(images())
-    before, left = trace.blocks[2].fed, trace.blocks[2].left
-    cells = alone.trace(images()).blocks[2].left.source  # same cell, same token
+    before, left = trace.blocks[2].mlp, trace.blocks[2].output
+    cells = alone.trace(images()).blocks[2].output.source  # same cell, same token
     for b in range(3):
         there = before.source[b] >= 0
         assert torch.equal(left.source[b] >= 0, there)
@@ -76,10 +76,10 @@ def test_after_a_method_that_reorders_the_grid() -> None:
 def test_a_whole_grid_in_another_order() -> None:
     """Nothing is missing, but every image has its own order: cells are the same."""
     x = noise(3, 2 + 15, 4)
-    state = TokenState.begin(x, prefix=2, grid=(3, 5), place=True, track=True)
+    state = TokenState.begin(x, Context(2, (3, 5)), place=True, track=True)
     order = noise(3, 15, seed=1).argsort(1)
     method = built("structural(after_block=1)", prefix=2, grid=(3, 5))
-    plain, other = method.after(1, state), method.after(1, state.keep(order))
+    plain, other = method.after(1, state), method.after(1, state.keep(Selection(order)))
     torch.testing.assert_close(other.x, plain.x)
     assert torch.equal(other.source, plain.source)
     assert other.layout.is_even and torch.equal(other.size, plain.size)
@@ -88,7 +88,7 @@ def test_a_whole_grid_in_another_order() -> None:
 def test_tokens_without_a_place_stay_behind_the_cells() -> None:
     chain = structural("evit(keep=0.5, blocks=[1]) + structural(after_block=2)")
     trace = chain.trace(images())
-    fed, left = trace.blocks[2].fed, trace.blocks[2].left
+    fed, left = trace.blocks[2].mlp, trace.blocks[2].output
     fused = fed.layout.rect(fed.place)[:, -1]
     assert fused.tolist() == [36] * 3
     for b in range(3):
@@ -103,6 +103,6 @@ def test_refusals(block: object) -> None:
 
 
 def test_the_default_is_half_of_the_depth() -> None:
-    assert structural("structural").reducer.acts == (1,)
+    assert structural("structural").reducer.active_blocks == (1,)
     assert structural("structural(after_block=0)").trace(images()).counts()[1] == (10,) * 3
-    assert structural("structural", depth=1).reducer.acts == (0,)
+    assert structural("structural", depth=1).reducer.active_blocks == (0,)

@@ -11,8 +11,7 @@ from torch import Tensor
 
 import foveate
 from foveate.core import ReducedViT
-from foveate.core.cost import plan
-from foveate.methods import svit as module
+from foveate.core import gated as module
 
 
 def svit(method: str = "svit(keep=0.7)", **options: object) -> ReducedViT:
@@ -54,16 +53,16 @@ def test_an_image_without_active_patches_skips_the_block(
     trace = model.trace(images())
     front = model.backbone.spec.prefix
     for before, block in zip(trace.blocks, trace.blocks[1:], strict=False):
-        old, new = before.left.tokens(), block.left.tokens()
+        old, new = before.output.tokens(), block.output.tokens()
         for b in range(3):
             same = (new[b, front:] == old[b, front:]).all(-1)
             if b in closed:
-                assert same.all() and block.fed.layout.lengths[b] == front
+                assert same.all() and block.mlp.layout.lengths[b] == front
             else:
                 assert not same.all()
                 torch.testing.assert_close(
-                    block.left.tokens()[b],
-                    open_trace.blocks[trace.blocks.index(block)].left.tokens()[b],
+                    block.output.tokens()[b],
+                    open_trace.blocks[trace.blocks.index(block)].output.tokens()[b],
                     atol=1e-5,
                     rtol=1e-5,
                 )
@@ -87,7 +86,7 @@ def test_all_gates_closed_still_trains(
     model = svit(**options).train()
     close_gates([0, 1, 2])
     outcome = model.run(images())
-    loss = outcome.logits.square().sum() + model.reducer.losses(outcome.notes)["ratio"]
+    loss = outcome.logits.square().sum() + model.reducer.losses(outcome)["ratio"]
     loss.backward()
     for p in model.reducer.parameters():
         assert torch.isfinite(p.grad).all()
@@ -97,11 +96,11 @@ def test_the_classifier_token_may_wait_in_the_last_block() -> None:
     model = svit("svit(keep=0.7, gate_prefix_last=True)")
     model.reducer.gates[-1][-1].bias.data.copy_(torch.tensor([-50.0, 50.0]))
     trace = model.trace(images())
-    assert trace.blocks[3].fed.layout.total == 0  # nobody is left, class token included
-    assert torch.equal(trace.blocks[3].left.x, trace.blocks[2].left.x)
+    assert trace.blocks[3].mlp.layout.total == 0  # nobody is left, class token included
+    assert torch.equal(trace.blocks[3].output.x, trace.blocks[2].output.x)
     default = svit("svit(keep=0.7)")
     default.reducer.gates[-1][-1].bias.data.copy_(torch.tensor([-50.0, 50.0]))
-    assert default.trace(images()).blocks[3].fed.layout.lengths == (1, 1, 1)
+    assert default.trace(images()).blocks[3].mlp.layout.lengths == (1, 1, 1)
 
 
 @pytest.mark.parametrize("mode", ["packed", "masked"])
@@ -112,7 +111,7 @@ def test_skipped_patches_keep_their_value_and_may_return(mode: str) -> None:
     active = [block.active() for block in blocks]
     back = False
     for before, block, now in zip(blocks, blocks[1:], active[1:], strict=False):
-        old, new = before.left.restore(), block.left.restore()
+        old, new = before.output.restore(), block.output.restore()
         assert torch.equal(new[~now], old[~now])
         assert (new[now] != old[now]).any(-1).all()
     for one, two in zip(active[1:], active[2:], strict=False):
@@ -148,7 +147,7 @@ def test_gates_learn_from_the_mix_alone(monkeypatch: pytest.MonkeyPatch) -> None
     (outcome.logits * direction).sum().backward()
     keep = kept[0]
     with torch.no_grad():
-        before = blocks[2].left.tokens()
+        before = blocks[2].output.tokens()
         visible = torch.cat([torch.ones(3, 1), keep.detach()], 1).bool()
         done = model.vit.blocks[3](before, attn_mask=visible[:, None, None, :])
         norm, head = model.vit.norm, model.vit.head
@@ -169,7 +168,7 @@ def test_the_ratio_loss(ratio: str) -> None:
         share = block.active().float().mean(1)
         value = share.mean() if ratio == "dynamic" else share
         terms.append(((value - target) ** 2).mean())
-    got = model.reducer.losses(outcome.notes)["ratio"]
+    got = model.reducer.losses(outcome)["ratio"]
     torch.testing.assert_close(got, torch.stack(terms).mean())
     assert model.reducer.loss_weights == {"ratio": 4.0}
 
@@ -210,7 +209,7 @@ def test_evaluation_does_not_sample_unless_asked() -> None:
 def test_top_k_is_the_same_in_every_mode_and_batch(options: str, form: dict) -> None:
     """With real tensors of static size, packed, masked, and each image alone."""
     model, traces = svit(f"svit({options})", **form), {}
-    expected = plan(model.backbone.spec, model.reducer, (6, 6))
+    expected = foveate.count(model).tokens
     for mode in ("gathered", "packed", "masked"):
         model.mode = mode
         traces[mode] = trace = model.trace(images())
@@ -220,7 +219,7 @@ def test_top_k_is_the_same_in_every_mode_and_batch(options: str, form: dict) -> 
             if "reactivate" in options:
                 assert not (block & ~before).any(), now
         if mode != "masked":
-            assert trace.counts() == [(tokens.fed,) * 3 for tokens in expected]
+            assert trace.counts() == [(tokens,) * 3 for tokens in expected]
             alone = logits(model, images()[1:2])
             torch.testing.assert_close(alone[0], trace.logits[1], atol=1e-4, rtol=1e-4)
 
@@ -238,10 +237,10 @@ def test_shares_are_of_what_a_keep_mask_leaves(options: str) -> None:
             outcomes.append(model.run(images(), keep_mask=mask))
     packed, masked = outcomes
     torch.testing.assert_close(masked.logits, packed.logits, atol=1e-4, rtol=1e-4)
-    losses = [model.reducer.losses(outcome.notes)["ratio"] for outcome in outcomes]
+    losses = [model.reducer.losses(outcome)["ratio"] for outcome in outcomes]
     torch.testing.assert_close(losses[0], losses[1])
     if "topk" in options:
-        shares = [share for _, share in sorted(packed.notes["svit", "kept_share"].items())]
+        shares = [share for _, share in sorted(packed.notes["svit.kept_share"].items())]
         for target, share in zip((0.7, 0.49, 0.343), shares, strict=True):
             patches = mask.sum((1, 2))
             torch.testing.assert_close(share, (target * patches).round() / patches)

@@ -37,9 +37,9 @@ def test_every_other_patch_joins_the_most_similar_kept_one(how: str) -> None:
     method = f"tokenmergence(keep=0.4, blocks=[1], similarity='{how}')"
     trace = foveate.apply(model, method).eval().trace(images())
     with torch.no_grad():
-        x, weights = after_attention(model, 1, trace.blocks[1].attended.tokens())
+        x, weights = after_attention(model, 1, trace.blocks[1].attention.tokens())
     score, maps = weights.mean(1)[:, 0, 1:], weights.mean(1)[:, 1:, 1:]
-    fed = trace.blocks[1].fed
+    fed = trace.blocks[1].mlp
     assert fed.layout.lengths == (1 + 15,) * 3
     assert fed.size is None  # importance weighs, sizes are not kept
     for b in range(3):
@@ -85,7 +85,7 @@ def test_random_partners_repeat() -> None:
     assert torch.equal(first.final.source, second.final.source)
     alone = reduced.trace(images()[1:2])
     assert torch.equal(alone.final.source[0], first.final.source[1])
-    assert len(first.blocks[1].left.sizes().unique()) > 2  # not all into one
+    assert len(first.blocks[1].output.patch_counts().unique()) > 2  # not all into one
 
 
 def test_only_what_is_there_is_merged() -> None:
@@ -99,7 +99,7 @@ def test_only_what_is_there_is_merged() -> None:
 
 
 def test_the_map_is_asked_for_only_where_it_is_read() -> None:
-    assert built("tokenmergence").needs == {"cls_row"}
-    assert built("tokenmergence(similarity='attention')").needs == {"cls_row", "attention"}
+    assert built("tokenmergence").reads == {"cls_row"}
+    assert built("tokenmergence(similarity='attention')").reads == {"cls_row", "full_map"}
     with pytest.raises(ValueError, match="similarity must be one of 'cosine'"):
         built("tokenmergence(similarity='dot')")

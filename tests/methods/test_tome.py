@@ -17,7 +17,7 @@ def tome(method: str = "tome(r=5)", **options: object) -> ReducedViT:
 
 def states(model: ReducedViT, **options: object) -> list[TokenState]:
     blocks = model.trace(images(), **options).blocks
-    return [state for block in blocks for state in (block.attended, block.fed, block.left)]
+    return [state for block in blocks for state in (block.attention, block.mlp, block.output)]
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -35,9 +35,9 @@ def test_sizes_add_up_and_prefix_tokens_stay_in_place(prefix: int, masked: bool)
             assert sizes[:, prefix:].sum(1).tolist() == patches
         assert torch.where(state.source < 0, 99, state.source).min() == prefix
     # Prefix tokens are what a block without merging makes of them.
-    front = model.trace(images(), keep_mask=mask).blocks[0].fed.prefix_tokens()
+    front = model.trace(images(), keep_mask=mask).blocks[0].mlp.prefix_tokens()
     nothing = tome("tome(r=0)", global_pool="avg", **options)
-    same = nothing.trace(images(), keep_mask=mask).blocks[0].fed.prefix_tokens()
+    same = nothing.trace(images(), keep_mask=mask).blocks[0].mlp.prefix_tokens()
     torch.testing.assert_close(front, same)
 
 
@@ -66,7 +66,7 @@ def test_matching(prefix: int) -> None:
     )
     blocks = model.trace(images()).blocks
     for index, block in enumerate(blocks):
-        stock, attended, fed = model.vit.blocks[index], block.attended, block.fed
+        stock, attended, fed = model.vit.blocks[index], block.attention, block.mlp
         with torch.no_grad():
             y = stock.norm1(attended.x)
             keys = stock.attn.qkv(y).chunk(3, -1)[1].unflatten(-1, (3, -1))
@@ -92,7 +92,7 @@ def test_merged_values_are_means_over_all_patches_of_a_token() -> None:
             block.attn.proj.weight.zero_(), block.attn.proj.bias.zero_()
             block.mlp.fc2.weight.zero_(), block.mlp.fc2.bias.zero_()
     blocks = model.trace(images()).blocks
-    patches, last = blocks[0].attended.tokens()[:, 1:], blocks[-1].left
+    patches, last = blocks[0].attention.tokens()[:, 1:], blocks[-1].output
     assert last.counts == (5, 5, 5)  # 36, 27, 18, 9, and then no more than half of 9
     for b in range(3):
         for token in range(1, last.layout.longest):
@@ -140,9 +140,9 @@ def test_proportional_attention_is_a_switch() -> None:
     assert built("tome(r=1)", grid=(6, 6)).proportional
     with_size, without = tome("tome(r=5)"), tome("tome(r=5, prop_attn=False)")
     first, second = with_size.trace(images()), without.trace(images())
-    torch.testing.assert_close(first.blocks[0].left.x, second.blocks[0].left.x)
+    torch.testing.assert_close(first.blocks[0].output.x, second.blocks[0].output.x)
     assert not torch.allclose(
-        first.blocks[1].left.prefix_tokens(), second.blocks[1].left.prefix_tokens(), atol=1e-3
+        first.blocks[1].output.prefix_tokens(), second.blocks[1].output.prefix_tokens(), atol=1e-3
     )
 
 
@@ -160,8 +160,8 @@ def test_matching_of_a_rotary_model_reads_the_rotated_keys() -> None:
 
     model.backbone.qkv = spy.__get__(model.backbone)
     blocks = model.trace(x).blocks
-    keys = blocks[0].attended.layout.rect(seen[0])
+    keys = blocks[0].attention.layout.rect(seen[0])
     for b in range(3):
         groups = naive_merge(keys[b], 1, 5)
         for patch in range(36):
-            assert patch + 1 in groups[int(blocks[0].fed.source[b, patch])]
+            assert patch + 1 in groups[int(blocks[0].mlp.source[b, patch])]

@@ -73,7 +73,7 @@ def test_evolution_goes_from_layers_to_stages(
     original = Module.training_step
 
     def step(self: Module, *arguments: Any) -> Any:
-        seen.append(self.task.model.reducer.acts)  # type: ignore[union-attr]
+        seen.append(self.task.model.reducer.active_blocks)  # type: ignore[union-attr]
         return original(self, *arguments)
 
     monkeypatch.setattr(Module, "training_step", step)

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import foveate
+from foveate.core.losses import distillation, hard_distillation, token_distillation
 from foveate.train.build import make_finetune, make_reduce
 from foveate.train.draws import Draws, seed_step
 from foveate.train.finetune import FinetuneTask
-from foveate.train.losses import distillation, hard_distillation, token_distillation
 from foveate.train.optim import make_optimiser
 from foveate.train.prepare import Prepare
 from foveate.train.recipe import Distill, Mix, Optim
@@ -181,7 +181,7 @@ def shares(task: ReduceTask) -> Any:
     """What each gate kept of each image: of the patches, and what it aims at."""
     outcome = task.model.run(images())
     part = task.model.reducer
-    return part.noted(outcome.notes, "kept_share"), task.model.reducer.losses(outcome.notes)
+    return outcome.notes[f"{part.name}.kept_share"], task.model.reducer.losses(outcome)
 
 
 def test_ratio_losses_of_images_and_of_batches() -> None:
@@ -197,7 +197,7 @@ def test_ratio_losses_of_images_and_of_batches() -> None:
         with torch.no_grad():
             kept, losses = shares(task)
         stages = len(kept)
-        assert stages == len(task.model.reducer.acts) > 1
+        assert stages == len(task.model.reducer.active_blocks) > 1
         wanted = 0.0
         for stage, share in kept.items():
             aim = 0.5 ** (stage + 1) if "svit" not in method else 0.5 ** (1 + 3 * stage // stages)
@@ -212,7 +212,7 @@ def test_auxiliary_loss_of_evovit() -> None:
     task.settle(False)
     with torch.no_grad():
         notes = model.run(images()).notes
-        wanted = F.cross_entropy(model.reducer.noted(notes, "aux_logits"), torch.arange(4))
+        wanted = F.cross_entropy(notes["evovit.aux_logits"], torch.arange(4))
         losses = task(images(), torch.arange(4), DRAWS)
     assert float(losses["aux"]) == pytest.approx(float(wanted))
     assert abs(float(losses["aux"]) - float(losses["class"])) > 1e-4

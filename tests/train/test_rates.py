@@ -171,8 +171,8 @@ def test_what_a_method_adds_trains_at_the_full_rate() -> None:
             new = name.startswith("reducer.")
             assert group["new"] == new
             assert group["lr_scale"] == 1.0 if new else group["lr_scale"] <= 0.01, name
-        assert found["reducer.predictors.0.out.0.weight"]["weight_decay"] == 0.3
-        assert found["reducer.predictors.0.out.0.bias"]["weight_decay"] == 0
+        assert found["reducer.predictors.0.out.1.weight"]["weight_decay"] == 0.3
+        assert found["reducer.predictors.0.out.1.bias"]["weight_decay"] == 0
 
 
 def test_fixed_parameters_are_in_no_group() -> None:

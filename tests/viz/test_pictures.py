@@ -93,7 +93,7 @@ def test_groups_are_outlined_exactly_where_tokens_differ(method: str) -> None:
     _, trace = traced(method)
     step, base = steps(trace)[-1], panel(photo(), (6, 6))
     drawn = with_groups(base, step).pixels
-    source = trace.blocks[-1].fed.source[0].numpy()
+    source = trace.blocks[-1].mlp.source[0].numpy()
     count = np.bincount(source, minlength=99)
     cell = cells(photo(), (6, 6))
     line = (drawn == 0).all(-1)
@@ -172,7 +172,7 @@ def test_captions_say_method_rate_tokens_and_macs(monkeypatch: pytest.MonkeyPatc
     count = foveate.count(model, trace=trace)
     assert words[0] == "spvit(keep=0.6)"
     assert words[1] == "tokens per block: " + " ".join(
-        str(b.fed.layout.total) for b in trace.blocks
+        str(b.mlp.layout.total) for b in trace.blocks
     )
     assert f"{count.macs / 1e9:.4f} of {count.dense_macs / 1e9:.4f} GMACs" in words[2]
     assert f"({count.ratio:.0%})" in words[2]
@@ -184,7 +184,7 @@ def test_each_image_of_a_batch_has_its_own_numbers() -> None:
     one = [viz.caption(model, trace, index) for index in range(2)]
     assert one[0][0] == one[1][0]
     for index in range(2):
-        counts = [block.fed.layout.lengths[index] for block in trace.blocks]
+        counts = [block.mlp.layout.lengths[index] for block in trace.blocks]
         assert one[index][1] == "tokens per block: " + " ".join(map(str, counts))
 
 

@@ -77,11 +77,15 @@ def test_every_kind_one_file_a_picture(kind: str, folder: Path, tmp_path: Path) 
 
 
 def test_several_methods_several_files(folder: Path, tmp_path: Path) -> None:
-    words = (folder / "plain.safetensors", "evit(keep=0.7)", "evit(keep=0.5) + tome(r=2)")
+    words = (
+        folder / "plain.safetensors",
+        "evit(keep=0.7)",
+        "evit(keep=0.5, blocks=[1]) + tome(r=2, blocks=[2, 3])",
+    )
     image = folder / "photos" / "cat.png"
     assert show(*words, "--images", image, "--kind", "kept", "--out", tmp_path / "out") == 0
     assert list(sizes(tmp_path / "out")) == [
-        "cat-evit_keep=0.5_+_tome_r=2_-kept.png",
+        "cat-evit_keep=0.5_blocks=_1_+_tome_r=2_blocks=_2_3_-kept.png",
         "cat-evit_keep=0.7_-kept.png",
     ]
 

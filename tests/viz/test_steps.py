@@ -21,7 +21,7 @@ def check(trace: Trace, index: int) -> list[Step]:
     found = steps(trace, index)
     assert len(found) - len(trace.blocks) in (0, 1)
     for step, block in zip(found, trace.blocks, strict=False):
-        state = block.fed
+        state = block.mlp
         assert np.array_equal(step.working, block.active()[index].numpy())
         source = np.where(step.working, state.source[index].numpy(), -1)
         same = source[:, None] == source[None]
@@ -62,7 +62,7 @@ def extras(method: str, index: int = 0) -> list[int]:
 def test_tokens_without_a_patch_are_counted() -> None:
     """Fused, package and representative tokens; none for methods that make none."""
     assert extras("evit(keep=0.7, blocks=[1])") == [0, 1, 1, 1]
-    assert extras("evit(keep=0.7, blocks=[1], fuse=False)") == [0] * 4
+    assert extras("evit(keep=0.7, blocks=[1], rest='drop')") == [0] * 4
     assert extras("tome(r=4)") == extras("svit(keep=0.7)") == [0] * 4
     assert extras("evovit(keep=0.5)") == [0, 1, 1, 1]
     assert max(extras("spvit(keep=0.5, gate='topk')")) == 3

@@ -1,0 +1,39 @@
+"""Context: what stays the same from the first block of a forward pass to the last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["MODES", "Context"]
+
+MODES = ("auto", "masked", "gathered", "packed")
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """Facts about one forward pass, set when it begins.
+
+    Attributes:
+        prefix: class, distillation and register tokens in front of each image's patches.
+        grid: rows and columns of the patch grid.
+        mode: "masked", "gathered" or "packed".
+        training: whether the reduced model was in training mode.
+        mask: patches that take part at all, ``[B, H*W]`` bool; None means all of them.
+        original: how many patches each image starts with; None means the whole grid.
+        rotary: table of rotary positions (see ``Embedded``), or None.
+    """
+
+    prefix: int
+    grid: tuple[int, int]
+    mode: str = "gathered"
+    training: bool = False
+    mask: Tensor | None = None
+    original: tuple[int, ...] | None = None
+    rotary: Tensor | None = None
+
+    @property
+    def patches(self) -> int:
+        """Number of cells of the patch grid."""
+        return self.grid[0] * self.grid[1]

@@ -1,0 +1,104 @@
+"""Hooks of the model's own modules, which run although their forward does not.
+
+A block is driven by its parts, so its ``forward`` is never called. What people hang on it must run
+all the same: forward and backward hooks, and those of ``fully_shard``, which gather a block's
+weights and release them.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from foveate.core.tokens import TokenState
+
+__all__ = ["call_with_hooks", "has_hooks"]
+
+_log = logging.getLogger(__name__)
+_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether anything hangs on a module itself; warn once about what would be bypassed."""
+    own = vars(module)
+    if own.get("_compiled_call_impl") is not None and not torch.compiler.is_compiling():
+        _warn_compiled(module)
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
+
+
+def call_with_hooks(
+    module: nn.Module,
+    state: TokenState,
+    forward: Callable[[TokenState], TokenState],
+    wrap: Callable[[Tensor], Any] | None = None,
+) -> TokenState:
+    """Run ``forward`` in place of the module's own, with everything that hangs on the module.
+
+    Hooks see tokens ``[B, N, C]``, or ``[1, T, C]`` where images differ in count, and may change
+    them. The module that they are given has all attributes of the real one.
+
+    Args:
+        module: a block or its attention.
+        state: the tokens that enter.
+        forward: computes the tokens that leave, which may be fewer.
+        wrap: puts the output into the form that the module's own has.
+    """
+    result: list[TokenState] = []
+
+    def inside(x: Tensor) -> Any:
+        result.append(forward(state.with_tokens(x)))
+        out = _batched(result[0])
+        return out if wrap is None else wrap(out)
+
+    out = _StandIn(module, inside)(_batched(state))
+    if isinstance(out, tuple):
+        out = out[0]
+    return result[0].with_tokens(out)
+
+
+def _batched(state: TokenState) -> Tensor:
+    return state.tokens() if state.layout.is_even else state.x[None]
+
+
+class _StandIn(nn.Module):
+    """Shares everything with a module, its hooks too, but its forward."""
+
+    __slots__ = ("_run",)  # not in the dictionary that it shares
+    _run: Callable[[Tensor], Any]
+
+    def __init__(self, module: nn.Module, run: Callable[[Tensor], Any]) -> None:
+        object.__setattr__(self, "__dict__", vars(module))
+        object.__setattr__(self, "_run", run)
+
+    def __call__(self, x: Tensor) -> Any:
+        return self._call_impl(x)
+
+    @property
+    def forward(self) -> Callable[[Tensor], Any]:  # type: ignore[override]
+        """What runs in place of the module's own."""
+        return self._run
+
+
+def _warn_compiled(module: nn.Module) -> None:
+    if module not in _warned:
+        _warned.add(module)
+        _log.warning(
+            "a %s was compiled by itself, and that is bypassed: its parts are driven one by one; "
+            "compile the whole reduced model instead",
+            type(module).__name__,
+        )

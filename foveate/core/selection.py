@@ -1,0 +1,140 @@
+"""Selection: which tokens of each image are meant, in which order.
+
+A selection is a rectangle of positions ``[B, K]``. Where images select different numbers of
+tokens, the entries that count stand on the left of each row and the rest is padding. Only this
+file packs entries to the left, so nobody else can leave a hole between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Selection"]
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Positions of the selected tokens of each image.
+
+    Attributes:
+        index: positions ``[B, K]`` in their new order.
+        lengths: how many entries of each row count; None when all of them do.
+    """
+
+    index: Tensor
+    lengths: tuple[int, ...] | None = None
+
+    @classmethod
+    def checked(cls, index: Tensor, valid: Tensor | None = None) -> Selection:
+        """Make a selection from positions and a mask ``[B, K]`` of the entries that count.
+
+        ValueError where an entry that counts stands behind one that does not.
+        """
+        if valid is None:
+            return cls(index)
+        if valid.shape != index.shape or valid.dtype != torch.bool:
+            raise ValueError(
+                f"valid must be bool {list(index.shape)} like the positions, got {valid.dtype} "
+                f"{list(valid.shape)}"
+            )
+        if bool((valid[:, 1:] & ~valid[:, :-1]).any()):
+            row = int((valid[:, 1:] & ~valid[:, :-1]).any(1).nonzero()[0])
+            raise ValueError(
+                f"the selection of image {row} has a hole: entries that count must come first"
+            )
+        return cls(index, tuple(valid.sum(1).tolist()))
+
+    @classmethod
+    def best(cls, score: Tensor, k: int | Sequence[int]) -> Selection:
+        """Select the ``k`` highest of each row of ``score [B, N]``, best first.
+
+        ``k`` is one number for all images or one for each.
+        """
+        if isinstance(k, Sequence):
+            return cls(score.topk(max(k), dim=1).indices, tuple(k))
+        return cls(score.topk(k, dim=1).indices)
+
+    @classmethod
+    def where(cls, mask: Tensor) -> Selection:
+        """Select the true cells of ``mask [B, N]`` in order; images may differ in number."""
+        counts = mask.sum(1).tolist()
+        return cls(_first(mask, max(counts)), tuple(counts))
+
+    def complement(self, count: int, present: Tensor | None = None) -> Selection:
+        """Select what this selection leaves out of ``range(count)``, in ascending order.
+
+        ``present [B, count]`` says which positions hold a token at all.
+        """
+        free = self.index.new_ones((self.index.shape[0], count), dtype=torch.bool)
+        if self.lengths is None and present is None:
+            free = free.scatter(1, self.index, False)
+            return Selection(_first(free, count - self.index.shape[1]))
+        # One more cell takes the writes of entries that do not count.
+        free = torch.cat([free, free[:, :1]], 1)
+        free = free.scatter(1, self.slots(count), False)[:, :count]
+        return Selection.where(free if present is None else free & present)
+
+    @property
+    def valid(self) -> Tensor | None:
+        """Which entries count, ``[B, K]`` bool; None when all of them do."""
+        if self.lengths is None:
+            return None
+        return self._columns() < self._lengths_tensor()
+
+    @property
+    def size(self) -> int | Tensor:
+        """How many tokens are selected: a number, or ``[B, 1]`` where images differ."""
+        return self.index.shape[1] if self.lengths is None else self._lengths_tensor()
+
+    def fewer_than(self, counts: Sequence[int]) -> Tensor | None:
+        """Mark the images that select fewer than ``counts``, ``[B]``; None where all do."""
+        if self.lengths is None:
+            return None
+        fewer = [k < n for k, n in zip(self.lengths, counts, strict=True)]
+        return torch.tensor(fewer, device=self.index.device)
+
+    def slots(self, spare: int) -> Tensor:
+        """The positions, with ``spare`` in place of the entries that do not count."""
+        valid = self.valid
+        return self.index if valid is None else torch.where(valid, self.index, spare)
+
+    def of(self, positions: Tensor) -> Selection:
+        """Read this selection as columns of ``positions [B, N]`` and select those positions."""
+        return Selection(positions.gather(1, self.index), self.lengths)
+
+    def then(self, other: Selection) -> Selection:
+        """Select this selection's tokens and behind them the other's."""
+        index = torch.cat([self.index, other.index], 1)
+        if self.lengths is None and other.lengths is None:
+            return Selection(index)
+        parts = [
+            s.index.new_ones(s.index.shape, dtype=torch.bool) if (v := s.valid) is None else v
+            for s in (self, other)
+        ]
+        found = Selection.where(torch.cat(parts, 1))
+        return found.of(index)
+
+    def behind(self, prefix: int) -> Selection:
+        """Select the first ``prefix`` tokens and behind them these, counted after the prefix."""
+        if prefix == 0:
+            return self
+        front = torch.arange(prefix, device=self.index.device).expand(self.index.shape[0], -1)
+        index = torch.cat([front, self.index + prefix], 1)
+        lengths = self.lengths
+        return Selection(index, None if lengths is None else tuple(n + prefix for n in lengths))
+
+    def _columns(self) -> Tensor:
+        return torch.arange(self.index.shape[1], device=self.index.device)
+
+    def _lengths_tensor(self) -> Tensor:
+        return torch.tensor(self.lengths, device=self.index.device)[:, None]
+
+
+def _first(mask: Tensor, count: int) -> Tensor:
+    """Positions of the true cells of each row in order, ``[B, count]``; padding after them."""
+    # A stable sort of the flags puts them first at a size that does not depend on the values.
+    return (~mask).to(torch.uint8).sort(dim=1, stable=True).indices[:, :count]

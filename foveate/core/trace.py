@@ -1,0 +1,77 @@
+"""What a forward pass gives besides logits, and what a trace records of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.core.tokens import TokenState
+
+__all__ = ["BlockTrace", "Outcome", "Trace"]
+
+
+@dataclass(eq=False)
+class Outcome:
+    """What one forward pass gives: logits and final, normed tokens."""
+
+    logits: Tensor
+    state: TokenState
+
+    @property
+    def notes(self) -> Mapping[str, Any]:
+        """What the method left for losses and traces."""
+        return self.state.notes
+
+
+@dataclass(eq=False)
+class BlockTrace:
+    """The tokens of one block.
+
+    Attributes:
+        attention: the tokens that enter attention.
+        mlp: the tokens that enter the feed forward.
+        output: the tokens that leave the block.
+    """
+
+    attention: TokenState
+    mlp: TokenState
+    output: TokenState
+
+    def active(self) -> Tensor:
+        """Mark the patches that the feed forward worked on, ``[B, H*W]`` bool."""
+        source, alive = self.mlp.source, self.mlp.alive
+        assert source is not None
+        here = source >= 0
+        if alive is not None:
+            here = here & (alive.detach().gather(1, source.clamp_min(0)) > 0)
+        return here
+
+
+@dataclass(eq=False)
+class Trace:
+    """Everything that a picture, a statistic or a test may want to know of one forward pass."""
+
+    logits: Tensor
+    grid: tuple[int, int]
+    blocks: list[BlockTrace] = field(default_factory=list)
+    final: TokenState | None = None
+
+    @property
+    def notes(self) -> Mapping[str, Any]:
+        """What the method left for losses and traces."""
+        return {} if self.final is None else self.final.notes
+
+    def __repr__(self) -> str:
+        return f"Trace(grid={self.grid}, tokens per block: {self.counts()})"
+
+    def depth(self) -> Tensor:
+        """Count the blocks that worked on each patch, ``[B, H*W]``."""
+        return torch.stack([block.active().long() for block in self.blocks]).sum(0)
+
+    def counts(self) -> list[tuple[int, ...]]:
+        """Count the tokens that each block fed forward, one number an image, prefix included."""
+        return [block.mlp.layout.lengths for block in self.blocks]
