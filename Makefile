@@ -10,11 +10,15 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.docs-installed
 
+OLDEST := .venv-oldest
+OLDEST_STAMP  := $(OLDEST)/.installed
+OLDEST_EXTRAS := test,export,datasets,cluster
+
 # One thread a worker: two workers with a thread pool each would fight for the same cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format slow speed docs clean
+.PHONY: help demo test oldest check format slow speed docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +28,10 @@ demo: $(STAMP) ## every method on a small trained model, two to three minutes; n
 
 test: check ## the checks, then every test that is not slow
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+oldest: $(OLDEST_STAMP) ## every test that is not slow, with the lowest versions that are promised
+	$(OLDEST)/bin/python tests/floors.py --check $(OLDEST_EXTRAS)
+	$(ONE_THREAD) $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 check: $(STAMP) ## format, lint, types, layers, duplicate code
 	$(BIN)/ruff format --check .
@@ -45,9 +53,9 @@ speed: $(STAMP) ## measure the table of speed goals
 docs: $(DOCS_STAMP) ## build the documentation into site/; warnings are errors
 	$(ONE_THREAD) $(BIN)/python -m mkdocs build --strict $(ARGS)
 
-clean: ## remove caches and build output; .venv stays
+clean: ## remove caches and build output; environments stay
 	rm -rf build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
-	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+	find . -path './$(VENV)*' -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 # The stamp is written last, so an installation that broke off is done again.
 $(STAMP): pyproject.toml
@@ -57,4 +65,14 @@ $(STAMP): pyproject.toml
 
 $(DOCS_STAMP): $(STAMP)
 	$(BIN)/python -m pip install -e '.[docs]'
+	touch $@
+
+# The floors are read from the package's metadata, so it is installed alone first. Wheels alone: a
+# floor without one for this Python is an error at once, not a compilation.
+$(OLDEST_STAMP): pyproject.toml tests/floors.py
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install packaging
+	$(OLDEST)/bin/python -m pip install --no-deps -e .
+	$(OLDEST)/bin/python tests/floors.py $(OLDEST_EXTRAS) > $(OLDEST)/floors.txt
+	$(OLDEST)/bin/python -m pip install --only-binary :all: -c $(OLDEST)/floors.txt -e '.[$(OLDEST_EXTRAS)]'
 	touch $@

@@ -96,7 +96,8 @@ class TokenState:
 
     def replace(self, **changes: Any) -> TokenState:
         """Copy the state with some fields changed."""
-        return TokenState(**{**vars(self), **changes})
+        # Not ``vars(self)``: the compiler of the oldest torch does not follow it.
+        return TokenState(**{**{f.name: getattr(self, f.name) for f in fields(self)}, **changes})
 
     def with_tokens(self, x: Tensor) -> TokenState:
         """Give the tokens new values, ``[T, C]`` or ``[B, N, C]``; nothing else changes."""

@@ -56,4 +56,4 @@ class Draws:
 def _mixed(*parts: int) -> int:
     """One number from several, such that neighbours are not alike."""
     words = [part % 2**32 for part in parts]
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]) >> 1

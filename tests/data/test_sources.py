@@ -247,7 +247,7 @@ def saved(tmp_path: Path) -> Path:
     datasets = pytest.importorskip("datasets")
     datasets.disable_progress_bars()
     both = datasets.DatasetDict({"train": rows([1, 2, 3, 4]), "test": rows([5, 6])})
-    both.save_to_disk(tmp_path / "both")
+    both.save_to_disk(str(tmp_path / "both"))
     return tmp_path / "both"
 
 
@@ -264,7 +264,7 @@ def test_hf(saved: Path) -> None:
 
 
 def test_hf_of_one_split_and_of_plain_files(saved: Path, tmp_path: Path) -> None:
-    rows([7, 8]).save_to_disk(tmp_path / "one")
+    rows([7, 8]).save_to_disk(str(tmp_path / "one"))
     assert red(open_source(f"hf:{tmp_path / 'one'}", "val"), 1) == 8
     tree(tmp_path / "files", {"train/x/1.png": 1, "train/y/2.png": 2, "validation/y/3.png": 3})
     val = open_source(f"hf:{tmp_path / 'files'}", "val")
@@ -276,16 +276,16 @@ def test_hf_errors(saved: Path, tmp_path: Path) -> None:
     one = rows([1, 2])
     one.rename_column("fine", "kind").cast_column(
         "coarse", datasets.ClassLabel(num_classes=2)
-    ).save_to_disk(tmp_path / "twice")
-    one.remove_columns("picture").save_to_disk(tmp_path / "none")
+    ).save_to_disk(str(tmp_path / "twice"))
+    one.remove_columns("picture").save_to_disk(str(tmp_path / "none"))
     unlabelled = datasets.Dataset.from_dict(
         {"image": [{"bytes": b"text", "path": None}, None], "label": [-1, -1]},
         features=datasets.Features(
             {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])}
         ),
     )
-    unlabelled.save_to_disk(tmp_path / "unlabelled")
-    datasets.DatasetDict({"train": one}).save_to_disk(tmp_path / "train_only")
+    unlabelled.save_to_disk(str(tmp_path / "unlabelled"))
+    datasets.DatasetDict({"train": one}).save_to_disk(str(tmp_path / "train_only"))
     for place, message in (
         ("twice", r"has 2 columns \(kind, coarse\) of the type ClassLabel .*twice\[label=COLUMN\]"),
         ("none", r"has no column of the type Image among fine, coarse: name one"),
