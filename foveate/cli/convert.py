@@ -62,9 +62,8 @@ def run(args: argparse.Namespace) -> None:
     if not args.checkpoint.exists():  # said before seconds of imports
         raise ValueError(f"{args.checkpoint} does not exist; expected a checkpoint or a folder")
 
-    from foveate import api
     from foveate.backbones import backbone_for
-    from foveate.convert import Settings, open_model, save_plain
+    from foveate.convert import Settings, open_model, save, save_plain
     from foveate.core import ReducedViT
 
     settings = Settings(
@@ -93,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     for note in loaded.notes:
         print(f"note     {note}")
     if isinstance(model, ReducedViT):
-        api.save(model, args.out, everything=True)
+        save(model, args.out, everything=True)
     else:
         save_plain(model, args.out)
     print(f"wrote    {args.out}")

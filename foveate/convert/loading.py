@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from foveate import api
 from foveate.backbones import backbone_for, from_folder, image_settings, set_image_settings
 from foveate.convert.beit_geometry import BeitGeometry
+from foveate.convert.folders import CONFIG, open_folder
 from foveate.convert.geometry import GRID, HEADS, IMAGES, POOL, Geometry
 from foveate.convert.origins import FAMILY, ORIGINS, Origin, find, translate
 from foveate.convert.read import Checkpoint, few, read
@@ -110,14 +111,14 @@ def open_model(
         return _from_file(path, model, method, options, settings)
     if settings.changed():
         raise ValueError(f"{path} is a folder; {few(settings.changed())} is for checkpoint files")
-    if (path / "config.json").is_file() and not (path / "foveate.json").is_file():
+    if (path / "config.json").is_file() and not (path / CONFIG).is_file():
         if model is not None:
             raise ValueError(f"{path} is a Hugging Face folder with its own model; pass no other")
         return Loaded(_with_method(from_folder(path), method, options), "hugging face")
     if method is not None or options:
         given = few([*["method"] * (method is not None), *options])
         raise ValueError(f"{path} was saved with its method; {given} cannot be given again")
-    return Loaded(api.load(path, model), "foveate")
+    return Loaded(open_folder(path, model), "foveate")
 
 
 def _run_folder(path: Path) -> Path:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveate.api import save
 from foveate.backbones import backbone_for
+from foveate.convert import save
 from foveate.core import Outcome, ReducedViT, dense
 from foveate.registry import suggest
 from foveate.train.draws import Draws
