@@ -10,6 +10,7 @@ In a terminal:
   foveate convert dynamic-vit_384_r0.7.pth dynamicvit/ keep=0.7
   foveate convert evit-0.7-img224-deit-s.pth evit/ --origin evit keep=0.7
   foveate convert deit_small_patch16_224.pth tome/ --method "tome(r=13)"
+  foveate convert dinov2-base/ evit/ --image-size 224 --method "evit(keep=0.7)"
   foveate convert mae_pretrain_vit_base.pth mae.safetensors
   foveate convert mae_pretrain_vit_base_full.pth mae.safetensors --pretraining
   foveate convert mae_visualize_vit_large.pth mae.safetensors --pretraining norm_pix=false
@@ -52,7 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N or HxW",
         help="another size than the checkpoint's; positions are resized",
     )
-    add("--no-antialias", action="store_true", help="resize positions without antialiasing")
+    add(
+        "--antialias",
+        action=argparse.BooleanOptionalAction,
+        help="resize positions with or without antialiasing (default: as timm does it for files, "
+        "as transformers does it for Hugging Face folders)",
+    )
     add("--weights", choices=("auto", "model", "ema"), default="auto", help="where there are both")
 
 
@@ -70,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
         origin=args.origin,
         num_heads=args.num_heads,
         image_size=args.image_size,
-        antialias=not args.no_antialias,
+        antialias=args.antialias,
         weights=args.weights,
     )
     if args.pretraining:

@@ -16,7 +16,7 @@ from foveate.backbones import LVViT, plain_vit
 from foveate.convert.read import ANCHOR, EXPECTED, Checkpoint
 from foveate.facts import image_grid
 
-__all__ = ["GRID", "HEADS", "IMAGES", "POOL", "Geometry", "Grid"]
+__all__ = ["GRID", "HEADS", "IMAGES", "POOL", "Geometry", "Grid", "resized"]
 
 # What tensors do not show; files that were written here say it in their metadata.
 HEADS, GRID, IMAGES = "foveate.num_heads", "foveate.grid", "foveate.images"
@@ -117,10 +117,7 @@ class Geometry:
         stored, front = self.positions(grid)
         if stored is None or stored == grid or "pos_embed" not in self.state:
             return dict(self.state)
-        self.notes.append(
-            f"positions resized from {stored[0]} x {stored[1]} to {grid[0]} x {grid[1]} patches, "
-            f"{'with' if antialias else 'without'} antialiasing"
-        )
+        self.notes.append(resized(stored, grid, antialias))
         positions = resample_abs_pos_embed(
             self.state["pos_embed"],
             new_size=list(grid),
@@ -236,3 +233,11 @@ class Geometry:
             "pre_norm": clip,
             "fc_norm": "fc_norm.weight" in has,
         }
+
+
+def resized(old: Grid, new: Grid, antialias: bool) -> str:
+    """Write the note that says how positions were resized."""
+    return (
+        f"positions resized from {old[0]} x {old[1]} to {new[0]} x {new[1]} patches, "
+        f"{'with' if antialias else 'without'} antialiasing"
+    )

@@ -15,13 +15,20 @@ from timm.models.beit import Beit
 from torch import Tensor, nn
 
 from foveate import api
-from foveate.backbones import backbone_for, from_folder, image_settings, set_image_settings
+from foveate.backbones import (
+    backbone_for,
+    from_folder,
+    image_settings,
+    resize_positions,
+    set_image_settings,
+)
 from foveate.convert.beit_geometry import BeitGeometry
 from foveate.convert.folders import CONFIG, open_folder
-from foveate.convert.geometry import GRID, HEADS, IMAGES, POOL, Geometry
+from foveate.convert.geometry import GRID, HEADS, IMAGES, POOL, Geometry, resized
 from foveate.convert.origins import FAMILY, ORIGINS, Origin, find, translate
 from foveate.convert.read import Checkpoint, few, read
 from foveate.core import ReducedViT, Reducer
+from foveate.facts import image_grid
 from foveate.files import write_whole
 from foveate.registry import suggest
 
@@ -29,6 +36,7 @@ __all__ = ["Loaded", "Settings", "load", "open_model", "save_plain"]
 
 _log = logging.getLogger(__name__)
 _Method = str | Reducer | type[Reducer]
+_RESIZING = ("image_size", "antialias")  # settings that Hugging Face folders take too
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class Settings:
     origin: str | None = None
     num_heads: int | None = None
     image_size: int | tuple[int, int] | None = None
-    antialias: bool = True
+    antialias: bool | None = None
     weights: str = "auto"
 
     def changed(self) -> list[str]:
@@ -63,7 +71,7 @@ def load(
     method: _Method | None = None,
     num_heads: int | None = None,
     image_size: int | tuple[int, int] | None = None,
-    antialias: bool = True,
+    antialias: bool | None = None,
     weights: str = "auto",
     **options: Any,
 ) -> Any:
@@ -85,7 +93,8 @@ def load(
         method: runs a plain model with this method, as ``apply`` takes it.
         num_heads: where heads are not 64 wide.
         image_size: makes the model for another size and resizes its positions.
-        antialias: resizes them as timm does by default; False as most releases do.
+        antialias: whether to resize positions with antialiasing. None does what the model's
+            library does: timm does it for files, and transformers for few folders.
         weights: "model" or "ema" where a file has both; "auto" prefers the model's.
         options: of the method.
     """
@@ -109,12 +118,15 @@ def open_model(
         raise ValueError("the model is reduced already; foveate.unwrap() it first")
     if not path.is_dir():
         return _from_file(path, model, method, options, settings)
-    if settings.changed():
-        raise ValueError(f"{path} is a folder; {few(settings.changed())} is for checkpoint files")
-    if (path / "config.json").is_file() and not (path / CONFIG).is_file():
+    foreign = (path / "config.json").is_file() and not (path / CONFIG).is_file()
+    for name in settings.changed():
+        if not foreign or name not in _RESIZING:
+            files = "checkpoint files" + " and Hugging Face folders" * (name in _RESIZING)
+            raise ValueError(f"{path} is a folder; {name} is for {files}")
+    if foreign:
         if model is not None:
             raise ValueError(f"{path} is a Hugging Face folder with its own model; pass no other")
-        return Loaded(_with_method(from_folder(path), method, options), "hugging face")
+        return _from_hugging_face(path, method, options, settings)
     if method is not None or options:
         given = few([*["method"] * (method is not None), *options])
         raise ValueError(f"{path} was saved with its method; {given} cannot be given again")
@@ -129,6 +141,21 @@ def _run_folder(path: Path) -> Path:
                 return path / name
         raise ValueError(f"{path} is a run that has not finished: it holds no model yet")
     return path
+
+
+def _from_hugging_face(
+    path: Path, method: _Method | None, options: Mapping[str, Any], settings: Settings
+) -> Loaded:
+    if settings.antialias is not None and settings.image_size is None:
+        raise ValueError("antialias says how to resize positions; give image_size with it")
+    model, notes = from_folder(path), []
+    if settings.image_size is not None:
+        spec = backbone_for(model).spec
+        grid = image_grid(settings.image_size, spec.patch)
+        if grid != spec.grid:
+            antialias = resize_positions(model, grid, settings.antialias)
+            notes.append(resized(spec.grid, grid, antialias))
+    return Loaded(_with_method(model, method, options), "hugging face", notes)
 
 
 def _from_file(
@@ -159,7 +186,7 @@ def _from_file(
         checkpoint.notes.append(
             f"{origin.title} has {dict(origin.geometry)}; the model is not asked"
         )
-    state = geometry.placed(backbone_for(model).spec.grid, settings.antialias)
+    state = geometry.placed(backbone_for(model).spec.grid, settings.antialias is not False)
     what = f"the {type(model).__name__} " + ("that its sizes describe" if new else "given")
     if new:  # copies, so that the file may change or go
         state = {key: value.contiguous().clone() for key, value in state.items()}

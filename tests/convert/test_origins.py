@@ -296,6 +296,8 @@ def test_folders(tmp_path: Path) -> None:
     foveate.save(reduced("evit"), tmp_path / "ours", everything=True)
     with pytest.raises(ValueError, match="is a folder; num_heads is for checkpoint files"):
         foveate.load(tmp_path / "ours", num_heads=3)
+    with pytest.raises(ValueError, match="image_size is for checkpoint files and Hugging Face f"):
+        foveate.load(tmp_path / "ours", image_size=64)
     with pytest.raises(ValueError, match="saved with its method; method, r cannot be given again"):
         foveate.load(tmp_path / "ours", method="tome", r=3)
 
@@ -324,6 +326,10 @@ def test_a_hugging_face_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(words) == 2 and "give it a --method" in capsys.readouterr().err
     assert main([*words, "--method", "evit", "keep=0.6"]) == 0
     assert torch.equal(logits(foveate.load(tmp_path / "out").eval(), x), expected)
+    size = ("--image-size", "64", "--antialias")
+    assert main([*words, "--method", "evit", "keep=0.6", *size]) == 0
+    printed = capsys.readouterr().out
+    assert "note     positions resized from 6 x 6 to 8 x 8 patches, with anti" in printed
 
 
 def test_the_log_says_what_was_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
