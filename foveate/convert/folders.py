@@ -28,12 +28,12 @@ _FORMAT = 1
 
 
 def save(model: ReducedViT, folder: str | os.PathLike[str], *, everything: bool = False) -> None:
-    """Write a model's method and its parameters to a folder: safetensors and JSON.
+    """Write a model's method and the method's parameters to a folder: safetensors and JSON.
 
     Args:
         model: a model from ``apply``.
-        folder: made if missing.
-        everything: the backbone's weights too, not only what the method added.
+        folder: folder to write, made if it is missing.
+        everything: write the backbone's weights too, so that the folder loads without a model.
     """
     vit, folder = unwrap(model), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,12 +68,12 @@ def save(model: ReducedViT, folder: str | os.PathLike[str], *, everything: bool 
 
 
 def open_folder(folder: Path, model: nn.Module | None = None) -> ReducedViT:
-    """Read what ``save`` wrote.
+    """Load the model in a folder that ``save`` wrote.
 
     Args:
         folder: the folder.
-        model: the backbone to apply the method to. It may be left out if everything was saved
-            and the backbone can be made again: a timm or a Hugging Face model.
+        model: the backbone. It may be left out if everything was saved and the backbone is a timm
+            or Hugging Face model that can be made again.
     """
     config, tensors = _read_config(folder), _read_tensors(folder / _WEIGHTS)
     if model is None:
@@ -119,7 +119,7 @@ def _rebuild(folder: Path, config: Mapping[str, Any]) -> nn.Module:
     recipe = config["model"]
     if not config["everything"] or recipe is None:
         why = (
-            "the backbone is none that can be made again from plain data"
+            "the backbone cannot be made again from plain data"
             if config["everything"]
             else "only the method's own parameters were saved"
         )
@@ -144,7 +144,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuse a file whose fields are not what ``save`` writes."""
+    """Refuse a file whose fields are not those that ``save`` writes."""
     fields: dict[str, type | tuple[type, ...]] = {
         "methods": list,
         "mode": str,
@@ -172,5 +172,5 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is missing")
     try:
         return load_file(path)
-    except Exception as error:  # safetensors raises its own type for every kind of damage
-        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+    except Exception as error:  # safetensors raises its own type for each kind of damage
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
