@@ -7,8 +7,8 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from foveate.api import apply, save, unwrap
-    from foveate.convert import load
+    from foveate.api import apply, unwrap
+    from foveate.convert import load, save
     from foveate.core import Schedule
     from foveate.facts import count, describe
     from foveate.registry import list_methods
@@ -22,7 +22,7 @@ _HOMES = {
     "describe": "facts",
     "list_methods": "registry",
     "load": "convert",
-    "save": "api",
+    "save": "convert",
     "unwrap": "api",
 }
 

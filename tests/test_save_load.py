@@ -110,7 +110,7 @@ def test_a_failed_save_leaves_the_earlier_folder_whole(
         Path(path).write_bytes(b"half a file")
         raise OSError("disk full")
 
-    monkeypatch.setattr(foveate.api, "save_file", broken)
+    monkeypatch.setattr(foveate.convert.folders, "save_file", broken)
     with pytest.raises(OSError, match="disk full"):
         foveate.save(made("static(keep=0.5)"), folder)
     again = foveate.load(folder, randomise(vit())).eval()

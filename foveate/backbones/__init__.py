@@ -11,6 +11,7 @@ from foveate.backbones._shared import image_settings, refuse, set_image_settings
 from foveate.backbones.hf_clip import HfClip
 from foveate.backbones.hf_dinov2 import HfDinov2
 from foveate.backbones.hf_folder import HF_FAMILIES, from_folder
+from foveate.backbones.hf_positions import resize_positions
 from foveate.backbones.hf_siglip import HfSiglip
 from foveate.backbones.hf_vit import HfViT
 from foveate.backbones.lvvit import LVViT, LVViTBackbone, lvvit_m, lvvit_s
@@ -42,6 +43,7 @@ __all__ = [
     "lvvit_s",
     "plain_vit",
     "rebuild",
+    "resize_positions",
     "set_image_settings",
     "shared_position_bias",
 ]

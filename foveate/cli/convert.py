@@ -1,15 +1,15 @@
 """Convert a checkpoint that authors released into a folder or file of this library.
 
-The origin is read off the checkpoint's keys unless it is given; EViT's must be given. A model with
-a method becomes a folder that foveate.load reads alone; one without becomes a .safetensors file
-with timm's keys. With --pretraining the decoder or head that MAE or SimMIM was pre-trained with is
-kept too, in OUT.pretrain.safetensors, and pre-training can go on. Nothing in the checkpoint is
-executed.
+The origin is inferred from the checkpoint's keys; EViT's must be given. A model with a method
+becomes a folder that foveate.load reads without a model; one without a method becomes a
+.safetensors file with timm's keys. With --pretraining the decoder or head of MAE or SimMIM is kept
+too, in OUT.pretrain.safetensors, so that pre-training can go on. No code in the checkpoint is run.
 
 In a terminal:
   foveate convert dynamic-vit_384_r0.7.pth dynamicvit/ keep=0.7
   foveate convert evit-0.7-img224-deit-s.pth evit/ --origin evit keep=0.7
   foveate convert deit_small_patch16_224.pth tome/ --method "tome(r=13)"
+  foveate convert dinov2-base/ evit/ --image-size 224 --method "evit(keep=0.7)"
   foveate convert mae_pretrain_vit_base.pth mae.safetensors
   foveate convert mae_pretrain_vit_base_full.pth mae.safetensors --pretraining
   foveate convert mae_visualize_vit_large.pth mae.safetensors --pretraining norm_pix=false
@@ -35,43 +35,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     add = parser.add_argument
     add("checkpoint", type=Path, help="a .pth, .pt or .safetensors file, or a Hugging Face folder")
-    add("out", type=Path, help="folder for a model with a method, else a .safetensors file")
+    add(
+        "out",
+        type=Path,
+        help="folder to write a model with a method to, otherwise a .safetensors file",
+    )
     add("options", nargs="*", default=[], metavar="OPTION=VALUE", help="options of the method")
     add(
         "--pretraining",
         action="store_true",
-        help="keep what MAE or SimMIM was pre-trained with; options are then norm_pix and "
+        help="keep the decoder or head of MAE or SimMIM; options are then norm_pix and "
         "decoder_heads",
     )
-    add("--origin", help="vit, mae, simmim, beit, lvvit, dynamicvit, evit, evovit or svit")
-    add("--method", help='runs a plain model with it, such as "tome(r=13)"')
-    add("--num-heads", type=int, metavar="N", help="where heads are not 64 wide")
+    add(
+        "--origin",
+        help="vit, mae, simmim, beit, lvvit, dynamicvit, evit, evovit or svit (default: inferred)",
+    )
+    add("--method", help='method for a plain model, such as "tome(r=13)"')
+    add("--num-heads", type=int, metavar="N", help="number of heads (default: heads of width 64)")
     add(
         "--image-size",
         type=image_size,
         metavar="N or HxW",
-        help="another size than the checkpoint's; positions are resized",
+        help="image size to convert to; positions are resized (default: the checkpoint's size)",
     )
-    add("--no-antialias", action="store_true", help="resize positions without antialiasing")
-    add("--weights", choices=("auto", "model", "ema"), default="auto", help="where there are both")
+    add(
+        "--antialias",
+        action=argparse.BooleanOptionalAction,
+        help="resize positions with or without antialiasing (default: as timm does it for files, "
+        "as transformers does it for Hugging Face folders)",
+    )
+    add(
+        "--weights",
+        choices=("auto", "model", "ema"),
+        default="auto",
+        help="weights to take from a file with an EMA copy (default: the model's)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Convert and say what was recognised."""
+    """Convert and print what was recognised."""
     options = dict(_option(text) for text in args.options)
-    if not args.checkpoint.exists():  # said before seconds of imports
+    if not args.checkpoint.exists():  # checked before seconds of imports
         raise ValueError(f"{args.checkpoint} does not exist; expected a checkpoint or a folder")
 
-    from foveate import api
     from foveate.backbones import backbone_for
-    from foveate.convert import Settings, open_model, save_plain
+    from foveate.convert import Settings, open_model, save, save_plain
     from foveate.core import ReducedViT
 
     settings = Settings(
         origin=args.origin,
         num_heads=args.num_heads,
         image_size=args.image_size,
-        antialias=not args.no_antialias,
+        antialias=args.antialias,
         weights=args.weights,
     )
     if args.pretraining:
@@ -83,7 +99,9 @@ def run(args: argparse.Namespace) -> None:
     model = loaded.model
     reduced = isinstance(model, ReducedViT)
     if loaded.origin == "hugging face" and not reduced:
-        raise ValueError(f"foveate.load reads {args.checkpoint} as it is; give it a --method")
+        raise ValueError(
+            f"foveate.load reads {args.checkpoint} without conversion; give a --method"
+        )
     _check_out(args.checkpoint, args.out, folder=reduced)
     spec = (model.backbone if isinstance(model, ReducedViT) else backbone_for(model)).spec
     print(f"origin   {loaded.origin}")
@@ -93,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
     for note in loaded.notes:
         print(f"note     {note}")
     if isinstance(model, ReducedViT):
-        api.save(model, args.out, everything=True)
+        save(model, args.out, everything=True)
     else:
         save_plain(model, args.out)
     print(f"wrote    {args.out}")
@@ -102,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
 def _convert_pretraining(
     args: argparse.Namespace, settings: Settings, options: dict[str, Any]
 ) -> None:
-    """Both files of a pre-trained model."""
+    """Write both files of a pre-trained model."""
     from foveate.pretrain.release import open_release
     from foveate.pretrain.weights import rest_path, save_model
 
@@ -125,7 +143,7 @@ def _form(spec: BackboneSpec) -> str:
 
 
 def image_size(text: str) -> tuple[int, int]:
-    """Height and width from "384" or "224x384"; argparse words the error."""
+    """Parse height and width from "384" or "224x384"; argparse words the error."""
     sides = [int(side) for side in text.lower().split("x")]
     height, width = sides if len(sides) == 2 else sides * 2
     return height, width

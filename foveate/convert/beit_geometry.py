@@ -1,4 +1,4 @@
-"""The size and form of a BEiT, or of a ViT that SimMIM pre-trained, read off its tensors."""
+"""Infer the size and form of a BEiT, or of a ViT that SimMIM pre-trained, from its tensors."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _CLASS_ROWS = 3  # class token to patch, patch to class token, class token to it
 
 
 class BeitGeometry(Geometry):
-    """What the tensors of a ``Beit`` say about it.
+    """The size and form of a ``Beit``, inferred from its tensors.
 
     Args:
-        checkpoint: where they are from; gets notes.
+        checkpoint: the file that holds the tensors; notes are added to it.
         state: the tensors by their names in timm.
-        expand: give every block a copy of a table that they share.
+        expand: whether every block gets a copy of a table that the blocks share.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class BeitGeometry(Geometry):
         self.expand = expand and SHARED_BIAS in state
 
     def positions(self, wanted: Grid | None) -> tuple[Grid | None, int]:
-        """The grid that relative positions, or else absolute ones, are for."""
+        """Return the grid of the relative positions, or of absolute ones if there are no others."""
         key = self._table()
         if key is None:
             return super().positions(wanted)
@@ -50,40 +50,40 @@ class BeitGeometry(Geometry):
                 break
         else:
             raise ValueError(
-                f"{self.path} has {count + _CLASS_ROWS} relative positions, which is no square "
-                "grid's (2n - 1)^2 + 3; say the size that they are for with "
-                "image_size=(height, width)"
+                f"{self.path} has {count + _CLASS_ROWS} relative positions, which fit no square "
+                "grid: n x n patches have (2n - 1)^2 + 3; give the image size that they are for "
+                "as image_size=(height, width)"
             )
         if "pos_embed" in self.state:
             found, patches = self._shape("pos_embed", 3)[1], grid[0] * grid[1]
             if found != patches + 1:
                 raise ValueError(
-                    f"{self.path} has {found} absolute positions, and relative ones for "
+                    f"{self.path} has {found} absolute positions, but relative ones for "
                     f"{grid[0]} x {grid[1]} patches; expected {patches + 1}"
                 )
         return grid, 1
 
-    def placed(self, grid: Grid, antialias: bool) -> dict[str, Tensor]:
-        """The tensors with positions for a grid: tables resized and expanded where needed."""
-        state = super().placed(grid, antialias)
+    def with_positions(self, grid: Grid, antialias: bool) -> dict[str, Tensor]:
+        """Return the tensors with positions for a grid, their tables resized and expanded."""
+        state = super().with_positions(grid, antialias)
         tables = [key for key in state if key.endswith(TABLE)]
         stored, _ = self.positions(grid)
         if tables and stored is not None and stored != grid:
-            if stored[0] != stored[1]:  # not every timm that is supported resizes those
+            if stored[0] != stored[1]:  # some supported versions of timm do not resize those
                 raise ValueError(
                     f"{self.path} has relative positions for {stored[0]} x {stored[1]} patches, "
                     "and only square grids are resized; leave image_size out"
                 )
             self.notes.append(
                 f"relative positions resized from {stored[0]} x {stored[1]} to {grid[0]} x "
-                f"{grid[1]} patches, as timm does it"
+                f"{grid[1]} patches, as timm does"
             )
             rows = (2 * grid[0] - 1) * (2 * grid[1] - 1) + _CLASS_ROWS
             for key in tables:
                 shape = (rows, self._shape(key, 2)[1])
                 state[key] = resize_rel_pos_bias_table(state[key], grid, shape)
         if self.expand:
-            self.notes.append("the shared position bias copied to every block")
+            self.notes.append("shared position bias copied to every block")
             state = expand_position_bias(state, self._depth())
         return state
 
@@ -99,15 +99,15 @@ class BeitGeometry(Geometry):
             said = "" if given is None else f" and num_heads={given!r}"
             raise ValueError(
                 f"{self.path} has {key} for {heads} heads, width {width}{said}; expected a number "
-                "of heads that divides the width, and the same"
+                "of heads that divides the width, the same everywhere"
             )
         return heads
 
-    def _made(self, arguments: dict[str, Any], front: int, special: Mapping[str, Any]) -> nn.Module:
-        """A Beit whose norm stands where the tensors have it.
+    def _make(self, arguments: dict[str, Any], front: int, special: Mapping[str, Any]) -> nn.Module:
+        """Make a Beit whose norm stands where the tensors have it.
 
-        timm would average patches and move the norm behind that. What was pre-trained has a norm
-        over all tokens, so that its features are the model's; then the class token is read.
+        By default timm averages the patches and applies the norm afterwards. Pre-trained encoders
+        have a norm over all tokens instead, and then the head reads the class token.
         """
         has = self.state.keys()
         model = Beit(
@@ -121,7 +121,7 @@ class BeitGeometry(Geometry):
             use_rel_pos_bias=_OWN_BIAS in has or self.expand,
             use_shared_rel_pos_bias=SHARED_BIAS in has and not self.expand,
         )
-        # Buffers that are no part of a file would stay without values.
+        # Buffers that files do not hold would stay on the meta device, without values.
         part: Any
         for part in model.modules():
             if getattr(part, "k_bias", None) is not None:

@@ -1,4 +1,4 @@
-"""The size and form of a plain ViT or LV-ViT, read off its tensors."""
+"""Infer the size and form of a plain ViT or LV-ViT from its tensors."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from foveate.backbones import LVViT, plain_vit
-from foveate.convert.read import ANCHOR, EXPECTED, Checkpoint
+from foveate.convert.read import EXPECTED, PATCH_KEY, Checkpoint
 from foveate.facts import image_grid
 
-__all__ = ["GRID", "HEADS", "IMAGES", "POOL", "Geometry", "Grid"]
+__all__ = ["GRID", "HEADS", "IMAGES", "POOL", "Geometry", "Grid", "resize_note"]
 
-# What tensors do not show; files that were written here say it in their metadata.
+# Metadata of files that save_plain wrote: facts that tensors do not show.
 HEADS, GRID, IMAGES = "foveate.num_heads", "foveate.grid", "foveate.images"
 POOL = "foveate.pool"
 _HEAD_WIDTH = 64
-_STEM = "patch_embed.conv1.weight"  # LV-ViT's
+_STEM = "patch_embed.conv1.weight"  # of LV-ViT
 _POOLS = ("avg", "avgmax", "max", "token", "map")
 Grid = tuple[int, int]
 
 
 class Geometry:
-    """What the tensors of a model say about it. ValueError where they say nothing sensible.
+    """The size and form of a model, inferred from its tensors; ValueError if these do not fit.
 
     Args:
-        checkpoint: where they are from; gets notes.
+        checkpoint: the file that holds the tensors; notes are added to it.
         state: the tensors by their names in timm.
     """
 
@@ -45,27 +45,29 @@ class Geometry:
         image_size: int | tuple[int, int] | None,
         special: Mapping[str, Any],
     ) -> nn.Module:
-        """Make the model that the tensors are of, on the meta device.
+        """Make a model with tensors of these shapes, on the meta device.
 
         Args:
-            num_heads: instead of what a head width of 64 gives.
-            image_size: instead of the size that the stored positions are for.
-            special: arguments of ``plain_vit`` that the origin knows.
+            num_heads: number of heads; None assumes a head width of 64.
+            image_size: image size; None takes the size that the stored positions are for.
+            special: arguments of ``plain_vit`` that the origin implies.
         """
         hidden, width = self._shape("blocks.0.mlp.fc1.weight", 2)
         if self._shape("blocks.0.mlp.fc2.weight", 2)[1] != hidden:
             raise ValueError(
                 f"{self.path} has a gated feed forward, expected a plain one; make the model "
-                "yourself and pass it as load(path, model)"
+                "yourself and call load(path, model)"
             )
         patch, channels = self._patch()
         wanted = None if image_size is None else image_grid(image_size, patch)
         stored, front = self.positions(wanted)
         grid = wanted or stored
         if grid is None:
-            raise ValueError(f"{self.path} has no positions to read a size off; give image_size=")
+            raise ValueError(
+                f"{self.path} has no positions that tell its image size; give image_size="
+            )
         ratio = hidden / width
-        if int(width * ratio) != hidden:  # the model multiplies again and rounds down
+        if int(width * ratio) != hidden:  # the model multiplies it by the width and rounds down
             ratio = math.nextafter(ratio, math.inf)
         arguments: dict[str, Any] = {
             "img_size": [n * side for n, side in zip(grid, patch, strict=True)],
@@ -78,19 +80,19 @@ class Geometry:
             "mlp_ratio": ratio,
         }
         with torch.device("meta"):
-            return self._made(arguments, front, special)
+            return self._make(arguments, front, special)
 
-    def _made(self, arguments: dict[str, Any], front: int, special: Mapping[str, Any]) -> nn.Module:
-        """The model of these sizes; ``front`` positions belong to prefix tokens."""
+    def _make(self, arguments: dict[str, Any], front: int, special: Mapping[str, Any]) -> nn.Module:
+        """Make the model; its first ``front`` positions belong to prefix tokens."""
         if _STEM in self.state:
             return LVViT(**{**arguments, "patch_size": arguments["patch_size"][0]})
         return plain_vit(**arguments, **{**self._form(front), **special})
 
     def positions(self, wanted: Grid | None) -> tuple[Grid | None, int]:
-        """The grid that stored positions are for, and how many belong to prefix tokens.
+        """Return the grid of the stored positions, and how many belong to prefix tokens.
 
-        ``wanted`` is believed only where their number is no square, so that it can mean another
-        grid than the stored one.
+        A square number of positions means a square grid, whatever ``wanted`` says: that may be
+        the grid to resize them to. Otherwise ``wanted`` must be the stored grid.
         """
         saved = self._saved_grid()
         if "pos_embed" not in self.state:
@@ -98,8 +100,8 @@ class Geometry:
         count = self._shape("pos_embed", 3)[1]
         tokens = [k for k in ("cls_token", "dist_token", "reg_token") if k in self.state]
         prefix = sum(self._shape(token, 3)[1] for token in tokens)
-        # Models with register tokens have positions for patches alone, others for all tokens.
-        # Where both readings give a square, this decides; it takes a tiny grid.
+        # Models with register tokens usually have positions for patches only, others for all
+        # tokens. The order matters only for tiny grids, where both readings give a square.
         fronts = (0, prefix) if "reg_token" in self.state else (prefix, 0)
         for known in (saved, "square", wanted):
             for front in fronts:
@@ -108,19 +110,16 @@ class Geometry:
                 if isinstance(grid, tuple) and grid[0] * grid[1] == count - front > 0:
                     return grid, front
         raise ValueError(
-            f"{self.path} has {count} positions and {prefix} prefix tokens, which is no square "
-            "grid; say the size that they are for with image_size=(height, width)"
+            f"{self.path} has {count} positions and {prefix} prefix tokens, which fit no square "
+            "grid; give the image size that they are for as image_size=(height, width)"
         )
 
-    def placed(self, grid: Grid, antialias: bool) -> dict[str, Tensor]:
-        """The tensors with positions for a grid, resized where they were for another."""
+    def with_positions(self, grid: Grid, antialias: bool) -> dict[str, Tensor]:
+        """Return the tensors with positions for a grid, resized if they were for another grid."""
         stored, front = self.positions(grid)
         if stored is None or stored == grid or "pos_embed" not in self.state:
             return dict(self.state)
-        self.notes.append(
-            f"positions resized from {stored[0]} x {stored[1]} to {grid[0]} x {grid[1]} patches, "
-            f"{'with' if antialias else 'without'} antialiasing"
-        )
+        self.notes.append(resize_note(stored, grid, antialias))
         positions = resample_abs_pos_embed(
             self.state["pos_embed"],
             new_size=list(grid),
@@ -141,9 +140,9 @@ class Geometry:
         return shape
 
     def _patch(self) -> tuple[Grid, int]:
-        """Height and width of a patch, and the channels of images."""
-        _, channels, height, width = self._shape(ANCHOR, 4)
-        if _STEM in self.state:  # it halves images before patches are made
+        """Return the height and width of a patch, and the channels of images."""
+        _, channels, height, width = self._shape(PATCH_KEY, 4)
+        if _STEM in self.state:  # this stem halves images before patches are made
             return (2 * height, 2 * width), self._shape(_STEM, 4)[1]
         return (height, width), channels
 
@@ -165,7 +164,7 @@ class Geometry:
         if given is None and width % _HEAD_WIDTH:
             raise ValueError(
                 f"{self.path} has width {width}, which heads of width {_HEAD_WIDTH} do not "
-                "divide; say how many heads there are with num_heads="
+                "divide; give the number of heads as num_heads="
             )
         heads = width // _HEAD_WIDTH if given is None else given
         if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or width % heads:
@@ -181,23 +180,23 @@ class Geometry:
         rows, columns = self._numbers(GRID, 2)
         return rows, columns
 
-    def images(self) -> dict[str, Any]:
-        """How images are prepared, where the file says it."""
+    def image_settings(self) -> dict[str, Any]:
+        """Return the preprocessing settings in the file's metadata, empty if there are none."""
         text = self.metadata.get(IMAGES, "{}")
         try:
             found = json.loads(text)
         except json.JSONDecodeError:
             found = None
         if not isinstance(found, dict):
-            raise ValueError(f"{self.path} says {IMAGES} {text!r}, expected a JSON object")
+            raise ValueError(f"{self.path} has metadata {IMAGES} {text!r}, expected a JSON object")
         return found
 
     def _pool(self, legal: tuple[str, ...], shown: str) -> str:
-        """How patches are pooled: what the file says, or else what its tensors show."""
+        """Return the pooling in the file's metadata, otherwise the one that its tensors show."""
         pool = self.metadata.get(POOL, shown)
         if pool not in legal:
             raise ValueError(
-                f"{self.path} says {POOL} {pool!r}, expected one of {', '.join(legal)}"
+                f"{self.path} has metadata {POOL} {pool!r}, expected one of {', '.join(legal)}"
             )
         return pool
 
@@ -205,11 +204,12 @@ class Geometry:
         text = self.metadata[key]
         parts = text.split("x")
         if len(parts) != count or not all(part.isdecimal() for part in parts):
-            raise ValueError(f"{self.path} says {key} {text!r}, expected {'x'.join('N' * count)}")
+            expected = "x".join("N" * count)
+            raise ValueError(f"{self.path} has metadata {key} {text!r}, expected {expected}")
         return [int(part) for part in parts]
 
     def _form(self, front: int) -> dict[str, Any]:
-        """What kind of ViT it is, by the tensors that are there, for ``plain_vit``."""
+        """Return arguments of ``plain_vit`` for the kind of ViT that has these tensors."""
         has = self.state.keys()
         pool = "token" if "cls_token" in has else "avg"
         if "attn_pool.latent" in has:
@@ -219,8 +219,8 @@ class Geometry:
         clip = "norm_pre.weight" in has
         if clip:
             self.notes.append(
-                "a norm before the blocks, as CLIP has it: layer norms have eps 1e-5, and the "
-                "activation is taken as GELU; for OpenAI's QuickGELU weights pass the model"
+                "a norm before the blocks, as in CLIP: layer norms get eps 1e-5 and the activation "
+                "GELU; for OpenAI's weights, which need QuickGELU, pass the model"
             )
         return {
             "distilled": "dist_token" in has,
@@ -236,3 +236,11 @@ class Geometry:
             "pre_norm": clip,
             "fc_norm": "fc_norm.weight" in has,
         }
+
+
+def resize_note(old: Grid, new: Grid, antialias: bool) -> str:
+    """Write the note that says how positions were resized."""
+    return (
+        f"positions resized from {old[0]} x {old[1]} to {new[0]} x {new[1]} patches, "
+        f"{'with' if antialias else 'without'} antialiasing"
+    )

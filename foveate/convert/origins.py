@@ -1,4 +1,4 @@
-"""Whose checkpoint it is, by its keys, and what those are called here: one entry an origin."""
+"""Recognise the code base that wrote a checkpoint by its keys, and rename them to timm's."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from foveate.backbones import TimmBeit
-from foveate.convert.read import ANCHOR, EXPECTED, Checkpoint, few
+from foveate.convert.read import EXPECTED, PATCH_KEY, Checkpoint, shorten
 from foveate.registry import suggest
 
-__all__ = ["FAMILY", "ORIGINS", "Origin", "find", "translate"]
+__all__ = ["FAMILY", "ORIGINS", "Origin", "find_origin", "translate"]
 
 
 @dataclass(frozen=True)
@@ -22,21 +22,21 @@ class Origin:
     """A code base that releases checkpoints.
 
     Attributes:
-        name: what a user calls it.
-        title: what people read.
-        marks: any key that this pattern finds tells the origin.
-        renames: patterns in keys and their replacements, all applied in this order. What begins
-            with "reducer." afterwards belongs to the method.
-        joins: per block, parts that are one tensor here.
+        name: the value of ``origin=``.
+        title: the name in messages.
+        marks: a pattern; a key that it finds identifies the origin.
+        renames: patterns in keys and their replacements, all applied in this order. Keys that
+            begin with "reducer." afterwards belong to the method.
+        joins: tensors of a block that are concatenated, and the key of the result.
         splits: tensors that are two halves here, and along which dimension.
-        unused: patterns of keys that are left out, and why.
+        unused: patterns of keys that are left out, and the reason.
         method: the method that such a model runs with.
-        options: of the method, where the release differs from the paper.
-        modules: the method's list with one entry a stage.
-        geometry: what tensors do not show of the model.
+        options: options of the method for which the release differs from the paper.
+        modules: the method's module list with one entry for each stage.
+        geometry: arguments of the model that tensors do not show.
         form: kind of model that has these tensors, "vit" or "beit".
-        expand: a position bias that blocks share is copied to each of them.
-        looks: names of the origins whose keys look the same.
+        expand: whether a position bias that blocks share is copied to each of them.
+        same_keys: names of the origins whose keys are the same.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Origin:
     geometry: Mapping[str, Any] = field(default_factory=dict)
     form: str = "vit"
     expand: bool = False
-    looks: tuple[str, ...] = ()
+    same_keys: tuple[str, ...] = ()
 
 
 FAMILY = "foveate.family"  # in the metadata of files that were written here
@@ -99,14 +99,14 @@ _ALL = (
         method="svit",
         options={"gate_prefix_last": True},
         modules="gates",
-        geometry={"block_eps": 1e-5},  # torch's encoder layer, which its blocks are made of
+        geometry={"block_eps": 1e-5},  # the default of torch's encoder layers, its blocks
     ),
     Origin(
         name="evovit",
         title="Evo-ViT (DeiT)",
         marks=r"^qks\.\d+\.qk\.",
         renames=(
-            (r"^norm\.", "fc_norm."),  # it averages the patches first
+            (r"^norm\.", "fc_norm."),  # its norm follows the average over patches
             (r"^norms\.(\d+)\.", r"blocks.\1.norm1."),
             (r"^projs\.(\d+)\.", r"blocks.\1.attn.proj."),
             (r"^qks\.(\d+)\.qk\.", r"blocks.\1.attn.qk."),
@@ -128,19 +128,19 @@ _ALL = (
         title="MAE, encoder only",
         marks=r"^decoder_(embed|blocks|pred|norm|pos_embed)",
         unused=((r"^decoder_", "the decoder, used in pre-training only"),),
-        looks=("vit",),
+        same_keys=("vit",),
     ),
     Origin(
         name="simmim",
         title="SimMIM ViT encoder",
         marks=r"^decoder\.0\.(weight|bias)$",
         unused=(
-            (r"^decoder\.", "the layer that makes pixels, used in pre-training only"),
+            (r"^decoder\.", "the layer that predicts pixels, used in pre-training only"),
             _INDEX,
         ),
         form="beit",
         expand=True,
-        looks=("beit",),
+        same_keys=("beit",),
     ),
     Origin(
         name="beit",
@@ -148,23 +148,23 @@ _ALL = (
         marks=rf"{_PLACES}bias_table$",
         unused=(_INDEX,),
         form="beit",
-        looks=("vit",),
+        same_keys=("vit",),
     ),
     Origin(name="lvvit", title="LV-ViT", marks=r"^patch_embed\.conv1\."),
     Origin(name="vit", title="plain ViT (timm, DeiT, MAE)", marks=r"^blocks\.0\.attn\.qkv\.weight"),
-    # Its code adds no parameters, so nothing but the user can tell it from a plain ViT.
-    Origin(name="evit", title="EViT", method="evit", looks=("vit", "lvvit")),
+    # EViT adds no parameters, so its keys are those of a plain ViT and only the user can tell.
+    Origin(name="evit", title="EViT", method="evit", same_keys=("vit", "lvvit")),
 )
 ORIGINS: Mapping[str, Origin] = {origin.name: origin for origin in _ALL}
 
-# Of any origin.
+# These apply to checkpoints of any origin.
 _RENAMES = {  # by form
     "vit": ((r"\.gamma_([12])$", r".ls\1.gamma"),),  # LayerScale in DeiT-III and CaiT code
     "beit": (),
 }
 _UNUSED = ((r"^mask_token$", "the mask token, used in pre-training only"),)
 
-# What else people keep in such files; the first pattern that a key fits names it.
+# Other models: the first pattern that finds a key names the model in the error.
 _FOREIGN = (
     (r"(^|\.)layers\.\d\.blocks\.\d+\.", "a Swin transformer"),
     (
@@ -173,19 +173,19 @@ _FOREIGN = (
     ),
     (r"(^|\.)(stages|downsample_layers)\.\d+\.", "a ConvNeXt or another staged network"),
     (r"(^|\.)layer[1-4]\.\d+\.conv\d\.", "a ResNet"),
-    (r"embeddings\.patch_embedding", "a Hugging Face model, which loads as its folder"),
+    (r"embeddings\.patch_embedding", "a Hugging Face model, which is loaded from its folder"),
     (r"encoder\.layers\.encoder_layer_\d+\.", "a torchvision ViT"),
     (r"resblocks\.\d+\.", "OpenAI's or open_clip's CLIP"),
     (
         r"(^|\.)attn\.q_proj\.|\.mlp\.fc1_[gx]\.|(^|\.)rope\.",
         "EVA-02, DINOv3 or another rotary ViT",
     ),
-    (r"\.mlp\.w(12|3)\.", "a ViT with gated feed forward, which needs its model"),
+    (r"\.mlp\.w(12|3)\.", "a ViT with a gated feed forward, which is loaded as load(path, model)"),
 )
 
 
-def find(checkpoint: Checkpoint, name: str | None) -> Origin:
-    """The origin that keys tell, or the named one if keys agree."""
+def find_origin(checkpoint: Checkpoint, name: str | None) -> Origin:
+    """Return the origin that the keys show, or the named one if the keys agree."""
     if name is not None and name not in ORIGINS:
         raise ValueError(suggest("origin", name, ORIGINS))
     path, keys = checkpoint.path, list(checkpoint.tensors)
@@ -193,26 +193,26 @@ def find(checkpoint: Checkpoint, name: str | None) -> Origin:
         fitting = [key for key in keys if re.search(pattern, key)]
         if fitting:
             raise ValueError(
-                f"{path} looks like {what}: it has keys such as {few(fitting, 2)}; {EXPECTED}"
+                f"{path} looks like {what}: it has keys such as {shorten(fitting, 2)}; {EXPECTED}"
             )
     found = next((o for o in _ALL if o.marks and any(re.search(o.marks, k) for k in keys)), None)
-    if found is None or ANCHOR not in keys:
-        raise ValueError(f"{path} has keys such as {few(keys)}; {EXPECTED}")
+    if found is None or PATCH_KEY not in keys:
+        raise ValueError(f"{path} has keys such as {shorten(keys)}; {EXPECTED}")
     if name is None and checkpoint.metadata.get(FAMILY) == TimmBeit.family:
         name = "beit"
     biased = [key for key in keys if key.endswith(".attn.q_bias")]
     if found.form == "vit" and biased and ORIGINS[name or found.name].form == "vit":
         raise ValueError(
             f"{path} looks like EVA, or BEiT without relative positions: it has keys such as "
-            f"{few(biased, 2)}; say origin='beit' if it is BEiT, otherwise {EXPECTED}"
+            f"{shorten(biased, 2)}; give origin='beit' if it is BEiT, otherwise {EXPECTED}"
         )
     if name is None or name == found.name:
         return found
     given = ORIGINS[name]
-    if found.name not in given.looks:
+    if found.name not in given.same_keys:
         raise ValueError(
-            f"{path} was said to be of origin {name!r} and its keys are those of {found.name!r}; "
-            f"expected keys of {given.title}"
+            f"{path} has the keys of {found.name!r}, but origin={name!r} was given; expected keys "
+            f"of {given.title}"
         )
     return given
 
@@ -220,14 +220,14 @@ def find(checkpoint: Checkpoint, name: str | None) -> Origin:
 def translate(
     checkpoint: Checkpoint, origin: Origin
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Rename keys; gives the model's tensors and the method's, and notes what is left out."""
+    """Rename keys, note what is left out, and return the model's and the method's tensors."""
     kept: dict[str, Tensor] = dict(checkpoint.tensors)
     for pattern, why in (*origin.unused, *_UNUSED):
         out = [key for key in kept if re.search(pattern, key)]
         for key in out:
             del kept[key]
         if out:
-            checkpoint.notes.append(f"left out {few(out)}: {why}")
+            checkpoint.notes.append(f"left out {shorten(out)}: {why}")
     state: dict[str, Tensor] = {}
     for key, value in kept.items():
         for pattern, replacement in (*origin.renames, *_RENAMES[origin.form]):

@@ -1,4 +1,4 @@
-"""Read a checkpoint file of any kind into tensors by name. Nothing in a file is ever executed."""
+"""Read a checkpoint file into tensors by name. No code in a file is run."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from torch import Tensor
 
 from foveate.core import check_choice
 
-__all__ = ["ANCHOR", "EXPECTED", "Checkpoint", "few", "read"]
+__all__ = ["PATCH_KEY", "EXPECTED", "Checkpoint", "read", "shorten"]
 
 EXPECTED = (
     "expected the weights of a plain ViT, DeiT, BEiT, MAE or SimMIM encoder, LV-ViT, DynamicViT, "
     "EViT, Evo-ViT (DeiT) or SViT classifier"
 )
-ANCHOR = "patch_embed.proj.weight"  # every model that is read here has this tensor
+PATCH_KEY = "patch_embed.proj.weight"  # every supported model has this tensor
 _FILES = "expected a .pth, .pt or .safetensors file"
 _PLAIN = ("model", "state_dict", "model_state_dict", "net", "module")
 _EMA = ("model_ema", "ema", "state_dict_ema", "ema_state_dict", "ema_model")
 _PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.", "encoder.")
 _ENCODER, _DECODER = "encoder.", "decoder."
-_COUNTERS = ("n_averaged",)  # torch's AveragedModel puts it beside the weights
+_COUNTERS = ("n_averaged",)  # torch's AveragedModel stores it beside the weights
 
 
 class Inert:
-    """Takes the place of plain data that released files hold beside their tensors."""
+    """Stands in for settings and scores that released files hold beside their tensors."""
 
     def __new__(cls, *args: Any, **options: Any) -> Inert:
-        """Take whatever the file says and keep none of it."""
+        """Accept any arguments and keep none of them."""
         return super().__new__(cls)
 
     def __init__(self, *args: Any, **options: Any) -> None: ...
@@ -42,8 +42,8 @@ class Inert:
     def __setstate__(self, state: Any) -> None: ...
 
 
-# Settings of a run and best scores so far. Not even these classes are called: the file gets an
-# inert object in their place. Any other class in a file is refused by name.
+# Files name these classes for the settings of a run and its best scores. The classes are not
+# called: an Inert object replaces each. Any other class in a file is refused by name.
 _INERT = (
     "argparse.Namespace",
     "numpy.dtype",
@@ -54,20 +54,19 @@ _INERT = (
     *(f"pathlib._local.{kind}Path" for kind in ("Posix", "Windows", "PurePosix", "PureWindows")),
 )
 
-
-# Settings in the form of a dictionary, as SimMIM has them: such a file gets a dictionary instead.
+# SimMIM stores its settings in this kind of dictionary; a plain dictionary replaces it.
 _TREES = ("yacs.config.CfgNode",)
 
 
 @dataclass
 class Checkpoint:
-    """What a file holds.
+    """The contents of a file.
 
     Attributes:
         path: the file.
-        tensors: float32 where they are floating point, by their names without wrappers' prefixes.
-        metadata: of a safetensors file.
-        notes: what was understood on the way, for people.
+        tensors: tensors by name, without prefixes of wrappers; floating-point ones are float32.
+        metadata: metadata of a safetensors file.
+        notes: sentences for the user about what was recognised.
     """
 
     path: Path
@@ -77,12 +76,12 @@ class Checkpoint:
 
 
 def read(path: Path, weights: str = "auto") -> Checkpoint:
-    """Read one file: its format by content, its wrappers, its prefixes.
+    """Read one file of any supported format and remove wrappers and prefixes.
 
     Args:
         path: the file.
-        weights: "model" or "ema" where a file has both; "auto" takes the model's and only where
-            there are none the averaged ones.
+        weights: "model" or "ema" for files that hold both; "auto" takes the model's weights if
+            there are any, otherwise the averaged ones.
     """
     check_choice("weights", weights, ("auto", "model", "ema"))
     metadata: Mapping[str, str] = {}
@@ -93,15 +92,15 @@ def read(path: Path, weights: str = "auto") -> Checkpoint:
     else:
         content = _unpickle(path, mapped=kind == "zip")
     notes: list[str] = []
-    tensors = _bare(path, _unwrap(path, content, weights, notes), notes)
+    tensors = _strip_prefixes(path, _unwrap(path, content, weights, notes), notes)
     if any(t.is_floating_point() and t.dtype != torch.float32 for t in tensors.values()):
-        notes.append("weights of other precision made float32")
+        notes.append("weights converted to float32")
     floats = {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()}
     return Checkpoint(path, floats, metadata, notes)
 
 
-def few(names: list[str], most: int = 4) -> str:
-    """Name some of many, on one line."""
+def shorten(names: list[str], most: int = 4) -> str:
+    """List the first names on one line and count the others."""
     listed = ", ".join(n if n.isprintable() else repr(n) for n in names[:most])
     return listed if len(names) <= most else f"{listed} and {len(names) - most} more"
 
@@ -110,7 +109,7 @@ def few(names: list[str], most: int = 4) -> str:
 
 
 def _kind(path: Path) -> str:
-    """Tell the format by the file's first bytes; ValueError for what is no checkpoint."""
+    """Return the format that the first bytes show; ValueError if the file is not a checkpoint."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist; {_FILES}")
     with path.open("rb") as file:
@@ -120,12 +119,11 @@ def _kind(path: Path) -> str:
         raise ValueError(f"{path} is empty; {_FILES}")
     if text.startswith(b"version https://git-lfs"):
         raise ValueError(
-            f"{path} is a git-LFS pointer and not the file itself, which `git lfs pull` fetches; "
-            f"{_FILES}"
+            f"{path} is a git-LFS pointer, not the file itself; run `git lfs pull`; {_FILES}"
         )
     if text.startswith(b"<"):
         raise ValueError(
-            f"{path} is an HTML or XML page, as a refused download leaves behind; {_FILES}"
+            f"{path} is an HTML or XML page, probably from a failed download; {_FILES}"
         )
     if head.startswith(b"PK"):
         _check_zip(path)
@@ -134,7 +132,7 @@ def _kind(path: Path) -> str:
         return "safetensors"
     if head.startswith(b"\x80"):
         return "pickle"
-    raise ValueError(f"{path} is no checkpoint, it begins with {head[:12]!r}; {_FILES}")
+    raise ValueError(f"{path} is not a checkpoint: it begins with {head[:12]!r}; {_FILES}")
 
 
 def _check_zip(path: Path) -> None:
@@ -143,15 +141,14 @@ def _check_zip(path: Path) -> None:
             names = archive.namelist()
     except Exception as error:  # damage shows as any kind of error
         raise ValueError(
-            f"{path} is truncated or damaged: its zip directory is not there ({_line(error)}); "
-            f"{_FILES}"
+            f"{path} is truncated or damaged: it has no zip directory ({_line(error)}); {_FILES}"
         ) from error
     if any(name.split("/")[-1] == "data.pkl" for name in names):
         if any("/code/" in name for name in names):
             raise ValueError(f"{path} is a TorchScript program, not a state dict; {_FILES}")
         return
-    what = "a NumPy archive" if any(n.endswith(".npy") for n in names) else "some zip archive"
-    raise ValueError(f"{path} is {what} and not one that torch.save wrote; {_FILES}")
+    what = "a NumPy archive" if any(n.endswith(".npy") for n in names) else "a zip archive"
+    raise ValueError(f"{path} is {what} that torch.save did not write; {_FILES}")
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
@@ -160,15 +157,15 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except Exception as error:  # safetensors raises its own type for every kind of damage
         raise ValueError(
-            f"{path} is a truncated or damaged safetensors file ({_line(error)}); expected a whole "
-            "one"
+            f"{path} is a truncated or damaged safetensors file ({_line(error)}); expected a "
+            "complete one"
         ) from error
 
 
 def _unpickle(path: Path, mapped: bool) -> Any:
     inert: list[Any] = [(Inert, name) for name in _INERT]
     inert += [(OrderedDict, name) for name in _TREES]
-    # torch goes by the name's end here, and maps only what it opens itself.
+    # torch maps only files that it opens itself, and reads this suffix as safetensors.
     mapped = mapped and path.suffix != ".safetensors"
     try:
         with path.open("rb") as file, torch.serialization.safe_globals(inert):
@@ -180,15 +177,15 @@ def _unpickle(path: Path, mapped: bool) -> Any:
         if found:
             raise ValueError(
                 f"{path} may run code when it is unpickled: it holds the global {rest.split()[0]}, "
-                "expected tensors and plain data alone; save its state_dict() where it was made"
+                "expected tensors and plain data only; save the model's state_dict() instead"
             ) from error
         raise ValueError(
-            f"{path} is truncated, damaged or no PyTorch checkpoint ({_line(error)}); {_FILES}"
+            f"{path} is truncated, damaged or not a PyTorch checkpoint ({_line(error)}); {_FILES}"
         ) from error
 
 
 def _line(error: Exception) -> str:
-    """First line of an error's text, short."""
+    """Return the first line of an error's text, shortened."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:160].rstrip(". ")
 
@@ -203,9 +200,10 @@ def _unwrap(path: Path, content: Any, weights: str, notes: list[str]) -> dict[st
     while True:
         if not isinstance(content, Mapping):
             raise ValueError(
-                f"{path} holds {_what(content)}{_below(trail)}; expected a dictionary of tensors"
+                f"{path} holds {_describe(content)}{_inside(trail)}; expected a dictionary of "
+                "tensors"
             )
-        content = _nested(content)
+        content = _split_prefixes(content)
         inside = {key: value for key, value in content.items() if isinstance(value, Mapping)}
         ema = [key for key in _EMA if inside.get(key)] if not averaged else []
         plain = [key for key in _PLAIN if inside.get(key)]
@@ -216,24 +214,24 @@ def _unwrap(path: Path, content: Any, weights: str, notes: list[str]) -> dict[st
         trail.append(order[0])
         content = inside[order[0]]
         others = [key for key in (*plain, *ema) if key != order[0]]
-        notes.append(f"took {order[0]}" + (f" and not {few(others)}" if others else ""))
+        notes.append(f"took {order[0]}" + (f" and not {shorten(others)}" if others else ""))
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     if weights == "ema" and not averaged:
         raise ValueError(
-            f"{path} holds no EMA copy but {few(list(map(str, top)))}; expected one of "
+            f"{path} holds no EMA copy, only {shorten(list(map(str, top)))}; expected one of "
             f"{', '.join(_EMA)}"
         )
     if not tensors:
-        found = few(list(map(str, content)))
+        found = shorten(list(map(str, content)))
         raise ValueError(
-            f"{path} holds {found or 'nothing'}{_below(trail)}; expected tensors, or one of "
+            f"{path} holds {found or 'nothing'}{_inside(trail)}; expected tensors, or one of "
             f"{', '.join((*_PLAIN, *_EMA))} around them"
         )
     return tensors
 
 
-def _nested(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    """Split a flat dictionary that has several wrappers as prefixes, as Lightning writes it."""
+def _split_prefixes(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """Split a flat dictionary by wrappers that are prefixes of its names, as in Lightning files."""
     names = [key for key, value in content.items() if isinstance(value, Tensor)]
     groups = {str(key).partition(".")[0] for key in names if key not in _COUNTERS}
     if len(groups) < 2 or not groups <= {*_PLAIN, *_EMA}:
@@ -246,8 +244,8 @@ def _nested(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
     return split
 
 
-def _bare(path: Path, tensors: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
-    """Take prefixes off that all names have."""
+def _strip_prefixes(path: Path, tensors: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
+    """Remove prefixes that all names share."""
     tensors = {name: value for name, value in tensors.items() if name not in _COUNTERS}
     removed = ""
     while tensors:
@@ -257,26 +255,30 @@ def _bare(path: Path, tensors: dict[str, Tensor], notes: list[str]) -> dict[str,
         removed += prefix
         tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
     if removed:
-        notes.append(f"prefix {removed!r} taken off all names")
-    # SimMIM keeps what makes pixels beside its encoder, which has relative positions always.
+        notes.append(f"prefix {removed!r} removed from all names")
+    # SimMIM stores its pixel layer beside its encoder, which always has relative positions.
     beside = all(name.startswith((_ENCODER, _DECODER)) for name in tensors)
-    if beside and _ENCODER + ANCHOR in tensors and any("relative_pos" in name for name in tensors):
-        notes.append(f"prefix {_ENCODER!r} taken off the encoder's names")
+    if (
+        beside
+        and _ENCODER + PATCH_KEY in tensors
+        and any("relative_pos" in name for name in tensors)
+    ):
+        notes.append(f"prefix {_ENCODER!r} removed from the encoder's names")
         tensors = {name.removeprefix(_ENCODER): value for name, value in tensors.items()}
     for prefix in _PREFIXES:
-        # With weights of something else beside the model, whose head is it, and what for?
+        # A head beside the model may belong to another task, such as detection.
         others = [name for name in tensors if not name.startswith(prefix)]
-        if ANCHOR not in tensors and prefix + ANCHOR in tensors:
+        if PATCH_KEY not in tensors and prefix + PATCH_KEY in tensors:
             raise ValueError(
-                f"{path} holds a ViT under {prefix!r} and beside it {few(others)}; expected the "
-                "model alone"
+                f"{path} holds a ViT under {prefix!r} and beside it {shorten(others)}; expected "
+                "the model only"
             )
     return tensors
 
 
-def _what(content: Any) -> str:
+def _describe(content: Any) -> str:
     return f"{content!r}"[:60] if isinstance(content, (int, float, str)) else type(content).__name__
 
 
-def _below(trail: list[str]) -> str:
+def _inside(trail: list[str]) -> str:
     return f" in {'.'.join(trail)}" if trail else ""

@@ -97,7 +97,7 @@ class TokenState:
     def replace(self, **changes: Any) -> TokenState:
         """Copy the state with some fields changed."""
         # Not ``vars(self)``: the compiler of the oldest torch does not follow it.
-        return TokenState(**{**{f.name: getattr(self, f.name) for f in fields(self)}, **changes})
+        return TokenState(**{**{name: getattr(self, name) for name in _FIELDS}, **changes})
 
     def with_tokens(self, x: Tensor) -> TokenState:
         """Give the tokens new values, ``[T, C]`` or ``[B, N, C]``; nothing else changes."""
@@ -501,6 +501,9 @@ class TokenState:
         if not self.layout.is_even:  # an image without tokens has no row of its own
             rows = rows.clamp_max(self.x.shape[0] - 1)
         return self.x.index_select(0, rows).view(self.batch, self.patches, -1)
+
+
+_FIELDS = tuple(f.name for f in fields(TokenState))
 
 
 def _close(inverse: Tensor) -> Tensor:

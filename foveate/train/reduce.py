@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveate.api import save
 from foveate.backbones import backbone_for
+from foveate.convert import save
 from foveate.core import GatedReducer, ReducedViT, dense
 from foveate.core.chain import chained_name
 from foveate.registry import suggest

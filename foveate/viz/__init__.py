@@ -1,7 +1,7 @@
-"""Pictures of what a method does to an image, all of them from the trace, for every method.
+"""Pictures of what a method does to an image, drawn from the trace, for every method.
 
-``draw``, ``heat`` and ``sheet`` start from models and images; ``kept``, ``groups``, ``depth`` and
-``brought_back`` from a trace that was made already, of any image in it.
+``draw``, ``heat`` and ``sheet`` take models and images. ``kept``, ``groups``, ``depth`` and
+``brought_back`` take an existing trace and draw one of its images.
 """
 
 from foveate.viz.captions import caption

@@ -1,4 +1,4 @@
-"""What a picture says in words: the method and its rate, tokens of every block, multiply-adds."""
+"""Captions: the method and its rate, the tokens of every block, and multiply-adds."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["caption", "giga", "image_cost"]
 
 
 def caption(model: ReducedViT, trace: Trace, index: int = 0) -> list[str]:
-    """Lines for one image: the method, the tokens that each block feeds forward, GMACs.
+    """Write lines for one image: the method, tokens in each block's MLP, and GMACs.
 
-    Tokens and multiply-adds are those of this very image, prefix tokens included. In a masked
-    pass, which computes all tokens, they are those of the tokens that take part.
+    Tokens and multiply-adds are those of this image, prefix tokens included. A masked pass
+    computes all tokens, but only those that take part are counted.
     """
     now, dense = image_cost(model, trace, index)
     return [
@@ -25,7 +25,7 @@ def caption(model: ReducedViT, trace: Trace, index: int = 0) -> list[str]:
 
 
 def image_cost(model: ReducedViT, trace: Trace, index: int = 0) -> tuple[float, float]:
-    """Multiply-adds of one image of a trace, and what it would cost without the method."""
+    """Return the multiply-adds of one image of a trace, with and without the method."""
     spec, reducer = model.backbone.spec, model.reducer
     if reducer.fixed_count:  # the same for every image
         size = tuple(n * side for n, side in zip(trace.grid, spec.patch, strict=True))
@@ -38,7 +38,7 @@ def image_cost(model: ReducedViT, trace: Trace, index: int = 0) -> tuple[float, 
 
 
 def _plan(trace: Trace, index: int) -> list[BlockTokens]:
-    """Working tokens of one image, block by block."""
+    """Count the working tokens of one image, block by block."""
     index = check_index(trace, index)
     return [
         BlockTokens(*(int(live_tokens(s, index).sum()) for s in (b.attention, b.mlp, b.output)))
@@ -47,6 +47,6 @@ def _plan(trace: Trace, index: int) -> list[BlockTokens]:
 
 
 def giga(value: float, dense: float) -> str:
-    """Both in billions, with as many digits as the smaller one needs."""
+    """Write both numbers in billions, with as many digits as the smaller one needs."""
     digits = 2 if min(value, dense) >= 1e8 else 4
     return f"{value / 1e9:.{digits}f} of {dense / 1e9:.{digits}f}"

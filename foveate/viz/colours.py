@@ -1,4 +1,4 @@
-"""Colours that people with any kind of colour vision can tell apart, and scales of them."""
+"""Colours and colour scales that people with any kind of colour vision can tell apart."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = [
     "overlay",
 ]
 
-# Okabe and Ito's palette without black, which outlines use.
+# The palette of Okabe and Ito without black, which is the colour of outlines.
 OKABE_ITO = (
     (230, 159, 0),  # orange
     (86, 180, 233),  # sky blue
@@ -37,10 +37,10 @@ _LUMA = np.array((0.299, 0.587, 0.114))
 
 
 def matplotlib() -> Any:
-    """The library, for its fonts and colour scales; it draws nothing, so no backend matters."""
+    """Import matplotlib for its fonts and colour scales; it draws nothing and needs no backend."""
     if "matplotlib" in sys.modules:
         return sys.modules["matplotlib"]
-    # An unknown $MPLBACKEND would stop the import itself; a good one is set as the import does.
+    # An unknown $MPLBACKEND would make the import fail; a known one is set afterwards.
     backend = os.environ.pop("MPLBACKEND", None)
     try:
         import matplotlib
@@ -54,10 +54,10 @@ def matplotlib() -> Any:
 
 
 def group_colours(groups: int) -> np.ndarray:
-    """One colour for each number, ``[groups, 3]`` float; the same whatever the image or block.
+    """Return one colour for each number, ``[groups, 3]`` float, the same for all images and blocks.
 
-    Seven hues, light and dark. Neighbouring numbers are far apart in the list, and so neighbouring
-    groups, whose numbers are near each other, differ.
+    There are seven hues, each light and dark. Numbers close to each other get different colours,
+    because neighbouring groups have such numbers.
     """
     base = np.array(OKABE_ITO, dtype=float)
     shades = np.concatenate([base, 0.5 * base])
@@ -66,7 +66,7 @@ def group_colours(groups: int) -> np.ndarray:
 
 
 def _scale(values: np.ndarray) -> np.ndarray:
-    """Colours of numbers from 0 to 1, float RGB: dark blue to yellow, even in lightness."""
+    """Map numbers from 0 to 1 to float RGB, from dark blue to yellow, even in lightness."""
     return 255 * _colours()[np.round(255 * np.clip(values, 0, 1)).astype(int)]
 
 
@@ -76,20 +76,20 @@ def _colours() -> np.ndarray:
 
 
 def _grey(pixels: np.ndarray) -> np.ndarray:
-    """The lightness of pixels as float RGB."""
+    """Return the lightness of pixels as float RGB."""
     return np.repeat((pixels @ _LUMA)[..., None], 3, axis=-1)
 
 
 def dimmed(pixels: np.ndarray) -> np.ndarray:
-    """What is left out: much darker and nearly without colour, yet no black, which stays may be."""
+    """Darken pixels that are left out, but not to black, which may be the colour of kept ones."""
     return 0.25 * (0.3 * pixels + 0.7 * _grey(pixels)) + 28
 
 
 def overlay(pixels: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Pixels in grey under the scale's colours; what a colour bar shows lies on medium grey."""
+    """Lay the colours of a scale over the pixels in grey; colour bars pass medium grey pixels."""
     return 0.3 * _grey(pixels) + 0.7 * _scale(values)
 
 
 def blend(pixels: np.ndarray, colour: np.ndarray, strength: float) -> np.ndarray:
-    """Pixels in a colour, their own light and shade still to be seen."""
+    """Tint pixels in a colour and keep their light and shade visible."""
     return (1 - strength) * _grey(pixels) + strength * colour

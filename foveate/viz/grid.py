@@ -1,4 +1,4 @@
-"""Patch cells on the pixels of an image."""
+"""Map the pixels of an image to the patches of a grid."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["Box", "Panel", "as_image", "panel", "seen"]
 
 Box = tuple[float, float, float, float]
 
-_SMALLEST = 224  # longer side of a panel: smaller images grow by a whole factor
-_CELL = 4  # and a cell of the grid has at least so many pixels
-_UNSEEN = 0.75  # how far to white goes what a cropped image does not show the model
-_MOST_PIXELS = 40_000_000  # of a picture: with many panels, large images shrink
+_SMALLEST = 224  # longer side of a panel; smaller images are enlarged by a whole factor
+_CELL = 4  # smallest side of a grid cell, in pixels
+_UNSEEN = 0.75  # how strongly to lighten the part of the image that was cropped away
+_MOST_PIXELS = 40_000_000  # of all panels together; larger images are shrunk
 
 
 def as_image(image: Any) -> Image.Image:
-    """An RGB image from a path, a PIL image or uint8 pixels ``[C, H, W]``, C = 1 or 3."""
+    """Make an RGB image from a path, a PIL image or uint8 pixels ``[C, H, W]``, C = 1 or 3."""
     if isinstance(image, (str, os.PathLike)):
         return read_image(Path(image))
     if isinstance(image, Image.Image):
@@ -36,7 +36,7 @@ def as_image(image: Any) -> Image.Image:
             pixels = np.repeat(image, 3 // image.shape[0], axis=0)
             return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     raise ValueError(
-        "an image is a path, a PIL image or uint8 pixels of [1 or 3, H, W]; got "
+        "image must be a path, a PIL image or uint8 pixels of [1 or 3, H, W], got "
         f"{type(image).__name__} {getattr(image, 'dtype', '')} "
         f"{list(getattr(image, 'shape', ()))}"
     )
@@ -48,8 +48,8 @@ class Panel:
 
     Attributes:
         pixels: ``[h, w, 3]`` float RGB.
-        cell: patch of each pixel, ``[h, w]``; -1 outside of what the model saw.
-        thickness: of outlines, in pixels.
+        cell: patch of each pixel, ``[h, w]``; -1 for pixels that the model did not see.
+        thickness: thickness of outlines in pixels.
     """
 
     pixels: np.ndarray
@@ -57,22 +57,22 @@ class Panel:
     thickness: int
 
     def of(self, values: np.ndarray, outside: Any = 0) -> np.ndarray:
-        """Spread one value a patch, ``[H*W, ...]``, over the pixels."""
+        """Spread one value per patch, ``[H*W, ...]``, over the pixels."""
         padded = np.concatenate([values, np.full_like(values[:1], outside)])
         return padded[self.cell]
 
     def where(self, patches: np.ndarray, pixels: np.ndarray) -> Panel:
-        """The panel with other pixels in some patches, ``[H*W]`` bool."""
+        """Return the panel with other pixels in the given patches, ``[H*W]`` bool."""
         here = self.of(patches, False)[..., None]
         return Panel(np.where(here, pixels, self.pixels), self.cell, self.thickness)
 
     def painted(self, mask: np.ndarray, colour: tuple[int, int, int]) -> Panel:
-        """The panel with some pixels, ``[h, w]`` bool, in one colour."""
+        """Return the panel with the given pixels, ``[h, w]`` bool, in one colour."""
         pixels = np.where(mask[..., None], np.array(colour, dtype=np.float32), self.pixels)
         return Panel(pixels, self.cell, self.thickness)
 
     def borders(self, values: np.ndarray) -> np.ndarray:
-        """Pixels next to patches of another value, ``[h, w]`` bool; the image's rim is none."""
+        """Find pixels next to patches of another value, ``[h, w]`` bool, not at the image's rim."""
         labels = self.of(values, -2)
         near = np.zeros(labels.shape, dtype=bool)
         down, right = labels[1:] != labels[:-1], labels[:, 1:] != labels[:, :-1]
@@ -90,7 +90,7 @@ class Panel:
         return 2 * self.thickness - 1
 
     def image(self) -> Image.Image:
-        """As a picture."""
+        """Return the panel as a picture."""
         return Image.fromarray(np.round(self.pixels).clip(0, 255).astype(np.uint8))
 
 
@@ -102,8 +102,8 @@ def panel(
     Args:
         image: the image.
         grid: patch rows and columns.
-        box: left, top, right and bottom of what the patches cover; None is the whole image.
-        panels: how many of them the picture will have.
+        box: left, top, right and bottom of the part that patches cover; None is the whole image.
+        panels: number of panels in the picture.
     """
     full = (0.0, 0.0, float(image.width), float(image.height))
     box = full if box is None else box
@@ -118,18 +118,18 @@ def panel(
 
 
 def seen(base: Panel) -> Panel:
-    """The panel with what the model was not shown faded to white."""
+    """Return the panel with the part that the model did not see faded to white."""
     faded = (1 - _UNSEEN) * base.pixels + _UNSEEN * 255
     pixels = np.where((base.cell < 0)[..., None], faded, base.pixels)
     return Panel(pixels, base.cell, base.thickness)
 
 
 def _size(image: Image.Image, grid: tuple[int, int], panels: int) -> tuple[int, int]:
-    """Width and height to draw an image at."""
+    """Return the width and height at which an image is drawn."""
     width, height = image.size
     factor = max(1, -(-_SMALLEST // max(width, height)))
     width, height = width * factor, height * factor
-    # A strip of a few pixels' height would have no room for its cells.
+    # An image of a few rows of pixels would have no room for its cells.
     width = max(width, width * -(-_CELL * grid[1] // width))
     height = max(height, height * -(-_CELL * grid[0] // height))
     shrink = (_MOST_PIXELS / (panels * width * height)) ** 0.5
@@ -139,13 +139,13 @@ def _size(image: Image.Image, grid: tuple[int, int], panels: int) -> tuple[int, 
 
 
 def _filter(image: Image.Image, grid: tuple[int, int], panels: int) -> Image.Resampling:
-    """Whole pixels while an image grows, a smooth filter where it shrinks."""
+    """Choose whole pixels for images that grow and a smooth filter for those that shrink."""
     grows = _size(image, grid, panels)[0] >= image.width
     return Image.Resampling.NEAREST if grows else Image.Resampling.LANCZOS
 
 
 def _cells(drawn: int, real: int, low: float, high: float, count: int) -> np.ndarray:
-    """Row or column of the grid that each drawn pixel's middle lies in; -1 = none."""
+    """Find the grid row or column of each drawn pixel's middle; -1 means none."""
     middle = (np.arange(drawn) + 0.5) * (real / drawn)
     cell = np.floor((middle - low) / max(high - low, 1e-9) * count).astype(int)
     return np.where((cell >= 0) & (cell < count), cell, -1)

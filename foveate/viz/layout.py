@@ -1,4 +1,4 @@
-"""Panels, words, legends and colour bars on one page."""
+"""Set panels, captions, legends and colour bars on one page."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["Bar", "Cell", "Key", "page", "stacked"]
 
 _PAPER, _INK, _QUIET = (255, 255, 255), (20, 20, 20), (90, 90, 90)
 _WIDEST = 7  # panels in a row
-_MOST_PIXELS = 178_000_000  # what Pillow opens again
-_TALL = 1.6  # a page is at most so many times as wide as high while it has several rows
+_MOST_PIXELS = 178_000_000  # Pillow refuses to open larger files
+_TALL = 1.6  # least ratio of width to height of panels in several rows
 
 
 @dataclass(frozen=True)
 class Key:
-    """One entry of a legend: words, and the colours they stand for."""
+    """One entry of a legend: words, and the colours that they explain."""
 
     words: str
     colours: Sequence[tuple[int, int, int]]
@@ -30,9 +30,9 @@ class Key:
 
 @dataclass(frozen=True)
 class Bar:
-    """A colour bar: what the colours mean, and the numbers below it, evenly spaced.
+    """A colour bar with the meaning of its colours and evenly spaced numbers below it.
 
-    ``steps`` colours in even steps; 0 is a smooth scale.
+    ``steps`` is the number of even colour steps; 0 is a smooth scale.
     """
 
     words: str
@@ -42,7 +42,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Cell:
-    """A panel with the words below it, and small squares of a colour in front of the last line."""
+    """A panel, the words below it, and a last line of ``marks`` small squares."""
 
     image: Image.Image
     words: Sequence[str] = ()
@@ -52,7 +52,7 @@ class Cell:
 
 @dataclass
 class _Type:
-    """Fonts of a page and what follows from them."""
+    """Fonts of a page, and the line height and gap that follow from their size."""
 
     size: int
     plain: ImageFont.FreeTypeFont = field(init=False)
@@ -64,7 +64,7 @@ class _Type:
         self.gap = max(4, round(0.6 * self.size))
 
     def wrapped(self, words: str, width: int, bold: bool = False) -> list[str]:
-        """Lines no wider than ``width``; a word that is wider breaks."""
+        """Break words into lines no wider than ``width``; longer words are split."""
         font = self.bold if bold else self.plain
         lines, line = [], ""
         for word in words.split(" "):
@@ -104,10 +104,10 @@ def page(
 
     Args:
         cells: the panels, row by row.
-        title: lines above, the first in bold.
-        legend: below the panels.
-        bar: below the panels.
-        columns: panels in a row; None finds a good number.
+        title: lines above the panels, the first in bold.
+        legend: entries of the legend below the panels.
+        bar: colour bar below the panels.
+        columns: number of panels in a row; None chooses it by the panels' shape.
         heads: words above each column.
     """
     width = max(cell.image.width for cell in cells)
@@ -117,7 +117,7 @@ def page(
     gap, line = type_.gap, type_.line
     pitch = max(width, 8 * type_.size) + gap
     words = [[w for text in c.words for w in type_.wrapped(text, pitch - gap)] for c in cells]
-    # A mark stands at the end of the words, so it needs a line of its own.
+    # Marks stand below the words, so they need a line of their own.
     lines = [len(w) + bool(c.marks) for w, c in zip(words, cells, strict=True)]
     rows = [range(i, min(i + columns, len(cells))) for i in range(0, len(cells), columns)]
     row_heights = [
@@ -160,7 +160,7 @@ def page(
 
 
 def stacked(pages: Sequence[Image.Image]) -> Image.Image:
-    """Pages below each other."""
+    """Set pages below each other on one sheet."""
     width = max(page.width for page in pages)
     sheet = _blank(width, sum(page.height for page in pages))
     y = 0
@@ -179,7 +179,7 @@ def _blank(width: int, height: int) -> Image.Image:
 
 
 def _columns(panels: int, width: int, height: int) -> int:
-    """One row while it is not too long, else rows of equal length on a page wider than high."""
+    """Choose one row if it is short, otherwise rows of equal length on a page wider than high."""
     if panels <= _WIDEST - 1 and width <= 2 * height:
         return panels
     best = [n for n in range(1, _WIDEST + 1) if n * width >= _TALL * -(-panels // n) * height]
@@ -203,7 +203,7 @@ def _caption(
 
 
 def _key_lines(legend: Sequence[Key], type_: _Type, width: int) -> list[list[Key]]:
-    """The entries, as many in a line as fit."""
+    """Distribute the entries over lines, as many in a line as fit."""
     lines: list[list[Key]] = []
     used = 0
     for key in legend:

@@ -1,4 +1,4 @@
-"""Where a base model looks: class attention, attention rollout, and gradient-weighted relevance.
+"""Maps of where a base model looks: class attention, attention rollout, and relevance.
 
 * attention: the class token's attention in one block, mean over heads;
 * rollout: Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020: the product
@@ -7,8 +7,8 @@
   Encoder-Decoder Transformers", ICCV 2021: R = I, then in every block R += A' R, A' the mean over
   heads of the positive part of A times the gradient of a class's logit with respect to A.
 
-All of them give one number for each pair of tokens, and the row of the class token is the map.
-Where there is none, or the head reads patch tokens, it is the mean of the rows that are read.
+Each gives one number for each pair of tokens, and the class token's row is the map. Without a
+class token, or if the head reads patch tokens, the map is the mean over the rows that are read.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def heat_map(
     block: int = -1,
     target: int | None = None,
 ) -> Tensor:
-    """How much each patch counts for a base model, ``[B, rows, columns]`` float32.
+    """Compute how much each patch counts for a base model, ``[B, rows, columns]`` float32.
 
     Args:
-        model: a plain ViT, or a model from ``foveate.apply``, whose base model is taken.
-        images: preprocessed, ``[B, channels, H, W]``.
+        model: a plain ViT, or a model from ``foveate.apply``, whose base model is used.
+        images: preprocessed images, ``[B, channels, H, W]``.
         how: "attention", "rollout" or "relevance".
-        block: the block whose attention is meant; for "attention" only.
-        target: the class that "relevance" explains; None is each image's own prediction.
+        block: the block whose attention is shown, for "attention" only.
+        target: the class that "relevance" explains; None is each image's prediction.
     """
     check_choice("how", how, HEATS)
     backbone = model.backbone if isinstance(model, ReducedViT) else backbone_for(model)
@@ -68,7 +68,7 @@ def heat_map(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode and back, each module as it was."""
+    """Put a model in evaluation mode, and afterwards each module back in its former mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -79,7 +79,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _readers(backbone: Backbone, how: str) -> int:
-    """The first token whose row counts: attention is shared by all, the head reads patches."""
+    """Return the first token whose row counts: the first for attention, else the first patch."""
     return 0 if how == "attention" else backbone.spec.prefix
 
 
@@ -120,7 +120,7 @@ def _maps(
 
 
 def _chosen(logits: Tensor, target: int | None) -> Tensor:
-    """The logit to explain, summed over images, which do not touch each other's gradients."""
+    """Return the logit to explain, summed over images, whose gradients are independent."""
     if logits.ndim != 2:
         raise ValueError("relevance explains a class, and this model returns un-pooled tokens")
     if target is None:
@@ -141,7 +141,7 @@ def _rollout(maps: list[Tensor]) -> Tensor:
 
 
 def _relevance(maps: list[Tensor], logit: Tensor) -> Tensor:
-    """R less its identity, which would mark every patch as relevant to itself alike."""
+    """Compute R without its identity, which makes every patch equally relevant to itself."""
     gradients = torch.autograd.grad(logit, maps)
     batch, _, count, _ = maps[0].shape
     identity = torch.eye(count, device=logit.device).expand(batch, -1, -1)

@@ -1,4 +1,4 @@
-"""Pictures from models and images alone: preprocess, run, draw."""
+"""Draw pictures from models and images: preprocess, run, draw."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _PICTURES: Mapping[str, Callable[..., Image.Image]] = {
 }
 KINDS = tuple(_PICTURES)
 SHEETS = ("tokens", "depth")
-_THUMB = 256  # longer side of an image in a sheet
+_THUMB = 256  # longer side of an image in a sheet, in pixels
 
 
 def draw(
@@ -54,10 +54,10 @@ def draw(
     """Run a reduced model on one image and draw what became of its patches.
 
     Args:
-        model: from ``foveate.apply``.
+        model: a model from ``foveate.apply``.
         image: path, PIL image or uint8 pixels.
         kind: "kept", "groups", "depth" or "brought-back".
-        preprocessing: None is the model's own.
+        preprocessing: how to prepare the image; None does what the model expects.
     """
     check_choice("kind", kind, KINDS)
     picture = as_image(image)
@@ -74,16 +74,16 @@ def heat(
     target: int | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> Image.Image:
-    """Draw where the base model looks, from the least to the most of each map.
+    """Draw where the base model looks; each map has its own colour scale.
 
     Args:
-        model: a plain ViT, or a reduced model, whose base model is taken.
+        model: a plain ViT, or a reduced model, whose base model is used.
         image: path, PIL image or uint8 pixels.
-        how: "attention", "rollout", "relevance", or several of them; None is all that the model
-            has, which is no relevance without a head.
-        block: the block whose attention is meant.
-        target: the class that relevance explains; None is the model's own prediction.
-        preprocessing: None is the model's own.
+        how: "attention", "rollout", "relevance", or several of them. None draws all, but no
+            relevance for models without a head.
+        block: the block whose attention is shown.
+        target: the class that relevance explains; None is the model's prediction.
+        preprocessing: how to prepare the image; None does what the model expects.
     """
     picture, backbone = as_image(image), _backbone(model)
     prepared = (preprocessing or Preprocessing.of(model))(picture)
@@ -101,8 +101,8 @@ def heat(
         drawn = tinted(base, (flat - low) / max(high - low, 1e-12))
         words = [_heat_words(way, backbone, block, target), f"{low:.2g} to {high:.2g}"]
         cells.append(Cell(drawn.image(), words))
-    title = [f"{backbone.spec.family}: where the model looks before anything is reduced"]
-    return page(cells, title, bar=Bar("each map from its least to its most", ["least", "most"]))
+    title = [f"{backbone.spec.family}: where the model looks without reduction"]
+    return page(cells, title, bar=Bar("each map has its own scale", ["least", "most"]))
 
 
 def _heat_words(how: str, backbone: Backbone, block: int, target: int | None) -> str:
@@ -124,12 +124,12 @@ def sheet(
     """Set methods side by side: a column for each model, a row for each image.
 
     Args:
-        models: reduced models, by name where their methods' options do not say enough.
-        images: paths, PIL images or uint8 pixels, by name if the rows shall have names.
+        models: reduced models; names in a mapping replace the methods as heads of columns.
+        images: paths, PIL images or uint8 pixels; names in a mapping become names of rows.
             ``ImageFiles`` are read one after another.
-        kind: "tokens" draws what the last block works on, dropped patches dimmed and merged ones
-            in the colour of their group; "depth" how many blocks worked on each patch.
-        preprocessing: None is each model's own.
+        kind: "tokens" draws the patches that the last block works on: dropped ones are dimmed,
+            merged ones have their group's colour. "depth" draws how many blocks worked on each.
+        preprocessing: how to prepare images; None does what each model expects.
     """
     check_choice("kind", kind, SHEETS)
     columns, rows = list(_named(models)), _named(images)
@@ -164,13 +164,13 @@ def sheet(
 def _sheet_cell(base: Panel, trace: Trace, last: Step, kind: str) -> Cell:
     if kind == "depth":
         drawn, mean = with_depth(base, trace, 0)
-        return Cell(drawn.image(), [f"{mean:.1f} of {len(trace.blocks)} blocks a patch"])
+        return Cell(drawn.image(), [f"{mean:.1f} of {len(trace.blocks)} blocks per patch"])
     words = f"{last.tokens} tokens, {int(last.working.sum())} of {len(last.working)} patches"
     return Cell(with_groups(base, last).image(), [words], last.extra, EXTRA)
 
 
 def _named(given: Any) -> Iterator[tuple[str, Any]]:
-    """Names and values; a path is its own name."""
+    """Yield names and values; the name of a path is its last part."""
     if isinstance(given, ImageFiles):
         yield from ((path.name, image) for path, image in given)
     elif isinstance(given, Mapping):
@@ -194,7 +194,7 @@ def _backbone(model: nn.Module) -> Backbone:
 def _run(
     model: ReducedViT, picture: Image.Image, preprocessing: Preprocessing | None
 ) -> tuple[Trace, Prepared]:
-    """A trace of one image, as the model runs in evaluation."""
+    """Trace one image with the model in evaluation mode."""
     if not isinstance(model, ReducedViT):
         raise ValueError(f"a model from foveate.apply is needed, got {type(model).__name__}")
     prepared = (preprocessing or Preprocessing.of(model))(picture)
@@ -203,5 +203,5 @@ def _run(
 
 
 def _batch(model: nn.Module, prepared: Prepared) -> Tensor:
-    """One image where the model is and in its precision."""
+    """Make a batch of one image, on the model's device and in its precision."""
     return prepared.tensor[None].to(next(model.parameters()))

@@ -1,4 +1,4 @@
-"""What a trace says of one image, block by block: who carries each patch, and who carries none."""
+"""Read from a trace which token carries each patch of an image, block by block."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ __all__ = ["Step", "changes", "check_index", "live_tokens", "steps"]
 
 @dataclass(frozen=True)
 class Step:
-    """The tokens that one block fed forward, or that the last one left.
+    """The tokens that entered one block's feed forward, or that the last block returned.
 
     Attributes:
-        label: which block, as captions say it.
-        carrier: for each patch the token that carries it and works, ``[H*W]``; -1 = none.
-        tokens: working tokens, prefix included.
-        extra: those of them that stand for no patch of the grid: fused, package, representative.
-        hue: number of the colour that each patch's group has, ``[H*W]``. Of groups that merge the
-            larger one keeps its own, so colours change as little as can be from block to block.
+        label: name of the block in captions.
+        carrier: for each patch the working token that carries it, ``[H*W]``; -1 = none.
+        tokens: number of working tokens, prefix included.
+        extra: number of working tokens without a patch: fused, package, representative.
+        hue: number of the colour of each patch's group, ``[H*W]``. If groups merge, the largest
+            one keeps its colour, so colours change little from block to block.
     """
 
     label: str
@@ -33,24 +33,24 @@ class Step:
 
     @cached_property
     def working(self) -> np.ndarray:
-        """Patches that take part, ``[H*W]`` bool."""
+        """Return which patches take part, ``[H*W]`` bool."""
         return self.carrier >= 0
 
     @cached_property
     def group(self) -> np.ndarray:
-        """For each patch the first one of its group, ``[H*W]``; -1 = none."""
+        """Return for each patch the first patch of its group, ``[H*W]``; -1 = none."""
         _, first, back = np.unique(self.carrier, return_index=True, return_inverse=True)
         return np.where(self.working, first[back.reshape(-1)], -1)
 
     @cached_property
     def merged(self) -> np.ndarray:
-        """Patches that share their token with others, ``[H*W]`` bool."""
+        """Return which patches share their token with others, ``[H*W]`` bool."""
         count = np.bincount(self.group[self.working], minlength=len(self.group))
         return self.working & (count[self.group] > 1)
 
 
 def check_index(trace: Trace, index: int) -> int:
-    """The image number, if the trace has it."""
+    """Return the image number; ValueError if the trace has no such image."""
     batch = trace.blocks[0].mlp.batch
     if not 0 <= index < batch:
         raise ValueError(f"index must lie in 0..{batch - 1}, the images of the trace; got {index}")
@@ -58,7 +58,7 @@ def check_index(trace: Trace, index: int) -> int:
 
 
 def steps(trace: Trace, index: int = 0) -> list[Step]:
-    """One step a block, and one more where the last block leaves fewer tokens than it fed."""
+    """Make one step per block, and one more if the last block drops tokens after its MLP."""
     index = check_index(trace, index)
     states = [(block.mlp, f"block {n}") for n, block in enumerate(trace.blocks)]
     last = trace.blocks[-1].output
@@ -73,7 +73,7 @@ def steps(trace: Trace, index: int = 0) -> list[Step]:
 
 
 def changes(found: list[Step], field: str) -> list[Step]:
-    """The steps at which a field is not what it was before: the stages of a method."""
+    """Return the steps at which a field changes: the stages of a method."""
     before = np.ones(len(found[0].carrier), dtype=bool)
     if field == "group":
         before = np.arange(len(before))
@@ -87,7 +87,7 @@ def changes(found: list[Step], field: str) -> list[Step]:
 
 
 def live_tokens(state: TokenState, index: int) -> np.ndarray:
-    """Which tokens of an image take part, ``[N]`` bool."""
+    """Return which tokens of an image take part, ``[N]`` bool."""
     if state.alive is None:
         return np.ones(state.layout.lengths[index], dtype=bool)
     return (state.alive[index].detach() > 0).cpu().numpy()
@@ -110,7 +110,7 @@ def _step(state: TokenState, index: int, label: str, hue: np.ndarray) -> Step:
 
 
 def _hues(carrier: np.ndarray, before: np.ndarray) -> np.ndarray:
-    """What each group was mostly coloured in before; patches that do not work keep theirs."""
+    """Give each group the most common colour of its patches; idle patches keep theirs."""
     hue = before.copy()
     for token in np.unique(carrier[carrier >= 0]):
         members = carrier == token
@@ -120,10 +120,10 @@ def _hues(carrier: np.ndarray, before: np.ndarray) -> np.ndarray:
 
 
 def _carries_none(state: TokenState, index: int) -> np.ndarray:
-    """Which tokens of an image are neither prefix tokens nor ever stood for a patch, ``[N]``."""
+    """Return which tokens are not prefix tokens and never carried a patch, ``[N]`` bool."""
     length = state.layout.lengths[index]
     if state.parked is not None:
-        # Some prefix tokens may be parked too, so where each token came from decides.
+        # Prefix tokens may be parked too, so positions do not tell them; their origin does.
         begin = sum(state.layout.lengths[:index])
         rows = state.parked.rows[begin : begin + length].cpu().numpy()
         waiting = state.parked.state

@@ -1,4 +1,4 @@
-"""Pictures of a trace: patches kept, groups merged, depth of work, patches brought back."""
+"""Draw a trace: patches kept, groups merged, blocks per patch, patches brought back."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ __all__ = [
 _RIM = (255, 255, 255)
 _DARK = (0, 0, 0)
 LEFT_OUT = Key("left out", ((64, 64, 64),))
-MERGED = Key("merged: one colour a group", OKABE_ITO[:3])
+MERGED = Key("merged: one colour per group", OKABE_ITO[:3])
 SUMS_UP = Key("a token that sums up patches left out", (EXTRA,))
 
 
@@ -58,11 +58,11 @@ def kept(
     (fused, package, representative) are counted as squares below the panel.
 
     Args:
-        trace: of ``ReducedViT.trace``.
+        trace: a result of ``ReducedViT.trace``.
         image: path, PIL image or uint8 pixels; the picture has its resolution.
         index: number of the image in the trace.
-        model: puts the method, its tokens and multiply-adds above the picture.
-        box: part of the image that the model saw, as ``Preprocessing`` gives it; None is all.
+        model: the traced model; if given, a title shows its method, tokens and multiply-adds.
+        box: part of the image that the model saw, as in ``Prepared``; None is the whole image.
     """
     found = steps(trace, index)
     stages = changes(found, "working") or found[-1:]
@@ -77,11 +77,10 @@ def groups(
     model: ReducedViT | None = None,
     box: Box | None = None,
 ) -> Image.Image:
-    """Draw merged patches in one colour a group, outlined, once for each stage.
+    """Draw merged patches outlined and in one colour per group, once for each stage.
 
-    A group keeps its colour from block to block, and of groups that merge the larger one does.
-    Patches that stand for themselves are left as they are; those left out are dimmed. Arguments
-    are those of ``kept``.
+    A group keeps its colour from block to block; if groups merge, the largest one keeps its own.
+    Single patches are not coloured, and those left out are dimmed. Arguments are those of ``kept``.
     """
     found = steps(trace, index)
     stages = changes(found, "group") or found[-1:]
@@ -97,7 +96,7 @@ def depth(
     model: ReducedViT | None = None,
     box: Box | None = None,
 ) -> Image.Image:
-    """Draw how many blocks worked on each patch; the scale is all blocks of the model.
+    """Draw how many blocks worked on each patch, on a scale from none to all.
 
     Arguments are those of ``kept``.
     """
@@ -106,20 +105,20 @@ def depth(
     blocks = len(trace.blocks)
     cells = [
         Cell(base.image(), ["input"]),
-        Cell(drawn.image(), [f"{mean:.1f} of {blocks} blocks a patch"]),
+        Cell(drawn.image(), [f"{mean:.1f} of {blocks} blocks per patch"]),
     ]
     return page(cells, _title(model, trace, index), bar=depth_bar(blocks))
 
 
 def with_depth(base: Panel, trace: Trace, index: int) -> tuple[Panel, float]:
-    """A panel with the number of blocks that worked on each patch in colour, and their mean."""
+    """Colour each patch by the number of blocks that worked on it; return the mean too."""
     found = steps(trace, index)[: len(trace.blocks)]
     worked = np.stack([step.working for step in found]).sum(0)
     return tinted(base, worked / len(found)), float(worked.mean())
 
 
 def depth_bar(blocks: int | None) -> Bar:
-    """The scale of ``with_depth``; None where models of different depth share it."""
+    """Make the colour bar of ``with_depth``; None is for models of different depths."""
     words = "blocks that worked on a patch"
     if blocks is None:
         return Bar(words, ["none", "all"])
@@ -136,7 +135,7 @@ def brought_back(
 ) -> Image.Image:
     """Draw, once for each stage, the patches that are unused now but used by a later block.
 
-    Those never used again are dimmed. Arguments are those of ``kept``.
+    Patches that are never used again are dimmed. Arguments are those of ``kept``.
     """
     found = steps(trace, index)
     later = _later_used(found)
@@ -164,7 +163,7 @@ def brought_back(
 
 
 def _later_used(found: Sequence[Step]) -> list[np.ndarray]:
-    """For each step the patches that any later one works on, ``[H*W]`` bool."""
+    """Return for each step the patches that any later step works on, ``[H*W]`` bool."""
     later = [np.zeros_like(found[-1].working)]
     for step in reversed(found[1:]):
         later.append(later[-1] | step.working)
@@ -172,19 +171,19 @@ def _later_used(found: Sequence[Step]) -> list[np.ndarray]:
 
 
 def with_groups(base: Panel, step: Step) -> Panel:
-    """A panel with one step's groups in colour, and what is left out dimmed."""
+    """Colour the groups of a step and dim patches that are left out."""
     drawn = _with_kept(base, step)
     if not step.merged.any():
         return drawn
     colours = group_colours(len(step.hue))[step.hue]
     drawn = drawn.where(step.merged, blend(base.pixels, base.of(colours), 0.6))
-    # Between groups, and around them: a patch alone has no outline against its like.
+    # Outlines run between groups and around them, but not between single patches.
     label = np.where(step.merged, step.group, -1)
     return drawn.painted(base.borders(label) & base.of(step.merged), _DARK)
 
 
 def _with_kept(base: Panel, step: Step) -> Panel:
-    """A panel with what one step leaves out dimmed, outlined on its own side."""
+    """Dim the patches that a step leaves out, and outline them from inside."""
     drawn = base.where(~step.working, dimmed(base.pixels))
     return drawn.painted(base.borders(step.working) & base.of(~step.working), _RIM)
 
@@ -200,7 +199,7 @@ def _group_words(step: Step) -> list[str]:
     alone = len(np.unique(step.group[step.working & ~step.merged]))
     return [
         step.label,
-        f"{len(np.unique(step.group[step.merged]))} groups, {alone} patches alone",
+        f"{len(np.unique(step.group[step.merged]))} groups, {alone} single patches",
     ]
 
 
@@ -215,7 +214,7 @@ def _strip(
     words: Callable[[Step], list[str]],
     legend: Sequence[Key],
 ) -> Image.Image:
-    """The input and one panel a stage."""
+    """Draw the input and one panel per stage."""
     base = seen(panel(as_image(image), trace.grid, box, 1 + len(stages)))
     rows, columns = trace.grid
     cells = [Cell(base.image(), ["input", f"{rows} x {columns} patches"])]
@@ -229,7 +228,7 @@ def _strip(
 
 
 def tinted(base: Panel, values: np.ndarray) -> Panel:
-    """The panel in grey under a colour scale of one value a patch, 0 to 1."""
+    """Lay the colours of one value per patch, 0 to 1, over the panel in grey."""
     shown = np.ones(len(values), dtype=bool)
     return base.where(shown, overlay(base.pixels, base.of(values)))
 

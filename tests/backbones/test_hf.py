@@ -402,6 +402,72 @@ def test_folders_without_a_class_or_with_two_halves(tmp_path: Path) -> None:
     same(logits(half, images()), logits(both.vision_model, images()))
 
 
+SQUARE_ONLY = [name for name in MODELS if name.startswith(("dinov2", "clip", "siglip"))]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (32, 32), (40, 72)], ids=str)
+@names
+def test_a_folder_at_another_size(name: str, size: tuple[int, int], tmp_path: Path) -> None:
+    """The loaded model answers as the original does with positions resized in its forward pass."""
+    stock(name).save_pretrained(tmp_path / "hf")
+    if size[0] != size[1] and name in SQUARE_ONLY:
+        with pytest.raises(ValueError, match="square images only, got image_size 40 x 72; leave"):
+            foveate.load(tmp_path / "hf", image_size=size)
+        return
+    model = foveate.load(tmp_path / "hf", image_size=size)
+    x = images(2, size)
+    with torch.no_grad():
+        got, expected = model(x), native(name, x)
+    for field, value in expected.items():
+        close(got[field], value, 1e-5)
+    again = foveate.load(tmp_path / "hf", image_size=size, method="evit", keep=0.6)
+    assert again.backbone.spec.grid == (size[0] // 8, size[1] // 8)
+    close(again.run(x).logits, reduced(name, "evit(keep=0.6)").run(x).logits, 1e-5)
+    foveate.save(again, tmp_path / "all", everything=True)
+    last = foveate.load(tmp_path / "all").eval()
+    assert torch.equal(last.run(x).logits, again.run(x).logits)
+    wanted = size[0] if size[0] == size[1] else list(size)
+    assert last.backbone.tower.config.image_size == wanted
+    model.save_pretrained(tmp_path / "theirs")  # transformers itself reads it back
+    with torch.no_grad():
+        same(from_folder(tmp_path / "theirs")(x), got)
+
+
+def test_antialiasing_is_a_choice_and_noted(tmp_path: Path) -> None:
+    from foveate.convert import Settings, open_model
+
+    for name, default in (("vit", False), ("dinov2", False), ("dinov2_reg", True)):
+        folder = tmp_path / name
+        stock(name).save_pretrained(folder)
+        answers = {}
+        for choice in (None, False, True):
+            settings = Settings(image_size=32, antialias=choice)
+            loaded = open_model(folder, None, None, {}, settings)
+            answers[choice] = logits(loaded.model, images(2, (32, 32)))
+            how = "with" if (default if choice is None else choice) else "without"
+            note = f"positions resized from 6 x 6 to 4 x 4 patches, {how} antialiasing"
+            assert loaded.notes == [note]
+        assert torch.equal(answers[None], answers[default])
+        assert not torch.equal(answers[None], answers[not default])
+        same = open_model(folder, None, None, {}, Settings(image_size=48))
+        assert not same.notes and torch.equal(
+            logits(same.model, images()), logits(stock(name), images())
+        )
+
+
+def test_sizes_that_a_folder_cannot_have(tmp_path: Path) -> None:
+    stock("vit").save_pretrained(tmp_path / "vit")
+    hf("ViTModel", image_size=(32, 72)).save_pretrained(tmp_path / "wide")
+    for name, options, words in (
+        ("vit", dict(image_size=50), "image size 50 is not a multiple of the patch's 8"),
+        ("vit", dict(antialias=False), "antialias says how to resize positions; give image_size"),
+        ("vit", dict(image_size=64, num_heads=3), "num_heads is for checkpoint files$"),
+        ("wide", dict(image_size=48), "4 x 9 patches, and transformers resizes square grids only"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            foveate.load(tmp_path / name, **options)
+
+
 def edit(folder: Path, **changes: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))

@@ -146,7 +146,10 @@ def test_a_plain_model_with_a_method(plain: Path, tmp_path: Path) -> None:
     assert convert(*words, "tome", "r=4") == 0
     assert repr(foveate.load(tmp_path / "out").reducer) == "tome(r=4)"
     assert convert(*words, "evit(keep=0.8, blocks=(1,)) + tome(r=2, blocks=(2,))") == 0
-    assert repr(foveate.load(tmp_path / "out").reducer) == "evit(keep=0.8, blocks=(1,)) + tome(r=2, blocks=(2,))"
+    assert (
+        repr(foveate.load(tmp_path / "out").reducer)
+        == "evit(keep=0.8, blocks=(1,)) + tome(r=2, blocks=(2,))"
+    )
 
 
 @pytest.mark.parametrize(

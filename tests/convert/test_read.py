@@ -114,7 +114,9 @@ def test_averaged_weights(state: Weights, tmp_path: Path) -> None:
 
 def test_no_averaged_weights(state: Weights, tmp_path: Path) -> None:
     path = write({"model": state, "epoch": 1}, tmp_path / "x.pth")
-    with pytest.raises(ValueError, match="x.pth holds no EMA copy but model, epoch; expected one"):
+    with pytest.raises(
+        ValueError, match="x.pth holds no EMA copy, only model, epoch; expected one"
+    ):
         load(path, weights="ema")
     with pytest.raises(ValueError, match="weights must be one of 'auto', 'model', 'ema'"):
         load(path, weights="best")
@@ -199,8 +201,8 @@ BAD_FILES: dict[str, tuple[Callable[[Path, Weights], object], str]] = {
         "git-LFS pointer",
     ),
     "text": (lambda path, s: path.write_text("hello, world"), "begins with b'hello"),
-    "json": (lambda path, s: path.write_text('{"weight_map": {}}'), "no checkpoint"),
-    "zip of others": (lambda path, s: zipped(path, a_dot_txt=b"x"), "some zip archive"),
+    "json": (lambda path, s: path.write_text('{"weight_map": {}}'), "not a checkpoint"),
+    "zip of others": (lambda path, s: zipped(path, a_dot_txt=b"x"), "a zip archive that"),
     "numpy": (lambda path, s: zipped(path, a_dot_npy=b"x"), "a NumPy archive"),
     "torchscript": (
         lambda path, s: torch.jit.script(nn.Linear(2, 2)).save(str(path)),
@@ -241,7 +243,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path, Weights], object], str]] = {
         lambda path, s: torch.save(
             prefixed("backbone.", s) | {"rpn.weight": torch.ones(3)}, path
         ),
-        "ViT under 'backbone.' and beside it rpn.weight; expected the model alone",
+        "ViT under 'backbone.' and beside it rpn.weight; expected the model only",
     ),
 }  # fmt: skip
 
@@ -268,7 +270,7 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "sam": ("blocks.0.attn.rel_pos_h", "a ViT with relative positions"),
     "convnext": ("stages.0.blocks.0.conv_dw.weight", "a ConvNeXt"),
     "resnet": ("layer1.0.conv1.weight", "a ResNet"),
-    "hugging face": ("vit.embeddings.patch_embeddings.projection.weight", "as its folder"),
+    "hugging face": ("vit.embeddings.patch_embeddings.projection.weight", "from its folder"),
     "torchvision": ("encoder.layers.encoder_layer_0.ln_1.weight", "a torchvision ViT"),
     "clip": ("visual.transformer.resblocks.0.ln_1.weight", "CLIP"),
     "eva": ("blocks.0.attn.q_proj.weight", "rotary ViT"),
@@ -305,7 +307,7 @@ BAD_KEYS: dict[str, tuple[Callable[[Weights], object], str]] = {
     "missing": (lambda s: s.pop("blocks.2.norm1.bias"), r"no blocks\.2\.norm1\.bias; expected"),
     "no norm": (lambda s: (s.pop("norm.weight"), s.pop("norm.bias")), r"no norm\.weight, norm\."),
     "no feed forward": (lambda s: s.pop("blocks.0.mlp.fc1.weight"), r"no blocks\.0\.mlp\.fc1"),
-    "too many": (lambda s: s.update({"x.y": torch.ones(3)}), r"x\.y too many; expected exactly"),
+    "too many": (lambda s: s.update({"x.y": torch.ones(3)}), r"unexpected x\.y; expected exactly"),
     "pre-logits": (lambda s: s.update({"pre_logits.fc.bias": torch.ones(3)}), r"pre_logits\.fc"),
     "a block lost": (
         lambda s: [s.pop(k) for k in list(s) if k.startswith("blocks.1.")],
@@ -319,12 +321,12 @@ BAD_KEYS: dict[str, tuple[Callable[[Weights], object], str]] = {
     "flat patches": (lambda s: s.update({"patch_embed.proj.weight": torch.ones(3)}), r"4 dimens"),
     "a scalar head": (lambda s: s.update({"head.weight": torch.tensor(1.0)}), r"2 dimensions"),
     "a scalar token": (lambda s: s.update({"cls_token": torch.tensor(1.0)}), r"3 dimensions"),
-    "not finite": (lambda s: s["blocks.1.norm1.bias"].fill_(float("nan")), "not finite; expected"),
-    "a name of two lines": (lambda s: s.update({"x\ny": torch.ones(3)}), r"'x\\ny' too many"),
+    "NaN": (lambda s: s["blocks.1.norm1.bias"].fill_(float("nan")), "NaN or infinity in blocks.1"),
+    "a name of two lines": (lambda s: s.update({"x\ny": torch.ones(3)}), r"unexpected 'x\\ny'"),
     "gated": (lambda s: s.update({"blocks.0.mlp.fc2.weight": torch.ones(48, 96)}), r"gated"),
     "no square": (
         lambda s: s.update({"pos_embed": s["pos_embed"][:, :31]}),
-        r"31 positions and 1 prefix tokens, which is no square grid.*image_size=",
+        r"31 positions and 1 prefix tokens, which fit no square grid.*image_size=",
     ),
     "no positions": (lambda s: s.pop("pos_embed"), r"no positions .*image_size="),
 }  # fmt: skip

@@ -162,7 +162,7 @@ def test_what_is_no_such_encoder_is_refused(tmp_path: Path) -> None:
     path = write(simmim(), tmp_path / "x.pth")
     for options, message in (
         ({"num_heads": 4}, "for 3 heads, width 48 and num_heads=4; expected a number of heads"),
-        ({"origin": "mae"}, "origin 'mae' and its keys are those of 'simmim'"),
+        ({"origin": "mae"}, "has the keys of 'simmim', but origin='mae' was"),
         ({"method": "tome"}, "relative position bias, and methods that drop tokens do not carry"),
     ):
         with pytest.raises(ValueError, match=message) as error:
@@ -170,7 +170,9 @@ def test_what_is_no_such_encoder_is_refused(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
     state = simmim()
     state["encoder." + SHARED_BIAS] = noise(100, 3)
-    with pytest.raises(ValueError, match=r"100 relative positions, which is no square grid's"):
+    with pytest.raises(
+        ValueError, match=r"100 relative positions, which fit no square grid: n x n"
+    ):
         foveate.load(write(state, tmp_path / "y.pth"))
 
 
@@ -231,7 +233,7 @@ def test_the_pooling_of_a_plain_vit_comes_back_too(tmp_path: Path) -> None:
     assert torch.equal(logits(again, images()), logits(model, images()))
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
     save_file(state, tmp_path / "y.safetensors", {"foveate.pool": "best"})
-    with pytest.raises(ValueError, match=r"says foveate\.pool 'best', expected one of avg"):
+    with pytest.raises(ValueError, match=r"metadata foveate\.pool 'best', expected one of avg"):
         foveate.load(tmp_path / "y.safetensors", num_heads=3)
 
 
@@ -239,7 +241,7 @@ def test_keys_that_eva_has_too(tmp_path: Path) -> None:
     """Without relative positions only the user can tell them apart: one has rotary positions."""
     model = BEITS["absolute"]()
     path = write(model.state_dict(), tmp_path / "x.pth")
-    with pytest.raises(ValueError, match=r"EVA, or BEiT without .*say origin='beit'") as error:
+    with pytest.raises(ValueError, match=r"EVA, or BEiT without .*give origin='beit'") as error:
         foveate.load(path, num_heads=3)
     assert len(str(error.value)) < 500
     again = foveate.load(path, num_heads=3, origin="beit")
@@ -271,12 +273,12 @@ def test_sizes_that_do_not_go(tmp_path: Path) -> None:
         foveate.load(tmp_path / "wide.safetensors", image_size=48)
     path = write(wide.state_dict(), tmp_path / "wide.pth")
     with pytest.raises(
-        ValueError, match=r"122 relative positions, which is no square .*image_size"
+        ValueError, match=r"122 relative positions, which fit no square .*image_size"
     ):
         foveate.load(path)
     x = images(2, (32, 72))
     assert torch.equal(logits(foveate.load(path, image_size=(32, 72)), x), logits(wide, x))
     state = dict(BEITS["both, and absolute"]().state_dict())
     state["pos_embed"] = noise(1, 30, 48)
-    with pytest.raises(ValueError, match="30 absolute positions, and relative ones for 6 x 6"):
+    with pytest.raises(ValueError, match="30 absolute positions, but relative ones for 6 x 6"):
         foveate.load(write(state, tmp_path / "y.pth"))

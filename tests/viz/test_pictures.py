@@ -252,7 +252,7 @@ def test_images_come_as_paths_pixels_or_pictures(tmp_path) -> None:
     assert (pixels(as_image(grey)) == grey[0, :, :, None].numpy()).all()
     assert as_image(photo().convert("CMYK")).mode == "RGB"
     for wrong in (grey.float(), grey[0], 3):
-        with pytest.raises(ValueError, match="an image is a path, a PIL image or uint8 pixels"):
+        with pytest.raises(ValueError, match="image must be a path, a PIL image or uint8 pixels"):
             as_image(wrong)
 
 

@@ -1,0 +1,176 @@
+"""Folders that ``foveate.save`` writes: the method and, if asked, the backbone's weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from foveate.api import apply, check_driven, unwrap
+from foveate.backbones import image_settings, rebuild, set_image_settings
+from foveate.core import Chain, ReducedViT
+from foveate.core.backbone import BackboneSpec
+from foveate.files import read_json, write_text, write_whole
+from foveate.registry import make, method_class
+
+__all__ = ["CONFIG", "open_folder", "save"]
+
+CONFIG = "foveate.json"  # its presence tells such a folder from others
+_WEIGHTS = "foveate.safetensors"
+_FORMAT = 1
+
+
+def save(model: ReducedViT, folder: str | os.PathLike[str], *, everything: bool = False) -> None:
+    """Write a model's method and the method's parameters to a folder: safetensors and JSON.
+
+    Args:
+        model: a model from ``apply``.
+        folder: folder to write, made if it is missing.
+        everything: write the backbone's weights too, so that the folder loads without a model.
+    """
+    vit, folder = unwrap(model), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    prefixes = ("reducer.", "vit.") if everything else ("reducer.",)
+    tensors = {
+        name: value.detach().contiguous().clone()
+        for name, value in model.state_dict().items()
+        if name.startswith(prefixes)
+    }
+    spec = model.backbone.spec
+    config = {
+        "format": _FORMAT,
+        "foveate": _version(),
+        "methods": [
+            {"name": part.name, "options": _plain(part.config())} for part in model.reducer.members
+        ],
+        "mode": model.mode,
+        "backbone": {
+            "family": spec.family,
+            "width": spec.width,
+            "depth": spec.depth,
+            "heads": spec.heads,
+            "classes": spec.classes,
+            "prefix": spec.prefix,
+        },
+        "model": model.backbone.recipe() if everything else None,
+        "images": image_settings(vit) if everything else {},
+        "everything": everything,
+    }
+    write_whole(folder / _WEIGHTS, lambda path: save_file(tensors, path))
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def open_folder(folder: Path, model: nn.Module | None = None) -> ReducedViT:
+    """Load the model in a folder that ``save`` wrote.
+
+    Args:
+        folder: the folder.
+        model: the backbone. It may be left out if everything was saved and the backbone is a timm
+            or Hugging Face model that can be made again.
+    """
+    config, tensors = _read_config(folder), _read_tensors(folder / _WEIGHTS)
+    if model is None:
+        model = _rebuild(folder, config)
+    parts = [make(part["name"], part["options"]) for part in config["methods"]]
+    reduced = apply(model, parts[0] if len(parts) == 1 else Chain(*parts), check=False)
+    spec = reduced.backbone.spec
+    for key, value in config["backbone"].items():
+        if getattr(spec, key) != value and not (key == "classes" and not config["everything"]):
+            raise ValueError(
+                f"{folder} was saved for {key} {value}, the given model has {getattr(spec, key)}"
+            )
+    expected = {
+        name for name in reduced.state_dict() if config["everything"] or name.startswith("reducer.")
+    }
+    missing, extra = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
+    if missing or extra:
+        raise ValueError(f"{folder / _WEIGHTS} does not fit: missing {missing}, unexpected {extra}")
+    for name, value in reduced.state_dict().items():
+        if name in tensors and tensors[name].shape != value.shape:
+            raise ValueError(
+                f"{folder / _WEIGHTS} does not fit: {name} has shape {list(tensors[name].shape)}, "
+                f"the model's is {list(value.shape)}"
+            )
+    reduced.load_state_dict(tensors, strict=False)
+    reduced.mode = config["mode"]
+    check_driven(reduced.backbone)
+    return reduced
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("foveate")
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree
+        return "0+source"
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+
+
+def _rebuild(folder: Path, config: Mapping[str, Any]) -> nn.Module:
+    recipe = config["model"]
+    if not config["everything"] or recipe is None:
+        why = (
+            "the backbone cannot be made again from plain data"
+            if config["everything"]
+            else "only the method's own parameters were saved"
+        )
+        raise ValueError(f"{folder}: {why}; pass the backbone as load(folder, model)")
+    try:
+        model = rebuild(config["backbone"]["family"], recipe)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: {error}") from error
+    if config.get("images"):
+        set_image_settings(model, config["images"])
+    return model
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    config = read_json(path, f"{folder} holds no {CONFIG}: not a folder that foveate.save wrote")
+    if not isinstance(config, dict) or config.get("format") != _FORMAT:
+        found = config.get("format") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"{path} has format {found!r}; this version reads {_FORMAT}")
+    _check_config(path, config)
+    return config
+
+
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a file whose fields are not those that ``save`` writes."""
+    fields: dict[str, type | tuple[type, ...]] = {
+        "methods": list,
+        "mode": str,
+        "backbone": dict,
+        "everything": bool,
+        "model": (dict, type(None)),
+    }
+    for key, kind in fields.items():
+        if key not in config or not isinstance(config[key], kind):
+            raise ValueError(f"{path} is not what foveate.save writes: see its field {key!r}")
+    unknown = set(config["backbone"]) - {f.name for f in dataclasses.fields(BackboneSpec)}
+    if unknown:
+        raise ValueError(f"{path} names unknown facts of a backbone: {sorted(unknown)}")
+    for part in config["methods"]:
+        good = isinstance(part, dict) and isinstance(part.get("options"), dict)
+        if not good or not isinstance(part.get("name"), str):
+            raise ValueError(f"{path} is not what foveate.save writes: see its field 'methods'")
+        method_class(part["name"])
+    if not config["methods"]:
+        raise ValueError(f"{path} names no method")
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors raises its own type for each kind of damage
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
