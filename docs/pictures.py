@@ -137,8 +137,8 @@ def _patches(state: TokenState) -> tuple[Tensor, Tensor]:
     """Which token carries each patch, and how: 2 worked on, 1 waiting, 0 gone."""
     assert state.source is not None
     kind = 2 * (state.source[0] >= 0).long()
-    if state.outer is not None and state.outer.source is not None:
-        waiting = (kind == 0) & (state.outer.source[0] >= 0)
+    if state.parked is not None and state.parked.state.source is not None:
+        waiting = (kind == 0) & (state.parked.state.source[0] >= 0)
         kind[waiting] = 1
     return state.source[0], kind
 

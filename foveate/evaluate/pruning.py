@@ -162,7 +162,11 @@ def pruning(
     found = []
     for rate in rates:
         own = tuple(chance[rate, seed].result().top1 for seed in seeds)
-        found.append(_row(_by_chance(backbone, rate, 0, ()), seeds, own, attention[rate]))
+        # As many patches at the same blocks, and no images that it would be for.
+        same = api.apply(
+            model, "random", keep=rate, blocks=stage_blocks(backbone.spec.depth), check=False
+        )
+        found.append(_row(same, seeds, own, attention[rate]))
     for rate, reduced in reading.items():
         own = (attention[rate].result().top1,)
         found.append(_row(reduced, (), own, attention[rate]))

@@ -18,7 +18,7 @@ from foveate.backbones import backbone_for
 from foveate.convert import save
 from foveate.core import GatedReducer, ReducedViT, dense
 from foveate.core.chain import chained_name
-from foveate.registry import suggest
+from foveate.registry import make, suggest
 from foveate.train.draws import Draws
 from foveate.train.task import LOGITS, Task
 
@@ -33,7 +33,7 @@ def own_weights(model: ReducedViT) -> dict[str, float]:
     return {
         chained_name(part, name) if len(members) > 1 else name: weight
         for part in members
-        for name, weight in part.loss_weights.items()
+        for name, weight in make(part.name, part.config()).loss_weights.items()
     }
 
 
