@@ -149,16 +149,16 @@ class HostedModel(nn.Module):
         return {f"vit.{name}" for name in self.vit.no_weight_decay()}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Group parameters by layer as the model inside does; those of the method come last."""
+        """Group parameters by layer as the model inside does.
+
+        No rule names those of the method, so that timm counts them to the last layer, the head.
+        """
         groups = dict(self.vit.group_matcher(coarse=coarse))
         for key, rules in groups.items():
             if isinstance(rules, str):
                 groups[key] = _inside(rules)
             else:
                 groups[key] = [(_inside(rule), *rest) for rule, *rest in rules]
-        if isinstance(groups.get("blocks"), str):
-            groups["blocks"] = [(groups["blocks"], None)]
-        groups["blocks"].append((r"^reducer", (99999,)))
         return groups
 
 

@@ -15,7 +15,7 @@ import foveate
 
 FIXED = [row for row in METHODS if row.modes[0] == "gathered"]
 NAMES = [name for name in ("vit", "dinov3", "siglip", "hf_vit") if name in FORMS]
-QUICK = {("evit(keep=0.7)", "vit"), ("tome(r=5)", "vit")}
+QUICK = {("evit(keep=0.7)", "vit")}
 
 
 class Said(nn.Module):
@@ -52,6 +52,7 @@ def compilations(model: nn.Module, sizes: tuple[int, ...]) -> int:
     return counter.frame_count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("row", "name"), CASES)
 def test_seven_batch_sizes_take_no_more_compilations_than_the_stock_model(
     row: Row, name: str
@@ -60,6 +61,7 @@ def test_seven_batch_sizes_take_no_more_compilations_than_the_stock_model(
     assert compilations(reduced(row, name), sizes) <= compilations(form(name), sizes) <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("row", "name"), CASES)
 def test_a_dynamic_batch_compiles_once(row: Row, name: str) -> None:
     model = reduced(row, name)
@@ -84,6 +86,7 @@ def test_exports_with_a_dynamic_batch(row: Row, name: str) -> None:
             close(again(images(size)), model(images(size)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("row", "name"), CASES)
 def test_runs_as_onnx_with_a_dynamic_batch(row: Row, name: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="the extra 'export' is not installed")
