@@ -19,6 +19,7 @@ NAMES = [
     "atm",
     "ats",
     "attention",
+    "cropr",
     "dynamicvit",
     "evit",
     "evovit",

@@ -3,6 +3,7 @@
 from foveate.methods.atm import ATM
 from foveate.methods.ats import ATS
 from foveate.methods.attention import Attention
+from foveate.methods.cropr import Cropr
 from foveate.methods.dynamicvit import DynamicViT
 from foveate.methods.evit import EViT
 from foveate.methods.evovit import EvoViT
@@ -19,6 +20,7 @@ __all__ = [
     "ATM",
     "ATS",
     "Attention",
+    "Cropr",
     "DynamicViT",
     "EViT",
     "EvoViT",

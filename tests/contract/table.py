@@ -42,6 +42,7 @@ METHODS = (
     Row("ats(K=9, variant='release', recall_before='head')", (P, M)),
     Row("atm(threshold=[0.2, 0.1], blocks=[0, 2], prop_attn=False, recall_before=2)", (P,)),
     Row("attention(keep=0.7)", (G, P)),
+    Row("cropr(r=6)", (G, P)),
     Row("dynamicvit(keep=0.7)", (G, P, M)),
     Row("dynamicvit(keep=0.7, gate='argmax')", (P, M)),
     Row("evit(keep=0.7)", (G, P)),
@@ -65,7 +66,7 @@ METHODS = (
     Row("tome(r=5)", (G, P)),
     Row("tome(r=4, inflection=-1.0, blocks=[1, 3], prop_attn=False, recall_before=2)", (G, P)),
     Row("dynamicvit(keep=0.6, blocks=[1], recall_before=2)", (G, P, M)),
-    Row("dynamicvit(keep=0.6, rest='merge')", (G, P)),
+    Row("random(keep=0.6, rest='merge')", (G, P)),
     Row("evit(keep=0.7, blocks=[1]) + tome(r=3, blocks=[2, 3])", (G, P)),
     Row("dynamicvit(keep=0.8, blocks=[2]) + svit(keep=0.7, blocks=[3])", (P, M)),
 )

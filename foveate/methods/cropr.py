@@ -1,0 +1,233 @@
+"""Cropr: learned queries pick patches after almost every block; the last block sees all of them.
+
+Paper: Bergner, Lippert and Mahendran, "Token Cropr: Faster ViTs for Quite a Few Tasks", CVPR 2025.
+
+Scored: each token by its dot product with a learned query, on the raw output of a block. The r
+patches with the lowest scores leave. They come back before the last block with the values that
+they left with (the paper's last layer fusion, here ``recall_before``).
+
+Training: required. After each scored block the queries attend to all tokens, and an auxiliary head
+classifies what they gather. Its loss trains the queries and nothing else: they see detached tokens,
+and scores do not multiply tokens. Deployed, a module is the sum of its queries.
+
+Here all prefix tokens are protected, not the class token alone. Patches come back in the order of
+the grid, not in that of their scores, which attention does not notice. A model without classes has
+no auxiliary heads, so its queries stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from foveate.core import (
+    BackboneSpec,
+    Outcome,
+    Reducer,
+    Selection,
+    TokenState,
+    check_blocks,
+    check_choice,
+)
+from foveate.registry import register
+
+__all__ = ["Cropr"]
+
+_AUX = "cropr.aux_logits"
+
+
+class Scorer(nn.Module):
+    """Queries that score tokens and, in training, classify what they attend to."""
+
+    def __init__(self, spec: BackboneSpec, options: Cropr) -> None:
+        super().__init__()
+        width, self.heads = spec.width, options.heads
+
+        def projection() -> nn.Module:
+            return nn.Linear(width, width, bias=False) if options.proj else nn.Identity()
+
+        self.queries = nn.Parameter(torch.empty(options.queries, width))
+        self.norm = nn.LayerNorm(width, eps=1e-6) if options.norm else nn.Identity()
+        self.query, self.key = projection(), projection()
+        if spec.classes:
+            hidden = int(width * options.mlp_ratio)
+            self.value = projection()
+            self.out = nn.Linear(width, width) if self.heads > 1 else nn.Identity()
+            self.mlp = nn.Sequential(
+                nn.LayerNorm(width, eps=1e-6),
+                *(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)),
+            )
+            self.head = nn.Sequential(nn.LayerNorm(width, eps=1e-6), nn.Linear(width, spec.classes))
+        else:  # nothing could train the queries
+            self.requires_grad_(False)
+        std = width**-0.5
+        nn.init.trunc_normal_(self.queries, std=std, a=-2 * std, b=2 * std)
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Score tokens ``x [T, C]``, higher = keep: ``[T]`` float32."""
+        # Scores are summed over queries and heads before any softmax, so one vector gives them. A
+        # key projection of the queries instead of the tokens gives the same products.
+        q = self.key(self.query(self.queries.sum(0, keepdim=True)))  # [1, C]
+        return (self.norm(x) @ q.t()).squeeze(1).float()
+
+    def logits(self, state: TokenState) -> Tensor:
+        """Classify what the queries gather from all tokens, ``[B, classes]``, mean over queries."""
+        x = self.norm(state.x.detach())
+        tokens = state.layout.rect(x)[:, None]  # [B, 1, N, C]
+        values = state.layout.rect(self.value(x)).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        q = self.query(self.queries).unflatten(1, (self.heads, -1))  # [M, H, d]
+        own = torch.eye(self.heads, dtype=q.dtype, device=q.device)[:, None, :, None]
+        q = self.key((own * q).flatten(2))  # [H, M, C], the other heads' channels were zero
+        raw = (q @ tokens.transpose(2, 3)).float()  # [B, H, M, N]
+        present = state.layout.valid(x.device)
+        if present is not None:
+            raw = raw.masked_fill(~present[:, None, None], float("-inf"))
+        weight = (raw * values.shape[-1] ** -0.5).softmax(-1)
+        z = self.out((weight.to(values.dtype) @ values).transpose(1, 2).flatten(2))  # [B, M, C]
+        return self.head(z + self.mlp(z)).mean(1)
+
+
+@register("cropr")
+@dataclass(eq=False, kw_only=True, repr=False)
+class Cropr(Reducer):
+    """Cross-attention pruning modules between blocks, and last layer fusion.
+
+    Attributes:
+        r: patches that each module removes, or one number for each module in turn. The paper's 8
+            is for 24 blocks.
+        extra_first: how many more than a single r the first module removes. The paper's 1 makes
+            counts round where there is a class token.
+        blocks: blocks after which a module acts. None is every block, without the last one and
+            the one just before patches come back.
+        queries: learned queries of each module; the logits of several are averaged.
+        norm: apply a LayerNorm to the tokens that a module sees.
+        proj: project queries, keys and values.
+        heads: heads of the cross-attention, which matter to the auxiliary loss alone.
+        mlp_ratio: hidden width of the auxiliary head's MLP as a multiple of the model's.
+        recall_before: block before which dropped patches come back; "last" is the last block,
+            "head" after it, None never.
+    """
+
+    r: int | tuple[int, ...] = 8
+    extra_first: int = 1
+    blocks: tuple[int, ...] | None = None
+    queries: int = 1
+    norm: bool = False
+    proj: bool = False
+    heads: int = 1
+    mlp_ratio: float = 4.0
+    recall_before: int | str | None = "last"
+
+    paper: ClassVar[str] = "Bergner et al., Token Cropr, CVPR 2025"
+    summary: ClassVar[str] = "learned queries drop patches between blocks; the last block gets all"
+    hooks: ClassVar[tuple[str, ...]] = ("after",)
+    training_need: ClassVar[str] = "required"
+    drops: ClassVar[bool] = True
+    rate: ClassVar[str] = "r"
+    identity: ClassVar[Mapping[str, Any] | None] = {"r": 0, "extra_first": 0}
+    default_loss_weights: ClassVar[Mapping[str, float]] = {"aux": 1.0}
+
+    def validate(self) -> None:
+        """Refuse counts below zero and modules that cannot be made."""
+        if self.blocks is not None:
+            check_blocks(self.blocks)
+        for name, least in (("r", 0), ("extra_first", 0), ("queries", 1), ("heads", 1)):
+            given = getattr(self, name)
+            for value in given if isinstance(given, Sequence) else (given,):
+                if value < least:
+                    raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not self.mlp_ratio > 0:
+            raise ValueError(f"mlp_ratio must be above 0, got {self.mlp_ratio}")
+        if isinstance(self.recall_before, str):
+            check_choice("recall_before", self.recall_before, ("last", "head"))
+
+    def build(self, spec: BackboneSpec) -> None:
+        """Make one module for each block that the method acts after."""
+        if self.recall_before == "last":
+            self.spec = spec  # the base class has only numbers to check
+        else:
+            super().build(spec)
+        if spec.width % self.heads:
+            raise ValueError(f"heads must divide the width {spec.width}, got {self.heads}")
+        blocks = self.blocks
+        if blocks is None:
+            blocks = tuple(range(min(self.recall_blocks, default=spec.depth) - 1))
+            if not blocks:
+                raise ValueError(
+                    f"recall_before={self.recall_before!r} leaves no block of {spec.depth} to act "
+                    "after: name some with blocks=[...]"
+                )
+        self.active_blocks = check_blocks(blocks, spec.depth)
+        self.removed = self._removed(spec.grid[0] * spec.grid[1])
+        self.scorers = nn.ModuleList(Scorer(spec, self) for _ in self.active_blocks)
+        if not spec.classes:
+            self.loss_weights = {}
+
+    def _removed(self, patches: int) -> dict[int, int]:
+        """Return how many patches leave after each block; some must be left."""
+        r, modules = self.r, len(self.active_blocks)
+        if not isinstance(r, Sequence):
+            r = (r + self.extra_first, *(r,) * (modules - 1))
+        if len(r) != modules:
+            raise ValueError(f"r has {len(r)} numbers for {modules} modules")
+        if sum(r) >= patches:
+            raise ValueError(
+                f"r={self.r!r} removes {sum(r)} of {patches} patches in {modules} modules, and one "
+                f"must be left: r may be {(patches - 1) // modules} on average"
+            )
+        return dict(zip(self.active_blocks, r, strict=True))
+
+    @property
+    def recall_blocks(self) -> frozenset[int]:
+        """Resolve "last" too."""
+        where = self.recall_before
+        if where is None or self.spec is None:
+            return frozenset()
+        if isinstance(where, str):
+            where = self.spec.depth - (where == "last")
+        return frozenset({where})
+
+    def after(self, block: int, state: TokenState) -> TokenState:
+        """Score what leaves the block and drop the patches with the lowest scores."""
+        if block not in self.removed:
+            return state
+        scorer = self.scorers[self.active_blocks.index(block)]
+        assert isinstance(scorer, Scorer) and self.spec is not None
+        if state.context.training and self.spec.classes:
+            state = state.note(_AUX, (*state.notes.get(_AUX, ()), scorer.logits(state)))
+        r, count = self.removed[block], state.layout.count
+        if r == 0:
+            return state
+        if count is None:
+            k: int | list[int] = [max(n - r, min(n, 1)) for n in state.counts]
+        else:
+            k = max(count - state.prefix - r, min(count - state.prefix, 1))
+        score = state.after_prefix(scorer(state.x.detach()), float("-inf"))
+        return state.keep(Selection.best(score, k))
+
+    def losses(
+        self, outcome: Outcome, targets: Tensor | None = None, teacher: Outcome | None = None
+    ) -> dict[str, Tensor]:
+        """Add "aux", the cross entropies of all auxiliary heads, summed."""
+        found = super().losses(outcome, targets, teacher)
+        if targets is not None and _AUX in outcome.notes:
+            each = [F.cross_entropy(logits.float(), targets) for logits in outcome.notes[_AUX]]
+            found["aux"] = torch.stack(each).sum()
+        return found
+
+    def at_level(self, level: float) -> dict[str, Any]:
+        """Set a number for each module; the first ones take one more if it does not divide."""
+        assert self.spec is not None
+        goal = round(level * (self.spec.grid[0] * self.spec.grid[1] - 1))
+        each, more = divmod(goal, len(self.active_blocks))
+        return {"r": tuple(each + (i < more) for i in range(len(self.active_blocks)))}
