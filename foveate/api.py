@@ -13,6 +13,7 @@ import foveate.methods  # noqa: F401  (registers every method)
 from foveate.backbones import backbone_for
 from foveate.core import Backbone, Chain, ReducedViT, Reducer, dense
 from foveate.core.budget import solve_budget
+from foveate.core.evaluation import evaluating
 from foveate.registry import make, method_class, parse
 
 __all__ = ["apply", "check_driven", "unwrap"]
@@ -151,13 +152,8 @@ def check_driven(backbone: Backbone) -> None:
     reference = next(model.parameters())
     if reference.is_meta:
         return
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         _compare(backbone, reference)
-    finally:
-        for module, training in modes:
-            module.training = training
     _log.debug("driven %s equals native in all %d blocks", spec.family, spec.depth)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from foveate.backbones import backbone_for
 from foveate.core import Backbone, ReducedViT, Reducer, Trace
 from foveate.core.cost import Cost, cost, has_formula, measured, on_meta, run, run_on_meta
+from foveate.core.evaluation import evaluating
 
 __all__ = ["Count", "count", "describe", "image_grid"]
 
@@ -120,13 +121,8 @@ def _by_running(backbone: Backbone, reducer: Reducer, grid: tuple[int, int]) -> 
 
 def _measured(model: ReducedViT, images: Tensor) -> list[Cost]:
     """Count every image by running it alone, as in evaluation."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         return [run(model, image[None]) for image in images]
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 def _mean_tokens(costs: list[Cost]) -> tuple[float, ...]:

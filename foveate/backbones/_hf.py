@@ -27,6 +27,7 @@ from foveate.core import (
     TokenState,
     linear_cost,
 )
+from foveate.core.host import on_grid
 
 __all__ = ["OLDEST", "Form", "HfBackbone", "ReducedHf", "classifier", "library_class"]
 
@@ -126,7 +127,7 @@ class ReducedHf(ReducedViT):
 
         def visit(state: TokenState) -> None:
             take = wanted is None or len(hidden) in wanted
-            hidden.append(_on_grid(state, gone) if take else None)
+            hidden.append(on_grid(state, gone) if take else None)
 
         state = self.tokens(
             pixel_values,
@@ -136,7 +137,7 @@ class ReducedHf(ReducedViT):
         )
         fields: dict[str, Any] = dict(backbone.answers(state))
         if form.tokens:
-            fields["last_hidden_state"] = _on_grid(state, gone)
+            fields["last_hidden_state"] = on_grid(state, gone)
         if labels is not None:
             fields["loss"] = self._loss(labels, fields["logits"], state)
         if output_hidden_states:
@@ -170,12 +171,6 @@ def _selected(which: bool | int | Sequence[int] | None, count: int) -> frozenset
         if not -count <= number < count:
             raise ValueError(f"hidden states are numbered {-count}..{count - 1}, got {number}")
     return frozenset(number % count for number in numbers)
-
-
-def _on_grid(state: TokenState, gone: str) -> Tensor:
-    """Return prefix tokens and every patch in its place, ``[B, prefix + H*W, C]``."""
-    state = state.recalled()
-    return torch.cat([state.prefix_tokens(), state.restore(gone)], 1)
 
 
 class HfBackbone(Backbone):

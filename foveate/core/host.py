@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from foveate.core.backbone import Backbone
     from foveate.core.tokens import TokenState
 
-__all__ = ["HostedModel"]
+__all__ = ["HostedModel", "on_grid"]
 
 _REFUSED = {
     "prune_intermediate_layers": "call it on the model before foveate.apply",
@@ -61,7 +61,7 @@ class HostedModel(nn.Module):
         Prefix tokens come first, then every patch in its place: a merged one has its merged
         token's value, one that is gone its last value. ``tokens`` returns the tokens themselves.
         """
-        return _on_grid(self.tokens(images, keep_mask))
+        return on_grid(self.tokens(images, keep_mask))
 
     def forward_intermediates(
         self,
@@ -112,10 +112,9 @@ class HostedModel(nn.Module):
         final = None
         if not intermediates_only:
             if state.block == depth:
-                final = _on_grid(self.end(state), gone)
+                final = on_grid(self.end(state), gone)
             else:
-                seen = state.recalled()
-                final = backbone.norm(torch.cat([seen.prefix_tokens(), seen.restore(gone)], 1))
+                final = backbone.norm(on_grid(state, gone))
         paired = return_prefix_tokens and backbone.spec.prefix > 0
         if output_dict:
             found: dict[str, Any] = {"image_intermediates": maps}
@@ -168,8 +167,9 @@ def _inside(pattern: str) -> str:
     return rf"^vit\.(?:{bare})"
 
 
-def _on_grid(state: TokenState, gone: str = "last") -> Tensor:
+def on_grid(state: TokenState, gone: str = "last") -> Tensor:
     """Return prefix tokens and every patch in its place, ``[B, prefix + H*W, C]``."""
+    state = state.recalled()
     return torch.cat([state.prefix_tokens(), state.restore(gone)], 1)
 
 

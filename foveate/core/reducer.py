@@ -265,12 +265,16 @@ class ScoreReducer(Reducer):
     def _schedule(self, blocks: tuple[int, ...]) -> Schedule:
         return Schedule(
             blocks,
-            self.keep,
+            self.rates(len(blocks)),
             relative=self.relative,
             rounding=self.rounding,
             warmup=self.warmup,
             warmup_steps=self.warmup_steps,
         )
+
+    def rates(self, stages: int) -> float | tuple[float, ...]:
+        """Return the rate of so many stages, or one for each."""
+        return self.keep
 
     def build(self, spec: BackboneSpec) -> None:
         """Resolve the schedule for the backbone's depth."""

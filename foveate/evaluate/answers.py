@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate.core import evaluation
 from foveate.core.schedule import check_choice
 
 __all__ = [
@@ -165,14 +166,8 @@ def logits_of(answer: Any) -> Tensor:
 def evaluating(*models: nn.Module, precision: str = "fp32") -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every module is in the mode it was in."""
     check_choice("precision", precision, PRECISIONS)
-    before = [(module, module.training) for model in models for module in model.modules()]
     kind = next(models[0].parameters()).device.type
     # Not inference_mode: what a model caches in it could not be used by a training that goes on.
-    try:
-        for model in models:
-            model.eval()
-        with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16"):
-            yield
-    finally:
-        for module, training in before:
-            module.training = training
+    half = torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16")
+    with evaluation.evaluating(*models), torch.no_grad(), half:
+        yield

@@ -44,6 +44,7 @@ from foveate.core import (
 )
 from foveate.core.budget import parse_budget
 from foveate.core.cost import cost, measured
+from foveate.core.evaluation import evaluating
 from foveate.ops import alternate_split, best_partner
 from foveate.registry import register
 
@@ -225,9 +226,7 @@ def calibrate(model: ReducedViT, images: Tensor, budget: str) -> str:
         tokens = [image for trace in traces for image in measured(trace)]
         return fmean(cost(spec, trial, grid, blocks).total for blocks in tokens)
 
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         ends = low, high = min(start) - 1, max(start) + 1  # nothing merges, half in every block
         tried: dict[tuple[float, ...], float] = {}
         for _ in range(_STEPS):
@@ -244,9 +243,6 @@ def calibrate(model: ReducedViT, images: Tensor, budget: str) -> str:
                 f"images: it reaches from {least:.4g} to {most:.4g}, and nearest to the budget "
                 f"{tried[best] / 1e9:.4g}"
             )
-    finally:
-        for module, training in flags:
-            module.training = training
     reducer.threshold = best
     reducer.build(spec)
     return repr(reducer)

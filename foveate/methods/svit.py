@@ -29,7 +29,6 @@ from foveate.core import (
     AttentionReader,
     BackboneSpec,
     GatedReducer,
-    Schedule,
     Selection,
     TokenState,
     check_choice,
@@ -95,18 +94,11 @@ class SViT(GatedReducer):
         """Gate every block from a quarter of the depth on."""
         return tuple(range(depth // 4, depth))
 
-    def _schedule(self, blocks: tuple[int, ...]) -> Schedule:
-        keep = self.keep
-        if not isinstance(keep, Sequence):
-            keep = tuple(keep ** (1 + 3 * stage // len(blocks)) for stage in range(len(blocks)))
-        return Schedule(
-            blocks,
-            keep,
-            relative=self.relative,
-            rounding=self.rounding,
-            warmup=self.warmup,
-            warmup_steps=self.warmup_steps,
-        )
+    def rates(self, stages: int) -> float | tuple[float, ...]:
+        """One rate falls in thirds of the gated blocks."""
+        if isinstance(self.keep, Sequence):
+            return self.keep
+        return tuple(self.keep ** (1 + 3 * stage // stages) for stage in range(stages))
 
     def build(self, spec: BackboneSpec) -> None:
         """Make one gate a block."""

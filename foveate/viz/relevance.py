@@ -13,17 +13,15 @@ class token, or if the head reads patch tokens, the map is the mean over the row
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 
 from foveate.backbones import backbone_for
 from foveate.core import Backbone, Heads, ReducedViT, TokenState, dense
+from foveate.core.evaluation import evaluating
 from foveate.core.schedule import check_choice
 
-__all__ = ["HEATS", "evaluating", "heat_map"]
+__all__ = ["HEATS", "heat_map"]
 
 HEATS = ("attention", "rollout", "relevance")
 
@@ -64,18 +62,6 @@ def heat_map(
     pairs = pairs.detach()[:, :, spec.prefix :]
     row = pairs[:, 0] if by_class else pairs[:, _readers(backbone, how) :].mean(1)
     return row.unflatten(1, state.grid)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode, and afterwards each module back in its former mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _readers(backbone: Backbone, how: str) -> int:

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from foveate.backbones import backbone_for
 from foveate.core import Backbone, ReducedViT, Trace
+from foveate.core.evaluation import evaluating
 from foveate.core.schedule import check_choice
 from foveate.data import ImageFiles, Prepared, Preprocessing
 from foveate.viz.captions import giga, image_cost
 from foveate.viz.colours import EXTRA
 from foveate.viz.grid import Panel, as_image, panel, seen
 from foveate.viz.layout import Bar, Cell, page
-from foveate.viz.relevance import HEATS, evaluating, heat_map
+from foveate.viz.relevance import HEATS, heat_map
 from foveate.viz.steps import Step, steps
 from foveate.viz.tokens import (
     LEFT_OUT,
