@@ -34,11 +34,7 @@ class Chain(Reducer):
                 raise ValueError(f"a chain takes each method once, got {name!r} twice")
         Reducer.__post_init__(self)
         self.parts = nn.ModuleList(parts)
-        self.loss_weights = {
-            chained_name(part, name): weight
-            for part in parts
-            for name, weight in part.loss_weights.items()
-        }
+        self._gather_weights()
         # The facts of a chain follow from its parts and shadow the class attributes.
         needs = ("none", "recommended", "required")
         eps = [part.softmax_eps for part in parts if part.softmax_eps is not None]
@@ -76,10 +72,18 @@ class Chain(Reducer):
         self.spec = spec
         for part in self.members:
             part.build(spec)
+        self._gather_weights()  # building may have changed some
         self.active_blocks = tuple(sorted({b for p in self.members for b in p.active_blocks}))
         for number, part in enumerate(self.members):
             for other in self.members[:number]:
                 _check_apart(other, part, spec.depth)
+
+    def _gather_weights(self) -> None:
+        self.loss_weights = {
+            chained_name(part, name): weight
+            for part in self.members
+            for name, weight in part.loss_weights.items()
+        }
 
     @property
     def fixed_count(self) -> bool:
@@ -142,7 +146,7 @@ class Chain(Reducer):
     def losses(
         self, outcome: Outcome, targets: Tensor | None = None, teacher: Outcome | None = None
     ) -> dict[str, Tensor]:
-        """Compute the losses of all parts; each part's ratio carries the part's name."""
+        """Compute the losses of all parts; those of one part alone carry its name."""
         return {
             chained_name(part, key): value
             for part in self.members
@@ -150,9 +154,13 @@ class Chain(Reducer):
         }
 
 
+# What compares the whole model's answer with labels or a teacher is the same from every part.
+_SHARED = ("class", "kl", "token")
+
+
 def chained_name(part: Reducer, loss: str) -> str:
     """Name a part's loss inside a chain."""
-    return f"{part.name}.{loss}" if loss == "ratio" else loss
+    return loss if loss in _SHARED else f"{part.name}.{loss}"
 
 
 def _working(part: Reducer, depth: int) -> set[int]:

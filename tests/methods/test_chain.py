@@ -79,6 +79,15 @@ def test_losses_carry_their_methods_name() -> None:
     assert set(model.reducer.losses(outcome)) == {"dynamicvit.ratio", "svit.ratio"}
 
 
+def test_two_auxiliary_heads_are_two_losses() -> None:
+    chain = "cropr(r=4, blocks=[0], recall_before=None) + evovit(aux=True, starts=[3])"
+    model = chained(chain).train()
+    labels = torch.tensor([1, 4, 7])
+    found = model.reducer.losses(model.run(images()), labels)
+    assert set(found) == {"cropr.aux", "evovit.aux"}
+    assert model.reducer.loss_weights == {"class": 0.5, "cropr.aux": 1.0, "evovit.aux": 0.5}
+
+
 def test_gates_beside_a_method_without_a_masked_mode_do_not_train_by_default() -> None:
     model = chained("dynamicvit(keep=0.8, blocks=[1]) + tome(r=2, blocks=[2])").train()
     with pytest.raises(ValueError, match="gates train masked"):
