@@ -80,7 +80,7 @@ def count(
         costs = [cost(spec, reducer, grid, tokens) for tokens in measured(trace)]
     elif images is not None:
         assert isinstance(model, ReducedViT)
-        costs = _measured(model, images)
+        costs = _measured(model, images, grid)
     elif reducer.fixed_count:
         how, costs = "exact", [_by_running(backbone, reducer, grid)]
     elif has_formula(reducer):
@@ -107,6 +107,9 @@ def count(
 _COUNTED: dict[tuple[object, ...], Cost] = {}
 
 
+_TRACED = 32  # images at a time; a trace holds on to the tokens of every block
+
+
 def _by_running(backbone: Backbone, reducer: Reducer, grid: tuple[int, int]) -> Cost:
     """Count a method with fixed counts by running it on the meta device."""
     progress = tuple(part.progress for part in reducer.members)
@@ -119,10 +122,19 @@ def _by_running(backbone: Backbone, reducer: Reducer, grid: tuple[int, int]) -> 
     return _COUNTED[key]
 
 
-def _measured(model: ReducedViT, images: Tensor) -> list[Cost]:
-    """Count every image by running it alone, as in evaluation."""
+def _measured(model: ReducedViT, images: Tensor, grid: tuple[int, int]) -> list[Cost]:
+    """Count every image as in evaluation: from the tokens it had, or by running it alone."""
+    reducer = model.reducer
     with evaluating(model):
-        return [run(model, image[None]) for image in images]
+        if reducer.fixed_count:  # what holds for one image holds for all
+            return [run(model, images[:1])]
+        if not has_formula(reducer):
+            return [run(model, image[None]) for image in images]
+        return [
+            cost(model.backbone.spec, reducer, grid, tokens)
+            for part in images.split(_TRACED)
+            for tokens in measured(model.trace(part))
+        ]
 
 
 def _mean_tokens(costs: list[Cost]) -> tuple[float, ...]:

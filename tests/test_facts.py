@@ -167,8 +167,15 @@ def test_only_one_source_of_counts(model: nn.Module) -> None:
 RATED = [n for n in foveate.list_methods() if method_class(n).rate and n != "atm"]
 
 
-@pytest.mark.parametrize("budget, share", [("2.9 GMACs", 2.9 / 4.599), ("0.6x", 0.6), ("80%", 0.8)])
 @pytest.mark.parametrize("method", RATED)
+@pytest.mark.parametrize(
+    "budget, share",
+    [
+        ("0.6x", 0.6),
+        pytest.param("2.9 GMACs", 2.9 / 4.599, marks=pytest.mark.slow),
+        pytest.param("80%", 0.8, marks=pytest.mark.slow),
+    ],
+)
 def test_a_budget_is_met(method: str, budget: str, share: float) -> None:
     reduced = foveate.apply(deit("small"), method, budget=budget)
     assert foveate.count(reduced).ratio == pytest.approx(share, rel=0.01)
@@ -188,7 +195,7 @@ def test_a_short_rate_where_it_will_do() -> None:
     assert foveate.apply(deit("small"), "evit", budget="2.9 GMACs").reducer.keep == 0.67
 
 
-@pytest.mark.parametrize("text", ["2.9 gflops", "2.9G", "2900 MMACs", "2.9GMACs"])
+@pytest.mark.parametrize("text", ["2.9 gflops", "2900 MMACs"])
 def test_spellings_of_a_budget(text: str) -> None:
     assert foveate.apply(deit("small"), "evit", budget=text).reducer.keep == 0.67
 

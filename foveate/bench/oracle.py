@@ -106,12 +106,13 @@ class _Take:
 
 @dataclass
 class _Step:
-    """What happens around one block; None where nothing does."""
+    """What happens around one block; None where no token leaves or returns."""
 
     before: _Take | None
     between: _Take | None
     after: _Take | None
     parks: bool
+    back: bool
     recall: _Take | None
 
 
@@ -151,10 +152,11 @@ class _FirstTokens(Reducer):
     def after(self, block: int, state: TokenState) -> TokenState:
         """Put waiting tokens back, or take those that leave."""
         step = self.steps[block]
-        if step.recall is not None:
+        if step.back:
             assert state.parked is not None
             waiting = state.parked.state
-            return waiting.replace(x=step.recall.back(state.x, waiting.x), block=state.block)
+            x = state.x if step.recall is None else step.recall.back(state.x, waiting.x)
+            return waiting.replace(x=x, block=state.block)
         return state if step.after is None else step.after(state)
 
 
@@ -192,6 +194,7 @@ class Oracle(ReducedViT):
                     between=_Take.of(enter, fed, even, device),
                     after=None if back else _Take.of(fed, counts.output[block], even, device),
                     parks=parks,
+                    back=back,
                     recall=_Take.of(full, fed, even, device) if back else None,
                 )
             )

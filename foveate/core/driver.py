@@ -21,7 +21,7 @@ from foveate.core.attention import AttentionReader, Heads, attend
 from foveate.core.backbone import Backbone
 from foveate.core.context import MODES, Context
 from foveate.core.gates import DECISIONS
-from foveate.core.hooks import call_with_hooks, has_hooks
+from foveate.core.hooks import call_with_hooks, check_sharding, has_hooks
 from foveate.core.host import HostedModel
 from foveate.core.layout import Layout
 from foveate.core.reducer import Reducer
@@ -144,6 +144,7 @@ class ReducedViT(HostedModel):
             raise ValueError(f"images must be [B, channels, H, W], got {list(images.shape)}")
         if images.shape[0] == 0:
             raise ValueError("the batch is empty: at least one image is needed")
+        check_sharding(self.vit)
         grid = backbone.grid_of(images)
         mode = self.resolved_mode(keep_mask is not None)
         if mode == "gathered" and keep_mask is not None:

@@ -18,7 +18,7 @@ from torch.nn.modules import module as torch_module
 
 from foveate.core.tokens import TokenState
 
-__all__ = ["call_with_hooks", "has_hooks"]
+__all__ = ["call_with_hooks", "check_sharding", "has_hooks"]
 
 _log = logging.getLogger(__name__)
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -92,6 +92,15 @@ class _StandIn(nn.Module):
     def forward(self) -> Callable[[Tensor], Any]:  # type: ignore[override]
         """What runs in place of the module's own."""
         return self._run
+
+
+def check_sharding(model: nn.Module) -> None:
+    """Refuse a ViT that was sharded as a whole: only its own forward would gather its weights."""
+    if any(base.__name__ == "FSDPModule" for base in type(model).__mro__):
+        raise RuntimeError(
+            "fully_shard was called on the ViT inside, whose own forward is not run: call it on "
+            "each of its blocks and on the reduced model instead"
+        )
 
 
 def _warn_compiled(module: nn.Module) -> None:

@@ -44,6 +44,7 @@ CELLS = (
     *_rates("tome", "r=1", "r=2", "r=3"),
     *_rates("pitome", "keep=0.95"),
     *_rates("atm", "threshold=0.9"),
+    *_rates("cropr", "r=4"),
     *_rates("ats", "K=40", "K=28", "K=16"),
     *_rates("evovit", "keep=0.7", "keep=0.5"),
     *_rates("dynamicvit", *_KEEPS),

@@ -34,6 +34,7 @@ def own_weights(model: ReducedViT) -> dict[str, float]:
         chained_name(part, name) if len(members) > 1 else name: weight
         for part in members
         for name, weight in make(part.name, part.config()).loss_weights.items()
+        if name in part.loss_weights  # a model may have nothing that a loss would train
     }
 
 

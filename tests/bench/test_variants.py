@@ -93,6 +93,18 @@ def test_tokens_wait_for_a_whole_stage() -> None:
     assert [step.recall is not None for step in oracle.steps] == [False, True, False, True]
 
 
+@pytest.mark.parametrize("open_", [True, False])
+def test_gates_that_are_all_open_or_all_shut_have_an_oracle(open_: bool) -> None:
+    model = reduced("svit", "vit")
+    with torch.no_grad():
+        for gate in model.reducer.gates:
+            gate[-1].weight.zero_()
+            gate[-1].bias.copy_(torch.tensor([1.0, -1.0] if open_ else [-1.0, 1.0]))
+    trace = check_oracle(model, images()).counts
+    gated = trace.mlp[-1][0]
+    assert gated == (37 if open_ else 1) and any(trace.parked)
+
+
 @pytest.mark.parametrize("name", [n for n in FORMS if n in THERE or n in ("clip", "hf_vit")])
 def test_unfused_equals_fused(name: str) -> None:
     model, x = form(name), images()

@@ -30,6 +30,15 @@ from foveate.core import AttentionReader, ReducedViT, TokenState
 
 rows = pytest.mark.parametrize("row", METHODS, ids=lambda row: row.method)
 names = pytest.mark.parametrize("name", FORMS)
+# Every row on the plain ViT and on every third form, another third for the next row; the other
+# pairs are slow. What a form does differently is in its parts, and each part meets many methods.
+PAIRS = [
+    pytest.param(row, name, id=f"{name}-{row.method}", marks=() if quick else pytest.mark.slow)
+    for i, row in enumerate(METHODS)
+    for j, name in enumerate(FORMS)
+    for quick in [name == "vit" or (i + j) % 3 == 0]
+]
+pairs = pytest.mark.parametrize("row, name", PAIRS)
 few = pytest.mark.parametrize(
     "name",
     ["vit", "siglip", "dinov2_reg4", "dinov3", *(name for name in HF_FORMS if name in FORMS)],
@@ -58,8 +67,7 @@ def test_modes_agree(row: Row, name: str) -> None:
         close(other, outputs[0], 2e-4 if "masked" in row.modes else row.tolerance)
 
 
-@rows
-@names
+@pairs
 def test_rows_stand_alone_and_batches_permute(row: Row, name: str) -> None:
     model, x = reduced(row, name), images(4)
     together = run(model, x)
@@ -68,8 +76,7 @@ def test_rows_stand_alone_and_batches_permute(row: Row, name: str) -> None:
     close(run(model, x[order]), together[order])
 
 
-@rows
-@names
+@pairs
 def test_state_stays_consistent(row: Row, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefix in place, sizes and source agree, restore gives every patch its token."""
     begin = TokenState.begin.__func__
@@ -113,8 +120,7 @@ def test_state_stays_consistent(row: Row, name: str, monkeypatch: pytest.MonkeyP
         assert all((block.output.recalled().source >= 0).all() for block in trace.blocks)
 
 
-@rows
-@names
+@pairs
 def test_counted_is_what_runs(row: Row, name: str) -> None:
     """Multiply-adds counted without running equal those that torch counts on the real pass."""
     model, x = reduced(row, name), images(1)
@@ -128,8 +134,7 @@ def test_counted_is_what_runs(row: Row, name: str) -> None:
     assert {2 * c.macs for c in counted} == {flops.get_total_flops()}
 
 
-@rows
-@names
+@pairs
 def test_counts_follow_the_plan(row: Row, name: str) -> None:
     model = reduced(row, name)
     for size in ((48, 48), *OTHER_SIZES):
