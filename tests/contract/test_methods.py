@@ -30,19 +30,24 @@ from foveate.core import AttentionReader, ReducedViT, TokenState
 
 rows = pytest.mark.parametrize("row", METHODS, ids=lambda row: row.method)
 names = pytest.mark.parametrize("name", FORMS)
-# Every row on the plain ViT and on every third form, another third for the next row; the other
-# pairs are slow. What a form does differently is in its parts, and each part meets many methods.
-PAIRS = [
-    pytest.param(row, name, id=f"{name}-{row.method}", marks=() if quick else pytest.mark.slow)
-    for i, row in enumerate(METHODS)
-    for j, name in enumerate(FORMS)
-    for quick in [name == "vit" or (i + j) % 3 == 0]
-]
-pairs = pytest.mark.parametrize("row, name", PAIRS)
-few = pytest.mark.parametrize(
-    "name",
-    ["vit", "siglip", "dinov2_reg4", "dinov3", *(name for name in HF_FORMS if name in FORMS)],
-)
+FEW = ["vit", "siglip", "dinov2_reg4", "dinov3", *(name for name in HF_FORMS if name in FORMS)]
+
+
+def crossed(forms: list[str], every: int) -> pytest.MarkDecorator:
+    """Every row on the plain ViT, and on each other form every so many rows; the rest is slow.
+
+    What a form does differently is in its parts, and each part still meets many methods.
+    """
+    cases = []
+    for i, row in enumerate(METHODS):
+        for j, name in enumerate(forms):
+            quick = name == "vit" or (i + j) % every == 0
+            marks = () if quick else pytest.mark.slow
+            cases.append(pytest.param(row, name, id=f"{name}-{row.method}", marks=marks))
+    return pytest.mark.parametrize("row, name", cases)
+
+
+many, counted, few = crossed(list(FORMS), 3), crossed(list(FORMS), 6), crossed(FEW, 3)
 
 
 def run(model: ReducedViT, x: Tensor, **options: object) -> Tensor:
@@ -67,7 +72,7 @@ def test_modes_agree(row: Row, name: str) -> None:
         close(other, outputs[0], 2e-4 if "masked" in row.modes else row.tolerance)
 
 
-@pairs
+@many
 def test_rows_stand_alone_and_batches_permute(row: Row, name: str) -> None:
     model, x = reduced(row, name), images(4)
     together = run(model, x)
@@ -76,7 +81,7 @@ def test_rows_stand_alone_and_batches_permute(row: Row, name: str) -> None:
     close(run(model, x[order]), together[order])
 
 
-@pairs
+@many
 def test_state_stays_consistent(row: Row, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefix in place, sizes and source agree, restore gives every patch its token."""
     begin = TokenState.begin.__func__
@@ -120,7 +125,7 @@ def test_state_stays_consistent(row: Row, name: str, monkeypatch: pytest.MonkeyP
         assert all((block.output.recalled().source >= 0).all() for block in trace.blocks)
 
 
-@pairs
+@counted
 def test_counted_is_what_runs(row: Row, name: str) -> None:
     """Multiply-adds counted without running equal those that torch counts on the real pass."""
     model, x = reduced(row, name), images(1)
@@ -134,7 +139,7 @@ def test_counted_is_what_runs(row: Row, name: str) -> None:
     assert {2 * c.macs for c in counted} == {flops.get_total_flops()}
 
 
-@pairs
+@counted
 def test_counts_follow_the_plan(row: Row, name: str) -> None:
     model = reduced(row, name)
     for size in ((48, 48), *OTHER_SIZES):
@@ -156,7 +161,6 @@ def test_counts_follow_the_plan(row: Row, name: str) -> None:
         close(maps[1].flatten(2).transpose(1, 2), feats.restore())
 
 
-@rows
 @few
 def test_gradients_reach_what_is_trained_and_only_that(row: Row, name: str) -> None:
     model = randomise(FORMS[name]()).train()
@@ -187,7 +191,6 @@ def test_gradients_reach_what_is_trained_and_only_that(row: Row, name: str) -> N
     assert max(moved) > 0
 
 
-@rows
 @few
 def test_keep_masks_are_honoured(row: Row, name: str) -> None:
     """What lies under a masked patch changes nothing, in any mode that takes masks."""
@@ -206,7 +209,6 @@ def test_keep_masks_are_honoured(row: Row, name: str) -> None:
     assert not (trace.blocks[0].active() & ~mask.flatten(1)).any()
 
 
-@rows
 @few
 def test_half_precision_is_finite(row: Row, name: str) -> None:
     model = copy.deepcopy(reduced(row, name)).bfloat16()
@@ -233,7 +235,6 @@ def test_autocast_trains(row: Row, name: str) -> None:
         assert not p.requires_grad or (p.grad is not None and torch.isfinite(p.grad).all())
 
 
-@rows
 @few
 def test_saved_and_loaded_models_are_equal(row: Row, name: str, tmp_path: Path) -> None:
     model = reduced(row, name)
@@ -243,7 +244,6 @@ def test_saved_and_loaded_models_are_equal(row: Row, name: str, tmp_path: Path) 
     assert torch.equal(run(again, images()), run(model, images()))
 
 
-@rows
 @few
 def test_the_original_is_untouched_and_evaluation_repeats(row: Row, name: str) -> None:
     base = form(name)
