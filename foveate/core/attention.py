@@ -13,13 +13,14 @@ Scores that papers read off the N x N map need one row of it, so only that row i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from foveate.core.layout import Layout
 from foveate.core.tokens import TokenState
@@ -30,6 +31,8 @@ READABLE = ("cls_row", "key_mean", "value_norm", "full_map")
 
 _BUCKETS = 4  # the number hardly matters between 2 and 8; more buckets pad less
 _QUERY_CHUNK = 64  # queries at a time where the whole map is read
+_CAP = 30.0  # of logits above the highest that is seen, in soft attention
+_CAPPED = math.exp(_CAP) * (1 - 1e-6)
 # Soft attention holds several float32 maps of N x N for the backward pass. Above so many tokens it
 # goes through the queries in chunks and computes each chunk's maps again in the backward pass.
 _SOFT_WHOLE = 1024
@@ -125,26 +128,121 @@ def _soft(heads: Heads, alive: Tensor, layout: Layout, bias: Tensor | None, eps:
         visible = logits.detach().masked_fill(gate.detach() <= 0, float("-inf"))
         # Dropped keys may hold the largest logit; capping keeps their exp finite where it is only
         # needed for the gradient.
-        shifted = (logits - visible.amax(-1, keepdim=True)).clamp_max(30.0)
+        shifted = (logits - visible.amax(-1, keepdim=True)).clamp_max(_CAP)
         weight = shifted.exp() * gate
         attention = (weight + eps / count) / (weight.sum(-1, keepdim=True) + eps)
         if heads.dropout:
             attention = F.dropout(attention, heads.dropout)
         return attention.to(v.dtype) @ v
 
-    if count <= _SOFT_WHOLE:
+    if count <= _SOFT_WHOLE or heads.dropout:  # no ViT drops attention weights at such sizes
         out = rows(q, k, v, alive, 0)
     else:
-        parts, first = [], 0
-        for queries in q.split(_SOFT_CHUNK, 2):
-            if torch.is_grad_enabled():
-                part = checkpoint(rows, queries, k, v, alive, first, use_reentrant=False)
-            else:
-                part = rows(queries, k, v, alive, first)
-            parts.append(part)
-            first += queries.shape[2]
-        out = torch.cat(parts, 2)
+        out = _SoftInChunks.apply(q, k, v, alive.float(), keys, heads.scale, eps)
     return out.transpose(1, 2).reshape(heads.v.shape)
+
+
+class _SoftInChunks(torch.autograd.Function):
+    """The same soft attention for many tokens: chunks of queries, and a gradient by hand.
+
+    The maps of a chunk live in buffers that the next chunk uses again. Autograd would hold about
+    ten maps, and fresh ones in every chunk leave holes that the allocator of a CPU never closes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        alive: Tensor,
+        keys: Tensor | None,
+        scale: float,
+        eps: float,
+    ) -> Tensor:
+        """Compute ``softmax(q k) v`` for ``[B, H, N, d]``; ``keys`` is added to the logits."""
+        maps = _Maps(q, k, alive, keys, scale)
+        out = torch.empty_like(v, memory_format=torch.contiguous_format)
+        norms = alive.new_empty(*q.shape[:3], 1)
+        for part in maps.chunks:
+            weight = maps.exponentials(part).mul_(maps.gate(part))
+            norms[:, :, part] = weight.sum(-1, keepdim=True) + eps
+            weight.add_(eps / q.shape[2]).div_(norms[:, :, part])
+            out[:, :, part] = weight.to(v.dtype) @ v
+        ctx.save_for_backward(q, k, v, alive, keys, out, norms)
+        ctx.scale, ctx.eps = scale, eps
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradients of queries, keys, values and gates."""
+        q, k, v, alive, keys, out, norms = ctx.saved_tensors
+        maps = _Maps(q, k, alive, keys, ctx.scale)
+        q_grad = torch.empty_like(q)
+        k_grad, v_grad = torch.zeros_like(k), torch.zeros_like(v)
+        alive_grad = torch.zeros_like(alive)
+        change = torch.empty_like(maps.first)
+        values = v.float().transpose(2, 3)
+        for part in maps.chunks:
+            gate, norm = maps.gate(part), norms[:, :, part]
+            weight = maps.exponentials(part)
+            back = grad[:, :, part].float()
+            of_weight = _view(change, weight)
+            torch.matmul(back, values, out=of_weight)
+            of_weight.sub_((back * out[:, :, part].float()).sum(-1, keepdim=True)).div_(norm)
+            # Gates are shared by heads; on the diagonal they do not act.
+            of_gate = torch.mul(of_weight, weight, out=_view(maps.second, weight)).sum(1)
+            of_gate.diagonal(part.start, 1, 2).zero_()
+            alive_grad += of_gate.sum(1)
+            of_weight.masked_fill_(weight >= _CAPPED, 0.0)
+            weight.mul_(gate)
+            of_logit = of_weight.mul_(weight).mul_(ctx.scale).to(q.dtype)
+            q_grad[:, :, part] = of_logit @ k
+            k_grad += of_logit.transpose(2, 3) @ q[:, :, part]
+            weight.add_(ctx.eps / q.shape[2]).div_(norm)
+            v_grad += weight.to(v.dtype).transpose(2, 3) @ grad[:, :, part]
+        return q_grad, k_grad, v_grad, alive_grad, None, None, None
+
+
+class _Maps:
+    """Exponentials of the logits of one chunk of queries after another, in buffers used again."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, alive: Tensor, keys: Tensor | None, scale: float
+    ) -> None:
+        self.q, self.k, self.alive, self.keys, self.scale = q, k.transpose(2, 3), alive, keys, scale
+        count = q.shape[2]
+        self.chunks = [
+            slice(first, min(first + _SOFT_CHUNK, count)) for first in range(0, count, _SOFT_CHUNK)
+        ]
+        shape = (*q.shape[:2], min(_SOFT_CHUNK, count), count)
+        self.first = torch.empty(shape, dtype=torch.float32, device=q.device)
+        self.second = torch.empty_like(self.first)
+
+    def gate(self, part: slice) -> Tensor:
+        """Return the factors of the exponentials, ``[B, 1, queries, N]``; a query sees itself."""
+        gate = self.alive[:, None, :].repeat(1, part.stop - part.start, 1)
+        gate.diagonal(part.start, 1, 2).fill_(1.0)
+        return gate[:, None]
+
+    def exponentials(self, part: slice) -> Tensor:
+        """Return ``exp`` of the logits less the highest that is seen, ``[B, H, queries, N]``."""
+        queries = self.q[:, :, part] * self.scale
+        shape = (*queries.shape[:3], self.q.shape[2])
+        logits = self.first.flatten()[: math.prod(shape)].view(shape)
+        if queries.dtype == torch.float32:
+            torch.matmul(queries, self.k, out=logits)
+        else:
+            logits.copy_(queries @ self.k)
+        if self.keys is not None:
+            logits.add_(self.keys)
+        seen = _view(self.second, logits).copy_(logits)
+        highest = seen.masked_fill_(self.gate(part) <= 0, float("-inf")).amax(-1, keepdim=True)
+        return logits.sub_(highest).clamp_max_(_CAP).exp_()
+
+
+def _view(buffer: Tensor, like: Tensor) -> Tensor:
+    return buffer.flatten()[: like.numel()].view(like.shape)
 
 
 def _packed(heads: Heads, layout: Layout, bias: Tensor | None) -> Tensor:

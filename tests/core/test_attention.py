@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -279,20 +279,20 @@ def test_soft_attention_in_chunks_gives_the_same(
     state = state.replace(size=torch.arange(1.0, 2 * count + 1))
     direction = noise(2 * count, HEADS * DIM, seed=9)
     chunks: list[int] = []
-    run = attention.checkpoint
+    run = attention._Maps.exponentials
 
-    def counted(rows: Callable, queries: Tensor, *rest: object, **options: object) -> Tensor:
-        chunks.append(queries.shape[2])
-        return run(rows, queries, *rest, **options)
+    def counted(maps: attention._Maps, part: slice) -> Tensor:
+        chunks.append(part.stop - part.start)
+        return run(maps, part)
 
-    monkeypatch.setattr(attention, "checkpoint", counted)
+    monkeypatch.setattr(attention._Maps, "exponentials", counted)
 
     def found() -> list[Tensor]:
         leaves = [t.clone().requires_grad_() for t in (heads.q, heads.k, heads.v)]
         alive = alive_of(2, count).float().requires_grad_()
         options = dict(proportional=proportional, softmax_eps=eps)
         out = attend(Heads(*leaves, heads.scale), state.replace(alive=alive), **options)
-        with torch.no_grad():  # without gradients nothing is computed twice, and nothing differs
+        with torch.no_grad():  # nothing differs without gradients
             again = attend(Heads(*leaves, heads.scale), state.replace(alive=alive), **options)
         assert torch.equal(again, out)
         return [out, *torch.autograd.grad((out * direction).sum(), [*leaves, alive])]
@@ -302,17 +302,38 @@ def test_soft_attention_in_chunks_gives_the_same(
     monkeypatch.setattr(attention, "_SOFT_WHOLE", 7)
     monkeypatch.setattr(attention, "_SOFT_CHUNK", 4)
     parts = found()
-    assert chunks == [4] * (count // 4) + [count % 4] * (count % 4 > 0)
+    once = [4] * (count // 4) + [count % 4] * (count % 4 > 0)
+    assert chunks == once * 3  # twice forward, once backward
     for one, other in zip(parts, whole, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
     assert all((grad != 0).any() for grad in whole[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_soft_attention_in_chunks_in_half_precision(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result and the gradients keep their types and lie near those in single precision."""
+    heads, state = make([10] * 2, even=True)
+    monkeypatch.setattr(attention, "_SOFT_WHOLE", 7)
+    monkeypatch.setattr(attention, "_SOFT_CHUNK", 4)
+
+    def found(kind: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(kind).requires_grad_() for t in (heads.q, heads.k, heads.v)]
+        alive = alive_of(2, 10).float().requires_grad_()
+        out = attend(Heads(*leaves, heads.scale), state.replace(alive=alive), softmax_eps=1e-6)
+        assert out.dtype == kind
+        return [out, *torch.autograd.grad(out.float().square().sum(), [*leaves, alive])]
+
+    for half, single in zip(found(dtype), found(torch.float32), strict=True):
+        torch.testing.assert_close(half.float(), single, atol=0.15, rtol=0.05)
 
 
 def test_soft_attention_is_whole_up_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("went in chunks")
 
-    monkeypatch.setattr(attention, "checkpoint", refuse)
+    monkeypatch.setattr(attention._SoftInChunks, "apply", refuse)
     monkeypatch.setattr(attention, "_SOFT_WHOLE", 6)
     heads, state = make([6] * 2, even=True)
     heads.q.requires_grad_()
