@@ -195,7 +195,7 @@ def test_a_short_rate_where_it_will_do() -> None:
     assert foveate.apply(deit("small"), "evit", budget="2.9 GMACs").reducer.keep == 0.67
 
 
-@pytest.mark.parametrize("text", ["2.9 gflops", "2900 MMACs"])
+@pytest.mark.parametrize("text", ["2.9 gflops", "2.9G", "2900 MMACs", "2.9GMACs"])
 def test_spellings_of_a_budget(text: str) -> None:
     assert foveate.apply(deit("small"), "evit", budget=text).reducer.keep == 0.67
 

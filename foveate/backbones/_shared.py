@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from foveate.core.hooks import is_sharded
+
 __all__ = [
     "image_settings",
     "patch_grid",
@@ -59,7 +61,7 @@ def _head_count(module: nn.Module) -> int | None:
 def plain_class(module: nn.Module) -> type:
     """Return a module's class; that of a sharded one (``fully_shard``) is what it was before."""
     kind = type(module)
-    if any(base.__name__ == "FSDPModule" for base in kind.__mro__):
+    if is_sharded(module):
         return kind.__mro__[2]  # fully_shard puts a class of its own and FSDPModule in front
     return kind
 

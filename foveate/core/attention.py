@@ -32,7 +32,7 @@ READABLE = ("cls_row", "key_mean", "value_norm", "full_map")
 _BUCKETS = 4  # the number hardly matters between 2 and 8; more buckets pad less
 _QUERY_CHUNK = 64  # queries at a time where the whole map is read
 _CAP = 30.0  # of logits above the highest that is seen, in soft attention
-_CAPPED = math.exp(_CAP) * (1 - 1e-6)
+_CAPPED = math.exp(_CAP) * (1 - 1e-6)  # an exponential at least so large was capped
 # Soft attention holds several float32 maps of N x N for the backward pass. Above so many tokens it
 # goes through the queries in chunks and computes each chunk's maps again in the backward pass.
 _SOFT_WHOLE = 1024
@@ -165,7 +165,8 @@ class _SoftInChunks(torch.autograd.Function):
         out = torch.empty_like(v, memory_format=torch.contiguous_format)
         norms = alive.new_empty(*q.shape[:3], 1)
         for part in maps.chunks:
-            weight = maps.exponentials(part).mul_(maps.gate(part))
+            weight, gate = maps.exponentials(part)
+            weight.mul_(gate)
             norms[:, :, part] = weight.sum(-1, keepdim=True) + eps
             weight.add_(eps / q.shape[2]).div_(norms[:, :, part])
             out[:, :, part] = weight.to(v.dtype) @ v
@@ -184,14 +185,13 @@ class _SoftInChunks(torch.autograd.Function):
         change = torch.empty_like(maps.first)
         values = v.float().transpose(2, 3)
         for part in maps.chunks:
-            gate, norm = maps.gate(part), norms[:, :, part]
-            weight = maps.exponentials(part)
-            back = grad[:, :, part].float()
-            of_weight = _view(change, weight)
+            weight, gate = maps.exponentials(part)
+            back, norm = grad[:, :, part].float(), norms[:, :, part]
+            of_weight = _view(change, weight.shape)
             torch.matmul(back, values, out=of_weight)
             of_weight.sub_((back * out[:, :, part].float()).sum(-1, keepdim=True)).div_(norm)
             # Gates are shared by heads; on the diagonal they do not act.
-            of_gate = torch.mul(of_weight, weight, out=_view(maps.second, weight)).sum(1)
+            of_gate = torch.mul(of_weight, weight, out=_view(maps.second, weight.shape)).sum(1)
             of_gate.diagonal(part.start, 1, 2).zero_()
             alive_grad += of_gate.sum(1)
             of_weight.masked_fill_(weight >= _CAPPED, 0.0)
@@ -219,30 +219,30 @@ class _Maps:
         self.first = torch.empty(shape, dtype=torch.float32, device=q.device)
         self.second = torch.empty_like(self.first)
 
-    def gate(self, part: slice) -> Tensor:
-        """Return the factors of the exponentials, ``[B, 1, queries, N]``; a query sees itself."""
-        gate = self.alive[:, None, :].repeat(1, part.stop - part.start, 1)
-        gate.diagonal(part.start, 1, 2).fill_(1.0)
-        return gate[:, None]
+    def exponentials(self, part: slice) -> tuple[Tensor, Tensor]:
+        """Return ``exp`` of the logits less the highest that is seen, and the factors on it.
 
-    def exponentials(self, part: slice) -> Tensor:
-        """Return ``exp`` of the logits less the highest that is seen, ``[B, H, queries, N]``."""
+        They are ``[B, H, queries, N]`` and ``[B, 1, queries, N]``; every query sees itself.
+        """
         queries = self.q[:, :, part] * self.scale
-        shape = (*queries.shape[:3], self.q.shape[2])
-        logits = self.first.flatten()[: math.prod(shape)].view(shape)
+        gate = self.alive[:, None, :].repeat(1, queries.shape[2], 1)
+        gate.diagonal(part.start, 1, 2).fill_(1.0)
+        gate = gate[:, None]
+        logits = _view(self.first, (*queries.shape[:3], self.q.shape[2]))
         if queries.dtype == torch.float32:
             torch.matmul(queries, self.k, out=logits)
         else:
             logits.copy_(queries @ self.k)
         if self.keys is not None:
             logits.add_(self.keys)
-        seen = _view(self.second, logits).copy_(logits)
-        highest = seen.masked_fill_(self.gate(part) <= 0, float("-inf")).amax(-1, keepdim=True)
-        return logits.sub_(highest).clamp_max_(_CAP).exp_()
+        seen = _view(self.second, logits.shape).copy_(logits)
+        highest = seen.masked_fill_(gate <= 0, float("-inf")).amax(-1, keepdim=True)
+        return logits.sub_(highest).clamp_max_(_CAP).exp_(), gate
 
 
-def _view(buffer: Tensor, like: Tensor) -> Tensor:
-    return buffer.flatten()[: like.numel()].view(like.shape)
+def _view(buffer: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Use the front of a buffer, so that a short last chunk lies in one piece too."""
+    return buffer.flatten()[: math.prod(shape)].view(shape)
 
 
 def _packed(heads: Heads, layout: Layout, bias: Tensor | None) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn.modules import module as torch_module
 
 from foveate.core.tokens import TokenState
 
-__all__ = ["call_with_hooks", "check_sharding", "has_hooks"]
+__all__ = ["call_with_hooks", "check_sharding", "has_hooks", "is_sharded"]
 
 _log = logging.getLogger(__name__)
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -94,9 +94,14 @@ class _StandIn(nn.Module):
         return self._run
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Tell whether ``fully_shard`` was called on a module."""
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+
+
 def check_sharding(model: nn.Module) -> None:
     """Refuse a ViT that was sharded as a whole: only its own forward would gather its weights."""
-    if any(base.__name__ == "FSDPModule" for base in type(model).__mro__):
+    if is_sharded(model):
         raise RuntimeError(
             "fully_shard was called on the ViT inside, whose own forward is not run: call it on "
             "each of its blocks and on the reduced model instead"

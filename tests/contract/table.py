@@ -218,3 +218,16 @@ def close(a: Tensor, b: Tensor, tolerance: float = 2e-5) -> None:
     scale = b.detach().abs().max().clamp_min(1.0)
     assert torch.isfinite(a).all()
     assert (a - b).abs().max() <= tolerance * scale, float((a - b).abs().max() / scale)
+
+
+def compilations(model: nn.Module, sizes: tuple[int, ...]) -> int:
+    """How often a model is compiled for batches of these sizes, which must answer as eager."""
+    from torch._dynamo.testing import CompileCounterWithBackend  # a second that few need
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for size in sizes:
+            close(said(compiled, images(size)), said(model, images(size)))
+    return counter.frame_count

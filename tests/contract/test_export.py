@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._dynamo.testing
-from table import FORMS, METHODS, Row, close, form, images, reduced, said
+from table import FORMS, METHODS, Row, close, compilations, form, images, reduced, said
 from torch import Tensor, nn
 
 import foveate
@@ -39,17 +38,6 @@ CASES = [
     for row in FIXED
     for name in NAMES
 ]
-
-
-def compilations(model: nn.Module, sizes: tuple[int, ...]) -> int:
-    """How often a model is compiled for batches of these sizes, which must answer as eager."""
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    with torch.no_grad():
-        for size in sizes:
-            close(said(compiled, images(size)), said(model, images(size)))
-    return counter.frame_count
 
 
 @pytest.mark.slow

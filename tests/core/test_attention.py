@@ -281,7 +281,7 @@ def test_soft_attention_in_chunks_gives_the_same(
     chunks: list[int] = []
     run = attention._Maps.exponentials
 
-    def counted(maps: attention._Maps, part: slice) -> Tensor:
+    def counted(maps: attention._Maps, part: slice) -> tuple[Tensor, Tensor]:
         chunks.append(part.stop - part.start)
         return run(maps, part)
 

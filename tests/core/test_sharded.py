@@ -12,10 +12,9 @@ import torch.distributed as dist
 from small import images, randomise, vit
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import foveate
-
-fsdp = pytest.importorskip("torch.distributed.fsdp")
 
 METHODS = ("evit(keep=0.5)", "dynamicvit(keep=0.5)", "tome(r=4)", "ats(K=12)", "svit(keep=0.5)")
 
@@ -40,8 +39,8 @@ def whole(gradient: torch.Tensor | None) -> torch.Tensor | None:
 def compare(method: str, mesh: DeviceMesh) -> None:
     plain, model = made(method), made(method)
     for block in model.vit.blocks:
-        fsdp.fully_shard(block, mesh=mesh)
-    fsdp.fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     sizes = [len(p.to_local()) / len(p) for p in model.vit.blocks[0].parameters()]
     assert set(sizes) == {0.5}, sizes  # half of every parameter is here
     assert torch.equal(trained(model), trained(plain))
@@ -61,7 +60,7 @@ def work(rank: int, port: int, folder: str) -> None:
     for method in METHODS:
         compare(method, mesh)
     inside = made("evit(keep=0.5)")
-    fsdp.fully_shard(inside.vit, mesh=mesh)
+    fully_shard(inside.vit, mesh=mesh)
     with pytest.raises(RuntimeError, match="on each of its blocks and on the reduced model"):
         inside(images())
     Path(folder, str(rank)).touch()
