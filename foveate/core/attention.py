@@ -73,15 +73,13 @@ def attend(
         # Prefix and fused tokens may carry size 0; they still count as one key.
         bias = state.size.clamp_min(1.0).log()
     if not state.layout.is_even:
-        out = _packed(heads, state.layout, bias)
-    elif state.alive is not None and softmax_eps is not None:
-        out = _soft(heads, state.alive, state.layout, bias, softmax_eps)
-    else:
-        mask = None if bias is None else state.layout.rect(bias)[:, None, None, :]
-        if state.alive is not None:
-            mask = _hidden(mask, state.alive.detach() > 0)
-        out = _fused(heads, state.layout, mask)
-    return out.flatten(1)
+        return _packed(heads, state.layout, bias).flatten(1)
+    if state.alive is not None and softmax_eps is not None:
+        return _soft(heads, state.alive, state.layout, bias, softmax_eps)
+    mask = None if bias is None else state.layout.rect(bias)[:, None, None, :]
+    if state.alive is not None:
+        mask = _hidden(mask, state.alive.detach() > 0)
+    return _fused(heads, state.layout, mask)
 
 
 def _hidden(bias: Tensor | None, live: Tensor) -> Tensor:
@@ -91,19 +89,30 @@ def _hidden(bias: Tensor | None, live: Tensor) -> Tensor:
     return live if bias is None else bias.masked_fill(~live, float("-inf"))
 
 
-def _split(t: Tensor, layout: Layout) -> Tensor:
-    """View ``[T, H, d]`` as ``[B, H, N, d]``."""
-    return t.view(layout.batch, layout.count or 0, *t.shape[1:]).transpose(1, 2)
+def _by_image(heads: Heads, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """View queries, keys and values ``[T, H, d]`` as ``[B, H, N, d]``."""
+    shape = (layout.batch, layout.count or 0, *heads.v.shape[1:])
+    return (
+        heads.q.view(shape).transpose(1, 2),
+        heads.k.view(shape).transpose(1, 2),
+        heads.v.view(shape).transpose(1, 2),
+    )
+
+
+def _by_token(out: Tensor, heads: Heads) -> Tensor:
+    """Lay an output ``[B, H, N, d]`` out as ``[T, H * d]``."""
+    tokens, number, dim = heads.v.shape
+    return out.transpose(1, 2).reshape(tokens, number * dim)
 
 
 def _fused(heads: Heads, layout: Layout, mask: Tensor | None) -> Tensor:
-    q, k, v = _split(heads.q, layout), _split(heads.k, layout), _split(heads.v, layout)
+    q, k, v = _by_image(heads, layout)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=heads.dropout, scale=heads.scale
     )
-    return out.transpose(1, 2).reshape(heads.v.shape)
+    return _by_token(out, heads)
 
 
 def _soft(heads: Heads, alive: Tensor, layout: Layout, bias: Tensor | None, eps: float) -> Tensor:
@@ -113,7 +122,7 @@ def _soft(heads: Heads, alive: Tensor, layout: Layout, bias: Tensor | None, eps:
     the gradient of a kept or dropped key flows through the normaliser. An additive log-mask
     would give dropped tokens no gradient at all.
     """
-    q, k, v = _split(heads.q, layout), _split(heads.k, layout), _split(heads.v, layout)
+    q, k, v = _by_image(heads, layout)
     count = q.shape[2]
     keys = None if bias is None else layout.rect(bias)[:, None, None, :]
 
@@ -139,7 +148,7 @@ def _soft(heads: Heads, alive: Tensor, layout: Layout, bias: Tensor | None, eps:
         out = rows(q, k, v, alive, 0)
     else:
         out = _SoftInChunks.apply(q, k, v, alive.float(), keys, heads.scale, eps)
-    return out.transpose(1, 2).reshape(heads.v.shape)
+    return _by_token(out, heads)
 
 
 class _SoftInChunks(torch.autograd.Function):
@@ -339,9 +348,7 @@ class AttentionReader:
         self._layout = state.layout
         self._reads = reads
         self._class_token = class_token
-        self._bias = None
-        if proportional and state.size is not None:
-            self._bias = state.layout.rect(state.size.clamp_min(1.0).log())[:, None, :]
+        self._size = state.size if proportional else None
         self._live = state.layout.valid(state.x.device)
         if state.alive is not None:
             self._live = state.alive.detach() > 0
@@ -361,7 +368,8 @@ class AttentionReader:
     def key_mean(self) -> Tensor:
         """Return the keys averaged over heads, ``[T, d]``."""
         self._check("key_mean")
-        return self._heads.k.mean(1)
+        keys = self._heads.k
+        return keys.sum(1) / keys.shape[1]  # on a CPU twice as fast as the mean
 
     def value_norm(self) -> Tensor:
         """Return the length of every token's value vector in each head, ``[B, H, N]`` float32."""
@@ -413,8 +421,8 @@ class AttentionReader:
     def _softmax(self, logits: Tensor) -> Tensor:
         """Softmax over live keys of logits whose last axis is the keys, with the image first."""
         shape = [logits.shape[0]] + [1] * (logits.ndim - 2) + [logits.shape[-1]]
-        if self._bias is not None:
-            logits = logits + self._bias.view(shape)
+        if self._size is not None:
+            logits = logits + self._layout.rect(self._size.clamp_min(1.0).log()).view(shape)
         if self._live is None:
             return logits.softmax(-1)
         logits = logits.masked_fill(~self._live.view(shape), float("-inf"))

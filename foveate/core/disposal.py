@@ -9,9 +9,9 @@ from torch import Tensor
 
 from foveate.core.selection import Selection
 from foveate.core.tokens import TokenState
-from foveate.ops import best_partner, pairwise
+from foveate.ops import best_partner, unit
 
-__all__ = ["DISPOSALS", "drop", "fuse", "fused", "merge", "park"]
+__all__ = ["DISPOSALS", "WEIGHING", "drop", "fuse", "fused", "merge", "park"]
 
 Similarity = Callable[[Selection, Selection], Tensor]
 
@@ -59,8 +59,8 @@ def merge(
     """
     merged = kept.complement(weight.shape[1], state.present())
     with torch.no_grad():
-        if similarity is None:
-            alike = pairwise(tokens_of(state, merged), tokens_of(state, kept), "cosine")
+        if similarity is None:  # the length of a merged token does not change its best partner
+            alike = tokens_of(state, merged) @ unit(tokens_of(state, kept)).transpose(1, 2)
         else:
             alike = similarity(merged, kept)
         _, into = best_partner(alike, kept.valid)
@@ -86,3 +86,4 @@ DISPOSALS: Mapping[str, Callable[[TokenState, Selection, Tensor], TokenState]] =
     "merge": merge,
     "park": park,
 }
+WEIGHING = ("fuse", "merge")  # the disposals that read the weights

@@ -65,7 +65,7 @@ class ReducedViT(HostedModel):
         """The parts of ``vit``; read anew where the model has changed since."""
         backbone = self._backbone
         if backbone.model is not self.vit:  # a replica of this module has its own
-            backbone = copy.copy(backbone)
+            backbone = self._backbone = copy.copy(backbone)
             backbone.bind(self.vit)
         elif not torch.compiler.is_compiling() and not backbone.current():
             backbone = self._backbone = type(backbone)(self.vit)  # type: ignore[call-arg]
@@ -183,7 +183,7 @@ class ReducedViT(HostedModel):
             state: tokens that ``begin`` or the step before returned.
             watch: is shown the tokens at "attention", "mlp" and "output".
         """
-        backbone = self.backbone
+        backbone = self._backbone  # as ``begin`` read it: looking again in every block costs time
         if block != state.block or not 0 <= block < backbone.spec.depth:
             raise ValueError(_out_of_order(block, state.block, backbone.spec.depth))
         if backbone.checkpointing and torch.is_grad_enabled():
@@ -192,7 +192,7 @@ class ReducedViT(HostedModel):
 
     def end(self, state: TokenState) -> TokenState:
         """Bring back what the method recalls before the head and apply the final norm."""
-        backbone = self.backbone
+        backbone = self._backbone
         if state.block != backbone.spec.depth:
             raise ValueError(
                 f"end comes after block {backbone.spec.depth - 1}, and these tokens have block "
@@ -220,7 +220,7 @@ class ReducedViT(HostedModel):
             )
         else:
             state = self._inside(backbone, block, state, watch)
-        state = reducer.after(block, state).replace(block=block + 1)
+        state = reducer.after(block, state)
         if watch is not None:
             watch("output", state)
         return state
@@ -232,7 +232,8 @@ class ReducedViT(HostedModel):
         if watch is not None:
             watch("mlp", state)
         out = backbone.feedforward(block, state.x)
-        return state.replace(x=state.x + _dropped(backbone.drop_path(block, 1), out, state))
+        out = _dropped(backbone.drop_path(block, 1), out, state)
+        return state.replace(x=state.x + out, block=block + 1)
 
     def _attention(self, backbone: Backbone, block: int, state: TokenState) -> TokenState:
         """Attend, and let the method act on the tokens after it.

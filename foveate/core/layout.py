@@ -146,6 +146,9 @@ class Layout:
 
     def rows(self, selection: Selection) -> Tensor:
         """Turn the positions that a selection has inside the images into rows of the tensor."""
+        # One image is common where every call counts; a compiled graph serves all batch sizes.
+        if self.batch == 1 and self.count is not None and not torch.compiler.is_compiling():
+            return selection.index.flatten()
         rows = selection.index + self.start(selection.index.device)[:, None]
         valid = selection.valid
         return rows.flatten() if valid is None else rows[valid]

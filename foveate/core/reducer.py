@@ -305,7 +305,8 @@ class ScoreReducer(Reducer):
         attention: AttentionReader | None = None,
     ) -> TokenState:
         """Keep the selected tokens and deal with the others as ``rest`` says."""
-        return disposal.DISPOSALS[self.rest](state, kept, self.weights(score))
+        weight = self.weights(score) if self.rest in disposal.WEIGHING else score
+        return disposal.DISPOSALS[self.rest](state, kept, weight)
 
     def counts(self, stage: int, state: TokenState) -> int | list[int]:
         """Return the number of tokens to keep after the prefix; a list where images differ."""
@@ -371,7 +372,7 @@ class Match:
     kept: Selection
     merged: Selection
     into: Tensor
-    weight: Tensor
+    weight: Tensor | None = None
 
 
 @dataclass(eq=False, kw_only=True, repr=False)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["Selection"]
@@ -57,6 +58,20 @@ class Selection:
         if isinstance(k, Sequence):
             return cls(score.topk(max(k), dim=1).indices, tuple(k))
         return cls(score.topk(k, dim=1).indices)
+
+    @classmethod
+    def split(
+        cls, score: Tensor, k: int | Sequence[int], present: Tensor | None = None
+    ) -> tuple[Selection, Selection]:
+        """Split each row of ``score [B, N]`` into its ``k`` highest and the rest in their order.
+
+        ``present [B, N]`` says which positions hold a token at all; the others score lowest.
+        """
+        if isinstance(k, Sequence) or present is not None:
+            best = cls.best(score, k)
+            return best, best.complement(score.shape[1], present)
+        order = score.argsort(dim=1, descending=True, stable=True)
+        return cls(order[:, :k]), cls(order[:, k:].sort(dim=1).values)
 
     @classmethod
     def where(cls, mask: Tensor) -> Selection:
@@ -106,6 +121,11 @@ class Selection:
         """Read this selection as columns of ``positions [B, N]`` and select those positions."""
         return Selection(positions.gather(1, self.index), self.lengths)
 
+    def spread(self, part: slice) -> Selection:
+        """Read this selection as one of the positions in ``part``, and select those."""
+        start, step = part.start or 0, part.step or 1
+        return Selection(self.index * step + start, self.lengths)
+
     def then(self, other: Selection) -> Selection:
         """Select this selection's tokens and behind them the other's."""
         index = torch.cat([self.index, other.index], 1)
@@ -122,8 +142,12 @@ class Selection:
         """Select the first ``prefix`` tokens and behind them these, counted after the prefix."""
         if prefix == 0:
             return self
-        front = torch.arange(prefix, device=self.index.device).expand(self.index.shape[0], -1)
-        index = torch.cat([front, self.index + prefix], 1)
+        index = self.index + prefix
+        if prefix == 1:
+            index = F.pad(index, (1, 0))  # the first token has number 0
+        else:
+            front = torch.arange(prefix, device=index.device).expand(index.shape[0], -1)
+            index = torch.cat([front, index], 1)
         lengths = self.lengths
         return Selection(index, None if lengths is None else tuple(n + prefix for n in lengths))
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.core.context import Context
@@ -96,8 +97,27 @@ class TokenState:
 
     def replace(self, **changes: Any) -> TokenState:
         """Copy the state with some fields changed."""
-        # Not ``vars(self)``: the compiler of the oldest torch does not follow it.
-        return TokenState(**{**{name: getattr(self, name) for name in _FIELDS}, **changes})
+        # Spelled out because several copies are made in every block: this is the fastest way that
+        # the compiler of the oldest torch follows.
+        state = TokenState(
+            self.x,
+            self.layout,
+            self.context,
+            self.block,
+            self.place,
+            self.source,
+            self.canvas,
+            self.size,
+            self.alive,
+            self.extras,
+            self.parked,
+            self.notes,
+        )
+        for name, value in changes.items():
+            if name not in _FIELDS:
+                raise TypeError(f"tokens have no field {name!r}; they have {', '.join(_FIELDS)}")
+            setattr(state, name, value)
+        return state
 
     def with_tokens(self, x: Tensor) -> TokenState:
         """Give the tokens new values, ``[T, C]`` or ``[B, N, C]``; nothing else changes."""
@@ -200,13 +220,13 @@ class TokenState:
         return self.layout.flat(counted).float()
 
     def merge_weight(self) -> Tensor:
-        """Weigh every token after the prefix by the patches it stands for, ``[B, N]`` float32.
+        """Weigh every token by the patches it stands for, ``[T]`` float32.
 
         A fused token stands for no patch but has a value, so it weighs as one.
         """
         if self.size is None:
-            return self.after_prefix(self.x.new_ones(self.x.shape[0], dtype=torch.float32))
-        return self.after_prefix(self.size.clamp_min(1.0))
+            return self.x.new_ones(self.x.shape[0], dtype=torch.float32)
+        return self.size.clamp_min(1.0)
 
     # Verbs -------------------------------------------------------------------------------------
 
@@ -226,7 +246,7 @@ class TokenState:
         kept: Selection,
         merged: Selection,
         into: Tensor,
-        weight: Tensor,
+        weight: Tensor | None = None,
         *,
         track_size: bool = True,
     ) -> TokenState:
@@ -236,36 +256,41 @@ class TokenState:
             kept: tokens that stay, in their new order.
             merged: tokens that are merged away, ``[B, R]``.
             into: for each of them the entry of ``kept`` that takes it up, ``[B, R]``.
-            weight: weight of every token after the prefix, ``[B, N]`` float32.
+            weight: weight of every token after the prefix, ``[B, N]`` float32; None weighs by
+                the patches that a token stands for.
             track_size: count merged patches in ``size`` from here on.
         """
-        weight_merged = weight.gather(1, merged.index)
-        valid = merged.valid
-        if valid is not None:
-            weight_merged = torch.where(valid, weight_merged, 0.0)
-            into = torch.where(valid, into, 0)
-        total = weight.gather(1, kept.index).scatter_add(1, into, weight_merged)  # [B, K]
-        share = weight_merged / total.gather(1, into).clamp_min(torch.finfo(total.dtype).tiny)
-
-        everything = kept.behind(self.prefix)
+        # Everything is done on rows of the flat tensor: on a CPU the two-dimensional gather and
+        # scatter cost several times as much.
+        everything, prefix = kept.behind(self.prefix), self.prefix
         inverse = None
         if self.source is not None:
-            slots = merged.slots(self.layout.longest - self.prefix) + self.prefix
-            inverse = self._inverse(everything).scatter(1, slots, into + self.prefix)
-        state = self._moved(everything, inverse)
+            slots = merged.slots(self.layout.longest - prefix) + prefix
+            moved_to = into if merged.valid is None else torch.where(merged.valid, into, 0)
+            inverse = self._inverse(everything).scatter(1, slots, moved_to + prefix)
+        rows_kept = self.layout.rows(everything)
+        state = self._moved(everything, inverse, rows=rows_kept)
+        rows_from = self.layout.rows(Selection(merged.index + prefix, merged.lengths))
+        rows_to = state.layout.rows(Selection(into + prefix, merged.lengths))
 
-        rows_from = self.layout.rows(Selection(merged.index + self.prefix, merged.lengths))
-        rows_to = state.layout.rows(Selection(into + self.prefix, merged.lengths))
+        flat = self.merge_weight() if weight is None else self._behind_prefix(weight)
+        moved = flat.index_select(0, rows_from)
+        total = flat.index_select(0, rows_kept).index_add(0, rows_to, moved)
+        total = total.index_select(0, rows_to)
+        if weight is not None:  # sizes are at least 1, weights may all be 0
+            total = total.clamp_min(torch.finfo(total.dtype).tiny)
+        share = moved / total
         change = self.x.index_select(0, rows_from) - state.x.index_select(0, rows_to)
-        share = share.flatten() if valid is None else share[valid]
         change = change * share.to(change.dtype)[:, None]
+
         size, before = state.size, self.size
         if track_size and before is None:
             before = self._initial_size()
-            size = before.index_select(0, self.layout.rows(everything))
+            size = before.index_select(0, rows_kept)
         if size is not None and before is not None:
             size = size.index_add(0, rows_to, before.index_select(0, rows_from))
-        return state.replace(x=state.x.index_add(0, rows_to, change), size=size)
+        # In place: these rows were just made, and a copy would cost more than the sum.
+        return state.replace(x=state.x.index_add_(0, rows_to, change), size=size)
 
     def append(
         self, token: Tensor, exists: Tensor | None = None, alive: Tensor | None = None
@@ -444,6 +469,10 @@ class TokenState:
             raise RuntimeError("this pass does not track its patches: begin it with track=True")
         return self.source
 
+    def _behind_prefix(self, values: Tensor) -> Tensor:
+        """Turn values of the tokens after the prefix ``[B, N]`` into flat ones, 0 at the prefix."""
+        return self.layout.flat(F.pad(values, (self.prefix, 0)))
+
     def _initial_size(self) -> Tensor:
         """Sizes before anything merged: 1, and 0 for fused tokens where they can be told."""
         size = torch.ones(self.layout.total, device=self.x.device)
@@ -460,13 +489,18 @@ class TokenState:
         return _close(empty.scatter(1, kept.slots(self.layout.longest), new))
 
     def _moved(
-        self, kept: Selection, inverse: Tensor | None = None, remember: bool = True
+        self,
+        kept: Selection,
+        inverse: Tensor | None = None,
+        remember: bool = True,
+        rows: Tensor | None = None,
     ) -> TokenState:
         """Select tokens of the whole image and carry everything that belongs to them along.
 
-        ``inverse`` says where every old token's patches go, if not simply along with it.
+        ``inverse`` says where every old token's patches go, if not simply along with it. ``rows``
+        are those of ``kept`` if they are known.
         """
-        rows = self.layout.rows(kept)
+        rows = self.layout.rows(kept) if rows is None else rows
         if kept.lengths is None:
             layout = Layout.even(self.layout.batch, kept.index.shape[1])
         else:

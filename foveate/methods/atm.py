@@ -29,7 +29,6 @@ from statistics import fmean
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.core import (
@@ -45,7 +44,7 @@ from foveate.core import (
 from foveate.core.budget import parse_budget
 from foveate.core.cost import cost, measured
 from foveate.core.evaluation import evaluating
-from foveate.ops import alternate_split, best_partner
+from foveate.ops import alternate_split, best_partner, unit
 from foveate.registry import register
 
 __all__ = ["ATM", "calibrate"]
@@ -143,9 +142,8 @@ class ATM(MatchReducer):
         assert attention is not None
         if state.layout.longest - state.prefix < 2:
             return None
-        weight = state.merge_weight()
-        keys = F.normalize(state.after_prefix(attention.key_mean().detach()).float(), dim=-1)
-        sources, targets = self._split(block, state, weight)
+        keys = unit(state.after_prefix(attention.key_mean().detach()).float())
+        sources, targets = self._split(block, state)
         similarity = _of(keys, sources) @ _of(keys, targets).transpose(1, 2)
         value, partner = best_partner(similarity, targets.valid)
         merges, there = value > self.thresholds[block], sources.valid
@@ -153,12 +151,12 @@ class ATM(MatchReducer):
         stay = best.complement(merges.shape[1], there).of(sources.index)
         into = stay.size + partner.gather(1, best.index)
         # Images where nothing merges are reordered too, or the next split would depend on others.
-        return Match(stay.then(targets), best.of(sources.index), into, weight)
+        return Match(stay.then(targets), best.of(sources.index), into)
 
-    def _split(self, block: int, state: TokenState, size: Tensor) -> tuple[Selection, Selection]:
+    def _split(self, block: int, state: TokenState) -> tuple[Selection, Selection]:
         """Split the tokens of each image into those that may merge and those they merge into."""
-        count, counts, present = size.shape[1], state.counts, state.present()
-        positions = torch.arange(count, device=size.device).expand(len(counts), -1)
+        count, counts, present = state.layout.longest - state.prefix, state.counts, state.present()
+        positions = torch.arange(count, device=state.x.device).expand(len(counts), -1)
         alternate = alternate_split(count, state.prefix % 2 == 0)
         if block < self.first_split:
             sources, targets = (
@@ -168,6 +166,7 @@ class ATM(MatchReducer):
             return sources, targets
         # A stable sort of the alternating order: tokens of one size are split as before.
         order = torch.cat([positions[:, part] for part in alternate], 1)
+        size = state.after_prefix(state.merge_weight())
         if present is not None:
             size = size.masked_fill(~present, math.inf)
         order = order.gather(1, size.gather(1, order).sort(dim=1, stable=True).indices)

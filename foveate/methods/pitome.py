@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.core import (
@@ -43,7 +42,7 @@ from foveate.core import (
     check_blocks,
     check_choice,
 )
-from foveate.ops import best_partner
+from foveate.ops import best_partner, unit
 from foveate.registry import register
 
 __all__ = ["PiToMe"]
@@ -125,7 +124,7 @@ class PiToMe(MatchReducer):
         removed, mergeable = self._counts(block, state)
         if removed == 0 or (isinstance(removed, list) and not any(removed)):
             return None
-        keys = F.normalize(state.after_prefix(attention.key_mean().detach()).float(), dim=-1)
+        keys = unit(state.after_prefix(attention.key_mean().detach()).float())
         similarity = (keys @ keys.transpose(1, 2)).float()  # [B, P, P]
         present = state.present()
         energy = self._energy(block, similarity, present)
@@ -141,7 +140,7 @@ class PiToMe(MatchReducer):
             best = Selection.best(value, removed)
             partner, merged = partner.gather(1, best.index), best.of(sources.index)
         stay = merged.then(targets).complement(order.shape[1], present)
-        return Match(stay.then(targets), merged, stay.size + partner, state.merge_weight())
+        return Match(stay.then(targets), merged, stay.size + partner)
 
     def _counts(self, block: int, state: TokenState) -> tuple[int | list[int], int | list[int]]:
         """Count the tokens that go and those that can; lists where images differ."""

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 
 from foveate.core import (
     AttentionReader,
@@ -29,7 +28,7 @@ from foveate.core import (
     TokenState,
     check_blocks,
 )
-from foveate.ops import alternate_split, best_partner
+from foveate.ops import alternate_split, best_partner, unit
 from foveate.registry import register
 
 __all__ = ["ToMe"]
@@ -118,7 +117,7 @@ class ToMe(MatchReducer):
         if removed == 0 or (isinstance(removed, list) and not any(removed)):
             return None
         sources, targets = alternate_split(count, state.prefix % 2 == 0)
-        metric = F.normalize(state.after_prefix(attention.key_mean().detach()).float(), dim=-1)
+        metric = unit(state.after_prefix(attention.key_mean().detach()).float())
         similarity = metric[:, sources] @ metric[:, targets].transpose(1, 2)
         there = None if present is None else present[:, targets]
         value, partner = best_partner(similarity, there)
@@ -126,15 +125,15 @@ class ToMe(MatchReducer):
         if present is not None:
             here = present[:, sources]
             value = value.masked_fill(~here, float("-inf"))
-        positions = torch.arange(count, device=state.x.device).expand(value.shape[0], -1)
-        best = Selection.best(value, removed)
-        stay = best.complement(value.shape[1], here).of(positions[:, sources])
-        kept_targets = Selection(positions[:, targets])
-        if there is not None:
-            kept_targets = Selection.where(there).of(positions[:, targets])
-        into = stay.size + partner.gather(1, best.index)
-        merged = best.of(positions[:, sources])
-        return Match(stay.then(kept_targets), merged, into, state.merge_weight())
+        merged, stay = Selection.split(value, removed, here)
+        into = stay.size + partner.gather(1, merged.index)
+        if there is None:
+            every = torch.arange(similarity.shape[2], device=value.device)
+            kept_targets = Selection(every.expand(value.shape[0], -1))
+        else:
+            kept_targets = Selection.where(there)
+        kept = stay.spread(sources).then(kept_targets.spread(targets))
+        return Match(kept, merged.spread(sources), into)
 
     def at_level(self, level: float) -> dict[str, Any]:
         """Set a number for each block; the first blocks take one more if it does not divide."""

@@ -1,6 +1,6 @@
 """Pure functions on tensors and integers. Nothing here knows a model or a method."""
 
-from foveate.ops.match import alternate_split, best_partner, pairwise
+from foveate.ops.match import alternate_split, best_partner, pairwise, unit
 from foveate.ops.noise import hashed
 from foveate.ops.sample import inverse_transform, nearest
 
@@ -11,4 +11,5 @@ __all__ = [
     "inverse_transform",
     "nearest",
     "pairwise",
+    "unit",
 ]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["alternate_split", "best_partner", "pairwise"]
+__all__ = ["alternate_split", "best_partner", "pairwise", "unit"]
 
 
 def alternate_split(count: int, first_is_source: bool) -> tuple[slice, slice]:
@@ -15,13 +14,18 @@ def alternate_split(count: int, first_is_source: bool) -> tuple[slice, slice]:
     return slice(start, count, 2), slice(1 - start, count, 2)
 
 
+def unit(values: Tensor) -> Tensor:
+    """Scale vectors ``[..., d]`` to length 1; zeros stay zeros."""
+    return values / torch.linalg.vector_norm(values, dim=-1, keepdim=True).clamp_min(1e-12)
+
+
 def pairwise(a: Tensor, b: Tensor, how: str) -> Tensor:
     """Similarity ``[B, Na, Nb]`` of ``a [B, Na, d]`` to ``b [B, Nb, d]``; higher is more alike.
 
     ``how`` is "cosine", "l1" or "l2"; the distances are negated.
     """
     if how == "cosine":
-        return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).transpose(1, 2)
+        return unit(a) @ unit(b).transpose(1, 2)
     a, b = a.float(), b.float()
     return -torch.cdist(a, b, p=1.0 if how == "l1" else 2.0)
 
