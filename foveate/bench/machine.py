@@ -52,8 +52,7 @@ def tune_malloc(device: str, program: str = "foveate") -> None:
     # The script that pip makes is .../foveate; python -m foveate runs foveate/__main__.py.
     if not missing or program not in (main.name, main.parent.name):
         return
-    listed = " ".join(f"{name}={value}" for name, value in missing.items())
-    print(f"malloc is not tuned: starting again with {listed}", flush=True)
+    sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **missing})
 
 

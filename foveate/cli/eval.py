@@ -18,10 +18,11 @@ In a terminal:
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from foveate.cli.models import MODEL_HELP
 
@@ -40,8 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("methods", nargs="*", default=[], metavar="METHOD", help='such as "evit(keep=0.7)"')
     parser.set_defaults(more="methods")
     add("--models", nargs="+", default=[], metavar="MODEL", help="further models, for comparison")
-    add("--data", metavar="SPEC", help="a data set (for the demo: what ships of Fashion-MNIST)")
-    add("--split", choices=("train", "val"), default="val", help="of the data (val)")
+    add("--data", metavar="SPEC", help="a data set (the run's own, and Fashion-MNIST for the demo)")
+    add(
+        "--split",
+        choices=("train", "val", "test", "all"),
+        help="of the data (the first that there is of test, val and all)",
+    )
+    add("--val-share", type=float, metavar="SHARE", help="that training held out as val (0.1)")
+    add("--split-seed", type=int, metavar="N", help="of that division (0)")
     add("--batch", type=int, default=64, metavar="N", help="images a call (64)")
     add("--workers", type=int, default=0, metavar="N", help="processes that read images (0)")
     add("--limit", type=int, metavar="N", help="use so many images, evenly spaced")
@@ -69,8 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Evaluate, print, and write."""
     names = [args.model, *args.models]
-    if args.data is None and set(names) != {"demo"}:
-        raise ValueError("say with --data what to evaluate on, such as folder:PATH")
+    images = _images(args, names)
     if args.out is not None:  # an unwritable place is said before the work
         args.out.mkdir(parents=True, exist_ok=True)
     from foveate.bench import machine
@@ -84,8 +90,7 @@ def run(args: argparse.Namespace) -> None:
     from foveate.evaluate.tables import printed, sheets
 
     plan = Plan(
-        data=args.data or _DEMO,
-        split=args.split,
+        **images,
         methods=tuple(args.methods),
         rates=tuple(args.rates),
         occlusion=_chosen(args.occlusion, RATIOS),
@@ -120,6 +125,35 @@ def run(args: argparse.Namespace) -> None:
     if args.out is not None:
         for path in write(report, args.out):
             print(f"wrote    {path}")
+
+
+def _images(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """What is evaluated on: what was asked for, or the final images of the runs themselves."""
+    given = {"split": args.split, "val_share": args.val_share, "split_seed": args.split_seed}
+    asked = {name: value for name, value in given.items() if value is not None}
+    if args.data is not None or set(names) == {"demo"}:
+        return {"data": args.data or _DEMO, **asked}
+    from foveate.data import final_images
+
+    found = {json.dumps(data): data for name in names if (data := _trained_on(Path(name)))}
+    if len(found) != 1:
+        raise ValueError("say with --data what to evaluate on, such as folder:PATH")
+    data = next(iter(found.values()))
+    spec, split = final_images(data["train"], data.get("val"), data.get("test"))
+    own = {"data": spec, "split": split}
+    own |= {name: data[name] for name in ("val_share", "split_seed") if name in data}
+    return own | asked
+
+
+def _trained_on(path: Path) -> dict[str, Any] | None:
+    """The data of a run, if the path is in one."""
+    for folder in (path, path.parent):
+        if (folder / "recipe.yaml").is_file() and (folder / "result.json").is_file():
+            import yaml
+
+            content = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+            return dict(content["data"])
+    return None
 
 
 def _chosen(given: list[float] | None, default: Sequence[float]) -> tuple[float, ...]:

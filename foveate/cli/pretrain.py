@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     recipe, out = begun
     from foveate.pretrain.run import pretrain
 
-    result = pretrain(recipe, out, resume=args.resume)
+    result = pretrain(recipe, out, resume=args.resume, say=print)
     if "model" not in result:  # not the first of several processes
         return
     scores = [f"loss {result['loss']:.4f}"] if "loss" in result else []

@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> None:
             bar.update(tasks[what], completed=done)
 
         result = probe(recipe, out, advance)
+    (split, images), *_ = (item for item in result["images"].items() if item[0] != "train")
     for name, words in (("knn", f"{recipe.neighbours} nearest neighbours"), ("linear", "linear")):
         if name in result:
-            print(f"{words}: {result[name]:.2f} % of {result['images']['val']} images")
+            print(f"{words}: {result[name]:.2f} % of {images} {split} images")

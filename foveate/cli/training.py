@@ -92,7 +92,8 @@ def run_job(job: str, args: argparse.Namespace) -> None:
         return
     recipe, out = begun
     from foveate.train.run import train
+    from foveate.train.screens import last_screen
 
-    result = train(recipe, out, resume=args.resume)
+    result = train(recipe, out, resume=args.resume, say=print)
     if "model" in result:  # the first of several processes
-        print(f"accuracy {result['accuracy']:.2f} %, the model is {out / result['model']}")
+        print(last_screen(job, result, out))

@@ -20,6 +20,7 @@ from typing import Any
 
 from foveate import config
 from foveate.compare.settings import SEED, Asked, Base, Comparison, Trained, at_rate
+from foveate.data import final_images
 from foveate.evaluate import Plan
 from foveate.train import recipe as recipes
 
@@ -224,34 +225,41 @@ def _opened(base: Base, seed: int | None) -> str:
     return text if text == "demo" else str(path.resolve())
 
 
-def _one_data(comparison: Comparison, trainings: Sequence[Cell]) -> tuple[str, int | None]:
-    """What everything is evaluated on: one protocol means the same images."""
+def _one_data(comparison: Comparison, trainings: Sequence[Cell]) -> dict[str, Any]:
+    """Say what everything is evaluated on: one protocol means the same images.
+
+    They are the test images of the recipes, or those for validation where there are none.
+    """
     limit = comparison.evaluate.limit
     if comparison.data is not None:
-        return comparison.data, limit
-    found: dict[tuple[str, int | None], str] = {}
+        return {"data": comparison.data, "limit": limit}
+    found: dict[str, tuple[dict[str, Any], str]] = {}
     for cell in trainings:
         data = cell.work.recipe["data"]
-        own = (data["val"] or data["train"], data["val_limit"] if limit is None else limit)
-        found.setdefault(own, cell.name)
+        spec, split = final_images(data["train"], data["val"], data["test"])
+        own = {"data": spec, "split": split, "limit": limit or data["val_limit"]}
+        if split == "val":
+            own |= {"val_share": data["val_share"], "split_seed": data["split_seed"]}
+        found.setdefault(json.dumps(own), (own, cell.name))
     if len(found) > 1:
-        (one, first), (other, second), *_ = found.items()
+        (one, first), (other, second), *_ = found.values()
         raise ValueError(
-            f"the recipes evaluate on different images, {first} on {_words(*one)} and {second} on "
-            f"{_words(*other)}: data, and evaluate.limit, say what all are measured on"
+            f"the recipes evaluate on different images, {first} on {_words(one)} and {second} on "
+            f"{_words(other)}: data, and evaluate.limit, say what all are measured on"
         )
-    return next(iter(found))
+    return next(iter(found.values()))[0]
 
 
-def _words(spec: str, limit: int | None) -> str:
-    return spec if limit is None else f"{limit} of {spec}"
+def _words(own: Mapping[str, Any]) -> str:
+    words = own["data"] if own["split"] is None else f"{own['data']} ({own['split']})"
+    return words if own["limit"] is None else f"{own['limit']} of {words}"
 
 
-def _evaluation(comparison: Comparison, cell: Cell, data: tuple[str, int | None]) -> Cell:
+def _evaluation(comparison: Comparison, cell: Cell, data: Mapping[str, Any]) -> Cell:
     """What is measured of a cell's model."""
     asked: Asked = comparison.evaluate
     key, untrained = cell.key, comparison.untrained
-    given: dict[str, Any] = {"data": data[0], "limit": data[1]}
+    given: dict[str, Any] = dict(data)
     shared = ("mask_seeds", "speed", "rounds", "batch", "precision")
     given |= {name: getattr(asked, name) for name in shared}
     if key.method is not None:

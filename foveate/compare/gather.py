@@ -51,7 +51,6 @@ class _Gather:
     ) -> None:
         self.comparison, self.found = comparison, found
         self.entries: dict[Key, Entry] = {}
-        self.accuracies: dict[Key, float] = {}
         self.folders: dict[Key, Path] = {}
         for name, cell in cells.items():
             if states[name].kind != DONE:
@@ -62,8 +61,6 @@ class _Gather:
                 self._seen(report.machine, report.commit)
             else:
                 result = read_json(cell.folder / "result.json", f"{cell.folder} has no result")
-                if "accuracy" in result:  # a run may be shorter than its check_every
-                    self.accuracies[cell.key] = result["accuracy"]
                 self.folders[cell.key] = cell.folder
                 self._seen(result["machine"], result["commit"])
 
@@ -125,12 +122,7 @@ class _Gather:
             return Number.of((s, of(rows[s]) if s in rows else None) for s in keys)
 
         top1 = number(lambda row: row.accuracy.top1)
-        by_training: tuple[Seed, ...] = ()
         if subject.trained:
-            values = dict(top1.values)
-            own = {s: self.accuracies[k] for s, k in keys.items() if k in self.accuracies}
-            by_training = tuple(seed for seed in own if seed not in values)
-            top1 = Number.of((seed, values.get(seed, own.get(seed))) for seed in keys)
             runs = {s: self.folders[k] for s, k in keys.items() if k in self.folders}
             if runs:
                 self.found.runs[subject] = runs
@@ -150,7 +142,6 @@ class _Gather:
             number(lambda row: row.tokens),
             Number.of((seed, speeds.get(seed)) for seed in keys),
             drop,
-            by_training,
             _layers(keys, rows, entries),
         )
         self.found.lines.append(line)
@@ -168,7 +159,6 @@ class _Gather:
                 tokens_last_block=row.tokens if row else None,
                 times_dense_speed=speeds.get(seed),
                 images=row.accuracy.images if row else None,
-                measured_by="training" if seed in by_training else "evaluation",
             )
 
     def _curve(self, model: str, keys: Mapping[Seed, Key]) -> None:

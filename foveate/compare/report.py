@@ -29,7 +29,6 @@ __all__ = ["draw"]
 _COLUMNS = (
     *("part", "model", "method", "rate", "trained", "ratio", "seed", "mask_seed", "images"),
     *("top1", "top5", "drop", "macs", "dense_macs", "tokens_last_block", "times_dense_speed"),
-    "measured_by",
 )
 
 

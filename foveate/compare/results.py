@@ -46,8 +46,6 @@ class Line:
         drop: points of top-1 below its own base model, paired by seed; None of a base model.
         macs, dense_macs, tokens: cost of an image.
         times: times as fast as its dense model, where that was measured.
-        by_training: seeds whose accuracy is what training itself measured at its end, because no
-            evaluation is there.
         layers: tokens and usage of its last block and over all, where statistics were gathered.
     """
 
@@ -59,7 +57,6 @@ class Line:
     tokens: Number
     times: Number
     drop: Number | None = None
-    by_training: tuple[Seed, ...] = ()
     layers: Mapping[str, Number] = field(default_factory=dict)
 
 

@@ -11,8 +11,6 @@ from foveate.evaluate.tables import Sheet
 
 __all__ = ["absent", "sheets"]
 
-_BY_TRAINING = "†"
-
 
 def sheets(results: Results) -> Iterator[Sheet]:
     """All tables, those that were not asked for left out."""
@@ -47,7 +45,7 @@ def _bases(lines: list[Line]) -> Sheet:
     body = [
         (
             str(line.subject),
-            _accuracy(line),
+            line.top1.said(),
             line.top5.said(),
             line.macs.said(2, scale, spread=False),
             line.tokens.said(0, spread=False),
@@ -58,7 +56,7 @@ def _bases(lines: list[Line]) -> Sheet:
         "Mean ± standard deviation over seeds of training, with the number of seeds in brackets."
     ]
     head = ("<model", "top-1 %", "top-5 %", unit, "tokens")
-    return Sheet("Base models", head, body, notes + _mark_note(lines))
+    return Sheet("Base models", head, body, notes)
 
 
 def _methods(lines: list[Line]) -> Sheet:
@@ -74,7 +72,7 @@ def _methods(lines: list[Line]) -> Sheet:
                 str(subject.method),
                 "-" if subject.rate is None else f"{subject.rate:g}",
                 "yes" if subject.trained else "no",
-                _accuracy(line),
+                line.top1.said(),
                 line.drop.said(),
                 line.macs.said(2, scale, spread=_varies(line.macs)),
                 _share(line),
@@ -90,7 +88,7 @@ def _methods(lines: list[Line]) -> Sheet:
         "Methods",
         (*head, "tokens left", *["times dense"] * timed),
         body,
-        notes + _mark_note(lines),
+        notes,
     )
 
 
@@ -141,19 +139,6 @@ def _tokens(lines: list[Line]) -> Sheet:
         ("<model", "tokens", "± of images", "in the last block", "used %", "in the last block"),
         body,
     )
-
-
-def _accuracy(line: Line) -> str:
-    return line.top1.said() + f" {_BY_TRAINING}" * bool(line.by_training)
-
-
-def _mark_note(lines: list[Line]) -> list[str]:
-    if not any(line.by_training for line in lines):
-        return []
-    return [
-        f"{_BY_TRAINING} some seeds have not been evaluated: theirs is the accuracy that training "
-        "measured at its end."
-    ]
 
 
 def _share(line: Line) -> str:

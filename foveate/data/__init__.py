@@ -12,7 +12,8 @@ from foveate.data.fashion import (
 from foveate.data.images import SUFFIXES, ImageFiles, find_images, read_image, to_rgb
 from foveate.data.loader import Loader, device_batches
 from foveate.data.preprocess import FITS, Prepared, Preprocessing
-from foveate.data.sources import Source, open_source
+from foveate.data.sources import NoSplit, Source, open_first, open_source
+from foveate.data.splits import Splits, final_images, open_images, open_splits
 
 __all__ = [
     "CLASSES",
@@ -22,18 +23,24 @@ __all__ = [
     "ImageFiles",
     "LabelledImages",
     "Loader",
+    "NoSplit",
     "Prepared",
     "Preprocessing",
     "Source",
+    "Splits",
     "Transform",
     "device_batches",
     "eval_transform",
     "fashion_mnist",
     "fashion_mnist_mini",
+    "final_images",
     "find_fashion_mnist",
     "find_images",
     "normalise",
+    "open_first",
+    "open_images",
     "open_source",
+    "open_splits",
     "read_image",
     "to_rgb",
     "train_transform",

@@ -13,6 +13,7 @@ import io
 import lzma
 import os
 import zlib
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -71,10 +72,16 @@ def normalise(images: Tensor) -> Tensor:
 def fashion_mnist_mini(part: str = "test") -> LabelledImages:
     """Images that ship with the package: 3 000 of "train", 2 000 of "test"."""
     _check_part(part)
+    images, labels = (_unpacked()[f"{part}_{what}"].copy() for what in ("images", "labels"))
+    return LabelledImages(torch.from_numpy(images)[:, None], torch.from_numpy(labels).long())
+
+
+@cache
+def _unpacked() -> dict[str, np.ndarray]:
+    """Unpack the images that ship, once for all splits that are opened."""
     packed = files("foveate.data").joinpath("files", "fashion_mnist_mini.npz.xz").read_bytes()
     with np.load(io.BytesIO(lzma.decompress(packed)), allow_pickle=False) as arrays:
-        images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
-    return LabelledImages(torch.from_numpy(images)[:, None], torch.from_numpy(labels).long())
+        return dict(arrays)
 
 
 def find_fashion_mnist(folder: str | os.PathLike[str]) -> Path:

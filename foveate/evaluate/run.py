@@ -14,7 +14,7 @@ from foveate.bench import machine
 from foveate.bench.result import LEAST_ROUNDS
 from foveate.core import ReducedViT
 from foveate.core.schedule import check_choice
-from foveate.data import Loader, Source, device_batches, eval_transform, open_source
+from foveate.data import Loader, Source, device_batches, eval_transform, open_images
 from foveate.evaluate.answers import PRECISIONS, Batch
 from foveate.evaluate.inputs import Inputs
 from foveate.evaluate.occlusion import check_ratios, check_seeds, occlusion
@@ -38,7 +38,10 @@ class Plan:
 
     Attributes:
         data: as ``foveate.data.open_source`` takes it.
-        split: "train" or "val".
+        split: "train", "val", "test" or "all"; None takes the first that there is of "test", "val"
+            and "all".
+        val_share: share that training held out, for "val" of data that have no such split.
+        split_seed: of that division.
         methods: to put on plain models; see ``variants``.
         rates: for methods that do not name theirs, and for models that come with one.
         occlusion: shares of patches to drop from the image; none measures no curve.
@@ -57,7 +60,9 @@ class Plan:
     """
 
     data: str
-    split: str = "val"
+    split: str | None = None
+    val_share: float = 0.1
+    split_seed: int = 0
     methods: tuple[str, ...] = ()
     rates: tuple[float, ...] = ()
     occlusion: tuple[float, ...] = ()
@@ -101,7 +106,8 @@ def evaluate(
         progress: told how far everything is.
     """
     told = progress or (lambda title, done, total: None)
-    source = open_source(plan.data, plan.split)
+    source = open_images(plan.data, plan.split, share=plan.val_share, seed=plan.split_seed)
+    plan = replace(plan, split=source.split)
     jobs = [_Job(label, model, source, plan, told) for label, model in models.items()]
     report = Report(
         command, machine.commit(), machine.facts(torch.device(plan.device).type), _record(plan)

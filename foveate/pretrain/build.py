@@ -10,12 +10,11 @@ from typing import Any
 from torch import nn
 
 from foveate.backbones import backbone_for
-from foveate.data import open_source
 from foveate.pretrain.method import MaskedImageModel, make_method
 from foveate.pretrain.recipe import Pretrain
 from foveate.pretrain.task import PretrainTask
 from foveate.pretrain.weights import load_rest, load_weights, method_of, rest_path
-from foveate.train.build import Batches, make_batches, make_model
+from foveate.train.build import Batches, make_batches, make_model, open_data
 from foveate.train.recipe import Data, Model
 
 _log = logging.getLogger(__name__)
@@ -63,12 +62,12 @@ def _both(path: Path) -> Path | None:
 
 def build(recipe: Pretrain, rank: int, world: int) -> tuple[PretrainTask, Batches]:
     """The task and its images; labels are not asked for."""
-    training = open_source(recipe.data.train, "train", labels=False)
+    splits = open_data(recipe.data, labels=False)
     task = PretrainTask(make_masked_model(recipe), recipe.mask, recipe.mto, recipe.loop.seed)
     batches = make_batches(
         recipe.data,
         task.model.vit,
-        training=training,
+        splits=splits,
         seed=recipe.loop.seed,
         rank=rank,
         world=world,

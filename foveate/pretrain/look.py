@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from foveate.bench.machine import check_device
-from foveate.data import Preprocessing, open_source
+from foveate.data import Preprocessing, Source, open_first
 from foveate.files import write_text, write_whole
 from foveate.pretrain.build import make_masked_model
 from foveate.pretrain.heterogeneity import Similarity
@@ -34,7 +34,7 @@ from foveate.pretrain.recipe import Pretrain
 from foveate.pretrain.reconstructions import picture, some_images
 from foveate.pretrain.task import fixed_mask
 from foveate.pretrain.weights import load_weights
-from foveate.train.build import open_start
+from foveate.train.build import open_data, open_start
 
 __all__ = [
     "Choices",
@@ -286,8 +286,8 @@ def _look(
     data = recipe.data
     known = Preprocessing.of(model.vit)
     mean, std = data.mean or known.mean, data.std or known.std
-    spec, split = _spec(recipe, choices)
-    source = open_source(spec, split, labels=False)
+    source = _images(recipe, choices)
+    spec, split = source.spec, source.split
     images, wrong = some_images(model, source, choices.images, data, mean, std)
     for reason in wrong:
         _log.warning("skipped %s", reason)
@@ -342,12 +342,12 @@ def _new_model(recipe: Pretrain, file: Path) -> MaskedImageModel:
         return model
 
 
-def _spec(recipe: Pretrain, choices: Choices) -> tuple[str, str]:
-    """Which images, and of which split."""
+def _images(recipe: Pretrain, choices: Choices) -> Source:
+    """Open the images that are looked at."""
     if choices.data is not None:
-        return choices.data, "val"
-    data = recipe.data
-    return (data.train, "train") if data.val is None else (data.val, "val")
+        return open_first(choices.data, ("val", "test", "all", "train"), labels=False)
+    splits = open_data(recipe.data, labels=False)
+    return splits.train if splits.val is None else splits.val
 
 
 def _columns(name: str, depth: int, layers: tuple[int, ...]) -> list[int]:

@@ -8,6 +8,8 @@ model.pretrain.safetensors  decoder, head, mask token
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,16 @@ from foveate.train.run import fit
 
 __all__ = ["pretrain"]
 
+_log = logging.getLogger(__name__)
+
 
 def pretrain(
-    recipe: Pretrain, out: Path, *, resume: bool = False, progress: bool = True
+    recipe: Pretrain,
+    out: Path,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    say: Callable[[str], None] = _log.info,
 ) -> dict[str, Any]:
     """Pre-train, and export the backbone; gives the content of result.json.
 
@@ -29,5 +38,8 @@ def pretrain(
         out: folder of the run; made if missing.
         resume: go on from the newest checkpoint there that can be read.
         progress: show a progress bar.
+        say: is told, before the first step, what is trained on what.
     """
-    return fit(recipe, out, build, callbacks=own_callbacks, resume=resume, progress=progress)
+    return fit(
+        recipe, out, build, callbacks=own_callbacks, resume=resume, progress=progress, say=say
+    )

@@ -15,13 +15,28 @@ from foveate import api
 from foveate.backbones import backbone_for, lvvit_m, lvvit_s, set_image_settings
 from foveate.convert import Settings, open_model
 from foveate.core import Backbone, ReducedViT
-from foveate.data import Loader, Preprocessing, Source, eval_transform, open_source, train_transform
+from foveate.data import (
+    Loader,
+    Preprocessing,
+    Splits,
+    eval_transform,
+    open_splits,
+    train_transform,
+)
 from foveate.data.demo import demo_vit
 from foveate.train import recipe as recipes
 from foveate.train.finetune import FinetuneTask
 from foveate.train.reduce import ReduceTask, own_weights
 
-__all__ = ["Batches", "make_batches", "make_finetune", "make_model", "make_reduce", "open_start"]
+__all__ = [
+    "Batches",
+    "make_batches",
+    "make_finetune",
+    "make_model",
+    "make_reduce",
+    "open_data",
+    "open_start",
+]
 
 _log = logging.getLogger(__name__)
 _OURS = {"lvvit_s": lvvit_s, "lvvit_m": lvvit_m}
@@ -32,13 +47,15 @@ class Batches:
     """Loaders of both parts, and what the data say of themselves.
 
     Attributes:
+        splits: the images themselves.
         train: training batches.
-        val: evaluation batches; None where a job without labels names no images for them.
+        val: validation batches; None where ``data.val`` is "none".
         classes: names; none without labels.
         mean: of each channel.
         std: of each channel.
     """
 
+    splits: Splits
     train: Loader
     val: Loader | None
     classes: tuple[str, ...]
@@ -76,41 +93,63 @@ def open_start(path: str, weights: str = "auto") -> nn.Module:
     return open_model(path, None, None, {}, Settings(weights=weights)).model
 
 
+def open_data(data: recipes.Data, *, labels: bool = True) -> Splits:
+    """Open the images that a recipe names, and check that no two splits share any."""
+    if labels and data.val == "none":
+        raise ValueError("data.val=none is for pre-training: this job chooses by validation images")
+    splits = open_splits(
+        data.train,
+        data.val,
+        data.test,
+        share=data.val_share,
+        seed=data.split_seed,
+        allowed=data.overlap,
+        labels=labels,
+    )
+    classes = splits.train.classes
+    if labels and classes is None:
+        raise ValueError(f"{data.train} has no labels, which this job needs")
+    if classes is not None and len(classes) < 2:
+        raise ValueError(f"{data.train} has the class {classes[0]} alone: two are needed at least")
+    if splits.held_out is not None and classes is not None:
+        left = {splits.train.label(i) for i in range(len(splits.train))}
+        lost = [name for number, name in enumerate(classes) if number not in left]
+        if lost:
+            _log.warning(
+                "the division leaves no training image of %s: another data.split_seed may",
+                ", ".join(lost),
+            )
+    return splits
+
+
 def make_batches(
     data: recipes.Data,
     model: nn.Module,
     *,
-    training: Source | None = None,
+    splits: Splits | None = None,
     seed: int = 0,
     rank: int = 0,
     world: int = 1,
     augmented: bool = True,
     labels: bool = True,
+    final: bool = False,
 ) -> Batches:
     """Open the data and cut them into batches of what the model takes.
 
     Args:
         data: from the recipe.
         model: is told the data's mean and spread, which are exported with it.
-        training: the training images, if they are open already: listing many takes minutes.
+        splits: the images, if they are open already: listing many takes minutes.
         seed: of order and augmentation.
         rank: number of this process.
         world: how many there are.
         augmented: False gives training images as evaluation sees them, all of them, in order.
-        labels: False for jobs that need none; then ``data.val`` must be named to be evaluated on.
+        labels: False for jobs that need none.
+        final: take the test images in place of those for validation, if there are any: for a last
+            look, after which nothing is chosen.
     """
-    if training is None:
-        training = open_source(data.train, "train", labels=labels)
-    held_out = None
-    if labels or data.val is not None:
-        held_out = open_source(data.val or data.train, "val", labels=labels)
-    if labels and training.classes is None:
-        raise ValueError(f"{data.train} has no labels, which this job needs")
-    if held_out is not None and held_out.classes != training.classes:
-        raise ValueError(
-            f"{data.val or data.train} has {len(held_out.classes or ())} classes, {data.train} has "
-            f"{len(training.classes or ())}: they do not belong together"
-        )
+    if splits is None:
+        splits = open_data(data, labels=labels)
     backbone = backbone_for(model)
     wanted = Preprocessing.of(model)
     rows, columns = backbone.spec.grid
@@ -132,7 +171,7 @@ def make_batches(
     }
     plain = eval_transform(size, channels, data.crop_pct, data.augment.interpolation)
     train = Loader(
-        training,
+        splits.train,
         train_transform(data.augment, size, channels) if augmented else plain,
         batch=data.batch,
         seed=seed,
@@ -142,16 +181,17 @@ def make_batches(
         **shared,
     )
     val = None
-    if held_out is not None:
+    held = splits.test if final and splits.test is not None else splits.val
+    if held is not None:
         val = Loader(
-            held_out,
+            held,
             plain,
             batch=data.val_batch or data.batch,
             train=False,
             limit=data.val_limit,
             **shared,
         )
-    return Batches(train, val, training.classes or (), mean, std)
+    return Batches(splits, train, val, splits.train.classes or (), mean, std)
 
 
 def make_finetune(recipe: recipes.Finetune, classes: int) -> FinetuneTask:

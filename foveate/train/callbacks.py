@@ -20,12 +20,17 @@ from foveate.train.module import Module
 
 __all__ = ["Ema", "KeepRate", "Pictures", "TokenCounts"]
 
+_WARMUP = 10.0  # updates after which the decay of a running mean is a half
+
 
 class Ema(Callback):
     """Keeps a running mean of the weights; it is evaluated, saved and exported.
 
+    The decay grows with the updates t as t / (t + 10), up to the one that was asked for. Without
+    that the mean of a short run would be little else than the weights it began with.
+
     Args:
-        decay: share of the old mean that stays at each update.
+        decay: share of the old mean that stays at each update, once enough of them are done.
     """
 
     def __init__(self, decay: float) -> None:
@@ -37,7 +42,13 @@ class Ema(Callback):
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Begin with the weights of the start, or with what a checkpoint held."""
         assert isinstance(module, Module)
-        self._mean = ModelEmaV3(module.task.model, decay=self.decay)
+        self._mean = ModelEmaV3(
+            module.task.model,
+            decay=self.decay,
+            use_warmup=True,
+            warmup_gamma=_WARMUP,
+            warmup_power=1.0,
+        )
         if self._waiting is not None:
             self._mean.module.load_state_dict(self._waiting)
             self._waiting = None
@@ -54,7 +65,7 @@ class Ema(Callback):
         assert isinstance(module, Module) and self._mean is not None
         if trainer.global_step > self._seen:
             self._seen = trainer.global_step
-            self._mean.update(module.task.model)
+            self._mean.update(module.task.model, step=trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
         """The mean itself."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from foveate.train.scores import Scores
 from foveate.train.task import LOGITS, Task, total
 
 __all__ = ["Module"]
+
+_log = logging.getLogger(__name__)
+_SHORTENED = 0.2  # of a run whose warm-up would be longer than itself
 
 
 class Module(LightningModule):
@@ -78,6 +82,13 @@ class Module(LightningModule):
         warmup, frozen = (updates_of(e, self._batches, self.loop.accumulate) for e in epochs)
         if self.optim.warmup_share is not None:
             warmup = round(self.optim.warmup_share * self.updates)
+        if warmup > self.updates:  # the peak would never be reached
+            warmup = round(_SHORTENED * self.updates)
+            _log.warning(
+                "optim.warmup_epochs=%g is longer than loop.epochs=%d: the warm-up takes "
+                "%d of its %d updates instead",
+                *(self.optim.warmup_epochs, self.loop.epochs, warmup, self.updates),
+            )
         self.rates = Rates(
             optimiser,
             rates,
@@ -120,8 +131,9 @@ class Module(LightningModule):
         if logits is not None:
             labels = targets if targets.ndim == 1 else targets.argmax(1)
             show["accuracy"] = 100 * (logits.detach().argmax(1) == labels).float().mean()
-        self.log_dict({f"train/{k}": v for k, v in show.items()}, prog_bar=True)
-        self.log_dict({f"train/{k}": v.detach() for k, v in losses.items()})
+        several = self.trainer.world_size > 1  # what is logged is of all processes
+        self.log_dict({f"train/{k}": v for k, v in show.items()}, prog_bar=True, sync_dist=several)
+        self.log_dict({f"train/{k}": v.detach() for k, v in losses.items()}, sync_dist=several)
         self.log("rate", self._rate)
         return loss
 

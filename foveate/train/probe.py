@@ -25,7 +25,7 @@ from foveate.core import Backbone, ReducedViT, dense
 from foveate.data import device_batches
 from foveate.files import write_text
 from foveate.train import recipe as recipes
-from foveate.train.build import Batches, make_batches, make_model
+from foveate.train.build import Batches, make_batches, make_model, open_data
 from foveate.train.draws import seed_step
 
 __all__ = ["driven", "features", "linear_probe", "nearest_neighbours", "probe", "read"]
@@ -46,12 +46,23 @@ def probe(
     write_text(out / "recipe.yaml", config.dump(recipe))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = make_model(recipe.model, None)
-    batches = make_batches(recipe.data, model, seed=recipe.seed, augmented=False)
+    splits = open_data(recipe.data)
+    if recipe.split == "test" and splits.test is None:
+        raise ValueError(f"{recipe.data.train} has no test images: data.test names some")
+    batches = make_batches(
+        recipe.data,
+        model,
+        splits=splits,
+        seed=recipe.seed,
+        augmented=False,
+        final=recipe.split != "val",
+    )
     scores, images = read(model.eval().to(device), batches, recipe, device, progress)
     result: dict[str, Any] = {"job": "probe", "feature": recipe.feature, **scores}
     result["accuracy"] = scores.get("linear", scores.get("knn"))
     result |= {
         "images": images,
+        "splits": splits.facts(),
         "minutes": round((time.monotonic() - started) / 60, 2),
         "machine": machine.facts(device.type),
         "commit": machine.commit(),
@@ -71,7 +82,8 @@ def read(
     readable = driven(model)
     assert batches.val is not None
     found = []
-    for name, loader in (("train", batches.train), ("val", batches.val)):
+    for loader in (batches.train, batches.val):
+        name = loader.source.split
         pairs = device_batches(loader, batches.mean, batches.std, device)
         counted = _counted(pairs, f"{name} features", len(loader), progress)
         found.append(features(readable, counted, reading.feature, str(reading.precision)))
@@ -84,7 +96,7 @@ def read(
     if reading.linear:
         with torch.enable_grad():
             scores["linear"] = linear_probe(x, y, held, labels, reading, progress)
-    return scores, {"train": len(y), "val": len(labels)}
+    return scores, {"train": len(y), batches.val.source.split: len(labels)}
 
 
 def driven(model: nn.Module) -> ReducedViT | Backbone:

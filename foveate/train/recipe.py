@@ -72,7 +72,14 @@ class Data:
 
     Attributes:
         train: what is trained on, as ``foveate.data.open_source`` takes it.
-        val: what is evaluated on; None is the same with its evaluation split.
+        val: what rates, epochs and the best checkpoint are chosen on; None takes the split "val"
+            of ``train``, or holds out a part of its training images where it has none; "none" is
+            for pre-training that is not to be watched.
+        test: what ``foveate eval`` and ``foveate compare`` look at in the end; None takes the split
+            "test" of ``train`` if it has one.
+        val_share: share of the training images that is held out where there is no split "val".
+        split_seed: of that division, which follows the content of the images.
+        overlap: how many images two splits may have in common before that is an error.
         mean: of each channel; None is what the model's configuration says.
         std: of each channel; None is what the model's configuration says.
         crop_pct: share of the short side that evaluation keeps.
@@ -89,6 +96,10 @@ class Data:
 
     train: str = "fashion-mnist"
     val: str | None = None
+    test: str | None = None
+    val_share: float = 0.1
+    split_seed: int = 0
+    overlap: int = 0
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     crop_pct: float = 0.875
@@ -106,6 +117,10 @@ class Data:
         _at_least("data.batch", self.batch, 1)
         _at_least("data.workers", self.workers, 0)
         _at_least("data.repeats", self.repeats, 1)
+        _at_least("data.split_seed", self.split_seed, 0)
+        _at_least("data.overlap", self.overlap, 0)
+        if not 0 < self.val_share < 1:
+            raise ValueError(f"data.val_share must lie between 0 and 1, got {self.val_share}")
         for name, value in (
             ("val_batch", self.val_batch),
             ("limit", self.limit),
@@ -228,7 +243,8 @@ class Loop:
             one, with as much less weight.
         strategy: "auto", "ddp" or "fsdp"; the processes are torchrun's.
         ema: decay of a running mean of the weights that is kept, evaluated and exported; None is
-            off. The result is the mean's, with the model's own beside it.
+            off. It grows to that over the first updates. The result is the mean's, with the
+            model's own beside it.
         eval_mode: train without dropout and stochastic depth, as some releases fine-tune.
         check_every: epochs between evaluations; at the end there is one in any case.
         save_every: updates between checkpoints; None is at the end of each epoch only.
@@ -409,10 +425,17 @@ class Probe(Reading):
     Attributes:
         model: the backbone, with ``start``.
         data: images; ``augment`` and ``repeats`` do not apply, features are taken once.
+        split: what is measured on: "test", or "val" while something is still being chosen; None
+            takes the test images if there are any.
     """
 
     model: Model
     data: Data = field(default_factory=Data)
+    split: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("split", self.split, (None, "val", "test"))
 
 
 def _share(name: str, value: float, below_one: bool = False) -> None:

@@ -32,17 +32,17 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from foveate import config
 from foveate.backbones import image_settings
 from foveate.bench import machine
-from foveate.data import open_source
 from foveate.files import write_text
 from foveate.train import recipe as recipes
 from foveate.train.bars import LineBar, RichBar
-from foveate.train.build import Batches, make_batches, make_finetune, make_reduce
+from foveate.train.build import Batches, make_batches, make_finetune, make_reduce, open_data
 from foveate.train.callbacks import Ema, KeepRate, Pictures, TokenCounts
 from foveate.train.checkpoints import Checkpoints, WholeFiles, any_checkpoint, newest
 from foveate.train.logs import MetricsFile
 from foveate.train.module import Module
 from foveate.train.optim import updates_of
 from foveate.train.prepare import Prepare
+from foveate.train.screens import first_screen
 from foveate.train.task import Task
 
 __all__ = ["fit", "train"]
@@ -58,6 +58,7 @@ def train(
     *,
     resume: bool = False,
     progress: bool = True,
+    say: Callable[[str], None] = _log.info,
 ) -> dict[str, Any]:
     """Train, and export the model; gives the content of result.json.
 
@@ -66,10 +67,13 @@ def train(
         out: folder of the run; made if missing.
         resume: go on from the newest checkpoint there that can be read.
         progress: show a progress bar.
+        say: is told, before the first step, what is trained on what.
 
     Of several processes only the first exports, and says where in "model".
     """
-    return fit(recipe, out, _build, callbacks=_own_callbacks, resume=resume, progress=progress)
+    return fit(
+        recipe, out, _build, callbacks=_own_callbacks, resume=resume, progress=progress, say=say
+    )
 
 
 def fit(
@@ -80,6 +84,7 @@ def fit(
     callbacks: Callable[[Any, Task, Batches, Path], list[Callback]],
     resume: bool = False,
     progress: bool = True,
+    say: Callable[[str], None] = _log.info,
 ) -> dict[str, Any]:
     """As ``train``, for any job.
 
@@ -91,6 +96,7 @@ def fit(
         callbacks: of the job alone, from recipe, task, batches and folder.
         resume: go on.
         progress: show a progress bar.
+        say: is told, before the first step, what is trained on what.
     """
     started = time.monotonic()
     if recipe.loop.precision == "16-mixed" and not torch.cuda.is_available():
@@ -116,6 +122,7 @@ def fit(
         trainer = _trainer(recipe, out, batches, own, checkpoint, progress)
     if rank == 0:
         write_text(out / _RECIPE, config.dump(recipe))
+        say(first_screen(recipe, task, batches, out, world))
     task.settle(loop.eval_mode)
     with _quiet():
         try:
@@ -145,10 +152,8 @@ def _build(
     recipe: recipes.Finetune | recipes.Reduce, rank: int, world: int
 ) -> tuple[Task, Batches]:
     """Data first: the model's head is made for its classes."""
-    training = open_source(recipe.data.train, "train")
-    classes = training.classes
-    if classes is None:
-        raise ValueError(f"{recipe.data.train} has no labels, which this job needs")
+    splits = open_data(recipe.data)
+    classes = splits.train.classes or ()
     task: Task
     if isinstance(recipe, recipes.Reduce):
         task = make_reduce(recipe, len(classes))
@@ -157,7 +162,7 @@ def _build(
         task = make_finetune(recipe, len(classes))
         plain = task.model
     batches = make_batches(
-        recipe.data, plain, training=training, seed=recipe.loop.seed, rank=rank, world=world
+        recipe.data, plain, splits=splits, seed=recipe.loop.seed, rank=rank, world=world
     )
     _compare_images(task, batches)
     return task, batches
@@ -334,6 +339,7 @@ def _result(
             "val": 0 if val is None else val.images,
             "unreadable": len(_unreadable(batches)),
         },
+        "splits": batches.splits.facts(),
         "minutes_of_this_process": round(seconds / 60, 2),
         "machine": machine.facts("cuda" if torch.cuda.is_available() else "cpu"),
         "commit": machine.commit(),

@@ -110,7 +110,7 @@ def test_the_program_starts_itself_again_once(
     monkeypatch.setattr(sys.modules["__main__"], "__file__", "/bin/foveate", raising=False)
     machine.tune_malloc("cpu")
     assert len(started) == 1 and machine._MALLOC.items() <= started[0].items()
-    assert "starting again with MALLOC_MMAP_MAX_=0" in capsys.readouterr().out
+    assert "".join(capsys.readouterr()) == ""  # nobody need know
     for name, value in machine._MALLOC.items():
         monkeypatch.setenv(name, value)
     machine.tune_malloc("cpu")

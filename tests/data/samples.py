@@ -68,6 +68,12 @@ class Numbers:
     def name(self, index: int) -> str:
         return f"number {index}"
 
+    def content(self, index: int) -> bytes:
+        return self.image(index).tobytes()
+
+    def sizes(self) -> np.ndarray:
+        return np.full(self.count, 16)
+
 
 def train(source: Any = None, transform: Any = SHIFTED, **options: Any) -> Loader:
     return Loader(source or Numbers(), transform, **{"batch": 6, "seed": 3, **options})

@@ -129,7 +129,7 @@ def test_damaged_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
     for name, content in (("a/0", b""), ("a/2", b"text"), ("b/3", whole[:45]), ("b/5", bytes(99))):
         (tmp_path / f"{name}.png").write_bytes(content)
     transform = train_transform(Augment(), (6, 6), 3)
-    loader = Loader(open_source(str(tmp_path)), transform, batch=12, workers=1)
+    loader = Loader(open_source(str(tmp_path), "all"), transform, batch=12, workers=1)
     with caplog.at_level(logging.WARNING):
         (batch,) = loader
     assert len(loader.unreadable) == 4 and len(batch["index"]) == 12

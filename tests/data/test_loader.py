@@ -202,7 +202,7 @@ def test_evaluation_takes_a_batch_above_the_data() -> None:
 
 
 def test_device_batches() -> None:
-    source = open_source("fashion-mnist", "val")
+    source = open_source("fashion-mnist", "test")
     loader = Loader(source, eval_transform((28, 28), 1), batch=300, train=False)
     whole = fashion_mnist_mini("test")
     found = list(device_batches(loader, (MEAN,), (STD,), "cpu"))

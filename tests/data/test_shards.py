@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from samples import png, red
 
-from foveate.data import open_source
+from foveate.data import NoSplit, open_source
 from foveate.data.sources import shards
 
 
@@ -45,7 +45,12 @@ def three(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("pattern", ["", "/*.tar", "/{split}-{000..002}.tar", "/train-00{0,1,2}.*"])
 def test_shards(pattern: str, three: Path) -> None:
-    source = open_source(f"shards:{three}{pattern}")
+    split = "train" if "{split}" in pattern else "all"
+    source = open_source(f"shards:{three}{pattern}", split)
+    other = {"train": "all", "all": "train"}[split]
+    with pytest.raises(NoSplit, match=f"there is no split '{other}'"):
+        open_source(f"shards:{three}{pattern}", other)
+    assert source.content(5) == png(5) and source.sizes()[5] == len(png(5))
     assert len(source) == 12 and source.classes == ("0", "1", "2")
     assert [red(source, i) for i in (11, 0, 5, 6)] == [11, 0, 5, 6]
     assert [source.label(i) for i in range(12)] == [i % 3 for i in range(12)]
@@ -55,7 +60,7 @@ def test_shards(pattern: str, three: Path) -> None:
 def test_shards_go_to_other_processes_without_their_open_files(
     three: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = open_source(f"shards:{three}")
+    source = open_source(f"shards:{three}", "all")
     source.image(0)
     same = pickle.loads(pickle.dumps(source))
     assert isinstance(same, shards.ShardSource) and same.files._open == {}
@@ -69,7 +74,7 @@ def test_shards_go_to_other_processes_without_their_open_files(
 
 def test_only_some_shards_stay_open(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "_MOST_OPEN", 2)
-    source = open_source(f"shards:{three}")
+    source = open_source(f"shards:{three}", "all")
     for i in (0, 4, 0, 8):
         assert red(source, i) == i
     assert list(source.files._open) == [0, 2]  # type: ignore[attr-defined]
@@ -82,12 +87,14 @@ def test_shards_of_both_splits_with_named_classes(three: Path) -> None:
     assert len(val) == 2 and val.classes == ("ant", "bee", "cow")
     (three / "classes.txt").write_text("ant\nbee\n")
     with pytest.raises(ValueError, match=r"d/0002\.png has the label 2, .*classes\.txt 2 names"):
-        open_source(f"shards:{three}/train-*.tar")
+        open_source(f"shards:{three}/train-*.tar", "all")
+    with pytest.raises(NoSplit, match=r"there are no shards .*test-\*.tar, for the split 'test'"):
+        open_source(f"shards:{three}/{{split}}-*.tar", "test")
 
 
 def test_shards_without_labels(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", {"1.png": png(1), "2.webp": png(2), "about.json": b"{}"})
-    source = open_source(f"shards:{tmp_path}", labels=False)
+    source = open_source(f"shards:{tmp_path}", "all", labels=False)
     assert source.classes is None and [source.label(i) for i in range(2)] == [-1, -1]
     assert red(source, 1) == 2
 
@@ -112,7 +119,7 @@ ONE = {"1.png": png(1)}
 def test_shards_that_hold_the_wrong_things(members: dict, message: str, tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", members)
     with pytest.raises(ValueError, match=message) as error:
-        open_source(f"shards:{tmp_path}/a.tar")
+        open_source(f"shards:{tmp_path}/a.tar", "all")
     assert "\n" not in str(error.value)
 
 
@@ -125,26 +132,26 @@ def test_a_cut_shard_is_found_wherever_it_was_cut(tmp_path: Path) -> None:
     for length in [*range(1, end, 100), *range(512, end + 1, 512)]:
         cut.write_bytes(whole[:length])
         with pytest.raises(ValueError, match=r"cut\.tar is (cut short|damaged)") as error:
-            open_source(f"shards:{cut}")
+            open_source(f"shards:{cut}", "all")
         assert "\n" not in str(error.value)
     cut.write_bytes(whole[:1024] + b"\xff" * 512 + whole[1536:])  # a header in the middle
     with pytest.raises(ValueError, match=r"cut\.tar is cut short or damaged after d/0000"):
-        open_source(f"shards:{cut}")
+        open_source(f"shards:{cut}", "all")
     cut.write_bytes(b"")
     with pytest.raises(ValueError, match=r"cut\.tar is (cut short|damaged)"):
-        open_source(f"shards:{cut}")
+        open_source(f"shards:{cut}", "all")
 
 
 @pytest.mark.parametrize(("mode", "name"), [("w:gz", "gzip"), ("w:bz2", "bzip2"), ("w:xz", "xz")])
 def test_compressed_shards_are_refused(mode: str, name: str, tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", {**ONE, "1.cls": b"0"}, mode)
     with pytest.raises(ValueError, match=rf"a\.tar is compressed \({name}\): unpack it"):
-        open_source(f"shards:{tmp_path}/a.tar")
+        open_source(f"shards:{tmp_path}/a.tar", "all")
 
 
 def test_a_damaged_image_in_a_shard_is_named(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", {"1.png": png(1)[:45], "1.cls": b"0"})
-    source = open_source(f"shards:{tmp_path}")
+    source = open_source(f"shards:{tmp_path}", "all")
     with pytest.raises(ValueError, match=r"a\.tar: 1\.png: "):
         source.image(0)
     (tmp_path / "a.tar").unlink()
@@ -164,4 +171,4 @@ def test_a_damaged_image_in_a_shard_is_named(tmp_path: Path) -> None:
 )
 def test_patterns_of_shards_that_are_wrong(pattern: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        open_source(f"shards:{tmp_path}{pattern}")
+        open_source(f"shards:{tmp_path}{pattern}", "all")

@@ -11,7 +11,7 @@ import pytest
 import torchvision
 from samples import png, red, tree
 
-from foveate.data import CLASSES, fashion_mnist_mini, open_source
+from foveate.data import CLASSES, NoSplit, fashion_mnist_mini, open_first, open_source
 
 # The specification -------------------------------------------------------------------------------
 
@@ -37,16 +37,20 @@ def test_wrong_specifications(spec: str, message: str) -> None:
 
 
 def test_wrong_splits() -> None:
-    with pytest.raises(ValueError, match="split must be one of 'train', 'val'; got 'test'"):
-        open_source("fashion-mnist", "test")
+    with pytest.raises(ValueError, match="one of 'train', 'val', 'test', 'all'; got 'dev'"):
+        open_source("fashion-mnist", "dev")
+    for split in ("val", "all"):
+        with pytest.raises(NoSplit, match=f"has the splits train and test, and no {split}"):
+            open_source("fashion-mnist", split)
 
 
 def test_fashion_mnist() -> None:
-    train, val = open_source("fashion-mnist"), open_source("fashion-mnist", "val")
-    assert (len(train), len(val), train.channels, train.classes) == (3000, 2000, 1, CLASSES)
+    train, test = open_source("fashion-mnist"), open_source("fashion-mnist", "test")
+    assert (len(train), len(test), train.channels, train.classes) == (3000, 2000, 1, CLASSES)
     images, labels = fashion_mnist_mini("test")
-    assert np.array_equal(val.image(7), images[7].permute(1, 2, 0).numpy())
-    assert [val.label(i) for i in range(2000)] == labels.tolist()
+    assert np.array_equal(test.image(7), images[7].permute(1, 2, 0).numpy())
+    assert [test.label(i) for i in range(2000)] == labels.tolist()
+    assert test.content(7) == images[7].numpy().tobytes() and test.sizes()[7] == 28 * 28
     assert train.name(17) == "fashion-mnist train 17"
     bare = open_source("fashion-mnist", labels=False)
     assert bare.classes is None and bare.label(3) == -1
@@ -62,7 +66,7 @@ TWO_SPLITS = {
 }
 
 
-@pytest.mark.parametrize("val", ["val", "validation", "test"])
+@pytest.mark.parametrize("val", ["val", "validation", "valid", "dev"])
 @pytest.mark.parametrize("prefix", ["folder:", ""])
 def test_a_folder_with_splits(val: str, prefix: str, tmp_path: Path) -> None:
     tree(tmp_path, {**TWO_SPLITS, f"{val}/c/5.png": 5, f"{val}/b/6.png": 6})
@@ -79,23 +83,29 @@ def test_a_folder_with_splits(val: str, prefix: str, tmp_path: Path) -> None:
     assert [same.name(i) for i in range(4)] == [train.name(i) for i in range(4)]
 
 
-def test_val_is_taken_before_test(tmp_path: Path) -> None:
+def test_a_folder_of_three_splits(tmp_path: Path) -> None:
     tree(tmp_path, {"train/a/1.png": 1, "test/a/2.png": 2, "val/a/3.png": 3})
-    assert red(open_source(f"folder:{tmp_path}", "val"), 0) == 3
+    for number, split in enumerate(("train", "test", "val"), start=1):
+        assert red(open_source(f"folder:{tmp_path}", split), 0) == number
 
 
-def test_a_folder_of_classes_is_the_split_that_is_asked_for(tmp_path: Path) -> None:
+def test_a_folder_of_classes_is_one_set(tmp_path: Path) -> None:
     tree(tmp_path, {"dog/1.png": 1, "cat/2.png": 2, "train/3.png": 3})
-    for split in ("train", "val"):
-        source = open_source(str(tmp_path), split)
-        assert source.classes == ("cat", "dog", "train") and source.split == split
-        assert [red(source, i) for i in range(3)] == [2, 1, 3]
+    source = open_source(str(tmp_path), "all")
+    assert source.classes == ("cat", "dog", "train") and source.split == "all"
+    assert [red(source, i) for i in range(3)] == [2, 1, 3]
+    for split in ("train", "val", "test"):
+        with pytest.raises(NoSplit, match=f"is not cut .* no split '{split}': all its images are"):
+            open_source(str(tmp_path), split)
+    assert open_first(str(tmp_path), ("test", "val", "all")).split == "all"
+    with pytest.raises(NoSplit, match="no split 'test'"):  # the first that was wanted
+        open_first(str(tmp_path), ("test", "val"))
 
 
 def test_folders_without_labels(tmp_path: Path) -> None:
-    flat = open_source(f"folder:{tree(tmp_path / 'flat', {'1.png': 1, 'deep/2.png': 2})}")
+    flat = open_source(f"folder:{tree(tmp_path / 'flat', {'1.png': 1, 'deep/2.png': 2})}", "all")
     assert flat.classes == ("deep",) and len(flat) == 1
-    flat = open_source(f"folder:{tmp_path / 'flat'}", labels=False)
+    flat = open_source(f"folder:{tmp_path / 'flat'}", "all", labels=False)
     assert flat.classes is None and [flat.label(i) for i in range(len(flat))] == [-1, -1]
     tree(tmp_path / "cut", {"train/1.png": 1, "val/2.png": 2})
     assert red(open_source(f"folder:{tmp_path / 'cut'}", "val", labels=False), 0) == 2
@@ -105,9 +115,10 @@ def test_folders_without_labels(tmp_path: Path) -> None:
     ("files", "split", "message"),
     [
         (None, "train", "data does not exist; a folder of images is needed"),
-        ({}, "train", r"holds no images"),
-        ({"1.png": 1, "2.png": 2}, "train", "holds 2 images and no subfolders: classes are"),
+        ({}, "all", r"holds no images"),
+        ({"1.png": 1, "2.png": 2}, "all", "holds 2 images and no subfolders: classes are"),
         (TWO_SPLITS, "val", "holds train and no folder val or validation .* split 'val'"),
+        (TWO_SPLITS, "all", "holds train and no folder all for the split 'all'"),
         ({"val/a/1.png": 1}, "train", "holds val and no folder train for the split 'train'"),
         (
             {**TWO_SPLITS, "val/a/1.png": 1, "val/d/2.png": 2, "val/e/3.png": 3},
@@ -174,10 +185,12 @@ def test_torchvision_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
     spec = cifar(tmp_path)
-    train, val = open_source(spec), open_source(spec, "val")
-    assert (len(train), len(val), train.channels) == (10, 2, 3)
+    train, test = open_source(spec), open_source(spec, "test")
+    assert (len(train), len(test), train.channels) == (10, 2, 3)
     assert train.classes == tuple("abcdefghij") and train.label(3) == 8
-    image = np.asarray(val.image(0))
+    image = np.asarray(test.image(0))
+    with pytest.raises(NoSplit, match="torchvision's CIFAR10 has no split 'val'"):
+        open_source(spec, "val")
     assert image.shape == (32, 32, 3) and image[0, 0].tolist() == [55, 50, 50]
     assert train.name(4) == f"{spec} train 4"
 
@@ -192,6 +205,9 @@ def test_torchvision_image_by_image(tmp_path: Path) -> None:
     spec = f"torchvision:Imagenette:{tmp_path}"
     val = open_source(spec, "val")
     assert len(val) == 20 and val.label(2) == 1 and red(val, 3) == 1
+    assert val.sizes() is None and val.content(3) == val.content(1) != val.content(0)
+    with pytest.raises(NoSplit, match="torchvision's Imagenette has no split 'test'"):
+        open_source(spec, "test")
     assert val.classes is not None and val.classes[0] == "tench" and len(val.classes) == 10
     next((root / "train").iterdir()).joinpath("0.JPEG").write_bytes(b"text")
     train = open_source(spec)
@@ -215,7 +231,7 @@ def test_torchvision_image_by_image(tmp_path: Path) -> None:
         ("torchvision:FakeData:/nowhere", "FakeData is not cut into training and validation"),
     ],
 )
-@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("split", ["train", "test"])
 def test_torchvision_errors(spec: str, message: str, split: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         open_source(spec, split)
@@ -252,11 +268,12 @@ def saved(tmp_path: Path) -> Path:
 
 
 def test_hf(saved: Path) -> None:
-    train, val = open_source(f"hf:{saved}"), open_source(f"hf:{saved}", "val")
-    assert (len(train), len(val), train.classes) == (4, 2, ("a", "b", "c"))
-    assert [red(val, i) for i in range(2)] == [5, 6]
-    assert [val.label(i) for i in range(2)] == [2, 0]
-    assert val.name(1) == f"hf:{saved} val 1"
+    train, test = open_source(f"hf:{saved}"), open_source(f"hf:{saved}", "test")
+    assert (len(train), len(test), train.classes) == (4, 2, ("a", "b", "c"))
+    assert [red(test, i) for i in range(2)] == [5, 6]
+    assert [test.label(i) for i in range(2)] == [2, 0]
+    assert test.name(1) == f"hf:{saved} test 1"
+    assert test.content(0) == png(5) and test.sizes() is None
     assert red(pickle.loads(pickle.dumps(train)), 2) == 3
     coarse = open_source(f"hf:{saved}[label=coarse, image=picture]")
     assert coarse.classes == ("0", "1") and coarse.label(0) == 1
@@ -265,7 +282,9 @@ def test_hf(saved: Path) -> None:
 
 def test_hf_of_one_split_and_of_plain_files(saved: Path, tmp_path: Path) -> None:
     rows([7, 8]).save_to_disk(str(tmp_path / "one"))
-    assert red(open_source(f"hf:{tmp_path / 'one'}", "val"), 1) == 8
+    assert red(open_source(f"hf:{tmp_path / 'one'}", "all"), 1) == 8
+    with pytest.raises(NoSplit, match="was saved as one set, so there is no split 'train'"):
+        open_source(f"hf:{tmp_path / 'one'}")
     tree(tmp_path / "files", {"train/x/1.png": 1, "train/y/2.png": 2, "validation/y/3.png": 3})
     val = open_source(f"hf:{tmp_path / 'files'}", "val")
     assert (red(val, 0), val.label(0), val.classes) == (3, 1, ("x", "y"))
@@ -296,14 +315,16 @@ def test_hf_errors(saved: Path, tmp_path: Path) -> None:
         ("missing", "hf:.*missing cannot be opened: "),
     ):
         with pytest.raises(ValueError, match=message) as error:
-            open_source(f"hf:{tmp_path / place}")
+            open_source(
+                f"hf:{tmp_path / place}", "train" if place[:4] in ("both", "miss") else "all"
+            )
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="has the splits train; needed is val or validation"):
         open_source(f"hf:{tmp_path / 'train_only'}", "val")
-    source = open_source(f"hf:{tmp_path / 'unlabelled'}", labels=False)
-    with pytest.raises(ValueError, match="unlabelled train 0: not an image"):
+    source = open_source(f"hf:{tmp_path / 'unlabelled'}", "all", labels=False)
+    with pytest.raises(ValueError, match="unlabelled all 0: not an image"):
         source.image(0)
-    with pytest.raises(ValueError, match="train 1: there is no image in the column 'image'"):
+    with pytest.raises(ValueError, match="all 1: there is no image in the column 'image'"):
         source.image(1)
 
 

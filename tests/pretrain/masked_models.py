@@ -82,7 +82,7 @@ TREE: dict[str, Any] = {
     "method": "mae",
     "options": DECODER,
     "model": MODEL,
-    "data": {**DATA, "val": "fashion-mnist"},
+    "data": DATA,
     "loop": LOOP,
 }
 

@@ -15,7 +15,7 @@ from PIL import Image
 from foveate import config
 from foveate.bench import machine
 from foveate.cli import main
-from foveate.data import eval_transform, open_source
+from foveate.data import eval_transform, open_images
 from foveate.pretrain import look as looking
 from foveate.pretrain.build import make_masked_model
 from foveate.pretrain.heterogeneity import Similarity, heterogeneity, visible_cosine
@@ -37,7 +37,7 @@ TREE: dict[str, Any] = {
         },
     },
     "data": {
-        **{"train": "fashion-mnist", "val": "fashion-mnist", "mean": [0.286], "std": [0.353]},
+        **{"train": "fashion-mnist", "mean": [0.286], "std": [0.353]},
         **{"batch": 16, "limit": 64, "val_limit": 32},
     },
     "loop": {"epochs": 2, "log_every": 1, "tensorboard": False},
@@ -86,7 +86,7 @@ def test_the_numbers_are_those_of_a_direct_computation(runs: dict[str, Path], na
     report = look([run], Choices(similarity=kind, images=10, seed=3, image=2, layers=(0, 1)))
     recipe = config.read(Pretrain, run / "recipe.yaml")
     model = make_masked_model(recipe).eval()
-    source = open_source("fashion-mnist", "val", labels=False)
+    source = open_images("fashion-mnist", "val", labels=False)
     transform = eval_transform((28, 28), 1)
     places = [i * len(source) // 10 for i in range(10)]
     pixels = np.stack([transform(source.image(place), (0,)) for place in places])
@@ -237,7 +237,7 @@ def test_other_images_some_of_them_broken(
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
     (tmp_path / "2.png").write_bytes(b"no image")
     (run,) = look([runs["simmim"]], Choices(data=f"folder:{tmp_path}")).runs
-    assert run.images == 5 and run.data == f"folder:{tmp_path} (val)"
+    assert run.images == 5 and run.data == f"folder:{tmp_path} (all)"
     assert "2.png" in caplog.text
     for number in range(6):
         (tmp_path / f"{number}.png").write_bytes(b"no image")

@@ -23,7 +23,7 @@ from train.runs import DATA, MODEL, checkpoint, exported, finetune, same_run, to
 import foveate
 from foveate import config
 from foveate.cli import main
-from foveate.data import device_batches, eval_transform, open_source
+from foveate.data import device_batches, eval_transform, open_images
 from foveate.data.loader import Loader
 from foveate.pretrain import callbacks as pretrain_callbacks
 from foveate.pretrain.build import make_masked_model
@@ -110,7 +110,7 @@ def shrunk(found: Pretrain) -> Pretrain:
         found,
         model=replace(found.model, options={**found.model.options, **small}),
         options={key: options.get(key, value) for key, value in found.options.items()},
-        data=replace(found.data, **data, val=found.data.val and "fashion-mnist", val_limit=8),
+        data=replace(found.data, **data, val_limit=8),
         loop=replace(found.loop, epochs=1, log_every=1, tensorboard=False, strategy="auto"),
         probe=replace(
             found.probe, data=found.probe.data and "fashion-mnist", limit=32, val_limit=8, epochs=2
@@ -126,7 +126,7 @@ def test_a_recipe_runs(name: str, tmp_path: Path) -> None:
         assert getattr(small, part) == getattr(found, part)
     result = run(small, tmp_path)
     assert result["job"] == "pretrain" and result["updates"] == 2
-    assert ("loss" in result) == (found.data.val is not None)
+    assert result["loss"] > 0
     assert ("probe/linear" in result) == (found.probe.data is not None)
     rows = [row for row in read_metrics(tmp_path / "metrics.csv") if "train/loss" in row]
     assert len(rows) == 2 and all(0 < float(row["train/loss"]) < 100 for row in rows)
@@ -203,7 +203,7 @@ def test_a_whole_run(
         for key, value in PROBE.items()
         if key not in ("data", "limit", "val_limit", "every")
     }
-    tree = {**reading, "model": {"start": str(out)}, "data": {**DATA, "batch": 256}}
+    tree = {**reading, "model": {"start": str(out)}, "data": {**DATA, "batch": 256}, "split": "val"}
     again = probe(config.parse(Probe, tree), tmp_path / "probe")
     assert again["knn"] == result["probe/knn"] and again["linear"] == result["probe/linear"]
 
@@ -213,7 +213,7 @@ def test_the_loss_of_evaluation_is_of_the_exported_model(
 ) -> None:
     """With the same masks every time, which are not those of training."""
     result = run(recipe("loop.epochs=1"), tmp_path)
-    source, transform = open_source("fashion-mnist", "val"), eval_transform((28, 28), 1)
+    source, transform = open_images("fashion-mnist", "val"), eval_transform((28, 28), 1)
     loader = Loader(source, transform, batch=16, train=False, limit=32)
     losses, drawn = [], Hiding(kind="random", ratio=0.75)
     with torch.no_grad():
@@ -252,15 +252,19 @@ def test_collapsed_tokens_raise_the_alarm_once(
 
 
 def test_images_without_labels(tmp_path: Path) -> None:
-    """A flat folder will do, and without named evaluation images nothing is evaluated."""
+    """A flat folder will do, and nothing need be held out of it."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for number in range(20):
         Image.new("L", (40, 32), 12 * number).save(folder / f"{number}.png")
     data = {**DATA, "train": f"folder:{folder}", "limit": None, "val_limit": None}
-    result = run(recipe("loop.epochs=1", "layers_every=1", data=data), tmp_path / "run")
+    whole = {**data, "val": "none"}
+    result = run(recipe("loop.epochs=1", "layers_every=1", data=whole), tmp_path / "run")
     assert result["images"] == {"train": 20, "val": 0, "unreadable": 0} and "loss" not in result
     assert exported(tmp_path / "run")
+    result = run(recipe("loop.epochs=1", data=data), tmp_path / "watched")
+    counts = result["images"]
+    assert counts["train"] + counts["val"] == 20 and counts["val"] > 0 and result["loss"] > 0
 
 
 # What goes on from it ----------------------------------------------------------------------------
@@ -628,6 +632,6 @@ def test_folders_that_will_not_do(tmp_path: Path, capsys: pytest.CaptureFixture[
             capsys, "pretrain", "fashion_part_mae", *TINY, "loop.epochs=1", setting, *out, code=2
         )
         assert said in text and text.count("\n") == 1, text
-    few = (f"data.train=folder:{flat}", "data.val=null", "data.limit=null")
+    few = (f"data.train=folder:{flat}", "data.val=none", "data.limit=null")
     text = command(capsys, "pretrain", "fashion_part_mae", *TINY, *few, *out, code=2)
     assert "a batch of 16 needs as many images; the training data have 4" in text

@@ -12,7 +12,7 @@ from runs import checkpoint, exported, finetune, reduce, run, small_model
 from small import noise
 
 import foveate
-from foveate.data import Loader, Preprocessing, device_batches, eval_transform, open_source
+from foveate.data import Loader, Preprocessing, device_batches, eval_transform, open_images
 from foveate.evaluate import accuracy
 from foveate.train.logs import MetricsFile, read_metrics
 from foveate.train.module import Module
@@ -23,10 +23,10 @@ def logged(out: Path, name: str) -> list[float]:
 
 
 def test_the_running_mean_is_what_is_exported(tmp_path: Path) -> None:
-    """One step of it an update, not a batch; it begins with the start."""
+    """One step of it an update, not a batch; its decay grows with them to what was asked for."""
     start = checkpoint(tmp_path / "start.safetensors")
     recipe = finetune(
-        *("loop.ema=0.7", "loop.accumulate=2", "loop.save_every=1", "loop.keep_last=9"),
+        *("loop.ema=0.2", "loop.accumulate=2", "loop.save_every=1", "loop.keep_last=9"),
         *("loop.epochs=1", "data.batch=8", "optim.lr=0.01"),
         model={"start": start},
     )
@@ -35,8 +35,10 @@ def test_the_running_mean_is_what_is_exported(tmp_path: Path) -> None:
     for update in range(1, 5):
         path = tmp_path / "run" / "checkpoints" / f"update-{update:08d}.ckpt"
         content = torch.load(path, weights_only=True)
+        decay = min(0.2, (update - 1) / (update + 9))
         for key in mean:
-            mean[key] = 0.7 * mean[key] + 0.3 * content["state_dict"][f"task.model.{key}"]
+            new = content["state_dict"][f"task.model.{key}"]
+            mean[key] = decay * mean[key] + (1 - decay) * new
         (kept,) = (state["mean"] for name, state in content["callbacks"].items() if "Ema" in name)
         for key, value in mean.items():
             torch.testing.assert_close(kept[key], value, atol=1e-6, rtol=1e-5)
@@ -106,7 +108,7 @@ def measured(model: Any) -> float:
     """Accuracy on the recipes' evaluation images, by other code than the training's."""
     prepared = Preprocessing.of(model)
     loader = Loader(
-        open_source("fashion-mnist", "val"),
+        open_images("fashion-mnist", "val"),
         eval_transform((28, 28), 1, 0.875, "bilinear"),
         **{"batch": 8, "train": False, "limit": 32},
     )

@@ -90,7 +90,7 @@ def test_a_recipe_runs(
     recipe = shrunk(whole, tmp_path_factory.getbasetemp())
     if job == "probe":
         result = probe(recipe, tmp_path)
-        assert 0 <= result["linear"] <= 100 and result["images"] == {"train": 16, "val": 8}
+        assert 0 <= result["linear"] <= 100 and result["images"] == {"train": 16, "test": 8}
         return
     for part in ("optim", "mix", "method", "masking", "weights"):
         assert getattr(recipe, part, None) == getattr(whole, part, None)

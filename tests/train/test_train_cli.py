@@ -17,7 +17,7 @@ from small import hf
 import foveate
 from foveate import config
 from foveate.cli import main
-from foveate.data import Preprocessing, device_batches, eval_transform, open_source
+from foveate.data import Preprocessing, device_batches, eval_transform, open_images
 from foveate.data.loader import Loader
 from foveate.evaluate import Inputs
 from foveate.train.finetune import FinetuneTask
@@ -61,7 +61,7 @@ def command(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> s
 def pixels() -> torch.Tensor:
     """Images that evaluation sees, as bytes."""
     loader = Loader(
-        open_source("fashion-mnist", "val"),
+        open_images("fashion-mnist", "val"),
         eval_transform((28, 28), 1),
         **{"batch": 8, "train": False, "limit": 8},
     )
@@ -87,7 +87,15 @@ def test_the_whole_way(
     options = "model.options.depth=3"
     said = command(capsys, "finetune", "fashion_part_full", *TINY, options, "loop.epochs=1")
     result = json.loads((base / "result.json").read_text())
-    assert f"accuracy {result['accuracy']:.2f} %, the model is runs/finetune-fash" in said
+    told = f"accuracy {result['accuracy']:.2f} % of 32 validation images, the model is runs/finet"
+    assert told in said and "next     foveate eval runs/finetune-fashion_part_full    #" in said
+    for line in (
+        "model    vit_tiny_patch16_224, 0.3 million parameters\n",
+        "images   2433 training images of fashion-mnist; 567 for validation, held out of them by c",
+        "classes  10: T-shirt, trousers, pullover, dress, coat, ...\n",
+        "device   cpu, precision 32\nrun      1 epochs, 16 images an update\nfolder   runs/",
+    ):
+        assert line in said
     assert result["updates"] == 4 and result["images"] == {"train": 64, "val": 32, "unreadable": 0}
     assert result["machine"]["device"] == "cpu" and result["machine"]["torch"]
     written = yaml.safe_load((base / "recipe.yaml").read_text())
@@ -124,7 +132,9 @@ def test_the_whole_way(
         settings = [text for text in TINY if "loop" not in text]
         name = f"model.start={path}"
         text = command(capsys, "probe", "fashion_part", name, *settings, "epochs=2", "neighbours=5")
-        assert "5 nearest neighbours: " in text and "linear: " in text and "of 32 images" in text
+        assert (
+            "5 nearest neighbours: " in text and "linear: " in text and "of 32 test images" in text
+        )
     assert (tmp_path / "runs/probe-fashion_part/result.json").is_file()
     text = command(capsys, "probe", "fashion_part", name, "--out", str(gated), code=2)
     assert f"{gated} holds a training run: the results of a probe go elsewhere" in text
@@ -222,7 +232,7 @@ def test_it_learns(tmp_path: Path) -> None:
     result = run(recipe, tmp_path)
     assert result["accuracy"] > 30  # chance is 10
     batches = Loader(
-        open_source("fashion-mnist", "val"),
+        open_images("fashion-mnist", "val"),
         eval_transform((28, 28), 1),
         **{"batch": 250, "train": False, "limit": 250},
     )

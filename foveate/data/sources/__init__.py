@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from foveate.core.schedule import check_choice
-from foveate.data.sources.base import SPLITS, Source
+from foveate.data.sources.base import SPLITS, WHOLE, NoSplit, Source
 from foveate.data.sources.folders import open_folder
 from foveate.data.sources.libraries import open_hf, open_torchvision
 from foveate.data.sources.memory import open_fashion_mnist
 from foveate.data.sources.shards import open_shards
 from foveate.registry import suggest
 
-__all__ = ["KINDS", "SPLITS", "Source", "open_source"]
+__all__ = ["KINDS", "SPLITS", "WHOLE", "NoSplit", "Source", "open_first", "open_source"]
 
 # Each takes the spec, the location in it ("" if none), the split and whether labels are needed.
 _OPEN: dict[str, Callable[[str, str, str, bool], Source]] = {
@@ -25,7 +25,7 @@ _OPEN: dict[str, Callable[[str, str, str, bool], Source]] = {
 }
 KINDS = {
     "fashion-mnist": "the part that ships; fashion-mnist:FOLDER is the whole",
-    "folder": "folder:PATH, one subfolder a class, in train and val or directly",
+    "folder": "folder:PATH, one subfolder a class, in train, val and test or directly",
     "torchvision": "torchvision:NAME:FOLDER, a class of torchvision.datasets and its files",
     "shards": "shards:PATTERN, WebDataset tar files such as data/{split}-{000..012}.tar",
     "hf": "hf:NAME or hf:PATH, a Hugging Face data set",
@@ -37,7 +37,8 @@ def open_source(spec: str, split: str = "train", *, labels: bool = True) -> Sour
 
     Args:
         spec: ``KIND`` or ``KIND:LOCATION``, see ``KINDS``; a path alone is a folder.
-        split: "train" or "val".
+        split: "train", "val" or "test" of a set that is cut into them, "all" of one that is not;
+            ``NoSplit`` where the set has no such split.
         labels: without them ``classes`` is None, and images need not have any.
     """
     check_choice("split", split, SPLITS)
@@ -47,6 +48,18 @@ def open_source(spec: str, split: str = "train", *, labels: bool = True) -> Sour
     if not location and (colon or kind != "fashion-mnist"):
         raise ValueError(f"{spec!r} names no place: {KINDS[kind]}")
     return _OPEN[kind](spec, location, split, labels)
+
+
+def open_first(spec: str, splits: Sequence[str], *, labels: bool = True) -> Source:
+    """Open the first of some splits that a set has."""
+    missing: NoSplit | None = None
+    for split in splits:
+        try:
+            return open_source(spec, split, labels=labels)
+        except NoSplit as error:
+            missing = missing or error
+    assert missing is not None
+    raise missing
 
 
 def _existing(spec: str, kind: str) -> str:

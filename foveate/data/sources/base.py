@@ -9,11 +9,17 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-__all__ = ["NO_LABEL", "SPLITS", "VAL_NAMES", "PackedNames", "Source"]
+__all__ = ["NAMES", "NO_LABEL", "SPLITS", "WHOLE", "NoSplit", "PackedNames", "Source"]
 
-SPLITS = ("train", "val")
-VAL_NAMES = ("val", "validation", "valid", "test")  # what others call the split "val", best first
+WHOLE = "all"  # the one split of a set that is not cut into any
+SPLITS = ("train", "val", "test", WHOLE)
+# What others call the splits, the best name first.
+NAMES = {"train": ("train",), "val": ("val", "validation", "valid", "dev"), "test": ("test",)}
 NO_LABEL = -1
+
+
+class NoSplit(ValueError):
+    """A set has no such split; its message says which it has."""
 
 
 class Source(Protocol):
@@ -21,7 +27,7 @@ class Source(Protocol):
 
     Attributes:
         spec: what the source was opened with.
-        split: "train" or "val".
+        split: "train", "val", "test", or "all" of a set that is not cut.
         classes: names in the order of the labels; None where there are no labels.
         channels: of the images, 1 or 3.
     """
@@ -50,6 +56,14 @@ class Source(Protocol):
 
     def name(self, index: int) -> str:
         """Name an image in messages."""
+        ...
+
+    def content(self, index: int) -> bytes:
+        """Read what is stored of an image, undecoded where that is possible."""
+        ...
+
+    def sizes(self) -> np.ndarray | None:
+        """Give the bytes of each image's content; None where only reading them tells."""
         ...
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from foveate.data.images import SUFFIXES, find_images, read_image
-from foveate.data.sources.base import NO_LABEL, VAL_NAMES, PackedNames
+from foveate.data.sources.base import NAMES, NO_LABEL, WHOLE, NoSplit, PackedNames
 
 __all__ = ["FolderSource", "open_folder"]
 
@@ -41,23 +41,37 @@ class FolderSource:
     def name(self, index: int) -> str:
         return self.files[index]
 
+    def content(self, index: int) -> bytes:
+        try:
+            return Path(self.files[index]).read_bytes()
+        except OSError as error:
+            raise ValueError(f"{self.files[index]}: {error.strerror}") from error
+
+    def sizes(self) -> np.ndarray:
+        return np.array([os.path.getsize(self.files[i]) for i in range(len(self))])
+
 
 def open_folder(spec: str, location: str, split: str, labels: bool) -> FolderSource:
-    """Open ``PATH/train/CLASS/...`` and ``PATH/val/CLASS/...``, or ``PATH/CLASS/...`` itself.
+    """Open ``PATH/train/CLASS/...`` and its siblings val and test, or ``PATH/CLASS/...`` itself.
 
-    The classes are the subfolders of "train" in order of their names; "val" has them from there
-    too. Without labels every image counts, wherever it lies.
+    The classes are the subfolders of "train" in order of their names; the other splits have them
+    from there too. Without labels every image counts, wherever it lies.
     """
     root = Path(location).expanduser()
     if not root.is_dir():
         kind = "is a file" if root.exists() else "does not exist"
         raise ValueError(f"{root} {kind}; a folder of images is needed")
-    splits = _splits(root)
-    if splits and split not in splits:
-        wanted = "train" if split == "train" else " or ".join(VAL_NAMES)
+    splits = _splits(root) or {WHOLE: root}
+    if split not in splits:
+        if WHOLE in splits:
+            raise NoSplit(
+                f"{root} is not cut into train, val and test, so there is no split {split!r}: all "
+                "its images are one set"
+            )
         found = ", ".join(sorted(folder.name for folder in splits.values()))
-        raise ValueError(f"{root} holds {found} and no folder {wanted} for the split {split!r}")
-    folder = splits.get(split, root)
+        wanted = " or ".join(NAMES.get(split, (split,)))
+        raise NoSplit(f"{root} holds {found} and no folder {wanted} for the split {split!r}")
+    folder = splits[split]
     if not labels:
         files = PackedNames(map(str, find_images(folder)))
         return FolderSource(spec, split, files, None, None)
@@ -92,12 +106,13 @@ def _splits(root: Path) -> dict[str, Path]:
     there, if nothing else is, or if it has subfolders.
     """
     names = set(_subfolders(root))
-    found = {"train": root / "train"} if "train" in names else {}
-    val = next((name for name in VAL_NAMES if name in names), None)
-    if val:
-        found["val"] = root / val
-    alone = names <= {"train", *VAL_NAMES}
-    sure = len(found) == 2 or alone or any(map(_subfolders, found.values()))
+    found = {}
+    for split, known in NAMES.items():
+        name = next((name for name in known if name in names), None)
+        if name:
+            found[split] = root / name
+    alone = names <= {name for known in NAMES.values() for name in known}
+    sure = len(found) >= 2 or alone or any(map(_subfolders, found.values()))
     return found if sure else {}
 
 

@@ -16,7 +16,7 @@ import torchvision.datasets
 from PIL import Image
 
 from foveate.data.images import decode_image, to_rgb
-from foveate.data.sources.base import NO_LABEL, VAL_NAMES, Source
+from foveate.data.sources.base import NAMES, NO_LABEL, WHOLE, NoSplit, Source
 from foveate.data.sources.memory import ArraySource
 from foveate.registry import suggest
 
@@ -50,6 +50,13 @@ class TorchvisionSource:
     def name(self, index: int) -> str:
         return f"{self.spec} {self.split} {index}"
 
+    def content(self, index: int) -> bytes:
+        image = self.image(index)
+        return repr((image.mode, image.size)).encode() + image.tobytes()
+
+    def sizes(self) -> None:
+        return None
+
 
 def open_torchvision(spec: str, location: str, split: str, labels: bool) -> Source:
     """Open ``NAME:FOLDER``, a class of ``torchvision.datasets`` and where its files lie."""
@@ -82,9 +89,9 @@ def _built(name: str, root: str, split: str) -> Any:
     fixed = {"download": False} if "download" in parameters else {}
     tries: list[dict[str, Any]]
     if "root" in parameters and "train" in parameters:
-        tries = [{"train": split == "train"}]
+        tries = [{"train": split == "train"}] if split in ("train", "test") else []
     elif "root" in parameters and "split" in parameters:
-        names = ("train", "trainval") if split == "train" else VAL_NAMES
+        names = (*NAMES.get(split, ()), *(("trainval",) if split == "train" else ()))
         tries = [{"split": each} for each in names]
     else:
         raise ValueError(f"torchvision's {name} is not cut into training and validation")
@@ -96,6 +103,8 @@ def _built(name: str, root: str, split: str) -> Any:
             reason = error
             if "Unknown value" not in str(error):  # of the split: it may have another name
                 break
+    else:
+        raise NoSplit(f"torchvision's {name} has no split {split!r}")
     what = f"torchvision's {name} cannot be read from {root}"
     raise ValueError(f"{what}: {_one_line(reason)}") from reason
 
@@ -144,6 +153,9 @@ class HfSource:
         return len(self.rows)
 
     def image(self, index: int) -> Image.Image:
+        return decode_image(io.BytesIO(self.content(index)), self.name(index))
+
+    def content(self, index: int) -> bytes:
         cell, name = self.rows[index][self.column] or {}, self.name(index)
         data = cell.get("bytes")
         if data is None and cell.get("path"):
@@ -153,7 +165,10 @@ class HfSource:
                 raise ValueError(f"{name}: {error}") from error
         if data is None:
             raise ValueError(f"{name}: there is no image in the column {self.column!r}")
-        return decode_image(io.BytesIO(data), name)
+        return bytes(data)
+
+    def sizes(self) -> None:
+        return None
 
     def label(self, index: int) -> int:
         return NO_LABEL if self.labels is None else int(self.labels[index])
@@ -209,24 +224,26 @@ def _columns(spec: str, location: str) -> tuple[str, dict[str, str]]:
 
 
 def _rows(library: Any, place: str, split: str) -> Any:
-    names = ("train",) if split == "train" else VAL_NAMES
     path = Path(place).expanduser()
     if (path / "state.json").is_file():  # one split alone
+        if split != WHOLE:
+            raise NoSplit(f"{place} was saved as one set, so there is no split {split!r}")
         return library.load_from_disk(str(path))
     if (path / "dataset_dict.json").is_file():
         held = library.load_from_disk(str(path))
-        return held[_present(place, names, list(held))]
+        return held[_present(place, split, list(held))]
     place = str(path) if path.exists() else place
     return library.load_dataset(
-        place, split=_present(place, names, library.get_dataset_split_names(place))
+        place, split=_present(place, split, library.get_dataset_split_names(place))
     )
 
 
-def _present(place: str, wanted: tuple[str, ...], held: list[str]) -> str:
+def _present(place: str, split: str, held: list[str]) -> str:
+    wanted = NAMES.get(split, (split,))
     for name in wanted:
         if name in held:
             return name
-    raise ValueError(f"{place} has the splits {', '.join(held)}; needed is {' or '.join(wanted)}")
+    raise NoSplit(f"{place} has the splits {', '.join(held)}; needed is {' or '.join(wanted)}")
 
 
 def _column(spec: str, rows: Any, what: str, given: dict[str, str], kind: type) -> str:

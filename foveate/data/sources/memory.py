@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from foveate.data.fashion import CLASSES, fashion_mnist, fashion_mnist_mini
-from foveate.data.sources.base import NO_LABEL
+from foveate.data.sources.base import NO_LABEL, NoSplit
 
 __all__ = ["ArraySource", "open_fashion_mnist"]
 
@@ -39,11 +39,18 @@ class ArraySource:
     def name(self, index: int) -> str:
         return f"{self.spec} {self.split} {index}"
 
+    def content(self, index: int) -> bytes:
+        return self.images[index].tobytes()
+
+    def sizes(self) -> np.ndarray:
+        return np.full(len(self), self.images[0].nbytes)
+
 
 def open_fashion_mnist(spec: str, location: str, split: str, labels: bool) -> ArraySource:
     """Open the part of Fashion-MNIST that ships, or the whole of it in a folder."""
-    part = "train" if split == "train" else "test"
-    found = fashion_mnist(location, part) if location else fashion_mnist_mini(part)
+    if split not in ("train", "test"):
+        raise NoSplit(f"{spec} has the splits train and test, and no {split}")
+    found = fashion_mnist(location, split) if location else fashion_mnist_mini(split)
     return ArraySource(
         spec=spec,
         split=split,

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from foveate.data.images import SUFFIXES, decode_image
-from foveate.data.sources.base import NO_LABEL, PackedNames
+from foveate.data.sources.base import NO_LABEL, SPLITS, WHOLE, NoSplit, PackedNames
 
 __all__ = ["ShardSource", "open_shards"]
 
@@ -88,12 +88,7 @@ class ShardSource:
         return len(self.keys)
 
     def image(self, index: int) -> Image.Image:
-        shard, offset, size = self.places[index].tolist()
-        try:
-            data = self.files.read(shard, offset, size)
-        except OSError as error:
-            raise ValueError(f"{self.name(index)}: {error}") from error
-        return decode_image(io.BytesIO(data), self.name(index))
+        return decode_image(io.BytesIO(self.content(index)), self.name(index))
 
     def label(self, index: int) -> int:
         return NO_LABEL if self.labels is None else int(self.labels[index])
@@ -101,16 +96,34 @@ class ShardSource:
     def name(self, index: int) -> str:
         return f"{self.files.paths[self.places[index, 0]]}: {self.keys[index]}"
 
+    def content(self, index: int) -> bytes:
+        shard, offset, size = self.places[index].tolist()
+        try:
+            return self.files.read(shard, offset, size)
+        except OSError as error:
+            raise ValueError(f"{self.name(index)}: {error}") from error
+
+    def sizes(self) -> np.ndarray:
+        return self.places[:, 2]
+
 
 def open_shards(spec: str, location: str, split: str, labels: bool) -> ShardSource:
     """Open a pattern of tar files: ``train-{000..012}.tar``, ``*.tar`` or a folder of them.
 
-    ``{split}`` in it stands for "train" or "val"; without it the shards are those of either split.
+    ``{split}`` in it stands for "train", "val" or "test"; without it all images are one set.
     Labels are whole numbers, in KEY.cls or as "label" in KEY.json. A file classes.txt beside the
     shards names the classes, one a line; else there are as many as the highest label says, so
     that a split without the last class seems to have fewer.
     """
-    paths = _shards(location.replace("{split}", split))
+    if ("{split}" in location) == (split == WHOLE):
+        which = "is cut by its {split}" if split == WHOLE else "has no {split} in it: it is one set"
+        raise NoSplit(f"{spec} {which}, so there is no split {split!r}")
+    try:
+        paths = _shards(location.replace("{split}", split))
+    except ValueError as error:
+        if split == WHOLE or not _has_any(location, split):
+            raise
+        raise NoSplit(f"{error}, for the split {split!r}") from error
     keys: list[str] = []
     places: list[tuple[int, int, int]] = []
     found: list[int] = []
@@ -167,6 +180,17 @@ def _shards(pattern: str) -> list[str]:
             raise ValueError(f"there are no shards {each}")
         paths += found
     return paths
+
+
+def _has_any(pattern: str, missing: str) -> bool:
+    """Tell whether another split is there, so that this one alone is missing."""
+    for split in SPLITS:
+        if split not in (missing, WHOLE):
+            try:
+                return bool(_shards(pattern.replace("{split}", split)))
+            except ValueError:
+                continue
+    return False
 
 
 def _expanded(pattern: str) -> list[str]:

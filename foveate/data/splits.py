@@ -1,0 +1,343 @@
+"""Training, validation and test images that have none in common.
+
+A set that is cut into splits keeps them. One that is not, or that has no validation split, gives
+up a part of its training images. Whether an image is held out follows from its content and a seed
+alone, so every run, every process and every later evaluation holds out the same ones, and copies
+of an image are never on both sides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from foveate.data.sources import WHOLE, NoSplit, Source, open_first, open_source
+
+__all__ = [
+    "Part",
+    "Splits",
+    "common_images",
+    "divide",
+    "final_images",
+    "open_images",
+    "open_splits",
+]
+
+_log = logging.getLogger(__name__)
+NONE = "none"  # for ``val``: nothing is validated
+_MOST_BYTES = 2**29  # that are read of two splits to compare them; of more, a part is compared
+_MOST_UNSIZED = 50_000  # images that are read in full where their sizes are not known
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some images of a source; see ``Source``."""
+
+    whole: Source
+    indices: np.ndarray
+    split: str
+
+    @property
+    def spec(self) -> str:
+        """What the source was opened with."""
+        return self.whole.spec
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """All classes of the source."""
+        return self.whole.classes
+
+    @property
+    def channels(self) -> int:
+        """Of the images, 1 or 3."""
+        return self.whole.channels
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def image(self, index: int) -> Image.Image | np.ndarray:
+        """Read an image."""
+        return self.whole.image(int(self.indices[index]))
+
+    def label(self, index: int) -> int:
+        """Give the class of an image."""
+        return self.whole.label(int(self.indices[index]))
+
+    def name(self, index: int) -> str:
+        """Name an image as the source does."""
+        return self.whole.name(int(self.indices[index]))
+
+    def content(self, index: int) -> bytes:
+        """Read what is stored of an image."""
+        return self.whole.content(int(self.indices[index]))
+
+    def sizes(self) -> np.ndarray | None:
+        """Give the bytes of each image's content."""
+        found = self.whole.sizes()
+        return None if found is None else found[self.indices]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The images of a run.
+
+    Attributes:
+        train: what is trained on.
+        val: what rates, epochs and the best checkpoint are chosen on; None where a job asked for
+            none.
+        test: what is looked at once, at the end; None where the data have none.
+        held_out: share and seed of the division, where "val" was held out of the training images.
+        common: for each two of them how many images are in both, and how many were compared.
+    """
+
+    train: Source
+    val: Source | None = None
+    test: Source | None = None
+    held_out: tuple[float, int] | None = None
+    common: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def facts(self) -> dict[str, Any]:
+        """Say what the splits are, for the record of a run."""
+        found: dict[str, Any] = {}
+        for name in ("train", "val", "test"):
+            source: Source | None = getattr(self, name)
+            if source is not None:
+                found[name] = {"data": source.spec, "split": source.split, "images": len(source)}
+        if self.held_out is not None:
+            share, seed = self.held_out
+            found["val"] |= {"held_out_of": self.train.spec, "share": share, "seed": seed}
+        found["in_both"] = {
+            pair: {"images": both, "compared": compared}
+            for pair, (both, compared) in self.common.items()
+        }
+        return found
+
+    def sentence(self) -> str:
+        """Say the same in one line."""
+        parts = [f"{len(self.train)} training images of {self.train.spec}"]
+        if self.val is not None and self.held_out is not None:
+            share, seed = self.held_out
+            parts.append(
+                f"{len(self.val)} for validation, held out of them by content "
+                f"(share {share:g}, seed {seed})"
+            )
+        elif self.val is not None:
+            parts.append(f"{len(self.val)} for validation of {self.val.spec} ({self.val.split})")
+        parts.append("no test images" if self.test is None else f"{len(self.test)} test images")
+        return "; ".join(parts)
+
+
+def open_splits(
+    train: str,
+    val: str | None = None,
+    test: str | None = None,
+    *,
+    share: float = 0.1,
+    seed: int = 0,
+    allowed: int = 0,
+    labels: bool = True,
+) -> Splits:
+    """Open what a run trains on, chooses by, and is judged by in the end.
+
+    Args:
+        train: as ``open_source`` takes it.
+        val: a set of its own for validation; None takes the split "val" of ``train``, or holds
+            out a part of its training images where it has none; "none" is for jobs that choose
+            nothing.
+        test: a set of its own for the test; None takes the split "test" of ``train`` if it has one.
+        share: of the training images that is held out.
+        seed: of the division. It does not follow the seed of a run, so that runs with several
+            seeds are validated on the same images.
+        allowed: how many images two splits may have in common.
+        labels: without them images need none.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"data.val_share must lie between 0 and 1, got {share}")
+    _refuse_the_same(train, val, test)
+    training = open_first(train, ("train", WHOLE), labels=labels)
+    if val == NONE:
+        return Splits(training)
+    held: Source | None = None
+    divided: tuple[float, int] | None = None
+    if val is not None:
+        held = open_first(val, ("val", WHOLE, "test"), labels=labels)
+    else:
+        try:
+            held = open_source(train, "val", labels=labels)
+        except NoSplit:
+            kept, out = divide(training, share, seed)
+            training, held = Part(training, kept, "train"), Part(training, out, "val")
+            divided = (share, seed)
+    final: Source | None = None
+    if test is not None:
+        final = open_first(test, ("test", WHOLE, "val"), labels=labels)
+    else:
+        try:
+            final = open_source(train, "test", labels=labels)
+        except NoSplit:
+            final = None
+    named: dict[str, Source | None] = {"training": training, "validation": held, "test": final}
+    _check_classes(named)
+    common = _check_common(named, divided is not None, allowed)
+    return Splits(training, held, final, divided, common)
+
+
+def final_images(train: str, val: str | None, test: str | None) -> tuple[str, str | None]:
+    """Name the images that a trained model is judged by, and their split, as a plan takes them.
+
+    They are the test images, or without any those for validation.
+    """
+    if test is not None:
+        return test, None
+    try:
+        open_source(train, "test", labels=False)
+        return train, "test"
+    except NoSplit:
+        return (train, "val") if val in (None, NONE) else (str(val), None)
+
+
+def open_images(
+    spec: str, split: str | None = None, *, share: float = 0.1, seed: int = 0, labels: bool = True
+) -> Source:
+    """Open images to judge a model by.
+
+    Args:
+        spec: as ``open_source`` takes it.
+        split: which of them; None takes the first that there is of "test", "val" and "all". "val"
+            of a set without one is what training holds out of it.
+        share: that training holds out.
+        seed: of that division.
+        labels: without them images need none.
+    """
+    if split is None:
+        return open_first(spec, ("test", "val", WHOLE), labels=labels)
+    try:
+        return open_source(spec, split, labels=labels)
+    except NoSplit:
+        if split != "val":
+            raise
+    training = open_first(spec, ("train", WHOLE), labels=labels)
+    return Part(training, divide(training, share, seed)[1], "val")
+
+
+def divide(source: Source, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Divide the images of a source by their content: those that stay and those held out.
+
+    The side of an image depends on the image alone. So it stays the same when other images come
+    along, with or without labels, and copies of an image stay together.
+    """
+    content = b"".join(_digest(source.content(i), seed) for i in range(len(source)))
+    digests = np.frombuffer(content, dtype="<u8")
+    order = np.unique(digests)
+    if len(order) < 2:
+        raise ValueError(
+            f"{source.spec} has {len(order)} image to divide into training and validation: two "
+            "that differ are needed, or data.val names a set of its own"
+        )
+    # Both sides have an image at least.
+    end = min(max(int(share * 2**64), int(order[0]) + 1), int(order[-1]))
+    held = digests < np.uint64(end)
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def common_images(one: Source, other: Source) -> tuple[list[tuple[int, int]], int]:
+    """Find images that are in both sources, and how many of the second were compared.
+
+    Images are the same if their content is. Only those whose size occurs on both sides are read;
+    of very large sets an evenly spaced part of the second is compared.
+    """
+    here, there = one.sizes(), other.sizes()
+    if here is None or there is None:
+        if len(one) + len(other) > _MOST_UNSIZED:
+            return [], 0
+        mine, its, compared = np.arange(len(one)), np.arange(len(other)), len(other)
+    else:
+        step, much = 1, True
+        while much:
+            every = np.arange(0, len(there), step)
+            its, compared = every[np.isin(there[every], here)], len(every)
+            mine = np.flatnonzero(np.isin(here, there[its]))
+            much = len(its) > 1 and here[mine].sum() + there[its].sum() > _MOST_BYTES
+            step *= 2
+    known = {_digest(one.content(int(i)), 0): int(i) for i in mine}
+    found = [
+        (known[digest], int(i))
+        for i in its
+        if (digest := _digest(other.content(int(i)), 0)) in known
+    ]
+    return found, compared
+
+
+def _digest(content: bytes, seed: int) -> bytes:
+    key = int(seed).to_bytes(8, "little")
+    return hashlib.blake2b(content, digest_size=8, key=key).digest()
+
+
+def _refuse_the_same(train: str, val: str | None, test: str | None) -> None:
+    """Refuse a set that is named twice, or one inside another."""
+    named = {"data.train": train, "data.val": val, "data.test": test}
+    for (one, first), (other, second) in combinations(named.items(), 2):
+        if first is None or second is None:
+            continue
+        a, b = _place(first), _place(second)
+        if a == b:
+            raise ValueError(
+                f"{one} and {other} name the same images, {second}: leave {other} out, and the "
+                f"split that {first} has is taken, or a part of it is held out"
+            )
+        if os.path.isabs(a) and os.path.isabs(b):
+            outer, inner = sorted((a, b), key=len)
+            if inner.startswith(outer.rstrip(os.sep) + os.sep):
+                raise ValueError(f"{one}={first} and {other}={second}: one lies inside the other")
+
+
+def _place(spec: str) -> str:
+    """Name a set the same way however it was written: the real path of a folder."""
+    kind, colon, location = spec.partition(":")
+    path = location if colon and kind == "folder" else spec
+    path = os.path.expanduser(path)
+    return os.path.realpath(path) if os.path.isdir(path) else spec
+
+
+def _check_classes(named: dict[str, Source | None]) -> None:
+    training = named["training"]
+    assert training is not None
+    for name, source in named.items():
+        if source is not None and source.classes != training.classes:
+            raise ValueError(
+                f"the {name} images of {source.spec} have {len(source.classes or ())} classes, the "
+                f"training images of {training.spec} have {len(training.classes or ())}: they do "
+                "not belong together"
+            )
+
+
+def _check_common(
+    named: dict[str, Source | None], divided: bool, allowed: int
+) -> dict[str, tuple[int, int]]:
+    """Count the images that two splits share, and refuse more than are allowed."""
+    found: dict[str, tuple[int, int]] = {}
+    for (one, a), (other, b) in combinations(named.items(), 2):
+        if a is None or b is None:
+            continue
+        if divided and (one, other) == ("training", "validation"):
+            found[f"{one} and {other}"] = (0, len(b))  # copies of an image stay together
+            continue
+        pairs, compared = common_images(a, b)
+        found[f"{one} and {other}"] = (len(pairs), compared)
+        if compared < len(b):
+            _log.info("%d of %d %s images were compared with %s", compared, len(b), other, one)
+        if len(pairs) > allowed:
+            first = pairs[0]
+            raise ValueError(
+                f"{len(pairs)} of {compared} {other} images are {one} images too, such as "
+                f"{b.name(first[1])}, which is {a.name(first[0])}: take them out, or allow as many "
+                f"with data.overlap={len(pairs)}"
+            )
+    return found
