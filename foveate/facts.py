@@ -8,7 +8,7 @@ from statistics import fmean
 from torch import Tensor, nn
 
 from foveate.backbones import backbone_for
-from foveate.core import Backbone, ReducedViT, Reducer, Trace
+from foveate.core import BackboneSpec, ReducedViT, Reducer, Trace
 from foveate.core.cost import Cost, cost, has_formula, measured, on_meta, run, run_on_meta
 from foveate.core.evaluation import evaluating
 
@@ -82,7 +82,7 @@ def count(
         assert isinstance(model, ReducedViT)
         costs = _measured(model, images, grid)
     elif reducer.fixed_count:
-        how, costs = "exact", [_by_running(backbone, reducer, grid)]
+        how, costs = "exact", [_by_running(spec, reducer, grid)]
     elif has_formula(reducer):
         how, costs = "expected", [cost(spec, reducer, grid)]
     else:
@@ -110,15 +110,14 @@ _COUNTED: dict[tuple[object, ...], Cost] = {}
 _TRACED = 32  # images at a time; a trace holds on to the tokens of every block
 
 
-def _by_running(backbone: Backbone, reducer: Reducer, grid: tuple[int, int]) -> Cost:
+def _by_running(spec: BackboneSpec, reducer: Reducer, grid: tuple[int, int]) -> Cost:
     """Count a method with fixed counts by running it on the meta device."""
     progress = tuple(part.progress for part in reducer.members)
-    key = (backbone.spec, repr(reducer), progress, grid)
+    key = (spec, repr(reducer), progress, grid)
     if key not in _COUNTED:
-        hollow = type(backbone)(on_meta(backbone.model))  # type: ignore[call-arg]
         method = on_meta(reducer)
         assert isinstance(method, Reducer)
-        _COUNTED[key] = run_on_meta(hollow, method, grid)
+        _COUNTED[key] = run_on_meta(spec, method, grid)
     return _COUNTED[key]
 
 

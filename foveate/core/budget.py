@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from foveate.core.backbone import Backbone
-from foveate.core.cost import cost, on_meta, run_on_meta
+from foveate.core.cost import cost, run_on_meta
 from foveate.core.reducer import Reducer
 
 __all__ = ["parse_budget", "solve_budget"]
@@ -62,7 +62,6 @@ def solve_budget(
     template.build(spec)
     if not template.rate:
         raise ValueError(f"{template.name} has no rate that could be set to meet a budget")
-    hollow = type(backbone)(on_meta(backbone.model))  # type: ignore[call-arg]
     prices: dict[str, float] = {}
 
     def price(options: Mapping[str, Any]) -> float:
@@ -72,7 +71,7 @@ def solve_budget(
             with torch.device("meta"):  # only the sizes of a method's layers are asked for
                 reducer.build(spec)
             if reducer.fixed_count:
-                prices[key] = run_on_meta(hollow, reducer, spec.grid).total
+                prices[key] = run_on_meta(spec, reducer, spec.grid).total
             else:
                 prices[key] = cost(spec, reducer, spec.grid).total
         return prices[key]

@@ -4,9 +4,9 @@ A linear layer counts once per token, attention as its two products of N x N, an
 products as what they are; norms, activations, sorting and gathering do not count. The papers call
 that FLOPs. torch's FlopCounterMode counts two for each.
 
-A method with the same count for every image is counted by running it: on the meta device nothing is
-computed, and torch's counter sees every product. Where counts depend on the image, the cost of
-given token counts is worked out from the facts of the backbone.
+What the model costs at given token counts is worked out from the facts of the backbone. What a
+method with the same count for every image costs itself, and which counts it leaves, is found by
+running it: on the meta device nothing is computed, and torch's counter sees every product.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from foveate.core.backbone import Backbone, BackboneSpec
+from foveate.core.attention import Heads
+from foveate.core.backbone import Backbone, BackboneSpec, Embedded
 from foveate.core.driver import ReducedViT
 from foveate.core.reducer import Reducer
 from foveate.core.tokens import TokenState
@@ -84,12 +85,69 @@ def on_meta(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo).eval()
 
 
-def run_on_meta(backbone: Backbone, reducer: Reducer, grid: tuple[int, int]) -> Cost:
-    """Count a built method with fixed counts, on a backbone that is on the meta device."""
-    size = [n * side for n, side in zip(grid, backbone.spec.patch, strict=True)]
-    model = ReducedViT(backbone, reducer.eval())
-    like = next(backbone.model.parameters())
-    return run(model, torch.empty(1, backbone.channels, *size, device="meta", dtype=like.dtype))
+def run_on_meta(spec: BackboneSpec, reducer: Reducer, grid: tuple[int, int]) -> Cost:
+    """Count a method with fixed counts, built on the meta device, without any model.
+
+    The method runs between blocks that compute nothing. torch counts its own products, and what is
+    left of the model is worked out from the token counts.
+    """
+    model = _Hollow(_Shell(spec, grid), reducer).eval()
+    like = next(reducer.parameters(), None)
+    dtype = torch.float32 if like is None else like.dtype
+    found = run(model, torch.empty(1, 1, *grid, device="meta", dtype=dtype))
+    rest = cost(spec, reducer, grid, found.tokens, own=False)
+    return Cost(rest.total + found.total, found.tokens)
+
+
+class _Shell(Backbone):
+    """The facts of a backbone in place of its parts, which do nothing."""
+
+    def __init__(self, spec: BackboneSpec, grid: tuple[int, int]) -> None:
+        super().__init__(nn.Module(), spec)
+        self._grid, self._block = grid, nn.Identity()
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return [self._block] * self.spec.depth
+
+    def grid_of(self, images: Tensor) -> tuple[int, int]:
+        return self._grid
+
+    def embed(self, images: Tensor) -> Embedded:
+        count = self.spec.prefix + self._grid[0] * self._grid[1]
+        return Embedded(images.new_empty(len(images), count, self.spec.width), self._grid)
+
+    def attention_of(self, block: int) -> nn.Module:
+        return self._block
+
+    def attention_input(self, block: int, x: Tensor) -> Tensor:
+        return x
+
+    def qkv(self, block: int, y: Tensor, rotary: Tensor | None) -> Heads:
+        each = y.new_empty(len(y), self.spec.heads, self.spec.head_dim)
+        return Heads(each, each, each, 1.0)
+
+    def project(self, block: int, out: Tensor, y: Tensor) -> Tensor:
+        return y
+
+    def feedforward(self, block: int, x: Tensor) -> Tensor:
+        return x
+
+    def drop_path(self, block: int, branch: int) -> nn.Module | None:
+        return None
+
+    def norm(self, x: Tensor) -> Tensor:
+        return x
+
+    def head(self, state: TokenState) -> Tensor:
+        return state.x
+
+
+class _Hollow(ReducedViT):
+    """Drives a shell; tokens go through attention as they are."""
+
+    def attend(self, block: int, heads: Heads, state: TokenState) -> Tensor:
+        return heads.v
 
 
 @torch.no_grad()

@@ -78,7 +78,7 @@ def test_table(method: str, size: str) -> None:
         with torch.device("meta"):
             reducer = built(method, **vars(facts))
         if reducer.fixed_count:
-            counted = run_on_meta(parts(size), reducer, (14, 14))
+            counted = run_on_meta(facts, reducer, (14, 14))
         else:  # the table's entry of SPViT leaves its selectors out
             counted = cost(facts, reducer, (14, 14), own=method != "spvit")
     wanted = TABLE[method]["TSB".index(size)]
@@ -119,8 +119,7 @@ def test_running_without_a_reduction_counts_what_the_formula_counts(options: dic
 def test_what_is_counted_is_what_happens(method: str) -> None:
     model = small(method)
     here, trace = run(model, images(1)), model.trace(images())
-    hollow = type(model.backbone)(on_meta(model.vit))
-    assert run_on_meta(hollow, on_meta(model.reducer), (6, 6)) == here
+    assert run_on_meta(model.backbone.spec, on_meta(model.reducer), (6, 6)) == here
     assert measured(trace) == [list(here.tokens)] * 3
     got = [[s.layout.count for s in (b.attention, b.mlp, b.output)] for b in trace.blocks]
     assert got == [[t.attention, t.mlp, t.output] for t in here.tokens]
@@ -131,8 +130,7 @@ def test_what_is_counted_is_what_happens(method: str) -> None:
 
 def test_an_image_of_another_size_is_counted_at_that_size() -> None:
     model = small("evit(keep=0.5)", dynamic_img_size=True)
-    hollow = type(model.backbone)(on_meta(model.vit))
-    found = run_on_meta(hollow, on_meta(model.reducer), (8, 4))
+    found = run_on_meta(model.backbone.spec, on_meta(model.reducer), (8, 4))
     assert found == run(model, images(1, (64, 32)))
     assert found.tokens[0].attention == 33
 
@@ -223,7 +221,7 @@ def test_a_solved_budget_is_met(method: str) -> None:
         assert len(repr(value)) <= len("0.123")
     reducer.build(backbone.spec)
     found = (
-        run_on_meta(backbone, reducer.to("meta"), (14, 14))
+        run_on_meta(backbone.spec, reducer.to("meta"), (14, 14))
         if reducer.fixed_count
         else cost(backbone.spec, reducer, (14, 14))
     )
