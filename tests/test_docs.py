@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import io
-import json
 import os
 import re
 import subprocess
@@ -117,9 +117,11 @@ for form in ("vit", "dinov2_reg4", "dinov3"):
 
 
 @pytest.mark.parametrize("example", sorted(p.name for p in (ROOT / "examples").glob("*.py")))
-def test_examples_run(example: str, tmp_path: Path) -> None:
+def test_examples_run(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments, expected = EXAMPLES.get(example, ((), ()))
-    printed = run(str(ROOT / "examples" / example), *arguments, cwd=tmp_path)
+    path = ROOT / "examples" / example
+    monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+    printed = run_here(path.read_text(encoding="utf-8"), tmp_path, monkeypatch)
     assert printed and all(text in printed for text in expected)
 
 
@@ -130,8 +132,11 @@ def test_examples_run(example: str, tmp_path: Path) -> None:
 def method_pages() -> dict[str, str]:
     """Pages of the methods by name."""
     pytest.importorskip("yaml")
-    code = "import json, method_pages; print(json.dumps(method_pages.all_pages()))"
-    pages = json.loads(run("-c", code, cwd=ROOT, path=(DOCS,)))
+    sys.path.insert(0, str(DOCS))
+    try:
+        pages = importlib.import_module("method_pages").all_pages()
+    finally:
+        sys.path.remove(str(DOCS))
     return {Path(address).stem: text for address, text in pages.items()}
 
 
