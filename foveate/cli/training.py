@@ -48,16 +48,18 @@ def _open_recipe(job: str, cls: type, args: argparse.Namespace) -> tuple[Any, Pa
 
     resume = getattr(args, "resume", False)
     if resume:
-        if args.out is None and args.recipe and not args.settings:
+        if args.out is None and args.recipe:
             args.out, args.recipe = Path(args.recipe), None
-        if args.out is None or args.recipe or args.settings:
+        settings = [*([args.recipe] if args.recipe else []), *args.settings]
+        if args.out is None or not all(text.startswith("loop.epochs=") for text in settings):
             raise ValueError(
-                f"a run goes on with its own recipe: foveate {job} --resume FOLDER, nothing else"
+                f"a run goes on with its own recipe: foveate {job} --resume FOLDER, and at most "
+                "loop.epochs=N to make it longer"
             )
         path = args.out / "recipe.yaml"
         if not path.is_file():
             raise ValueError(f"{args.out} holds no run to resume: it has no recipe.yaml")
-        return config.read(cls, path), args.out
+        return config.read(cls, path, settings), args.out
     if args.recipe is None:
         raise ValueError(f"name a recipe; foveate {job} --list shows those that ship")
     if "=" in args.recipe:

@@ -137,8 +137,12 @@ def open_model(
 
 
 def _run_folder(path: Path) -> Path:
-    """Return the model inside a training run's folder, or the path if it is not such a folder."""
-    if (path / "recipe.yaml").is_file():
+    """Return the model inside a training run's folder, or the path if it is not such a folder.
+
+    A run's folder may hold another model with its best weights, in a folder "best".
+    """
+    run = path.parent if path.name == "best" else path
+    if (run / "recipe.yaml").is_file():
         for name in ("model.safetensors", "model"):
             if (path / name).exists():
                 return path / name

@@ -56,6 +56,11 @@ class Chain(Reducer):
         )
 
     @property
+    def settled(self) -> bool:
+        """Whether all parts work as they are deployed."""
+        return all(part.settled for part in self.members)
+
+    @property
     def members(self) -> tuple[Reducer, ...]:
         """The chained methods."""
         return tuple(part for part in self.parts if isinstance(part, Reducer))

@@ -121,6 +121,11 @@ class Reducer(nn.Module):
         self.progress = progress
 
     @property
+    def settled(self) -> bool:
+        """Whether it works as it is deployed by now: no rate is still sinking."""
+        return True
+
+    @property
     def members(self) -> tuple[Reducer, ...]:
         """The methods that act, in order: itself, or the parts of a chain."""
         return (self,)
@@ -275,6 +280,11 @@ class ScoreReducer(Reducer):
     def rates(self, stages: int) -> float | tuple[float, ...]:
         """Return the rate of so many stages, or one for each."""
         return self.keep
+
+    @property
+    def settled(self) -> bool:
+        """Whether the warm-up of the rate is over."""
+        return self.warmup is None or self.progress >= self.warmup[1]
 
     def build(self, spec: BackboneSpec) -> None:
         """Resolve the schedule for the backbone's depth."""

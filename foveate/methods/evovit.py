@@ -121,6 +121,11 @@ class EvoViT(Reducer):
         self.ends = (*(start - 1 for start in self.active_blocks[1:]), self.spec.depth - 1)
         self.schedule = Schedule(self.active_blocks, (self.keep,) * len(self.active_blocks))
 
+    @property
+    def settled(self) -> bool:
+        """Whether stages are all that is left of the selection in every block."""
+        return self.layerwise == 1 or self.progress >= self.layerwise
+
     def parked_blocks(self) -> frozenset[int]:
         """Patches wait from the first stage to the end."""
         assert self.spec is not None

@@ -68,6 +68,12 @@ class Module(LightningModule):
         """What the run is for: the running mean, or without one the model."""
         return self.task.model if self.ema is None else self.ema
 
+    def judged(self) -> tuple[float, bool]:
+        """Return the newest score of what is exported, and whether a higher one is better."""
+        shown = self._scores("model").shown
+        name = f"val/{shown}" + "_ema" * (self.ema is not None)
+        return self.results[name], shown != "loss"
+
     def keep_mean(self, model: nn.Module) -> None:
         """Evaluate a running mean beside the model."""
         self._ema = [model]

@@ -247,6 +247,7 @@ class Loop:
             model's own beside it.
         eval_mode: train without dropout and stochastic depth, as some releases fine-tune.
         check_every: epochs between evaluations; at the end there is one in any case.
+        patience: evaluations without a better score after which the run ends; None never does.
         save_every: updates between checkpoints; None is at the end of each epoch only.
         keep_last: checkpoints that stay.
         log_every: updates between lines of the log.
@@ -264,6 +265,7 @@ class Loop:
     ema: float | None = None
     eval_mode: bool = False
     check_every: int = 1
+    patience: int | None = None
     save_every: int | None = None
     keep_last: int = 2
     log_every: int = 10
@@ -277,11 +279,13 @@ class Loop:
         check_choice("loop.strategy", self.strategy, ("auto", "ddp", "fsdp"))
         for name in ("epochs", "accumulate", "check_every", "keep_last", "log_every"):
             _at_least(f"loop.{name}", getattr(self, name), 1)
-        for name in ("max_steps", "save_every", "pictures_every"):
+        for name in ("max_steps", "patience", "save_every", "pictures_every"):
             if getattr(self, name) is not None:
                 _at_least(f"loop.{name}", getattr(self, name), 1)
         if self.ema is not None:
             _share("loop.ema", self.ema, below_one=True)
+        if self.patience is not None and self.strategy == "fsdp":
+            raise ValueError("loop.patience does not go with loop.strategy=fsdp yet")
 
 
 @dataclass(kw_only=True)

@@ -4,8 +4,10 @@ recipe.yaml        what was asked for, resolved, before the first step
 metrics.csv        every logged value, by update
 tensorboard/       the same for TensorBoard
 checkpoints/       the last few, to resume from
+best.pt            the weights that did best on the validation images so far
 pictures/          of evaluated images, every few epochs
 model.safetensors  the trained model (``model/`` where a method or transformers saved it)
+best/              the same with the best weights, if they are not the last
 result.json        accuracy, duration, what it ran on; written last
 """
 
@@ -20,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ from foveate.bench import machine
 from foveate.files import write_text
 from foveate.train import recipe as recipes
 from foveate.train.bars import LineBar, RichBar
+from foveate.train.best import Best
 from foveate.train.build import Batches, make_batches, make_finetune, make_reduce, open_data
 from foveate.train.callbacks import Ema, KeepRate, Pictures, TokenCounts
 from foveate.train.checkpoints import Checkpoints, WholeFiles, any_checkpoint, newest
@@ -117,8 +121,13 @@ def fit(
         loader=batches.train,
         update_images=data.batch * loop.accumulate * world,
     )
+    best = None
+    if loop.patience is not None and batches.val is None:
+        raise ValueError("loop.patience waits for validation scores, and data.val=none gives none")
+    if batches.val is not None and loop.strategy != "fsdp":  # whose weights lie on all processes
+        best = Best(out / "best.pt", loop.patience)
     with _quiet():
-        own = callbacks(recipe, task, batches, out)
+        own = callbacks(recipe, task, batches, out) + ([best] if best else [])
         trainer = _trainer(recipe, out, batches, own, checkpoint, progress)
     if rank == 0:
         write_text(out / _RECIPE, config.dump(recipe))
@@ -144,8 +153,26 @@ def fit(
     result = _result(recipe, trainer, module, batches, time.monotonic() - started)
     if rank == 0:
         result["model"] = task.export(module.exported.eval().to("cpu"), out).name
+        shutil.rmtree(out / "best", ignore_errors=True)  # of a run that has gone on since
+        if best is not None and best.value is not None:
+            result["best"] = _best(best, trainer, module, out, result)
         write_text(out / _RESULT, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _best(
+    best: Best, trainer: Trainer, module: Module, out: Path, result: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Export the best weights where they are not the last, and say how good they are."""
+    assert best.value is not None
+    found: dict[str, Any] = {"score": round(best.value, 4), "update": best.update}
+    if best.update == trainer.global_step:
+        return found | {"model": result["model"]}
+    if not best.restore(module.exported):
+        _log.warning("%s is gone, so the best weights are not exported", best.file)
+        return found
+    (out / "best").mkdir()
+    return found | {"model": f"best/{module.task.export(module.exported, out / 'best').name}"}
 
 
 def _build(
@@ -216,11 +243,14 @@ def _prepare_folder(recipe: Any, out: Path, resume: bool, rank: int) -> Path | N
     if not (out / _RECIPE).is_file():
         raise ValueError(f"{out} holds no run to resume: it has no {_RECIPE}")
     before = config.read(type(recipe), out / _RECIPE)
-    if config.dump(before) != config.dump(recipe):
+    longer = replace(before, loop=replace(before.loop, epochs=recipe.loop.epochs))
+    if config.dump(longer) != config.dump(recipe) or recipe.loop.epochs < before.loop.epochs:
         raise ValueError(
-            f"{out / _RECIPE} differs from the given recipe: resume without overrides, or start "
-            "anew elsewhere"
+            f"{out / _RECIPE} differs from the given recipe: a run goes on as it began, but for "
+            "more loop.epochs; start anew elsewhere"
         )
+    if recipe.loop.epochs > before.loop.epochs and rank == 0:
+        (out / _RESULT).unlink(missing_ok=True)  # it is of the shorter run
     if rank == 0:
         for partial in [*out.glob("*.partial"), *out.glob("*/*.partial")]:
             partial.unlink(missing_ok=True)  # was being written as a process was killed

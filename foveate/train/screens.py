@@ -49,6 +49,12 @@ def last_screen(job: str, result: Mapping[str, Any], out: Path) -> str:
         f"accuracy {result['accuracy']:.2f} % of {images} validation images, the model is "
         f"{out / result['model']}"
     ]
+    best = result.get("best", {})
+    if best.get("model", result["model"]) != result["model"]:
+        lines.append(
+            f"best     {best['score']:.2f} % after update {best['update']}, its model is "
+            f"{out / best['model']}"
+        )
     if "test" in result["splits"]:
         lines.append(f"next     foveate eval {out}    # on the test images")
     else:

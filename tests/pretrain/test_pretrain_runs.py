@@ -538,7 +538,7 @@ def test_the_command(
     assert "the backbone is" in command(capsys, "pretrain", "--resume", str(out))
     said = command(capsys, "pretrain", "--resume", str(out), "optim.lr=1", code=2)
     assert (
-        "a run goes on with its own recipe: foveate pretrain --resume FOLDER, nothing els" in said
+        "a run goes on with its own recipe: foveate pretrain --resume FOLDER, and at most" in said
     )
     start = f"model.start={out}"
     tuned = ("finetune", "fashion_part_full", *TINY[:8], start, "loop.max_steps=2")

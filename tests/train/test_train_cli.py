@@ -126,7 +126,7 @@ def test_the_whole_way(
     assert f"{gated} holds a run already: --resume" in command(capsys, *words, code=2)
     assert "the model is" in command(capsys, "reduce", "--resume", str(gated))
     text = command(capsys, "reduce", "--resume", str(gated), "optim.lr=1", code=2)
-    assert "a run goes on with its own recipe: foveate reduce --resume FOLDER, nothing el" in text
+    assert "a run goes on with its own recipe: foveate reduce --resume FOLDER, and a" in text
 
     for path in (base, gated):  # of a reduced model the backbone is probed
         settings = [text for text in TINY if "loop" not in text]

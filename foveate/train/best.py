@@ -1,0 +1,68 @@
+"""The best weights of a run by its validation score, and an end when they no longer get better."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from foveate.core import ReducedViT
+from foveate.files import write_whole
+from foveate.train.module import Module
+
+__all__ = ["Best"]
+
+
+class Best(Callback):
+    """Keeps the weights that did best on the validation images.
+
+    While a method's rate still sinks its scores are of more tokens than it is deployed with: they
+    do not count.
+
+    Args:
+        file: of the weights.
+        patience: evaluations without a better score after which the run ends; None never does.
+    """
+
+    def __init__(self, file: Path, patience: int | None = None) -> None:
+        self.file, self.patience = file, patience
+        self.value: float | None = None
+        self.update = -1
+        self._since = 0
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Compare the newest score with the best."""
+        assert isinstance(module, Module)
+        model = module.exported
+        if isinstance(model, ReducedViT) and not model.reducer.settled:
+            return
+        value, higher = module.judged()
+        worse = self.value is not None and (value <= self.value if higher else value >= self.value)
+        if worse:
+            self._since += 1
+            if self.patience is not None and self._since >= self.patience:
+                trainer.should_stop = True
+            return
+        self.value, self.update, self._since = value, trainer.global_step, 0
+        if trainer.is_global_zero:
+            state = {name: v.detach().cpu() for name, v in model.state_dict().items()}
+            write_whole(self.file, lambda partial: torch.save(state, partial))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The score and where it was reached."""
+        return {"value": self.value, "update": self.update, "since": self._since}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.value, self.update = state_dict["value"], state_dict["update"]
+        self._since = state_dict["since"]
+
+    def restore(self, model: nn.Module) -> bool:
+        """Give a model the best weights; False if they are gone."""
+        if not self.file.is_file():
+            return False
+        model.load_state_dict(torch.load(self.file, map_location="cpu", weights_only=True))
+        return True
