@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Sheet", "markdown", "markdown_table", "printed", "sheets"]
 
+_SPLITS = {"train": "training ", "val": "validation ", "test": "test "}
+
 
 @dataclass(frozen=True)
 class Sheet:
@@ -157,7 +159,8 @@ def _accuracy(report: Report) -> Sheet:
             f"model, over itself. That strays by up to {spread:.0%}, and less is no difference."
         )
     images = sorted({row.accuracy.images for row in rows})
-    return Sheet(f"Accuracy on {_few(images)} images", tuple(head), body, notes)
+    kind = _SPLITS.get(str(report.settings.get("split")), "")
+    return Sheet(f"Accuracy on {_few(images)} {kind}images", tuple(head), body, notes)
 
 
 def _few(numbers: Sequence[int]) -> str:

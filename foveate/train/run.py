@@ -21,7 +21,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,10 +107,17 @@ def fit(
         # Lightning would take bf16-mixed and merely mention it.
         raise ValueError("loop.precision=16-mixed needs a GPU: on a CPU take 32 or bf16-mixed")
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    new = not out.exists()
     checkpoint = _prepare_folder(recipe, out, resume, rank)
     loop, data = recipe.loop, recipe.data
     torch.manual_seed(loop.seed)  # of new weights
-    task, batches = build(recipe, rank, world)
+    try:
+        task, batches = build(recipe, rank, world)
+    except BaseException:
+        if new and rank == 0:  # nothing was done: leave nothing behind
+            with suppress(OSError):
+                out.rmdir()
+        raise
     _check_space(out, task, loop.keep_last)
     prepare = Prepare(batches.mean, batches.std, recipe.mix, len(batches.classes), data.batch)
     module = Module(

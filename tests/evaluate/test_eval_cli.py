@@ -35,7 +35,7 @@ def test_everything_on_the_demo_model(
     )
     out = capsys.readouterr().out
     for words in (
-        "Accuracy on 30 images",
+        "Accuracy on 30 test images",
         "times dense [95 %]",
         "a trial, not a result",
         "dropped at random",

@@ -84,6 +84,15 @@ def test_settings_of_the_division(setting: str, message: str) -> None:
         finetune(setting)
 
 
+def test_a_run_that_fails_leaves_no_empty_folder(tmp_path: Path) -> None:
+    out, before = tmp_path / "new", tmp_path / "there"
+    before.mkdir()
+    for folder in (out, before):
+        with pytest.raises(ValueError, match="name the same images"):
+            run(finetune("data.val=fashion-mnist"), folder)
+    assert not out.exists() and before.is_dir()
+
+
 def test_a_warm_up_longer_than_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "foveate"):
         run(finetune("optim.warmup_epochs=5", "loop.max_steps=1"), tmp_path / "long")
