@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 import io
+import json
 import os
 import re
 import subprocess
@@ -132,11 +132,9 @@ def test_examples_run(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def method_pages() -> dict[str, str]:
     """Pages of the methods by name."""
     pytest.importorskip("yaml")
-    sys.path.insert(0, str(DOCS))
-    try:
-        pages = importlib.import_module("method_pages").all_pages()
-    finally:
-        sys.path.remove(str(DOCS))
+    code = "import json, method_pages; print(json.dumps(method_pages.all_pages()))"
+    # In a process of its own: modules of the documentation have names that modules of tests have.
+    pages = json.loads(run("-c", code, cwd=ROOT, path=(DOCS,)))
     return {Path(address).stem: text for address, text in pages.items()}
 
 
