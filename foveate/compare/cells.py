@@ -15,6 +15,7 @@ import fnmatch
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -233,10 +234,11 @@ def _one_data(comparison: Comparison, trainings: Sequence[Cell]) -> dict[str, An
     limit = comparison.evaluate.limit
     if comparison.data is not None:
         return {"data": comparison.data, "limit": limit}
+    final = cache(final_images)  # it opens the data, which most recipes share
     found: dict[str, tuple[dict[str, Any], str]] = {}
     for cell in trainings:
         data = cell.work.recipe["data"]
-        spec, split = final_images(data["train"], data["val"], data["test"])
+        spec, split = final(data["train"], data["val"], data["test"])
         own = {"data": spec, "split": split, "limit": limit or data["val_limit"]}
         if split == "val":
             own |= {"val_share": data["val_share"], "split_seed": data["split_seed"]}

@@ -164,25 +164,19 @@ def open_splits(
     training = open_first(train, ("train", WHOLE), labels=labels)
     if val == NONE:
         return Splits(training)
-    held: Source | None = None
     divided: tuple[float, int] | None = None
     if val is not None:
         held = open_first(val, ("val", WHOLE, "test"), labels=labels)
+    elif (own := _own_split(train, "val", labels)) is not None:
+        held = own
     else:
-        try:
-            held = open_source(train, "val", labels=labels)
-        except NoSplit:
-            kept, out = divide(training, share, seed)
-            training, held = Part(training, kept, "train"), Part(training, out, "val")
-            divided = (share, seed)
-    final: Source | None = None
+        kept, out = divide(training, share, seed)
+        training, held = Part(training, kept, "train"), Part(training, out, "val")
+        divided = (share, seed)
     if test is not None:
-        final = open_first(test, ("test", WHOLE, "val"), labels=labels)
+        final: Source | None = open_first(test, ("test", WHOLE, "val"), labels=labels)
     else:
-        try:
-            final = open_source(train, "test", labels=labels)
-        except NoSplit:
-            final = None
+        final = _own_split(train, "test", labels)
     named: dict[str, Source | None] = {"training": training, "validation": held, "test": final}
     _check_classes(named)
     common = _check_common(named, divided is not None, allowed)
@@ -196,11 +190,9 @@ def final_images(train: str, val: str | None, test: str | None) -> tuple[str, st
     """
     if test is not None:
         return test, None
-    try:
-        open_source(train, "test", labels=False)
+    if _own_split(train, "test", labels=False) is not None:
         return train, "test"
-    except NoSplit:
-        return (train, "val") if val in (None, NONE) else (str(val), None)
+    return (train, "val") if val in (None, NONE) else (str(val), None)
 
 
 def open_images(
@@ -273,6 +265,14 @@ def common_images(one: Source, other: Source) -> tuple[list[tuple[int, int]], in
         if (digest := _digest(other.content(int(i)), 0)) in known
     ]
     return found, compared
+
+
+def _own_split(spec: str, split: str, labels: bool) -> Source | None:
+    """Open a split if the set has it."""
+    try:
+        return open_source(spec, split, labels=labels)
+    except NoSplit:
+        return None
 
 
 def _digest(content: bytes, seed: int) -> bytes:

@@ -21,7 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from foveate.bench.machine import check_device
-from foveate.data import Preprocessing, Source, open_first
+from foveate.data import Preprocessing, Source, open_first, open_images
+from foveate.data.splits import NONE
 from foveate.files import write_text, write_whole
 from foveate.pretrain.build import make_masked_model
 from foveate.pretrain.heterogeneity import Similarity
@@ -34,7 +35,7 @@ from foveate.pretrain.recipe import Pretrain
 from foveate.pretrain.reconstructions import picture, some_images
 from foveate.pretrain.task import fixed_mask
 from foveate.pretrain.weights import load_weights
-from foveate.train.build import open_data, open_start
+from foveate.train.build import open_start
 
 __all__ = [
     "Choices",
@@ -346,8 +347,12 @@ def _images(recipe: Pretrain, choices: Choices) -> Source:
     """Open the images that are looked at."""
     if choices.data is not None:
         return open_first(choices.data, ("val", "test", "all", "train"), labels=False)
-    splits = open_data(recipe.data, labels=False)
-    return splits.train if splits.val is None else splits.val
+    data = recipe.data
+    if data.val == NONE:
+        return open_first(data.train, ("train", "all"), labels=False)
+    if data.val is not None:
+        return open_first(data.val, ("val", "all", "test"), labels=False)
+    return open_images(data.train, "val", share=data.val_share, seed=data.split_seed, labels=False)
 
 
 def _columns(name: str, depth: int, layers: tuple[int, ...]) -> list[int]:

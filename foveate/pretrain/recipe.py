@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from foveate.data.splits import NONE
 from foveate.pretrain.masks import Hiding
 from foveate.pretrain.mto import Mto
 from foveate.train.recipe import Reading, Recipe
@@ -69,6 +70,10 @@ class Pretrain(Recipe):
             raise ValueError(
                 "optim.frozen_epochs and optim.backbone_scale are for training with a method: in "
                 "pre-training all parameters learn together"
+            )
+        if self.loop.patience is not None and self.data.val == NONE:
+            raise ValueError(
+                "loop.patience waits for validation scores, and data.val=none gives none"
             )
         if self.mix.mixup or self.mix.cutmix or self.mix.smoothing or self.mix.erase:
             raise ValueError("mix is for classification: pre-training takes images as they are")

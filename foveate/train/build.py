@@ -24,6 +24,7 @@ from foveate.data import (
     train_transform,
 )
 from foveate.data.demo import demo_vit
+from foveate.data.splits import NONE
 from foveate.train import recipe as recipes
 from foveate.train.finetune import FinetuneTask
 from foveate.train.reduce import ReduceTask, own_weights
@@ -95,7 +96,7 @@ def open_start(path: str, weights: str = "auto") -> nn.Module:
 
 def open_data(data: recipes.Data, *, labels: bool = True) -> Splits:
     """Open the images that a recipe names, and check that no two splits share any."""
-    if labels and data.val == "none":
+    if labels and data.val == NONE:
         raise ValueError("data.val=none is for pre-training: this job chooses by validation images")
     splits = open_splits(
         data.train,

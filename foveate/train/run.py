@@ -113,12 +113,12 @@ def fit(
     torch.manual_seed(loop.seed)  # of new weights
     try:
         task, batches = build(recipe, rank, world)
+        _check_space(out, task, loop.keep_last)
     except BaseException:
         if new and rank == 0:  # nothing was done: leave nothing behind
             with suppress(OSError):
                 out.rmdir()
         raise
-    _check_space(out, task, loop.keep_last)
     prepare = Prepare(batches.mean, batches.std, recipe.mix, len(batches.classes), data.batch)
     module = Module(
         task,
@@ -129,8 +129,6 @@ def fit(
         update_images=data.batch * loop.accumulate * world,
     )
     best = None
-    if loop.patience is not None and batches.val is None:
-        raise ValueError("loop.patience waits for validation scores, and data.val=none gives none")
     if batches.val is not None and loop.strategy != "fsdp":  # whose weights lie on all processes
         best = Best(out / "best.pt", loop.patience)
     with _quiet():

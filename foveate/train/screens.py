@@ -35,9 +35,9 @@ def first_screen(recipe: Any, task: Task, batches: Batches, out: Path, world: in
         lines["classes"] = f"{len(batches.classes)}: {named}{more}"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     processes = f", {world} processes" if world > 1 else ""
-    updates = recipe.data.batch * recipe.loop.accumulate * world
+    each = recipe.data.batch * recipe.loop.accumulate * world
     lines["device"] = f"{device}{processes}, precision {recipe.loop.precision}"
-    lines["run"] = f"{recipe.loop.epochs} epochs, {updates} images an update"
+    lines["run"] = f"{recipe.loop.epochs} epochs, {each} images an update"
     lines["folder"] = str(out)
     return "\n".join(f"{key:8} {value}" for key, value in lines.items())
 
@@ -55,10 +55,8 @@ def last_screen(job: str, result: Mapping[str, Any], out: Path) -> str:
             f"best     {best['score']:.2f} % after update {best['update']}, its model is "
             f"{out / best['model']}"
         )
-    if "test" in result["splits"]:
-        lines.append(f"next     foveate eval {out}    # on the test images")
-    else:
-        lines.append(f"next     foveate eval {out}")
+    what = "    # on the test images" if "test" in result["splits"] else ""
+    lines.append(f"next     foveate eval {out}{what}")
     if job == "finetune":
         lines.append(f"         foveate reduce RECIPE model.start={out}    # with fewer tokens")
     else:
