@@ -227,6 +227,11 @@ def test_the_loss_of_evaluation_is_of_the_exported_model(
     assert result["loss"] == pytest.approx(torch.stack(losses).mean().item(), abs=1e-4)
 
 
+def test_patience_needs_validation() -> None:
+    with pytest.raises(ValueError, match="loop.patience waits for validation scores"):
+        recipe("loop.patience=2", "data.val=none")
+
+
 def test_snapshots_every_so_many_epochs(tmp_path: Path) -> None:
     run(recipe("loop.epochs=4", "snapshots=2", "data.limit=16"), tmp_path)
     names = {path.name.split(".")[0] for path in (tmp_path / "snapshots").iterdir()}
