@@ -28,7 +28,7 @@ MODEL = (
 )
 SHARED = (
     MODEL,
-    *("data.batch=64", "loop.epochs=16", "loop.pictures_every=16", "loop.tensorboard=false"),
+    *("data.batch=64", "loop.epochs=16", "loop.pictures_every=16", "loop.loggers=[]"),
     *("probe.every=4", "snapshots=4", "layers_every=4"),
 )
 WHOLE = (  # of the 60 000 images; what is said later wins
@@ -47,7 +47,7 @@ ARMS = {
 METHODS = ("mae", "simmim")
 LABELS = (  # 150 of 3 000 images, 15 of each class
     *("data.limit=150", "data.batch=50", "data.val_batch=500", "loop.epochs=80"),
-    *("loop.check_every=20", "loop.tensorboard=false", "optim.lr=1e-3", "model.pool=avg"),
+    *("loop.check_every=20", "loop.loggers=[]", "optim.lr=1e-3", "model.pool=avg"),
 )
 
 

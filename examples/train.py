@@ -39,7 +39,7 @@ def main() -> None:
         model=recipes.Model(name="vit_tiny_patch16_224", options=SMALL),
         data=DATA,
         optim=recipes.Optim(lr=2e-3, warmup_epochs=1, clip=1.0),
-        loop=recipes.Loop(epochs=3, tensorboard=False),
+        loop=recipes.Loop(epochs=3, loggers=()),
         masking=recipes.Masking(ratios=(0.0, 0.25, 0.5, 0.75)),
     )
     print("masked:", train(masked, folder / "masked", progress=False)["accuracy"])
@@ -49,7 +49,7 @@ def main() -> None:
         model=recipes.Model(start=str(folder / "masked")),  # the dense start is the teacher too
         data=DATA,
         optim=recipes.Optim(lr=2e-3, backbone_scale=0.1, frozen_epochs=0.5),
-        loop=recipes.Loop(epochs=2, tensorboard=False),
+        loop=recipes.Loop(epochs=2, loggers=()),
     )
     print("reduced:", train(reduced, folder / "reduced", progress=False)["accuracy"])
 

@@ -11,17 +11,35 @@ if TYPE_CHECKING:
     from foveate.convert import load, save
     from foveate.core import Schedule
     from foveate.facts import count, describe
+    from foveate.jobs import finetune, pretrain, probe, reduce
     from foveate.registry import list_methods
 
-__all__ = ["Schedule", "apply", "count", "describe", "list_methods", "load", "save", "unwrap"]
+__all__ = [
+    "Schedule",
+    "apply",
+    "count",
+    "describe",
+    "finetune",
+    "list_methods",
+    "load",
+    "pretrain",
+    "probe",
+    "reduce",
+    "save",
+    "unwrap",
+]
 
 _HOMES = {
     "Schedule": "core",
     "apply": "api",
     "count": "facts",
     "describe": "facts",
+    "finetune": "jobs",
     "list_methods": "registry",
     "load": "convert",
+    "pretrain": "jobs",
+    "probe": "jobs",
+    "reduce": "jobs",
     "save": "convert",
     "unwrap": "api",
 }

@@ -1,28 +1,42 @@
 """Settings as data: YAML files over dataclasses, with dotted overrides and clear errors.
 
 jsonargparse checks types and writes the files; here stands what it does not do: unknown keys that
-name the near miss, one sentence for every error, and recipes that are looked up by name.
+name the near miss and where they were given, one sentence for every error, groups that may also be
+written as one word, and recipes that are looked up by name.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
+import textwrap
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from foveate.registry import parse as parse_method
 from foveate.registry import suggest
 
-__all__ = ["dump", "find_recipe", "headers", "list_recipes", "parse", "read"]
+__all__ = [
+    "described",
+    "dump",
+    "explain",
+    "find_recipe",
+    "headers",
+    "list_recipes",
+    "load",
+    "parse",
+    "read",
+]
 
 _T = TypeVar("_T")
+_METHOD = "method"  # of the groups, the one that is also written as one word
 
 
-def read(cls: type[_T], path: Path, overrides: Sequence[str] = ()) -> _T:
-    """Read a dataclass from a YAML file, changed by ``key=value`` overrides with dotted keys."""
+def load(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds keys and values."""
     import yaml
 
     try:
@@ -31,18 +45,43 @@ def read(cls: type[_T], path: Path, overrides: Sequence[str] = ()) -> _T:
         raise ValueError(f"{path} does not exist") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
-    return parse(cls, tree, overrides, str(path))
+    if not isinstance(tree, Mapping):
+        raise ValueError(f"{path} must hold keys and values, got {type(tree).__name__}")
+    return dict(tree)
 
 
-def parse(cls: type[_T], tree: Any, overrides: Sequence[str] = (), where: str = "settings") -> _T:
-    """Make a dataclass from nested mappings; ``where`` is for messages."""
+def read(
+    cls: type[_T], path: Path, overrides: Sequence[str] = (), *, given: str = "the command line"
+) -> _T:
+    """Read a dataclass from a YAML file, changed by ``key=value`` overrides with dotted keys."""
+    return parse(cls, load(path), overrides, str(path), given=given)
+
+
+def parse(
+    cls: type[_T],
+    tree: Any,
+    overrides: Sequence[str] = (),
+    where: str = "settings",
+    *,
+    given: str | None = None,
+) -> _T:
+    """Make a dataclass from nested mappings.
+
+    Args:
+        cls: of the result.
+        tree: nested mappings.
+        overrides: changes of it, ``key=value``.
+        where: the tree comes from, for messages.
+        given: where the overrides come from.
+    """
     if not isinstance(tree, Mapping):
         raise ValueError(f"{where} must hold keys and values, got {type(tree).__name__}")
-    tree = _copied(tree)
+    tree, given = _copied(tree), given or where
+    _check_keys(cls, tree, "", where)
     # Presets first: they begin their groups anew.
     for text in sorted(overrides, key=lambda text: not text.partition("=")[0].endswith(".preset")):
         _override(tree, text)
-    _check_keys(cls, tree, "", where)
+    _check_keys(cls, tree, "", given)
     parser = _parser(cls)
     from jsonargparse import ArgumentError
 
@@ -50,9 +89,11 @@ def parse(cls: type[_T], tree: Any, overrides: Sequence[str] = (), where: str = 
         values = parser.instantiate(parser.parse_object(tree))
         return cls(**values.as_dict())
     except ArgumentError as error:
-        raise ValueError(f"{where}: {_sentence(error)}") from None
+        said = _sentence(error)
+        raise ValueError(f"{_origin(said, overrides, given, where)}: {said}") from None
     except ValueError as error:  # of the dataclass itself
-        raise ValueError(f"{where}: {_sentence(error)}") from error
+        said = _sentence(error)
+        raise ValueError(f"{_origin(said, overrides, given, where)}: {said}") from error
 
 
 def dump(settings: Any) -> str:
@@ -60,6 +101,44 @@ def dump(settings: Any) -> str:
     import yaml
 
     return yaml.safe_dump(_plain(settings), sort_keys=False, default_flow_style=None, width=100)
+
+
+def explain(cls: type, width: int = 96) -> str:
+    """Say what every setting of a dataclass means: its type, its default and one line."""
+    from docstring_parser import parse as parse_docstring
+
+    lines: list[str] = []
+
+    def group(kind: type, prefix: str) -> None:
+        hints = get_type_hints(kind)
+        about = {
+            p.arg_name: p.description or "" for p in parse_docstring(kind.__doc__ or "").params
+        }
+        for base in kind.__mro__[1:]:
+            more = (
+                parse_docstring(base.__doc__ or "").params if dataclasses.is_dataclass(base) else ()
+            )
+            about |= {p.arg_name: p.description or "" for p in more if p.arg_name not in about}
+        inner: list[tuple[type, str]] = []
+        for field in sorted(dataclasses.fields(kind), key=_needed, reverse=True):
+            key, said = prefix + field.name, " ".join(about.get(field.name, "").split())
+            part = _dataclass(hints[field.name])
+            if part is not None:
+                inner.append((part, key))
+                continue
+            value = _shown(field)
+            head = f"{key} (needed)" if value is None else f"{key}={value}"
+            lines.append(f"  {head}   ({_type_words(hints[field.name])})")
+            indent = " " * 6
+            lines.extend(
+                textwrap.wrap(_typed(said), width, initial_indent=indent, subsequent_indent=indent)
+            )
+        for part, key in inner:
+            lines.append(f"\n{key}: {_first_line(part)}")
+            group(part, f"{key}.")
+
+    group(cls, "")
+    return "\n".join(lines)
 
 
 def list_recipes(job: str) -> list[str]:
@@ -109,16 +188,32 @@ def _override(tree: dict[str, Any], text: str) -> None:
         raise ValueError(f"{text!r} is no setting: expected key=value, such as optim.lr=1e-3")
     *path, last = key.split(".")
     for step in path:
+        if step == _METHOD and isinstance(tree.get(step), str):
+            tree[step] = _spread(tree[step], key)
         tree = tree.setdefault(step, {})
         if not isinstance(tree, dict):
             raise ValueError(f"{text!r}: {step} is a single value, not a group of settings")
-    if last == "preset":  # a whole group: what the file says of it belongs to another preset
+    # What the file says of a whole group belongs to another preset, or to another method.
+    if last == "preset" or (last == "name" and path == [_METHOD]):
         tree.clear()
     try:
         tree[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{text!r}: the value cannot be read: {reason}") from error
+
+
+def _spread(text: str, key: str) -> dict[str, Any]:
+    """A method that is written as one word, as a group of its name and options."""
+    reducer = parse_method(text)
+    if len(reducer.members) > 1:
+        raise ValueError(f"{key}: {text} is a chain; its options stand in method=... itself")
+    changed = {
+        field.name: getattr(reducer, field.name)
+        for field in dataclasses.fields(reducer)
+        if getattr(reducer, field.name) != field.default
+    }
+    return {"name": reducer.name, **changed}
 
 
 def _check_keys(cls: type, tree: Mapping[str, Any], prefix: str, where: str) -> None:
@@ -135,6 +230,18 @@ def _check_keys(cls: type, tree: Mapping[str, Any], prefix: str, where: str) -> 
             _check_keys(inner, value, f"{prefix}{key}.", where)
         elif inner is not None and value is not None:
             raise ValueError(f"{where}: {prefix}{key} is a group of settings, got {value!r}")
+
+
+def _origin(said: str, overrides: Sequence[str], given: str, where: str) -> str:
+    """Where the setting that a message is about was given."""
+    keys = [text.partition("=")[0] for text in overrides]
+    for key in keys:
+        words = rf"(?<![\w.]){re.escape(key)}(?!\w)"
+        if key.startswith(f"{_METHOD}."):  # the method's own errors name its option alone
+            words += rf"|'{re.escape(key.partition('.')[2])}'"
+        if key and re.search(words, said):
+            return given
+    return where
 
 
 def _dataclass(hint: Any) -> type | None:
@@ -156,10 +263,78 @@ def _sentence(error: Exception) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not hasattr(value, "loss_weights"):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
-    return value
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    return described(value)
+
+
+def described(value: Any) -> str:
+    """An object of the program in one line: settings may hold a model or a data set."""
+    text = repr(value)
+    if "\n" in text or text.startswith("<") or len(text) > 200:
+        return f"<{type(value).__name__}>"
+    return text
+
+
+# Words of the help --------------------------------------------------------------------------------
+
+
+def _needed(field: dataclasses.Field[Any]) -> bool:
+    return field.default is field.default_factory is dataclasses.MISSING
+
+
+def _shown(field: dataclasses.Field[Any]) -> str | None:
+    """A default as it would be typed; None where there is none."""
+    if field.default_factory is not dataclasses.MISSING:
+        value: Any = field.default_factory()
+    elif field.default is not dataclasses.MISSING:
+        value = field.default
+    else:
+        return None
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in value) + "]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+_WORDS = {bool: "true or false", int: "whole number", float: "number", str: "text", dict: "keys"}
+
+
+def _type_words(hint: Any) -> str:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_each_type(parts)))
+    if origin is tuple:
+        of = _type_words(parts[0])
+        return f"{of}s" if len(parts) == 2 and parts[1] is ... else f"{len(parts)} {of}s"
+    if origin in (dict, list):
+        return _WORDS.get(origin, "list")
+    return _WORDS.get(hint, "any")
+
+
+def _each_type(parts: Sequence[Any]) -> Iterator[str]:
+    yield from (_type_words(part) for part in parts if part is not type(None))
+    if type(None) in parts:
+        yield "null"
+
+
+def _typed(said: str) -> str:
+    """Words about Python as words about the command line, as a sentence."""
+    text = re.sub(r"\bNone\b", "null", said.replace("``", ""))
+    return text[:1].upper() + text[1:]
+
+
+def _first_line(cls: type) -> str:
+    text = (cls.__doc__ or "").strip().split("\n", 1)[0].rstrip(".")
+    return text[:1].lower() + text[1:]

@@ -11,7 +11,7 @@ import difflib
 import importlib
 import importlib.metadata
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 __all__ = ["COMMANDS", "main"]
 
@@ -51,12 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, _Command]]:
     parser = argparse.ArgumentParser(
         prog="foveate", description="Vision transformers that look only where it matters."
     )
     parser.add_argument("--version", action=_Version)
-    several = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    several = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, parser_class=_Command
+    )
     commands = {}
     for name in COMMANDS:
         module = importlib.import_module(f"{__name__}.{name}")
@@ -75,6 +77,21 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         command.set_defaults(run=module.run)
         commands[name] = command
     return parser, commands
+
+
+class _Command(argparse.ArgumentParser):
+    """A command's parser.
+
+    Attributes:
+        more_help: gives what stands below the help of a command, and is asked for that alone: it
+            may import what takes seconds.
+    """
+
+    more_help: Callable[[], str] | None = None
+
+    def format_help(self) -> str:
+        more = "" if self.more_help is None else f"\n{self.more_help()}"
+        return super().format_help() + more
 
 
 class _Version(argparse.Action):

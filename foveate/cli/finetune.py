@@ -20,7 +20,7 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
-    add_recipe_arguments(parser, resumable=True)
+    add_recipe_arguments(parser, "finetune", resumable=True)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
-    add_recipe_arguments(parser, resumable=False)
+    add_recipe_arguments(parser, "probe", resumable=False)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
-    add_recipe_arguments(parser, resumable=True)
+    add_recipe_arguments(parser, "reduce", resumable=True)
 
 
 def run(args: argparse.Namespace) -> None:

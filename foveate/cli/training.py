@@ -10,8 +10,9 @@ from typing import Any
 __all__ = ["add_recipe_arguments", "begin", "run_job", "show_recipes"]
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser, *, resumable: bool) -> None:
-    """Describe the command line of a job."""
+def add_recipe_arguments(parser: Any, job: str, *, resumable: bool) -> None:
+    """Describe the command line of a job; its settings are listed when help is asked for."""
+    parser.more_help = lambda: _settings(job)
     add = parser.add_argument
     add("recipe", nargs="?", metavar="RECIPE", help="name of a recipe that ships, or a YAML file")
     add(
@@ -19,10 +20,11 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, resumable: bool) ->
         nargs="*",
         default=[],
         metavar="key=value",
-        help="changes of the recipe, such as optim.lr=1e-4 or data.train=folder:photos",
+        help="changes of the recipe, such as optim.lr=1e-4 or data.train=folder:photos; all "
+        "settings are listed below",
     )
     parser.set_defaults(more="settings")
-    add("--out", type=Path, metavar="FOLDER", help="of the run (runs/JOB-RECIPE)")
+    add("--out", type=Path, metavar="FOLDER", help="folder of the run (runs/JOB-RECIPE)")
     add("--list", action="store_true", help="list the recipes that ship and stop")
     if resumable:
         add("--resume", action="store_true", help="go on with the run in the folder")
@@ -68,6 +70,23 @@ def _open_recipe(job: str, cls: type, args: argparse.Namespace) -> tuple[Any, Pa
     return config.read(cls, path, args.settings), args.out or Path("runs", f"{job}-{path.stem}")
 
 
+def recipe_class(job: str) -> type:
+    """The class whose fields are the settings of a job."""
+    room = "pretrain" if job == "pretrain" else "train"
+    found: type = getattr(import_module(f"foveate.{room}.recipe"), job.capitalize())
+    return found
+
+
+def _settings(job: str) -> str:
+    """All settings of a job, as its recipes and its command line take them."""
+    from foveate import config
+
+    return (
+        "settings, each with its default; a recipe writes them as YAML, a command line as "
+        f"key=value:\n{config.explain(recipe_class(job))}\n"
+    )
+
+
 def begin(job: str, args: argparse.Namespace) -> tuple[Any, Path] | None:
     """The recipe and the folder of the run; None where it was but to list or to print."""
     if args.list:
@@ -75,9 +94,7 @@ def begin(job: str, args: argparse.Namespace) -> tuple[Any, Path] | None:
         return None
     from foveate import config
 
-    room = "pretrain" if job == "pretrain" else "train"
-    recipes = import_module(f"foveate.{room}.recipe")
-    recipe, out = _open_recipe(job, getattr(recipes, job.capitalize()), args)
+    recipe, out = _open_recipe(job, recipe_class(job), args)
     if args.print:
         print(config.dump(recipe), end="")
         return None

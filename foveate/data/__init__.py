@@ -10,17 +10,29 @@ from foveate.data.fashion import (
     normalise,
 )
 from foveate.data.images import SUFFIXES, ImageFiles, find_images, read_image, to_rgb
-from foveate.data.loader import Loader, device_batches
+from foveate.data.inputs import Inputs
+from foveate.data.loader import Loader, device_batches, stacked, usual_workers
 from foveate.data.preprocess import FITS, Prepared, Preprocessing
-from foveate.data.sources import NoSplit, Source, open_first, open_source
-from foveate.data.splits import Splits, final_images, open_images, open_splits
+from foveate.data.seeds import seeded
+from foveate.data.sources import (
+    ArraySource,
+    DatasetSource,
+    NoSplit,
+    Source,
+    open_first,
+    open_source,
+)
+from foveate.data.splits import Splits, final_images, limited, open_images, open_splits
 
 __all__ = [
     "CLASSES",
     "FITS",
     "SUFFIXES",
+    "ArraySource",
     "Augment",
+    "DatasetSource",
     "ImageFiles",
+    "Inputs",
     "LabelledImages",
     "Loader",
     "NoSplit",
@@ -36,12 +48,16 @@ __all__ = [
     "final_images",
     "find_fashion_mnist",
     "find_images",
+    "limited",
     "normalise",
     "open_first",
     "open_images",
     "open_source",
     "open_splits",
     "read_image",
+    "seeded",
+    "stacked",
     "to_rgb",
     "train_transform",
+    "usual_workers",
 ]

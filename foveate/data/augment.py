@@ -1,39 +1,43 @@
-"""Images as a model trains on them: cut, flipped and recoloured, as a function of a key."""
+"""Images as a model trains on them and is judged on them, as transforms of torchvision (v2).
+
+A transform takes a sample, a dictionary with an "image" and what belongs to it, and gives another.
+Labels pass through; boxes and masks that are tv_tensors follow the image, but for ``auto``, which
+changes images alone.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import random
-import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from timm.data import auto_augment, create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN
-from timm.data.transforms import RandomResizedCropAndInterpolation
-from torchvision import transforms
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
 
 from foveate.core.schedule import check_choice
 from foveate.data.images import to_rgb
 
-__all__ = ["CROPS", "INTERPOLATIONS", "Augment", "Transform", "eval_transform", "train_transform"]
+__all__ = [
+    "CROPS",
+    "INTERPOLATIONS",
+    "Augment",
+    "Transform",
+    "eval_transform",
+    "train_transform",
+]
 
 CROPS = ("resized", "pad", "none")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")  # Pillow turns images with no other
 
-
-class Transform(Protocol):
-    """From an image to pixels ``[C, H, W]`` uint8; all that is random in it follows the key."""
-
-    size: tuple[int, int]
-    channels: int
-
-    def __call__(self, image: Image.Image | np.ndarray, key: tuple[int, ...]) -> np.ndarray: ...
+# From a sample to a sample. Those of v2 are; so is any function of a dictionary.
+Transform = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @dataclass(kw_only=True)
@@ -47,11 +51,11 @@ class Augment:
             black pixels on every side and cuts the size out of that; "none" takes the middle.
         scale: least and most area of a resized crop, as fractions of the image.
         ratio: least and most width / height of a resized crop.
-        pad: pixels, for ``crop="pad"``.
+        pad: pixels that are added on every side where ``crop`` is "pad".
         flip: how often the image is mirrored, 0 to 1.
         colour: strength of the jitter of brightness, contrast and saturation; 0 for none.
         auto: a policy of timm, such as "rand-m9-mstd0.5-inc1", "3a" or "original"; None for none.
-        interpolation: of every resizing and turning.
+        interpolation: how images are resized and turned: "nearest", "bilinear" or "bicubic".
     """
 
     crop: str = "resized"
@@ -130,9 +134,28 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
 
 
 def train_transform(augment: Augment, size: tuple[int, int], channels: int) -> Transform:
-    """Build what turns training images into pixels ``[channels, *size]``."""
+    """Build what turns training images into tensors ``[channels, *size]`` uint8.
+
+    It draws from the global generators, which a loader seeds for each image. Images that are
+    tensors already are checked and stay as they are: whoever made them has augmented them.
+    """
     _check_output(size, channels)
-    return _Train(augment, (size[0], size[1]), channels)
+    a, how = augment, InterpolationMode(augment.interpolation)
+    steps: list[Any] = [_Picture(channels)]
+    if a.crop == "resized":
+        steps.append(v2.RandomResizedCrop(size, a.scale, a.ratio, how, antialias=True))
+    else:
+        steps.append(_Fit(size, 1.0, how))
+        if a.crop == "pad" and a.pad:
+            steps.append(v2.RandomCrop(size, padding=a.pad))
+    if a.flip:
+        steps.append(v2.RandomHorizontalFlip(a.flip))
+    if a.auto is not None:
+        policy = _policy(a.auto, channels, size, a.interpolation)
+        steps.append(v2.Lambda(policy, Image.Image))
+    if a.colour:
+        steps.append(v2.ColorJitter(a.colour, a.colour, a.colour))
+    return _UnlessDone(v2.Compose([*steps, _pixels]), (channels, *size))
 
 
 def eval_transform(
@@ -143,13 +166,14 @@ def eval_transform(
 ) -> Transform:
     """Build what resizes the short side to ``size / crop_pct`` and cuts out the middle.
 
-    Images that have the size already stay as they are.
+    Images that have the size already stay as they are, and so do tensors.
     """
     _check_output(size, channels)
     check_choice("interpolation", interpolation, INTERPOLATIONS)
     if not _is_number(crop_pct) or not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct must lie in (0, 1], got {crop_pct!r}")
-    return _Eval((size[0], size[1]), channels, crop_pct, interpolation)
+    fit = _Fit(size, crop_pct, InterpolationMode(interpolation))
+    return _UnlessDone(v2.Compose([_Picture(channels), fit, _pixels]), (channels, *size))
 
 
 def _check_output(size: tuple[int, int], channels: int) -> None:
@@ -158,135 +182,71 @@ def _check_output(size: tuple[int, int], channels: int) -> None:
     check_choice("channels", channels, (1, 3))
 
 
-@dataclass
-class _Eval:
-    size: tuple[int, int]
+@dataclass(frozen=True)
+class _Picture:
+    """Whatever holds an image becomes one of Pillow, grey or RGB."""
+
     channels: int
-    crop_pct: float
-    interpolation: str
 
-    def __post_init__(self) -> None:
-        self._fit = create_transform(
-            self.size,
-            crop_pct=self.crop_pct,
-            interpolation=self.interpolation,
-            use_prefetcher=True,  # leaves the pixels as they are
-        ).transforms[:-1]
-
-    def __call__(self, image: Image.Image | np.ndarray, key: tuple[int, ...] = ()) -> np.ndarray:
-        """Give the middle of the image; nothing is random, so the key changes nothing."""
-        return _channels_first(self.pixels(image))
-
-    def pixels(self, image: Image.Image | np.ndarray) -> np.ndarray:
-        """The same as ``[H, W, C]``, which may share the memory of the image."""
-        if isinstance(image, np.ndarray) and image.shape == (*self.size, self.channels):
-            return image
-        picture = _picture(image, self.channels)
-        if picture.size != self.size[::-1]:
-            for step in self._fit:
-                picture = step(picture)
-        return _array(picture)
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+        image = sample["image"]
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+        return {**sample, "image": image.convert("L") if self.channels == 1 else to_rgb(image)}
 
 
-@dataclass
-class _Train:
-    augment: Augment
-    size: tuple[int, int]
-    channels: int
-    _steps: list[Any] = field(default_factory=list)
+def _pixels(sample: dict[str, Any]) -> dict[str, Any]:
+    """The image as a tensor; v2's own step for that takes ten times as long on small images."""
+    pixels = np.array(sample["image"])
+    pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return {**sample, "image": tv_tensors.Image(torch.from_numpy(pixels).contiguous())}
 
-    def __post_init__(self) -> None:
-        a = self.augment
-        self._fit = _Eval(self.size, self.channels, 1.0, a.interpolation)
-        self._cut = RandomResizedCropAndInterpolation(
-            self.size, scale=a.scale, ratio=a.ratio, interpolation=a.interpolation
+
+@dataclass(frozen=True)
+class _UnlessDone:
+    """Prepare pictures; check tensors, which a data set's own transform has prepared."""
+
+    steps: v2.Compose
+    shape: tuple[int, int, int]
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+        image = sample["image"]
+        if not isinstance(image, Tensor):
+            found: dict[str, Any] = self.steps(sample)
+            return found
+        if tuple(image.shape) != self.shape:
+            raise ValueError(f"is {list(image.shape)}, and the model takes {list(self.shape)}")
+        if image.dtype != torch.uint8 and not image.is_floating_point():
+            raise ValueError(f"holds {image.dtype}: uint8 or floating-point numbers are needed")
+        return sample
+
+
+class _Fit(v2.Transform):
+    """Resize until the size over ``crop_pct`` is covered, and cut the middle out, as timm does."""
+
+    def __init__(
+        self, size: tuple[int, int], crop_pct: float, interpolation: InterpolationMode
+    ) -> None:
+        super().__init__()
+        self.size, self.crop_pct, self.interpolation = tuple(size), crop_pct, interpolation
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        image = next(i for i in flat_inputs if isinstance(i, (Image.Image, tv_tensors.Image)))
+        height, width = F.get_size(image)
+        if (height, width) == self.size:
+            return {"to": None}
+        rows, columns = (int(side / self.crop_pct) for side in self.size)
+        if rows == columns:  # the long side is cut off to a whole number, as torchvision does
+            short, long = min(height, width), max(height, width)
+            other = int(rows * long / short)
+            return {"to": (other, rows) if width <= height else (rows, other)}
+        ratio = min(height / rows, width / columns)
+        return {"to": (round(height / ratio), round(width / ratio))}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if params["to"] is None:
+            return inpt
+        resized = self._call_kernel(
+            F.resize, inpt, list(params["to"]), interpolation=self.interpolation, antialias=True
         )
-        if a.auto is not None:
-            self._steps.append(_policy(a.auto, self.channels, self.size, a.interpolation))
-        if a.colour:
-            self._steps.append(transforms.ColorJitter(a.colour, a.colour, a.colour))
-
-    def __call__(self, image: Image.Image | np.ndarray, key: tuple[int, ...]) -> np.ndarray:
-        draws, resized = _Draws(key), self.augment.crop == "resized"
-        mirror = draws.fraction() < self.augment.flip
-        if resized:
-            picture = _picture(image, self.channels)
-        else:
-            pixels = self._placed(self._fit.pixels(image), mirror, draws)
-            if not self._steps:
-                return _channels_first(pixels)
-            picture = _picture(pixels, self.channels)
-        with draws.everywhere():
-            if resized:
-                picture = self._cut(picture)
-                picture = ImageOps.mirror(picture) if mirror else picture
-            for step in self._steps:
-                picture = step(picture)
-        return _channels_first(_array(picture))
-
-    def _placed(self, pixels: np.ndarray, mirror: bool, draws: _Draws) -> np.ndarray:
-        """Mirror, then shift with black coming in: the same as to pad and cut."""
-        if mirror:
-            pixels = pixels[:, ::-1]
-        pad = self.augment.pad
-        if self.augment.crop != "pad" or not pad:
-            return pixels
-        height, width = self.size
-        top, left = draws.below(2 * pad + 1), draws.below(2 * pad + 1)
-        padded = np.zeros((height + 2 * pad, width + 2 * pad, self.channels), dtype=np.uint8)
-        padded[pad : pad + height, pad : pad + width] = pixels
-        return padded[top : top + height, left : left + width]
-
-
-class _Draws:
-    """Random numbers that follow from a key alone, a few at once.
-
-    A hash costs 2 microseconds; a generator of numpy takes 10 times that to be made.
-    """
-
-    def __init__(self, key: tuple[int, ...]) -> None:
-        digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=32).digest()
-        self._pool = int.from_bytes(digest, "little")
-
-    def _next(self) -> int:
-        self._pool, draw = divmod(self._pool, 1 << 32)
-        return draw
-
-    def fraction(self) -> float:
-        return self._next() / (1 << 32)
-
-    def below(self, end: int) -> int:
-        return self._next() * end >> 32
-
-    @contextmanager
-    def everywhere(self) -> Iterator[None]:
-        """Seed the generators that timm and torchvision draw from; put them back afterwards.
-
-        The model in this process draws from them too, and a run that is resumed does not repeat
-        the images before. torch.manual_seed would reach the generators of the devices as well.
-        """
-        before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        try:
-            random.seed(self._next())
-            np.random.seed(self._next())
-            torch.default_generator.manual_seed(self._next())
-            yield
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
-            torch.set_rng_state(before[2])
-
-
-def _picture(image: Image.Image | np.ndarray, channels: int) -> Image.Image:
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-    return image.convert("L") if channels == 1 else to_rgb(image)
-
-
-def _array(picture: Image.Image) -> np.ndarray:
-    pixels = np.asarray(picture)
-    return pixels if pixels.ndim == 3 else pixels[..., None]
-
-
-def _channels_first(pixels: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        return self._call_kernel(F.center_crop, resized, list(self.size))

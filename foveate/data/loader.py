@@ -9,43 +9,47 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from foveate.core.schedule import check_choice
 from foveate.data.augment import Transform
-from foveate.data.sources import Source
+from foveate.data.seeds import seeded
+from foveate.data.sources import ArraySource, Source
 
-__all__ = ["CORRUPT", "Loader", "device_batches"]
+__all__ = ["CORRUPT", "Collate", "Loader", "device_batches", "stacked", "usual_workers"]
 
 _log = logging.getLogger(__name__)
 
 CORRUPT = ("skip", "fail")
+Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 _MOST_IN_A_ROW = 1000  # unreadable neighbours: more than that and the disk is gone, not an image
 
 
 class Loader:
     """Batches of a source; see the module for what makes it resumable.
 
-    Iterating gives dictionaries: "images" uint8 ``[B, C, H, W]``, "labels" int64 ``[B]`` (-1 where
-    there are none), "index" int64 ``[B]`` in the source, and "unreadable", names of images that
-    could not be read. An iteration that reaches its end moves on to the next epoch; one that is
-    broken off is begun again.
+    Iterating gives dictionaries: what ``collate`` makes of the samples, by default the keys of one
+    sample with the values of all ("image" ``[B, C, H, W]``, "label" int64 ``[B]``); "index", int64
+    ``[B]`` in the source; and "unreadable", names of images that could not be read. An iteration
+    that reaches its end moves on to the next epoch; one that is broken off is begun again.
 
     Args:
         source: from ``open_source``.
-        transform: from ``train_transform`` or ``eval_transform``.
+        transform: from a sample to a sample, such as ``train_transform`` gives.
+        collate: from a list of samples to a batch.
         batch: images a batch, on each rank.
         seed: of order and augmentation.
         train: shuffle, and drop the last batch if it is not full; else all images in order.
-        workers: processes that read; the batches are the same with any number.
+        workers: processes that read; the batches are the same with any number. They stay from one
+            epoch to the next.
         repeats: how often an image comes in a row, augmented differently each time. An epoch has as
             many images as ever, so it sees fewer different ones.
         rank: number of this process. Training ranks share each batch of ``batch * world``, so that
@@ -54,7 +58,7 @@ class Loader:
         world: number of processes.
         corrupt: "skip" takes the next readable image in place of one that is not, and in evaluation
             leaves it out; "fail" raises.
-        limit: use so many images: in training some of every class, in evaluation evenly spaced.
+        pinned: let workers hand batches out in memory that a GPU reads by itself.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class Loader:
         transform: Transform,
         *,
         batch: int,
+        collate: Collate | None = None,
         seed: int = 0,
         train: bool = True,
         workers: int = 0,
@@ -70,7 +75,7 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         corrupt: str = "skip",
-        limit: int | None = None,
+        pinned: bool = False,
     ) -> None:
         _check_whole("batch", batch, 1)
         _check_whole("seed", seed, 0)
@@ -83,19 +88,19 @@ class Loader:
         check_choice("corrupt", corrupt, CORRUPT)
         if repeats > 1 and not train:
             raise ValueError(f"repeats is for training; evaluation takes 1, got {repeats}")
-        if limit is not None:
-            _check_whole("limit", limit, 1)
         self.source, self.transform = source, transform
         self.batch, self.train, self.workers, self.repeats = batch, train, workers, repeats
         self.seed, self.rank, self.world = seed, rank, world
         self.unreadable: dict[str, str] = {}
-        chosen = _choose(source, train, limit)
-        if train and batch * world > len(chosen):
+        if train and batch * world > len(source):
             on = f" on each of {world} processes" if world > 1 else ""
             raise ValueError(
-                f"a batch of {batch}{on} needs as many images; the training data have {len(chosen)}"
+                f"a batch of {batch}{on} needs as many images; the training data have {len(source)}"
             )
-        self._read = _Reader(source, transform, chosen, seed, train, corrupt)
+        self._read = _Reader(source, transform, collate or stacked, seed, train, corrupt)
+        self._plans = _Plans()
+        self._helped: DataLoader | None = None
+        self.pinned = pinned
         self._epoch = self._handed_out = 0
         self._start = 0  # where an iteration of this epoch begins
 
@@ -106,8 +111,8 @@ class Loader:
 
     @property
     def images(self) -> int:
-        """Images of the source that are used, on all ranks."""
-        return len(self._read.chosen)
+        """Images of the source, for all ranks."""
+        return len(self.source)
 
     def __len__(self) -> int:
         """Batches an epoch, on this rank."""
@@ -168,15 +173,15 @@ class Loader:
 
     def _plan(self, start: int) -> list[_Task]:
         """What each batch of this epoch is made of, from one of them on."""
-        chosen, batch = len(self._read.chosen), self.batch
+        images, batch = self.images, self.batch
         if not self.train:
-            share = np.arange(self.rank, chosen, self.world)
+            share = np.arange(self.rank, images, self.world)
             parts = [share[i * batch : (i + 1) * batch] for i in range(start, len(self))]
             return [_Task(self._epoch, part, np.zeros_like(part)) for part in parts]
         # This generator of numpy is frozen: the order is the same with every version of it.
         stream = np.random.MT19937(np.random.SeedSequence([self.seed, self._epoch]))
-        order = np.random.RandomState(stream).permutation(chosen)
-        order = order[: math.ceil(chosen / self.repeats)].repeat(self.repeats)
+        order = np.random.RandomState(stream).permutation(images)
+        order = order[: math.ceil(images / self.repeats)].repeat(self.repeats)
         repeat = np.arange(len(order)) % self.repeats
         firsts = [(number * self.world + self.rank) * batch for number in range(start, len(self))]
         return [
@@ -188,17 +193,21 @@ class Loader:
         if not self.workers:
             yield from map(self._read.batch, plan)
             return
-        loader = DataLoader(
-            self._read,
-            sampler=plan,
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=self.workers,
-            # Without one of its own, it would draw from the generator that the model draws from.
-            generator=torch.Generator(),
-        )
+        if self._helped is None:
+            self._helped = DataLoader(
+                self._read,
+                sampler=self._plans,
+                batch_size=None,
+                collate_fn=_as_it_is,
+                num_workers=self.workers,
+                persistent_workers=True,
+                pin_memory=self.pinned,
+                # Else it would draw from the generator that the model draws from.
+                generator=torch.Generator(),
+            )
+        self._plans.tasks = plan
         try:
-            for made in loader:
+            for made in self._helped:
                 if isinstance(made, str):
                     raise ValueError(made)
                 yield made
@@ -207,9 +216,22 @@ class Loader:
             raise ValueError(f"a worker that reads images has ended: {first}") from error
 
 
+@dataclass
+class _Plans:
+    """The batches of the epoch that is under way; workers that stay ask for them anew."""
+
+    tasks: list[_Task] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __iter__(self) -> Iterator[_Task]:
+        return iter(self.tasks)
+
+
 @dataclass(frozen=True)
 class _Task:
-    """One batch: places among the chosen images, and which repeat of each."""
+    """One batch: numbers of images, and which repeat of each."""
 
     epoch: int
     places: np.ndarray
@@ -222,7 +244,7 @@ class _Reader(Dataset):
 
     source: Source
     transform: Transform
-    chosen: np.ndarray  # numbers of images in the source, ascending
+    collate: Collate
     seed: int
     train: bool
     corrupt: str
@@ -238,57 +260,66 @@ class _Reader(Dataset):
 
     def batch(self, task: _Task) -> dict[str, Any]:
         """Make a batch; what was "unreadable" comes with the reasons."""
-        images = np.empty(
-            (len(task.places), self.transform.channels, *self.transform.size), dtype=np.uint8
-        )
+        samples: list[dict[str, Any]] = []
         index: list[int] = []
         unreadable: dict[str, str] = {}
         for place, repeat in zip(task.places.tolist(), task.repeats.tolist(), strict=True):
-            found = self._readable(place, unreadable)
-            if found is None:
-                continue
             # Of the place and not of what replaced it, which may come in the same batch itself.
-            key = (self.seed, task.epoch, int(self.chosen[place]), repeat)
-            images[len(index)] = self._augmented(*found, key)
-            index.append(found[0])
+            with seeded((self.seed, task.epoch, place, repeat)):
+                found = self._readable(place, unreadable)
+                if found is not None:
+                    index.append(found[0])
+                    samples.append(self._transformed(*found))
+        made = self.collate(samples) if samples else {}
         return {
-            "images": torch.from_numpy(images[: len(index)]),
-            "labels": torch.tensor([self.source.label(i) for i in index], dtype=torch.int64),
+            **made,
             "index": torch.tensor(index, dtype=torch.int64),
             "unreadable": unreadable,
         }
 
     def _readable(
         self, place: int, unreadable: dict[str, str]
-    ) -> tuple[int, Image.Image | np.ndarray] | None:
-        """Number and image at a place, in training at the next one with a readable image.
+    ) -> tuple[int, dict[str, Any]] | None:
+        """Number and sample at a place, in training at the next one with a readable image.
 
         What was unreadable once is tried again: after a resume nobody would know of it.
         """
-        tries = min(len(self.chosen), _MOST_IN_A_ROW) if self.train else 1
+        tries = min(len(self.source), _MOST_IN_A_ROW) if self.train else 1
         reasons = []
         for step in range(tries):
-            index = int(self.chosen[(place + step) % len(self.chosen)])
+            index = (place + step) % len(self.source)
             try:
-                return index, self.source.image(index)
+                return index, self.source.sample(index)
             except ValueError as error:
                 if self.corrupt == "fail":
                     raise
                 reasons.append(str(error))
                 unreadable[self.source.name(index)] = str(error)
         if self.train:
-            which = f"{tries} images in a row" if tries < len(self.chosen) else "the images"
+            which = f"{tries} images in a row" if tries < len(self.source) else "the images"
             raise ValueError(f"none of {which} is readable: {reasons[0]} ...")
         return None
 
-    def _augmented(
-        self, index: int, image: Image.Image | np.ndarray, key: tuple[int, ...]
-    ) -> np.ndarray:
+    def _transformed(self, index: int, sample: dict[str, Any]) -> dict[str, Any]:
         try:
-            return self.transform(image, key)
+            return self.transform(sample)
         except Exception as error:  # of Pillow, timm or torchvision: they do not know the name
             name = self.source.name(index)
-            raise ValueError(f"{name} cannot be augmented: {_sentence(error)}") from error
+            raise ValueError(f"{name} cannot be transformed: {_sentence(error)}") from error
+
+
+def stacked(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """The keys of one sample with the values of all: tensors in one, numbers in one, else lists."""
+    found: dict[str, Any] = {}
+    for key, first in samples[0].items():
+        values = [sample[key] for sample in samples]
+        if isinstance(first, Tensor):
+            found[key] = torch.stack(values).as_subclass(Tensor)
+        elif isinstance(first, (int, float)):
+            found[key] = torch.tensor(values)
+        else:
+            found[key] = values
+    return found
 
 
 def _sentence(error: Exception) -> str:
@@ -299,23 +330,16 @@ def _as_it_is(made: Any) -> Any:
     return made
 
 
-def _choose(source: Source, train: bool, limit: int | None) -> np.ndarray:
-    """Numbers of the images that are used, ascending."""
-    count = len(source)
-    if limit is None or limit >= count:
-        return np.arange(count)
-    if not train:
-        return np.arange(limit) * count // limit
-    order = np.random.RandomState(0).permutation(count)
-    if source.classes is not None:
-        # One image of each class, then a second one of each, and so on.
-        labels = np.array([source.label(i) for i in order.tolist()])
-        by_class = np.argsort(labels, kind="stable")
-        counts = np.bincount(labels)
-        turn = np.empty(count, dtype=np.int64)
-        turn[by_class] = np.arange(count) - np.repeat(np.cumsum(counts) - counts, counts)
-        order = order[np.argsort(turn, kind="stable")]
-    return np.sort(order[:limit])
+def usual_workers(source: Source, processes: int = 1) -> int:
+    """How many processes should read images, where nobody says.
+
+    None for images in memory, and none without a GPU, where they would take the cores that the
+    model computes on. Beside a GPU as many as it has cores, up to 8.
+    """
+    if not torch.cuda.is_available() or isinstance(source, ArraySource):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(8, (cores or 1) // processes - 1))
 
 
 def _check_whole(name: str, value: object, least: int) -> None:
@@ -331,6 +355,8 @@ def device_batches(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Bring batches to a device: normalised images, labels, numbers of the images.
 
+    Images that come as floating-point numbers are taken as normalised.
+
     Args:
         loader: a ``Loader``.
         mean: of each channel, in 0..1.
@@ -342,7 +368,7 @@ def device_batches(
         raise ValueError(f"mean and std need a value each per channel, got {mean!r} and {std!r}")
     shift, spread = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (mean, std))
     for batch in loader:
-        tensors = [batch["images"], batch["labels"], batch["index"]]
+        tensors = [batch["image"], batch["label"], batch["index"]]
         if tensors[0].shape[1] != len(mean):
             raise ValueError(
                 f"mean {tuple(mean)!r} is of {len(mean)} channels; the images have "
@@ -351,5 +377,7 @@ def device_batches(
         if device.type == "cuda":  # bytes that are pinned travel while the device computes
             tensors = [tensor.pin_memory() for tensor in tensors]
         images, labels, index = (tensor.to(device, non_blocking=True) for tensor in tensors)
-        # Four times the bytes: made once, then changed in place.
-        yield images.float().div_(255).sub_(shift).div_(spread), labels, index
+        if not images.is_floating_point():
+            # Four times the bytes: made once, then changed in place.
+            images = images.float().div_(255).sub_(shift).div_(spread)
+        yield images, labels, index

@@ -13,12 +13,13 @@ import logging
 import os
 from dataclasses import dataclass, field
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from foveate.data.sources import WHOLE, NoSplit, Source, open_first, open_source
+from foveate.data.sources.datasets import describe
 
 __all__ = [
     "Part",
@@ -26,6 +27,7 @@ __all__ = [
     "common_images",
     "divide",
     "final_images",
+    "limited",
     "open_images",
     "open_splits",
 ]
@@ -36,50 +38,39 @@ _MOST_BYTES = 2**29  # that are read of two splits to compare them; of more, a p
 _MOST_UNSIZED = 50_000  # images that are read in full where their sizes are not known
 
 
-@dataclass(frozen=True)
-class Part:
-    """Some images of a source; see ``Source``."""
+class Part(Source):
+    """Some images of a source."""
 
-    whole: Source
-    indices: np.ndarray
-    split: str
-
-    @property
-    def spec(self) -> str:
-        """What the source was opened with."""
-        return self.whole.spec
-
-    @property
-    def classes(self) -> tuple[str, ...] | None:
-        """All classes of the source."""
-        return self.whole.classes
-
-    @property
-    def channels(self) -> int:
-        """Of the images, 1 or 3."""
-        return self.whole.channels
+    def __init__(self, whole: Source, indices: np.ndarray, split: str) -> None:
+        self.whole, self.indices, self.split = whole, indices, split
+        self.spec, self.classes, self.channels = whole.spec, whole.classes, whole.channels
+        self.finished = whole.finished
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def image(self, index: int) -> Image.Image | np.ndarray:
-        """Read an image."""
-        return self.whole.image(int(self.indices[index]))
+    def _of_whole(self, index: int) -> int:
+        return int(self.indices[index])
+
+    def image(self, index: int) -> Any:
+        return self.whole.image(self._of_whole(index))
 
     def label(self, index: int) -> int:
-        """Give the class of an image."""
-        return self.whole.label(int(self.indices[index]))
+        return self.whole.label(self._of_whole(index))
+
+    def targets(self, index: int) -> dict[str, Any]:
+        return self.whole.targets(self._of_whole(index))
+
+    def sample(self, index: int) -> dict[str, Any]:
+        return self.whole.sample(self._of_whole(index))
 
     def name(self, index: int) -> str:
-        """Name an image as the source does."""
-        return self.whole.name(int(self.indices[index]))
+        return self.whole.name(self._of_whole(index))
 
     def content(self, index: int) -> bytes:
-        """Read what is stored of an image."""
-        return self.whole.content(int(self.indices[index]))
+        return self.whole.content(self._of_whole(index))
 
     def sizes(self) -> np.ndarray | None:
-        """Give the bytes of each image's content."""
         found = self.whole.sizes()
         return None if found is None else found[self.indices]
 
@@ -135,9 +126,9 @@ class Splits:
 
 
 def open_splits(
-    train: str,
-    val: str | None = None,
-    test: str | None = None,
+    train: Any,
+    val: Any = None,
+    test: Any = None,
     *,
     share: float = 0.1,
     seed: int = 0,
@@ -162,7 +153,9 @@ def open_splits(
         raise ValueError(f"data.val_share must lie between 0 and 1, got {share}")
     _refuse_the_same(train, val, test)
     training = open_first(train, ("train", WHOLE), labels=labels)
-    if val == NONE:
+    if labels:
+        _check_labels(training)
+    if isinstance(val, str) and val == NONE:
         return Splits(training)
     divided: tuple[float, int] | None = None
     if val is not None:
@@ -239,6 +232,33 @@ def divide(source: Source, share: float, seed: int) -> tuple[np.ndarray, np.ndar
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
+def limited(source: Source, count: int | None, *, balanced: bool) -> Source:
+    """Take so many images of a source: some of every class, or evenly spaced ones.
+
+    Args:
+        source: the images.
+        count: how many; None, or more than there are, takes all.
+        balanced: one image of each class, then a second one of each, and so on; without classes
+            any. The choice is always the same.
+    """
+    total = len(source)
+    if count is None or count >= total:
+        return source
+    if count < 1:
+        raise ValueError(f"limit must be a whole number from 1, got {count}")
+    if not balanced:
+        return Part(source, np.arange(count) * total // count, source.split)
+    order = np.random.RandomState(0).permutation(total)
+    if source.classes is not None:
+        labels = np.array([source.label(i) for i in order.tolist()])
+        by_class = np.argsort(labels, kind="stable")
+        counts = np.bincount(labels)
+        turn = np.empty(total, dtype=np.int64)
+        turn[by_class] = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
+        order = order[np.argsort(turn, kind="stable")]
+    return Part(source, np.sort(order[:count]), source.split)
+
+
 def common_images(one: Source, other: Source) -> tuple[list[tuple[int, int]], int]:
     """Find images that are in both sources, and how many of the second were compared.
 
@@ -267,7 +287,7 @@ def common_images(one: Source, other: Source) -> tuple[list[tuple[int, int]], in
     return found, compared
 
 
-def _own_split(spec: str, split: str, labels: bool) -> Source | None:
+def _own_split(spec: Any, split: str, labels: bool) -> Source | None:
     """Open a split if the set has it."""
     try:
         return open_source(spec, split, labels=labels)
@@ -280,7 +300,7 @@ def _digest(content: bytes, seed: int) -> bytes:
     return hashlib.blake2b(content, digest_size=8, key=key).digest()
 
 
-def _refuse_the_same(train: str, val: str | None, test: str | None) -> None:
+def _refuse_the_same(train: Any, val: Any, test: Any) -> None:
     """Refuse a set that is named twice, or one inside another."""
     named = {"data.train": train, "data.val": val, "data.test": test}
     for (one, first), (other, second) in combinations(named.items(), 2):
@@ -288,6 +308,8 @@ def _refuse_the_same(train: str, val: str | None, test: str | None) -> None:
             continue
         a, b = _place(first), _place(second)
         if a == b:
+            second = second if isinstance(second, str) else describe(second)
+            first = first if isinstance(first, str) else "it"
             raise ValueError(
                 f"{one} and {other} name the same images, {second}: leave {other} out, and the "
                 f"split that {first} has is taken, or a part of it is held out"
@@ -298,24 +320,50 @@ def _refuse_the_same(train: str, val: str | None, test: str | None) -> None:
                 raise ValueError(f"{one}={first} and {other}={second}: one lies inside the other")
 
 
-def _place(spec: str) -> str:
+def _place(spec: Any) -> str:
     """Name a set the same way however it was written: the real path of a folder."""
+    if not isinstance(spec, (str, Path)):
+        return f"the object {id(spec)}"
+    spec = str(spec)
     kind, colon, location = spec.partition(":")
     path = location if colon and kind == "folder" else spec
     path = os.path.expanduser(path)
     return os.path.realpath(path) if os.path.isdir(path) else spec
 
 
+def _check_labels(training: Source) -> None:
+    classes, name = training.classes, training.spec
+    if classes is None:
+        raise ValueError(f"{name} has no labels, which this job needs")
+    if len(classes) < 2:
+        raise ValueError(f"{name} has the class {classes[0]} alone: two are needed at least")
+
+
 def _check_classes(named: dict[str, Source | None]) -> None:
     training = named["training"]
     assert training is not None
+    known = training.classes
     for name, source in named.items():
-        if source is not None and source.classes != training.classes:
+        if source is None or source.classes == known:
+            continue
+        if known is None or source.classes is None:
             raise ValueError(
-                f"the {name} images of {source.spec} have {len(source.classes or ())} classes, the "
-                f"training images of {training.spec} have {len(training.classes or ())}: they do "
-                "not belong together"
+                f"the training images of {training.spec} have "
+                f"{'no' if known is None else len(known)} classes, the {name} images of "
+                f"{source.spec} {'none' if source.classes is None else len(source.classes)}"
             )
+        if known[: len(source.classes)] == source.classes:  # without an image of the last classes
+            continue
+        more = [one for one in source.classes if one not in known]
+        if more:
+            raise ValueError(
+                f"the {name} images of {source.spec} have the class {more[0]}, which no training "
+                f"image of {training.spec} has"
+            )
+        raise ValueError(
+            f"the {name} images of {source.spec} have {len(source.classes)} classes in another "
+            f"order than the {len(known)} of {training.spec}: they do not belong together"
+        )
 
 
 def _check_common(

@@ -2,7 +2,6 @@
 
 from foveate.evaluate.answers import Accuracy, Batch, Batches, Seeded, Tally, accuracy
 from foveate.evaluate.convergence import convergence
-from foveate.evaluate.inputs import Inputs
 from foveate.evaluate.occlusion import RATIOS, Occlusion, occlusion
 from foveate.evaluate.output import write
 from foveate.evaluate.pruning import RATES, Pruned, prune, pruning

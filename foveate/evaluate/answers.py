@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.core import evaluation
+from foveate.core.evaluation import logits_of
 from foveate.core.schedule import check_choice
 
 __all__ = [
@@ -150,16 +151,6 @@ def accuracy(
         for images, labels, _ in batches():
             tally.add(logits_of(model(images)), labels)
     return tally.result()
-
-
-def logits_of(answer: Any) -> Tensor:
-    """The logits of a model's answer: the tensor itself, a field of that name, or the first."""
-    found = getattr(answer, "logits", answer)
-    if isinstance(found, (tuple, list)) and found:
-        found = found[0]
-    if not isinstance(found, Tensor):
-        raise ValueError(f"the model answers with {type(answer).__name__}, which has no logits")
-    return found
 
 
 @contextmanager

@@ -14,9 +14,8 @@ from foveate.bench import machine
 from foveate.bench.result import LEAST_ROUNDS
 from foveate.core import ReducedViT
 from foveate.core.schedule import check_choice
-from foveate.data import Loader, Source, device_batches, eval_transform, open_images
+from foveate.data import Inputs, Loader, Source, device_batches, limited, open_images
 from foveate.evaluate.answers import PRECISIONS, Batch
-from foveate.evaluate.inputs import Inputs
 from foveate.evaluate.occlusion import check_ratios, check_seeds, occlusion
 from foveate.evaluate.pruning import check_rates, pruning
 from foveate.evaluate.rates import measure, variants
@@ -156,17 +155,11 @@ class _Job:
             check_ratios(plan.occlusion, model)
         self.inputs = Inputs.of(model)
         self.loader = Loader(
-            source,
-            eval_transform(
-                self.inputs.size,
-                self.inputs.channels,
-                crop_pct=self.inputs.crop_pct,
-                interpolation=self.inputs.interpolation,
-            ),
+            limited(source, plan.limit, balanced=False),
+            self.inputs.transform(),
             train=False,
             batch=plan.batch,
             workers=plan.workers,
-            limit=plan.limit,
             corrupt="fail" if plan.strict else "skip",
         )
 

@@ -10,11 +10,13 @@ from typing import Any
 from torch import nn
 
 from foveate.backbones import backbone_for
+from foveate.data import Splits
 from foveate.pretrain.method import MaskedImageModel, make_method
 from foveate.pretrain.recipe import Pretrain
 from foveate.pretrain.task import PretrainTask
 from foveate.pretrain.weights import load_rest, load_weights, method_of, rest_path
-from foveate.train.build import Batches, make_batches, make_model, open_data
+from foveate.train.build import make_model, open_data
+from foveate.train.probe import Watched
 from foveate.train.recipe import Data, Model
 
 _log = logging.getLogger(__name__)
@@ -60,23 +62,14 @@ def _both(path: Path) -> Path | None:
     return path if path.suffix == ".safetensors" and rest_path(path).is_file() else None
 
 
-def build(recipe: Pretrain, rank: int, world: int) -> tuple[PretrainTask, Batches]:
+def build(recipe: Pretrain) -> tuple[PretrainTask, Splits]:
     """The task and its images; labels are not asked for."""
     splits = open_data(recipe.data, labels=False)
-    task = PretrainTask(make_masked_model(recipe), recipe.mask, recipe.mto, recipe.loop.seed)
-    batches = make_batches(
-        recipe.data,
-        task.model.vit,
-        splits=splits,
-        seed=recipe.loop.seed,
-        rank=rank,
-        world=world,
-        labels=False,
-    )
-    return task, batches
+    model = make_masked_model(recipe)
+    return PretrainTask(model, recipe.mask, recipe.mto, recipe.loop.seed, recipe.data), splits
 
 
-def open_watched(recipe: Pretrain, vit: nn.Module) -> Batches | None:
+def open_watched(recipe: Pretrain, vit: nn.Module) -> Watched | None:
     """Labelled images of the progress curve, as evaluation sees them."""
     if recipe.probe.data is None:
         return None
@@ -92,16 +85,17 @@ def open_watched(recipe: Pretrain, vit: nn.Module) -> Batches | None:
         limit=recipe.probe.limit,
         val_limit=recipe.probe.val_limit,
     )
-    batches = make_batches(watched, vit, augmented=False)
+    splits = open_data(watched)
+    assert splits.val is not None
+    found = Watched.of(vit, watched, splits.train, splits.val)
     # What would be found out at the first reading, after hours, is said now.
     if recipe.probe.feature == "token" and not backbone_for(vit).spec.class_token:
         raise ValueError(
             "probe.feature=token needs a class token, which this model has not: use avg"
         )
-    images = batches.train.images
-    if recipe.probe.neighbours > images:
+    if recipe.probe.neighbours > found.train.images:
         raise ValueError(
-            f"probe.neighbours={recipe.probe.neighbours} is more than the {images} images of "
-            f"{recipe.probe.data} that are read"
+            f"probe.neighbours={recipe.probe.neighbours} is more than the {found.train.images} "
+            f"images of {recipe.probe.data} that are read"
         )
-    return batches
+    return found

@@ -10,17 +10,18 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from foveate.data import Source
 from foveate.files import write_whole
 from foveate.pretrain.build import open_watched
 from foveate.pretrain.layers import ALARM, collapsing, measure_layers
 from foveate.pretrain.method import MaskedImageModel
 from foveate.pretrain.recipe import Pretrain
-from foveate.pretrain.reconstructions import first_images, picture
+from foveate.pretrain.reconstructions import picture, some_images
 from foveate.pretrain.task import PretrainTask, fixed_mask
 from foveate.pretrain.weights import save_model
-from foveate.train.build import Batches
 from foveate.train.module import Module
-from foveate.train.probe import read
+from foveate.train.probe import Watched, read
+from foveate.train.run import Loaders
 from foveate.train.task import Task
 
 __all__ = ["own_callbacks"]
@@ -31,17 +32,19 @@ _SHOWN = 6  # that are drawn
 _HINT = "; lower mto's weights or set mto.detach_visible=true"
 
 
-def own_callbacks(recipe: Pretrain, task: Task, batches: Batches, out: Path) -> list[Callback]:
+def own_callbacks(recipe: Pretrain, task: Task, loaders: Loaders, out: Path) -> list[Callback]:
     """Those that the recipe asks for."""
     assert isinstance(task, PretrainTask)
     found: list[Callback] = []
     watched = open_watched(recipe, task.model.vit)
     if watched is not None:
         found.append(ProgressCurve(recipe, watched))
+    splits = loaders.splits
+    shown = splits.train if splits.val is None else splits.val
     if recipe.layers_every is not None:
-        found.append(LayerLog(recipe, task, batches))
+        found.append(LayerLog(recipe, task, shown))
     if recipe.loop.pictures_every is not None:
-        found.append(Reconstructions(recipe, task, batches, out / "pictures"))
+        found.append(Reconstructions(recipe, task, shown, out / "pictures"))
     found.append(Snapshots(recipe, out / "snapshots"))
     return found
 
@@ -88,7 +91,7 @@ class _AtEpochs(Callback):
 class ProgressCurve(_AtEpochs):
     """Logs "probe/knn" and "probe/linear", per cent of a labelled set's evaluation images."""
 
-    def __init__(self, recipe: Pretrain, watched: Batches) -> None:
+    def __init__(self, recipe: Pretrain, watched: Watched) -> None:
         self.every = recipe.probe.every
         self.reading, self.watched = recipe.probe, watched
 
@@ -103,10 +106,10 @@ class ProgressCurve(_AtEpochs):
 class LayerLog(_AtEpochs):
     """Logs heterogeneity and the visible tokens' cosine of every layer, and raises the alarm."""
 
-    def __init__(self, recipe: Pretrain, task: PretrainTask, batches: Batches) -> None:
+    def __init__(self, recipe: Pretrain, task: PretrainTask, source: Source) -> None:
         self.every, self.masking = recipe.layers_every, task.masking
         self.hint = "" if task.mto is None else _HINT
-        self.images = first_images(task.model, batches, _IMAGES, recipe.data)
+        self.images = some_images(task.inputs, source, _IMAGES)[0]
         self._before: list[float] = []
         self._said = False
 
@@ -137,12 +140,10 @@ class LayerLog(_AtEpochs):
 class Reconstructions(_AtEpochs):
     """Draws what the model makes of hidden patches."""
 
-    def __init__(
-        self, recipe: Pretrain, task: PretrainTask, batches: Batches, folder: Path
-    ) -> None:
+    def __init__(self, recipe: Pretrain, task: PretrainTask, source: Source, folder: Path) -> None:
         self.every, self.masking = recipe.loop.pictures_every, task.masking
-        self.images = first_images(task.model, batches, _SHOWN, recipe.data)
-        self.mean, self.std, self.folder = batches.mean, batches.std, folder
+        self.images = some_images(task.inputs, source, _SHOWN)[0]
+        self.mean, self.std, self.folder = task.inputs.mean, task.inputs.std, folder
 
     def act(self, module: Module, model: MaskedImageModel, epoch: int) -> None:
         """One file an epoch."""

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from foveate.bench.machine import check_device
-from foveate.data import Preprocessing, Source, open_first, open_images
+from foveate.data import Source, open_first, open_images
 from foveate.data.splits import NONE
 from foveate.files import write_text, write_whole
 from foveate.pretrain.build import make_masked_model
@@ -36,6 +36,7 @@ from foveate.pretrain.reconstructions import picture, some_images
 from foveate.pretrain.task import fixed_mask
 from foveate.pretrain.weights import load_weights
 from foveate.train.build import open_start
+from foveate.train.images import image_inputs
 
 __all__ = [
     "Choices",
@@ -285,11 +286,11 @@ def _look(
 ) -> RunLook:
     model = _new_model(recipe, next(iter(chosen.values()))[1]).eval().to(choices.device)
     data = recipe.data
-    known = Preprocessing.of(model.vit)
-    mean, std = data.mean or known.mean, data.std or known.std
+    inputs = image_inputs(model.vit, data)
+    mean, std = inputs.mean, inputs.std
     source = _images(recipe, choices)
     spec, split = source.spec, source.split
-    images, wrong = some_images(model, source, choices.images, data, mean, std)
+    images, wrong = some_images(inputs, source, choices.images)
     for reason in wrong:
         _log.warning("skipped %s", reason)
     if not 0 <= choices.image < len(images):

@@ -76,7 +76,7 @@ class Hiding:
         kind: "random" patches, random square "unit"s of several patches, or "block": BEiT's
             rectangles, placed until the share is reached.
         ratio: share of the patches that is hidden; None is the method's own.
-        unit: side of a unit in pixels.
+        unit: side of a "unit" in pixels.
     """
 
     kind: str | None = None

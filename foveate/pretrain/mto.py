@@ -70,21 +70,21 @@ class Mto:
         e: weight of the loss that raises the first heterogeneity.
         r: weight of the loss that ranks heterogeneity from layer to layer.
         ramp: share of the run over which the weights grow from 0.
-        similarity: "cosine", "layernorm", "scaled" or "raw".
-        temperature: of cosines.
-        initial: tokens of layer 0: "pre_pos", before positions are added, or "post_pos".
-        normalise: entropies as shares of the most they can be.
-        reduction: "mean" or "sum" over visible tokens ("spa") and layers ("r").
+        similarity: how tokens are compared: "cosine", "layernorm", "scaled" or "raw".
+        temperature: divides cosines before the softmax; a low one makes near tokens count more.
+        initial: the tokens of layer 0: "pre_pos", before positions are added, or "post_pos".
+        normalise: take entropies as shares of the most that they can be.
+        reduction: "mean" or "sum" over visible tokens ("spa") and over layers ("r").
         include_self: let a visible token's similarity to itself count in "spa".
         direction: "decreasing" asks for heterogeneity that sinks with depth, as the text and the
             figures say; "as_printed" is the formula, which asks for the contrary.
-        eps: beside the heterogeneity that "e" divides by.
-        form: of "spa": "entropy" of a visible token's row, or "mass" that it leaves to visible
-            tokens, which says the aim directly and is not in the paper.
-        margin: by which heterogeneity is to sink at least.
+        eps: is added to the heterogeneity that "e" divides by.
+        form: what "spa" measures: "entropy" of a visible token's row, or "mass" that it leaves to
+            visible tokens, which says the aim directly and is not in the paper.
+        margin: how much heterogeneity has to sink from layer to layer.
         layers: compare every so many layers, beginning before the first, or these alone.
-        detach_visible: heterogeneity teaches hidden tokens alone.
-        detach_prev: the ranking teaches the later layer of a pair alone.
+        detach_visible: let heterogeneity teach hidden tokens alone.
+        detach_prev: let the ranking teach the later layer of a pair alone.
     """
 
     preset: str = "default"

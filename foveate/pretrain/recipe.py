@@ -8,7 +8,7 @@ from typing import Any
 from foveate.data.splits import NONE
 from foveate.pretrain.masks import Hiding
 from foveate.pretrain.mto import Mto
-from foveate.train.recipe import Reading, Recipe
+from foveate.train.recipe import Model, Reading, Recipe
 
 __all__ = ["Pretrain", "Watch"]
 
@@ -20,9 +20,9 @@ class Watch(Reading):
     Attributes:
         data: a labelled data set, as ``foveate.data.open_source`` takes it; None watches nothing.
         every: epochs between readings; at the end there is one in any case.
-        limit: use so many training images.
-        val_limit: use so many evaluation images.
-        image_batch: images at a time.
+        limit: take the features of so many training images only.
+        val_limit: take the features of so many validation images only.
+        image_batch: images in a step of the backbone.
     """
 
     data: str | None = None
@@ -42,8 +42,9 @@ class Pretrain(Recipe):
     """Masked image modelling.
 
     Attributes:
+        model: which ViT, and from where.
         method: "mae" or "simmim".
-        options: of the method, such as decoder_depth.
+        options: what the method is made with, such as decoder_depth.
         mask: what is hidden; kind and ratio are the method's own if not given.
         mto: masked token optimisation; None is without it.
         probe: the progress curve.
@@ -51,6 +52,7 @@ class Pretrain(Recipe):
         layers_every: epochs between measurements of heterogeneity, layer by layer; None is never.
     """
 
+    model: Model
     method: str = "mae"
     options: dict[str, Any] = field(default_factory=dict)
     mask: Hiding = field(default_factory=Hiding)
@@ -75,8 +77,6 @@ class Pretrain(Recipe):
             raise ValueError(
                 "loop.patience waits for validation scores, and data.val=none gives none"
             )
-        if self.mix.mixup or self.mix.cutmix or self.mix.smoothing or self.mix.erase:
-            raise ValueError("mix is for classification: pre-training takes images as they are")
 
     def kept(self, epoch: int) -> bool:
         """Whether the weights after so many epochs are kept."""

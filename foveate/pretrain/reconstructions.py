@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from foveate.data import Source, eval_transform
+from foveate.data import Inputs, Source
 from foveate.pretrain.masks import Mask
 from foveate.pretrain.method import MaskedImageModel
-from foveate.train.build import Batches
-from foveate.train.recipe import Data
 
-__all__ = ["first_images", "picture", "some_images"]
+__all__ = ["picture", "some_images"]
 
 _TRIES = 4  # neighbours of an image that cannot be read
 _GREY = 0.5  # of hidden patches
@@ -24,40 +21,31 @@ _SIDE = 112  # images are shown at least this large
 _TITLES = ("seen", "predicted", "both", "original")
 
 
-def first_images(model: MaskedImageModel, batches: Batches, number: int, data: Data) -> Tensor:
-    """Some readable images, evenly spread, as evaluation sees them: normalised ``[n, C, H, W]``."""
-    source = (batches.train if batches.val is None else batches.val).source
-    return some_images(model, source, number, data, batches.mean, batches.std)[0]
+def some_images(inputs: Inputs, source: Source, number: int) -> tuple[Tensor, list[str]]:
+    """Some readable images, evenly spread, as evaluation sees them.
 
-
-def some_images(
-    model: MaskedImageModel,
-    source: Source,
-    number: int,
-    data: Data,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> tuple[Tensor, list[str]]:
-    """Likewise from any source; and what was wrong with images that others stand in for."""
-    spec, backbone = model.backbone.spec, model.backbone
-    size = (spec.grid[0] * spec.patch[0], spec.grid[1] * spec.patch[1])
-    transform = eval_transform(size, backbone.channels, data.crop_pct, data.augment.interpolation)
-    rows: list[np.ndarray] = []
+    They are normalised, ``[n, C, H, W]``; and what was wrong with images that others stand in for.
+    """
+    transform = inputs.transform()
+    rows: list[Tensor] = []
     wrong: list[str] = []
     number = min(number, len(source))
     for place in range(number):
         first, end = (part * len(source) // number for part in (place, place + 1))
         for index in range(first, min(end, first + _TRIES)):
             try:
-                rows.append(transform(source.image(index), (0,)))
+                rows.append(transform({"image": source.image(index)})["image"])
                 break
             except ValueError as error:  # unreadable: the next one will do
                 wrong.append(str(error))
     if not rows:
         why = f": {wrong[0]}" if wrong else ""
         raise ValueError(f"{source.spec} has no readable image to look at{why}")
-    offset, scale = (torch.tensor(v).view(1, -1, 1, 1) * 255 for v in (mean, std))
-    return (torch.from_numpy(np.stack(rows)).float() - offset) / scale, wrong
+    images = torch.stack(rows).as_subclass(Tensor)
+    if images.is_floating_point():
+        return images, wrong
+    offset, scale = (torch.tensor(v).view(1, -1, 1, 1) * 255 for v in (inputs.mean, inputs.std))
+    return (images.float() - offset) / scale, wrong
 
 
 @torch.no_grad()

@@ -11,11 +11,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from foveate.pretrain.build import build
 from foveate.pretrain.callbacks import own_callbacks
 from foveate.pretrain.recipe import Pretrain
+from foveate.train.result import Result
 from foveate.train.run import fit
 
 __all__ = ["pretrain"]
@@ -30,8 +30,8 @@ def pretrain(
     resume: bool = False,
     progress: bool = True,
     say: Callable[[str], None] = _log.info,
-) -> dict[str, Any]:
-    """Pre-train, and export the backbone; gives the content of result.json.
+) -> Result:
+    """Pre-train, and export the backbone; gives what result.json holds, and the model.
 
     Args:
         recipe: what to do.

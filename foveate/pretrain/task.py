@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 
 from foveate.pretrain.masks import Hiding, Mask
 from foveate.pretrain.method import MaskedImageModel
 from foveate.pretrain.mto import Mto, mto_losses
 from foveate.pretrain.weights import save_model
 from foveate.train.draws import Draws
-from foveate.train.scores import Scores
-from foveate.train.task import Task
+from foveate.train.images import ImageTask
+from foveate.train.recipe import Data
 
 __all__ = ["PretrainTask", "fixed_mask"]
 
 _FIXED = 2**31  # steps that no run reaches: masks of evaluation are drawn as of these
 
 
-class PretrainTask(Task):
+class PretrainTask(ImageTask):
     """Losses of a method on masked images, and of MTO if there is any.
 
     Attributes:
@@ -37,11 +39,13 @@ class PretrainTask(Task):
         masking: Hiding | None = None,
         mto: Mto | None = None,
         seed: int = 0,
+        data: Data | None = None,
     ) -> None:
         self.mto = mto if mto is not None and mto.active else None
         if self.mto is not None:
             self.mto.check_depth(model.depth)
-        super().__init__(model, {} if self.mto is None else self.mto.weights_at(0.0))
+        weights = {} if self.mto is None else self.mto.weights_at(0.0)
+        super().__init__(model, data, vit=model.vit, weights=weights)
         self.masking = (masking or Hiding()).filled(model.mask_kind, model.mask_ratio)
         spec = model.backbone.spec
         hidden = self.masking.count(spec.grid, spec.patch)  # refuses what cannot be
@@ -52,9 +56,9 @@ class PretrainTask(Task):
             )
         self.seed = seed
 
-    def forward(self, images: Tensor, targets: Tensor, draws: Draws) -> dict[str, Tensor]:
+    def training_step(self, batch: dict[str, Any], draws: Draws) -> dict[str, Tensor]:
         """Losses of the method and of MTO; targets are not looked at."""
-        backbone = self.model.backbone
+        images, backbone = self.pixels(batch), self.model.backbone
         grid = backbone.grid_of(images)
         mask = self.masking.draw(len(images), grid, backbone.spec.patch, draws)
         found = self.model(images, mask, states=self.mto is not None)
@@ -63,14 +67,23 @@ class PretrainTask(Task):
             losses = losses | mto_losses(found.states, mask, self.mto)
         return losses
 
-    def advance(self, progress: float) -> None:
+    def set_progress(self, progress: float, model: nn.Module) -> None:
         """Let MTO's weights grow."""
         if self.mto is not None:
             self.weights = self.mto.weights_at(progress)
 
-    def scores(self, classes: int) -> Scores:
-        """Loss on evaluation images."""
-        return Reconstruction(self.masking, self.seed)
+    def metrics(self) -> dict[str, Metric]:
+        """The method's own loss on evaluation images, with masks that stay the same."""
+        return {"loss": MeanMetric()}
+
+    def validation_step(
+        self, model: nn.Module, batch: dict[str, Any], metrics: Mapping[str, Metric], number: int
+    ) -> None:
+        """Mean over images of the sum of the losses."""
+        assert isinstance(model, MaskedImageModel)
+        images = self.pixels(batch)
+        mask = fixed_mask(model, images, self.masking, self.seed, number)
+        metrics["loss"].update(sum(model(images, mask).losses.values()), weight=len(images))
 
     def export(self, model: nn.Module, folder: Path) -> Path:
         """Write the backbone for timm and everything else, and the rest beside it."""
@@ -78,30 +91,6 @@ class PretrainTask(Task):
         path = folder / "model.safetensors"
         save_model(model, path)
         return path
-
-
-class Reconstruction(Scores):
-    """The method's own loss on evaluation images, with masks that stay the same."""
-
-    shown = "loss"
-
-    def __init__(self, masking: Hiding, seed: int) -> None:
-        super().__init__()
-        self.masking, self.seed = masking, seed
-        self.metric = MeanMetric()
-
-    def update(self, model: nn.Module, images: Tensor, labels: Tensor, index: int) -> None:
-        """Mean over images of the sum of the losses."""
-        assert isinstance(model, MaskedImageModel)
-        mask = fixed_mask(model, images, self.masking, self.seed, index)
-        losses = model(images, mask).losses
-        self.metric.update(sum(losses.values()), weight=len(images))
-
-    def compute(self) -> dict[str, float]:
-        """The mean."""
-        found = {"loss": float(self.metric.compute())}
-        self.metric.reset()
-        return found
 
 
 def fixed_mask(

@@ -1,10 +1,9 @@
-"""From a recipe to a model, a teacher and batches; all that can be wrong is said here."""
+"""From a recipe to images, a model and a teacher; all that can be wrong is said here."""
 
 from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import dataclass
 from typing import Any
 
 import timm
@@ -12,56 +11,21 @@ from timm.layers import DropPath, calculate_drop_path_rates
 from torch import nn
 
 from foveate import api
-from foveate.backbones import backbone_for, lvvit_m, lvvit_s, set_image_settings
+from foveate.backbones import backbone_for, image_settings, lvvit_m, lvvit_s
 from foveate.convert import Settings, open_model
 from foveate.core import Backbone, ReducedViT
-from foveate.data import (
-    Loader,
-    Preprocessing,
-    Splits,
-    eval_transform,
-    open_splits,
-    train_transform,
-)
+from foveate.data import Splits, open_splits
 from foveate.data.demo import demo_vit
 from foveate.data.splits import NONE
 from foveate.train import recipe as recipes
 from foveate.train.finetune import FinetuneTask
-from foveate.train.reduce import ReduceTask, own_weights
+from foveate.train.images import ImageTask
+from foveate.train.reduce import ReduceTask
 
-__all__ = [
-    "Batches",
-    "make_batches",
-    "make_finetune",
-    "make_model",
-    "make_reduce",
-    "open_data",
-    "open_start",
-]
+__all__ = ["make_finetune", "make_model", "make_reduce", "open_data", "open_start"]
 
 _log = logging.getLogger(__name__)
 _OURS = {"lvvit_s": lvvit_s, "lvvit_m": lvvit_m}
-
-
-@dataclass
-class Batches:
-    """Loaders of both parts, and what the data say of themselves.
-
-    Attributes:
-        splits: the images themselves.
-        train: training batches.
-        val: validation batches; None where ``data.val`` is "none".
-        classes: names; none without labels.
-        mean: of each channel.
-        std: of each channel.
-    """
-
-    splits: Splits
-    train: Loader
-    val: Loader | None
-    classes: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
 
 def make_model(recipe: recipes.Model, classes: int | None) -> nn.Module:
@@ -71,7 +35,9 @@ def make_model(recipe: recipes.Model, classes: int | None) -> nn.Module:
 
 def _started(recipe: recipes.Model, classes: int | None) -> tuple[nn.Module, bool]:
     """The model, and whether its head has learnt nothing yet."""
-    if recipe.start is None:
+    if isinstance(recipe.start, nn.Module):
+        model = _bare(recipe.start).train()
+    elif recipe.start is None:
         model = _made(recipe, {"num_classes": classes or 0})
     elif recipe.start == "pretrained":  # with its own head, so that another one is asked for
         model = _made(recipe, {"num_classes": 0} if classes is None else {})
@@ -87,8 +53,20 @@ def _started(recipe: recipes.Model, classes: int | None) -> tuple[nn.Module, boo
     return model, new
 
 
-def open_start(path: str, weights: str = "auto") -> nn.Module:
+def _bare(model: nn.Module) -> nn.Module:
+    """The backbone of a model that may have a method."""
+    if isinstance(model, ReducedViT):
+        _log.info(
+            "the method %r of the given model is left out: its backbone is taken", model.reducer
+        )
+        return model.vit
+    return model
+
+
+def open_start(path: str | nn.Module, weights: str = "auto") -> nn.Module:
     """Open weights to start from or to learn from: a file, a folder of any kind, or "demo"."""
+    if isinstance(path, nn.Module):
+        return path
     if path == "demo":
         return demo_vit()
     return open_model(path, None, None, {}, Settings(weights=weights)).model
@@ -108,91 +86,15 @@ def open_data(data: recipes.Data, *, labels: bool = True) -> Splits:
         labels=labels,
     )
     classes = splits.train.classes
-    if labels and classes is None:
-        raise ValueError(f"{data.train} has no labels, which this job needs")
-    if classes is not None and len(classes) < 2:
-        raise ValueError(f"{data.train} has the class {classes[0]} alone: two are needed at least")
     if splits.held_out is not None and classes is not None:
         left = {splits.train.label(i) for i in range(len(splits.train))}
         lost = [name for number, name in enumerate(classes) if number not in left]
         if lost:
             _log.warning(
-                "the division leaves no training image of %s: another data.split_seed may",
+                "the division leaves no training image of %s, which another data.split_seed may do",
                 ", ".join(lost),
             )
     return splits
-
-
-def make_batches(
-    data: recipes.Data,
-    model: nn.Module,
-    *,
-    splits: Splits | None = None,
-    seed: int = 0,
-    rank: int = 0,
-    world: int = 1,
-    augmented: bool = True,
-    labels: bool = True,
-    final: bool = False,
-) -> Batches:
-    """Open the data and cut them into batches of what the model takes.
-
-    Args:
-        data: from the recipe.
-        model: is told the data's mean and spread, which are exported with it.
-        splits: the images, if they are open already: listing many takes minutes.
-        seed: of order and augmentation.
-        rank: number of this process.
-        world: how many there are.
-        augmented: False gives training images as evaluation sees them, all of them, in order.
-        labels: False for jobs that need none.
-        final: take the test images in place of those for validation, if there are any: for a last
-            look, after which nothing is chosen.
-    """
-    if splits is None:
-        splits = open_data(data, labels=labels)
-    backbone = backbone_for(model)
-    wanted = Preprocessing.of(model)
-    rows, columns = backbone.spec.grid
-    size = (rows * backbone.spec.patch[0], columns * backbone.spec.patch[1])
-    channels = backbone.channels
-    if data.mean is not None and {len(data.mean), len(data.std or ())} != {channels}:
-        raise ValueError(
-            f"data.mean and data.std need one value for each of the model's {channels} channels"
-        )
-    mean, std = data.mean or wanted.mean, data.std or wanted.std
-    said = {"mean": mean, "std": std, "crop_pct": data.crop_pct}
-    said["interpolation"] = data.augment.interpolation
-    set_image_settings(model, said)  # exported with the model
-    shared: dict[str, Any] = {
-        "workers": data.workers,
-        "rank": rank,
-        "world": world,
-        "corrupt": data.corrupt,
-    }
-    plain = eval_transform(size, channels, data.crop_pct, data.augment.interpolation)
-    train = Loader(
-        splits.train,
-        train_transform(data.augment, size, channels) if augmented else plain,
-        batch=data.batch,
-        seed=seed,
-        train=augmented,
-        repeats=data.repeats if augmented else 1,
-        limit=data.limit,
-        **shared,
-    )
-    val = None
-    held = splits.test if final and splits.test is not None else splits.val
-    if held is not None:
-        val = Loader(
-            held,
-            plain,
-            batch=data.val_batch or data.batch,
-            train=False,
-            limit=data.val_limit,
-            **shared,
-        )
-    return Batches(splits, train, val, splits.train.classes or (), mean, std)
 
 
 def make_finetune(recipe: recipes.Finetune, classes: int) -> FinetuneTask:
@@ -201,18 +103,36 @@ def make_finetune(recipe: recipes.Finetune, classes: int) -> FinetuneTask:
     teacher = None
     if recipe.distill.kind != "none":
         teacher = _teacher(recipe.distill.teacher, recipe.model, model, classes, new)
-    return FinetuneTask(model, recipe.masking, recipe.distill, teacher)
+    task = FinetuneTask(
+        model,
+        classes,
+        recipe.data,
+        recipe.mix,
+        masking=recipe.masking,
+        distill=recipe.distill,
+        teacher=teacher,
+    )
+    _compare_images(task, teacher)
+    return task
 
 
 def make_reduce(recipe: recipes.Reduce, classes: int) -> ReduceTask:
     """The model with its method, and the dense teacher of its losses."""
     model, new = _started(recipe.model, classes)
-    reduced = api.apply(model, recipe.method)
-    weights = own_weights(reduced) | recipe.weights
-    teacher = None
-    if any(weights.get(name) for name in ("kl", "token")):
+    reduced = api.apply(model, str(recipe.method))
+    task = ReduceTask(
+        reduced,
+        classes,
+        recipe.data,
+        recipe.mix,
+        weights=recipe.weights,
+        token_loss=recipe.token_loss,
+    )
+    if task.needs_teacher:
         teacher = _teacher(recipe.teacher, recipe.model, model, classes, new)
-    return ReduceTask(reduced, teacher, recipe.weights, recipe.token_loss)
+        task.learn_from(teacher)
+        _compare_images(task, teacher)
+    return task
 
 
 def _teacher(
@@ -227,7 +147,7 @@ def _teacher(
             )
         if new:
             raise ValueError(
-                f"{start.start} cannot teach, its head for {classes} classes is new: name a "
+                f"{start.origin} cannot teach, its head for {classes} classes is new: name a "
                 "teacher that was trained for them"
             )
         teacher = copy.deepcopy(model)
@@ -247,6 +167,22 @@ def _teacher(
                 f"the teacher has {what} {found}, the student {wanted}: they do not fit"
             )
     return teacher
+
+
+def _compare_images(task: ImageTask, teacher: nn.Module | None) -> None:
+    """Warn where a teacher says that it is used to images that were normalised otherwise."""
+    if teacher is None:
+        return
+    known = image_settings(teacher)
+    for what in ("mean", "std"):
+        mine = getattr(task.inputs, what)
+        its = known.get(what, mine)
+        if len(its) != len(mine) or any(abs(a - b) > 0.01 for a, b in zip(its, mine, strict=True)):
+            _log.warning(
+                "the teacher knows images of %s %s and is shown the model's, of %s: it may teach "
+                "nonsense",
+                *(what, list(its), list(mine)),
+            )
 
 
 def _made(recipe: recipes.Model, head: dict[str, int]) -> nn.Module:
@@ -301,7 +237,7 @@ def _take(model: nn.Module, found: nn.Module, recipe: recipes.Model) -> None:
     }
     words = [f"{what}: {', '.join(names[:3])}" for what, names in lists.items() if names]
     if words:
-        raise ValueError(f"{recipe.start} does not fit {recipe.name}; {'; '.join(words)}")
+        raise ValueError(f"{recipe.origin} does not fit {recipe.name}; {'; '.join(words)}")
     model.load_state_dict({k: v for k, v in state.items() if k in target}, strict=False)
 
 
@@ -310,7 +246,7 @@ def _give_head(model: Any, recipe: recipes.Model, classes: int) -> bool:
     spec = backbone_for(model).spec
     if recipe.start is not None and spec.classes not in (0, classes) and not recipe.new_head:
         raise ValueError(
-            f"{recipe.start} has {spec.classes} classes, the data {classes}: model.new_head=true "
+            f"{recipe.origin} has {spec.classes} classes, the data {classes}: model.new_head=true "
             "trains a new head"
         )
     pool = getattr(model, "global_pool", None)

@@ -1,4 +1,4 @@
-"""What happens around the steps: running means, warm-up of the keep rate, pictures, statistics."""
+"""What is looked at while a method trains: how many tokens it keeps, and which."""
 
 from __future__ import annotations
 
@@ -8,95 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
-from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from foveate.core import ReducedViT
 from foveate.data import Source
 from foveate.files import write_whole
+from foveate.train.images import ImageTask
 from foveate.train.module import Module
 
-__all__ = ["Ema", "KeepRate", "Pictures", "TokenCounts"]
-
-_WARMUP = 10.0  # updates after which the decay of a running mean is a half
-
-
-class Ema(Callback):
-    """Keeps a running mean of the weights; it is evaluated, saved and exported.
-
-    The decay grows with the updates t as t / (t + 10), up to the one that was asked for. Without
-    that the mean of a short run would be little else than the weights it began with.
-
-    Args:
-        decay: share of the old mean that stays at each update, once enough of them are done.
-    """
-
-    def __init__(self, decay: float) -> None:
-        self.decay = decay
-        self._mean: ModelEmaV3 | None = None
-        self._waiting: dict[str, Tensor] | None = None
-        self._seen = 0
-
-    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Begin with the weights of the start, or with what a checkpoint held."""
-        assert isinstance(module, Module)
-        self._mean = ModelEmaV3(
-            module.task.model,
-            decay=self.decay,
-            use_warmup=True,
-            warmup_gamma=_WARMUP,
-            warmup_power=1.0,
-        )
-        if self._waiting is not None:
-            self._mean.module.load_state_dict(self._waiting)
-            self._waiting = None
-        module.keep_mean(self._mean.module)
-
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Count from here: only now a resumed run knows its updates."""
-        self._seen = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
-    ) -> None:
-        """Follow after each update."""
-        assert isinstance(module, Module) and self._mean is not None
-        if trainer.global_step > self._seen:
-            self._seen = trainer.global_step
-            self._mean.update(module.task.model, step=trainer.global_step)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The mean itself."""
-        return {} if self._mean is None else {"mean": self._mean.module.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep it until the model is there."""
-        self._waiting = state_dict.get("mean")
-
-
-class KeepRate(Callback):
-    """Tells the method how much of the training is done: the rate sinks, stages change."""
-
-    def on_train_batch_start(
-        self, trainer: Trainer, module: LightningModule, batch: Any, index: int
-    ) -> None:
-        """Before every update."""
-        assert isinstance(module, Module)
-        self._tell(module, min(1.0, trainer.global_step / module.updates))
-
-    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Evaluate at the rate of the moment, and after the end as the model is exported."""
-        assert isinstance(module, Module)
-        over = trainer.state.fn != TrainerFn.FITTING
-        self._tell(module, 1.0 if over else min(1.0, trainer.global_step / module.updates))
-
-    @staticmethod
-    def _tell(module: Module, progress: float) -> None:
-        for model in (module.task.model, module.ema):
-            if isinstance(model, ReducedViT):
-                model.set_progress(progress)
+__all__ = ["Pictures", "TokenCounts"]
 
 
 class TokenCounts(Callback):
@@ -121,9 +42,10 @@ class TokenCounts(Callback):
     ) -> None:
         """Trace a batch."""
         assert isinstance(module, Module)
-        model = module.exported
+        model, task = module.exported, module.task
         if isinstance(model, ReducedViT) and index < self.batches:
-            counts = model.trace(module.prepare(batch["images"])).counts()
+            assert isinstance(task, ImageTask)
+            counts = model.trace(task.pixels(batch)).counts()
             self._counts.append(torch.tensor(counts, dtype=torch.float32))  # [blocks, B]
 
     def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -148,6 +70,11 @@ class Pictures(Callback):
     def __init__(self, folder: Path, every: int, source: Source, number: int = 4) -> None:
         self.folder, self.every = folder, every
         self._images: dict[str, Image.Image] = {}
+        if isinstance(source.image(0), Tensor):
+            raise ValueError(
+                f"loop.pictures_every draws on pictures, and {source.spec} gives tensors: leave it "
+                "out"
+            )
         labels: set[int] = set()
         for index in range(len(source)):
             if len(labels) == number:

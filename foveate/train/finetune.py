@@ -15,28 +15,31 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from foveate.backbones import backbone_for, image_settings
 from foveate.convert import save_plain
 from foveate.core import dense
+from foveate.core.evaluation import logits_of
 from foveate.core.losses import distillation, hard_distillation
-from foveate.evaluate.answers import logits_of
 from foveate.files import write_text
 from foveate.train.draws import Draws
+from foveate.train.images import ClassificationTask
 from foveate.train.masking import draw_masks, kept_patches
-from foveate.train.recipe import Distill, Masking
-from foveate.train.task import LOGITS, Task
+from foveate.train.recipe import Data, Distill, Masking, Mix
 
 __all__ = ["FinetuneTask"]
 
 
-class FinetuneTask(Task):
+class FinetuneTask(ClassificationTask):
     """Classification loss on masked or whole images, and distillation if there is a teacher."""
 
     def __init__(
         self,
         model: nn.Module,
+        classes: int,
+        data: Data | None = None,
+        mix: Mix | None = None,
+        *,
         masking: Masking | None = None,
         distill: Distill | None = None,
         teacher: nn.Module | None = None,
@@ -44,24 +47,22 @@ class FinetuneTask(Task):
         self.masking, self.distill = masking or Masking(), distill or Distill()
         if (teacher is None) != (self.distill.kind == "none"):
             raise ValueError(f"distill.kind={self.distill.kind} and a teacher go together")
-        super().__init__(model, {"distill": self.distill.weight}, teacher)
-        self._driven = None
+        weights = {"distill": self.distill.weight}
+        super().__init__(model, classes, data, mix, weights=weights, teacher=teacher)
         if self.masking.ratios:
-            driven = dense(backbone_for(model))
-            spec = driven.backbone.spec
+            spec = dense(backbone_for(model)).backbone.spec  # refuses what cannot be driven
             patches, most = spec.grid[0] * spec.grid[1], max(self.masking.ratios)
             if spec.pools_patches and not kept_patches(patches, most):
                 raise ValueError(
                     f"masking.ratios holds {most:g}, which leaves nothing of {patches} patches to "
                     "a model that pools them: use model.pool=token, or a smaller ratio"
                 )
-            driven.mode = "packed" if self.masking.backend == "bucket" else "masked"
-            self._driven = [driven]  # shares the weights of ``model``, which alone is registered
 
-    def forward(self, images: Tensor, targets: Tensor, draws: Draws) -> dict[str, Tensor]:
+    def training_step(self, batch: dict[str, Any], draws: Draws) -> dict[str, Tensor]:
         """Losses "class" and, with a teacher, "distill"."""
-        logits = self._logits(images, draws)
-        losses = {"class": F.cross_entropy(logits.float(), targets), LOGITS: logits}
+        images, targets = self.mixed(batch)
+        logits = self.logits(images, draws)
+        losses = {"class": self.classified(logits, targets)}
         if self.teacher is not None:
             with torch.no_grad():
                 wanted = logits_of(self.teacher(images))
@@ -71,10 +72,11 @@ class FinetuneTask(Task):
                 losses["distill"] = hard_distillation(logits, wanted)
         return losses
 
-    def _logits(self, images: Tensor, draws: Draws) -> Tensor:
-        if self._driven is None:
+    def logits(self, images: Tensor, draws: Draws) -> Tensor:
+        if not self.masking.ratios:
             return logits_of(self.model(images))
-        driven = self._driven[0]
+        driven = dense(backbone_for(self.model))
+        driven.mode = "packed" if self.masking.backend == "bucket" else "masked"
         rows, columns = driven.backbone.grid_of(images)
         keep = draw_masks(
             self.masking.ratios,

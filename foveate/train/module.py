@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from foveate.data import Loader
 from foveate.train.draws import Draws, seed_step
 from foveate.train.optim import Rates, make_optimiser, scaled, updates_of
-from foveate.train.prepare import Prepare
 from foveate.train.recipe import Loop, Optim
-from foveate.train.scores import Scores
-from foveate.train.task import LOGITS, Task, total
+from foveate.train.sharded import Sharded, shard
+from foveate.train.task import Task, total
 
 __all__ = ["Module"]
 
 _log = logging.getLogger(__name__)
 _SHORTENED = 0.2  # of a run whose warm-up would be longer than itself
+_HALF = 10.0  # updates after which the decay of a running mean is a half
 
 
 class Module(LightningModule):
@@ -28,6 +32,9 @@ class Module(LightningModule):
 
     Attributes:
         task: what is computed.
+        mean: running mean of the task's model, if one is kept. Its decay grows with the updates t
+            as t / (t + 10), up to the one that was asked for: without that the mean of a short run
+            would be little else than the weights it began with.
         update_images: images that make one update, over all processes.
         updates: of the whole run.
         results: of the newest evaluation.
@@ -36,49 +43,51 @@ class Module(LightningModule):
     """
 
     def __init__(
-        self,
-        task: Task,
-        prepare: Prepare,
-        optim: Optim,
-        loop: Loop,
-        *,
-        loader: Loader,
-        update_images: int,
+        self, task: Task, optim: Optim, loop: Loop, *, loader: Loader, update_images: int
     ) -> None:
         super().__init__()
-        self.task, self.prepare = task, prepare
-        self.optim, self.loop = optim, loop
+        self.task, self.optim, self.loop = task, optim, loop
+        self.mean: ModelEmaV3 | None = None
+        if loop.ema is not None:
+            self.mean = ModelEmaV3(
+                task.model,
+                decay=loop.ema,
+                use_warmup=True,
+                warmup_gamma=_HALF,
+                warmup_power=1.0,
+            ).requires_grad_(False)
+        if loop.compile:
+            task.compile()
         self.update_images = update_images
         self.loader, self._batches = loader, len(loader)
         self.updates = updates_of(loop.epochs, self._batches, loop.accumulate)
-        self._ema: list[nn.Module] = []  # in a list: it is no part of this module's state
-        self.scores = nn.ModuleDict({who: task.scores(prepare.classes) for who in ("model", "ema")})
+        self.counted = nn.ModuleDict(
+            {who: nn.ModuleDict(task.metrics()) for who, _ in self._evaluated()}
+        )
         self.results: dict[str, float] = {}
         self.evaluated = -1
         self.watched: dict[str, float] = {}
         self._unchecked: list[tuple[int, float, list[str], Tensor]] = []
-
-    @property
-    def ema(self) -> nn.Module | None:
-        """The running mean of the model, if one is kept."""
-        return self._ema[0] if self._ema else None
+        self._shared = False
 
     @property
     def exported(self) -> nn.Module:
         """What the run is for: the running mean, or without one the model."""
-        return self.task.model if self.ema is None else self.ema
+        return self.task.model if self.mean is None else self.mean.module
 
     def judged(self) -> tuple[float, bool]:
         """Return the newest score of what is exported, and whether a higher one is better."""
-        shown = self._scores("model").shown
-        name = f"val/{shown}" + "_ema" * (self.ema is not None)
-        return self.results[name], shown != "loss"
-
-    def keep_mean(self, model: nn.Module) -> None:
-        """Evaluate a running mean beside the model."""
-        self._ema = [model]
+        name = f"val/{self.task.score}" + "_ema" * (self.mean is not None)
+        return self.results[name], self.task.higher_is_better
 
     # Set-up ------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Share the weights out, where the strategy does that."""
+        if not isinstance(self.trainer.strategy, Sharded) or self._shared:
+            return
+        self._shared = True  # it is called for each of fit and validate
+        shard(self.task, self.trainer.strategy.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Make the optimiser; rates are set before each step."""
@@ -105,22 +114,28 @@ class Module(LightningModule):
         )
         return optimiser
 
-    def on_fit_start(self) -> None:
-        """Bring the teacher along."""
-        self.task.place(self.device)
-
     # Training ----------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Set the mode of training; with ``loop.eval_mode`` dropout and the like stay off."""
+        self.task.train()
+        if self.loop.eval_mode:
+            self.task.backbone.eval()
+
+    @property
+    def progress(self) -> float:
+        """How much of the run is done, 0 to 1."""
+        return min(1.0, self.trainer.global_step / self.updates)
 
     def on_train_batch_start(self, batch: Any, index: int) -> None:
         """Make everything this step depends on a function of its number."""
-        self.task.settle(self.loop.eval_mode)
-        self.task.advance(min(1.0, self.trainer.global_step / self.updates))
+        self.settle()
+        self.task.set_progress(self.progress, self.task.model)
         self._rate = self.rates.set(self.trainer.global_step)
         seed_step(self.loop.seed, self.current_epoch, index, self.global_rank)
 
     def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
         """Losses of the task, their weighted sum to be minimised."""
-        images, targets = self.prepare.train_batch(batch["images"], batch["labels"])
         draws = Draws(
             self.loop.seed,
             self.current_epoch,
@@ -129,24 +144,28 @@ class Module(LightningModule):
             world=self.trainer.world_size,
             device=self.device,
         )
-        losses = self.task(images, targets, draws)
-        logits = losses.pop(LOGITS, None)
+        self.task.notes = {}
+        losses = self.task.training_step(batch, draws)
         loss = total(losses, self.task.weights)
         self._watch(losses, loss)
-        show = {"loss": loss.detach()}
-        if logits is not None:
-            labels = targets if targets.ndim == 1 else targets.argmax(1)
-            show["accuracy"] = 100 * (logits.detach().argmax(1) == labels).float().mean()
         several = self.trainer.world_size > 1  # what is logged is of all processes
-        self.log_dict({f"train/{k}": v for k, v in show.items()}, prog_bar=True, sync_dist=several)
+        shown = {"loss": loss.detach(), **self.task.notes}
+        self.log_dict({f"train/{k}": v for k, v in shown.items()}, prog_bar=True, sync_dist=several)
         self.log_dict({f"train/{k}": v.detach() for k, v in losses.items()}, sync_dist=several)
         self.log("rate", self._rate)
         return loss
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """After each update, and before any checkpoint of it, what follows the weights follows."""
+        super().optimizer_step(*args, **kwargs)
+        if self.mean is not None:
+            self.mean.update(self.task.model, step=self.trainer.global_step + 1)
+        self.task.after_update()
+
     def _watch(self, losses: dict[str, Tensor], loss: Tensor) -> None:
         """Stop on a loss that is no number. On a GPU looking means waiting, so it is done late."""
         values = torch.stack([v.detach().float() for v in (*losses.values(), loss)])
-        names = [*losses, "their sum"]
+        names = [f"the loss {name!r}" for name in losses] + ["the weighted sum of the losses"]
         self._unchecked.append((self.trainer.global_step, self._rate, names, values))
         if values.device.type == "cpu" or len(self._unchecked) >= self.loop.log_every:
             self.check_losses()
@@ -160,8 +179,8 @@ class Module(LightningModule):
             for name, value in zip(names, values.tolist(), strict=True):
                 if not abs(value) < float("inf"):
                     raise ValueError(
-                        f"the loss {name} is {value} at update {step}, with learning rate "
-                        f"{rate:.3g}: lower the rate, or set optim.clip"
+                        f"{name} is {value} at update {step}, with learning rate {rate:.3g}: "
+                        "lower the rate, or set optim.clip"
                     )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -191,7 +210,7 @@ class Module(LightningModule):
     def _check_weights(self) -> None:
         """Raise where a gradient that was no number has reached the weights of a finite loss."""
         named = dict(self.task.named_parameters())
-        fine = torch.stack([p.detach().isfinite().all() for p in named.values()])
+        fine = torch.stack([_local(p).isfinite().all() for p in named.values()])
         if not bool(fine.all()):
             first = list(named)[fine.tolist().index(False)]
             raise ValueError(
@@ -202,27 +221,40 @@ class Module(LightningModule):
 
     # Evaluation --------------------------------------------------------------------------------
 
+    def on_validation_epoch_start(self) -> None:
+        """Evaluate at the rate of the moment, and after the end as the model is exported."""
+        over = self.trainer.state.fn != TrainerFn.FITTING
+        for _, model in self._evaluated():
+            self.task.set_progress(1.0 if over else self.progress, model)
+
     def validation_step(self, batch: dict[str, Any], index: int) -> None:
         """Count for the model and for its running mean."""
-        images, labels = self.prepare(batch["images"]), batch["labels"]
         for who, model in self._evaluated():
-            self._scores(who).update(model, images, labels, index)
+            model.eval()
+            self.task.validation_step(model, batch, self._metrics(who), index)
 
-    def _evaluated(self) -> list[tuple[str, nn.Module]]:
-        pairs = (("model", self.task.model), ("ema", self.ema))
-        return [(who, model) for who, model in pairs if model is not None]
+    def _evaluated(self) -> Iterator[tuple[str, nn.Module]]:
+        yield "model", self.task.model
+        if self.mean is not None:
+            yield "ema", self.mean.module
 
-    def _scores(self, who: str) -> Scores:
-        return self.scores[who]  # type: ignore[return-value]
+    def _metrics(self, who: str) -> dict[str, Metric]:
+        return dict(self.counted[who].items())  # type: ignore[operator]
 
     def on_validation_epoch_end(self) -> None:
         """Log what was counted."""
         found: dict[str, float] = {}
         for who, _ in self._evaluated():
             suffix = "_ema" if who == "ema" else ""
-            for name, value in self._scores(who).compute().items():
-                found[f"val/{name}{suffix}"] = value
+            for name, metric in self._metrics(who).items():
+                found[f"val/{name}{suffix}"] = float(metric.compute())
+                metric.reset()
         self.results, self.evaluated = found, self.trainer.global_step
         for name, value in found.items():
-            shown = name == f"val/{self._scores('model').shown}"
-            self.log(name, value, prog_bar=shown, rank_zero_only=True)
+            self.log(name, value, prog_bar=name == f"val/{self.task.score}", rank_zero_only=True)
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter that may be sharded."""
+    to_local = getattr(parameter, "to_local", None)
+    return parameter.detach() if to_local is None else to_local().detach()

@@ -17,7 +17,6 @@ from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from foveate.core import ReducedViT
 from foveate.train.recipe import Optim
 from foveate.train.task import Task
 
@@ -41,38 +40,33 @@ def scaled(optim: Optim, images: int) -> tuple[float, float, float]:
 def parameter_groups(task: Task, optim: Optim) -> list[dict[str, Any]]:
     """Groups with their weight decay and factor of the rate (``lr_scale``).
 
-    What a method added trains at the full rate from the start, the rest at ``backbone_scale`` and
-    after ``frozen_epochs``; groups say which they are in ``new``.
+    The task's backbone trains at ``backbone_scale``, with ``layer_decay`` and after
+    ``frozen_epochs``; everything else, such as gates or a head beside it, at the full rate from the
+    start. Groups say which they are in ``new``.
     """
     _fix(task, optim)
-    new = task.new_parameters()
-    # Not whatever has a ``vit``: so do the classifiers of transformers, beside their head.
-    vit: Any = task.model.vit if isinstance(task.model, ReducedViT) else task.model
-    unhooked = not hasattr(vit, "group_matcher")
-    if optim.layer_decay != 1 and unhooked:
+    backbone: Any = task.backbone
+    if optim.layer_decay != 1 and not hasattr(backbone, "group_matcher"):
         raise ValueError(
             f"optim.layer_decay={optim.layer_decay} needs a model of timm, which says which layer "
-            f"a parameter is in; {type(vit).__name__} does not: use 1"
+            f"a parameter is in; {type(backbone).__name__} does not: use 1"
         )
-    plain = set(vit.no_weight_decay()) if hasattr(vit, "no_weight_decay") else set()
-    plain |= {name for name, _ in vit.named_parameters() if name.endswith(_UNDECAYED)}
+    plain = set(backbone.no_weight_decay()) if hasattr(backbone, "no_weight_decay") else set()
+    plain |= {name for name, _ in backbone.named_parameters() if name.endswith(_UNDECAYED)}
     groups: list[dict[str, Any]] = []
     if optim.layer_decay != 1:
         for group in param_groups_layer_decay(
-            vit, optim.weight_decay, no_weight_decay_list=plain, layer_decay=optim.layer_decay
+            backbone, optim.weight_decay, no_weight_decay_list=plain, layer_decay=optim.layer_decay
         ):
             group["params"] = [p for p in group["params"] if p.requires_grad]
             group["lr_scale"] *= optim.backbone_scale
             groups.append({**group, "new": False})
     else:
-        decayed, rest = _by_decay(vit, plain)
-        scale = optim.backbone_scale
-        groups.append(_group(decayed, optim.weight_decay, scale, False))
-        groups.append(_group(rest, 0.0, scale, False))
-    if new:
-        added = [p for p in task.model.parameters() if id(p) in new and p.requires_grad]
-        groups.append(_group([p for p in added if p.ndim > 1], optim.weight_decay, 1.0, True))
-        groups.append(_group([p for p in added if p.ndim <= 1], 0.0, 1.0, True))
+        named = dict(backbone.named_parameters())
+        groups += _by_decay(named, plain, optim.weight_decay, optim.backbone_scale, new=False)
+    inside = {id(p) for p in backbone.parameters()}
+    added = {name: p for name, p in task.model.named_parameters() if id(p) not in inside}
+    groups += _by_decay(added, set(), optim.weight_decay, 1.0, new=True)
     groups = [
         {k: v for k, v in group.items() if k != "param_names"}
         for group in groups
@@ -177,18 +171,17 @@ def _fix(task: Task, optim: Optim) -> None:
             parameter.requires_grad_(False)
 
 
-def _by_decay(vit: nn.Module, plain: set[str]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters with weight decay, and those without: biases, norms, positions, tokens."""
+def _by_decay(
+    named: dict[str, nn.Parameter], plain: set[str], weight_decay: float, scale: float, *, new: bool
+) -> list[dict[str, Any]]:
+    """A group with weight decay, and one without: biases, norms, positions, tokens."""
     decayed: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
-    for name, parameter in vit.named_parameters():
+    for name, parameter in named.items():
         if parameter.requires_grad:
             without = parameter.ndim <= 1 or name in plain or name.endswith(".bias")
             (rest if without else decayed).append(parameter)
-    return decayed, rest
-
-
-def _group(
-    parameters: list[nn.Parameter], weight_decay: float, scale: float, new: bool
-) -> dict[str, Any]:
-    return {"params": parameters, "weight_decay": weight_decay, "lr_scale": scale, "new": new}
+    return [
+        {"params": some, "weight_decay": decay, "lr_scale": scale, "new": new}
+        for some, decay in ((decayed, weight_decay), (rest, 0.0))
+    ]

@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,22 +23,30 @@ from foveate import config
 from foveate.backbones import backbone_for
 from foveate.bench import machine
 from foveate.core import Backbone, ReducedViT, dense
-from foveate.data import device_batches
+from foveate.data import Inputs, Loader, Source, device_batches, limited, usual_workers
 from foveate.files import write_text
 from foveate.train import recipe as recipes
-from foveate.train.build import Batches, make_batches, make_model, open_data
+from foveate.train.build import make_model, open_data
 from foveate.train.draws import seed_step
+from foveate.train.images import image_inputs
+from foveate.train.result import Result
 
-__all__ = ["driven", "features", "linear_probe", "nearest_neighbours", "probe", "read"]
+__all__ = [
+    "Watched",
+    "driven",
+    "features",
+    "linear_probe",
+    "nearest_neighbours",
+    "probe",
+    "read",
+]
 
 _log = logging.getLogger(__name__)
 _Progress = Callable[[str, int, int], None]
 _T = TypeVar("_T")
 
 
-def probe(
-    recipe: recipes.Probe, out: Path, progress: _Progress = lambda *_: None
-) -> dict[str, Any]:
+def probe(recipe: recipes.Probe, out: Path, progress: _Progress = lambda *_: None) -> Result:
     """Take features and measure them; gives the content of result.json."""
     started = time.monotonic()
     if (out / "metrics.csv").exists() or (out / "checkpoints").exists():
@@ -49,15 +58,10 @@ def probe(
     splits = open_data(recipe.data)
     if recipe.split == "test" and splits.test is None:
         raise ValueError(f"{recipe.data.train} has no test images: data.test names some")
-    batches = make_batches(
-        recipe.data,
-        model,
-        splits=splits,
-        seed=recipe.seed,
-        augmented=False,
-        final=recipe.split != "val",
-    )
-    scores, images = read(model.eval().to(device), batches, recipe, device, progress)
+    final = splits.test if recipe.split != "val" and splits.test is not None else splits.val
+    assert final is not None
+    shown = Watched.of(model, recipe.data, splits.train, final)
+    scores, images = read(model.eval().to(device), shown, recipe, device, progress)
     result: dict[str, Any] = {"job": "probe", "feature": recipe.feature, **scores}
     result["accuracy"] = scores.get("linear", scores.get("knn"))
     result |= {
@@ -68,23 +72,58 @@ def probe(
         "commit": machine.commit(),
     }
     write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
-    return result
+    return Result(out, result, model)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Labelled images as evaluation sees them: those that are read by, and those that are read.
+
+    Attributes:
+        train: known images.
+        held: images to be told.
+        inputs: what the model takes.
+    """
+
+    train: Loader
+    held: Loader
+    inputs: Inputs
+
+    @classmethod
+    def of(cls, model: nn.Module, data: recipes.Data, train: Source, held: Source) -> Watched:
+        """As a recipe says; the model is told the data's mean and spread."""
+        inputs = image_inputs(model, data)
+
+        def load(source: Source, batch: int, limit: int | None, balanced: bool) -> Loader:
+            return Loader(
+                limited(source, limit, balanced=balanced),
+                inputs.transform(),
+                batch=batch,
+                train=False,
+                workers=usual_workers(source) if data.workers is None else data.workers,
+                corrupt=data.corrupt,
+            )
+
+        return cls(
+            load(train, data.batch, data.limit, True),
+            load(held, data.val_batch or data.batch, data.val_limit, False),
+            inputs,
+        )
 
 
 def read(
     model: nn.Module,
-    batches: Batches,
+    watched: Watched,
     reading: recipes.Reading,
     device: torch.device,
     progress: _Progress = lambda *_: None,
 ) -> tuple[dict[str, float], dict[str, int]]:
     """Scores of a plain model in eval mode by "knn" and "linear", and how many images were read."""
     readable = driven(model)
-    assert batches.val is not None
     found = []
-    for loader in (batches.train, batches.val):
+    for loader in (watched.train, watched.held):
         name = loader.source.split
-        pairs = device_batches(loader, batches.mean, batches.std, device)
+        pairs = device_batches(loader, watched.inputs.mean, watched.inputs.std, device)
         counted = _counted(pairs, f"{name} features", len(loader), progress)
         found.append(features(readable, counted, reading.feature, str(reading.precision)))
     (x, y), (held, labels) = found
@@ -96,7 +135,7 @@ def read(
     if reading.linear:
         with torch.enable_grad():
             scores["linear"] = linear_probe(x, y, held, labels, reading, progress)
-    return scores, {"train": len(y), batches.val.source.split: len(labels)}
+    return scores, {"train": len(y), watched.held.source.split: len(labels)}
 
 
 def driven(model: nn.Module) -> ReducedViT | Backbone:

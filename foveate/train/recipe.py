@@ -11,6 +11,7 @@ from typing import Any
 
 from foveate.core.schedule import check_choice
 from foveate.data import Augment
+from foveate.registry import make
 
 __all__ = [
     "Data",
@@ -34,9 +35,10 @@ class Model:
 
     Attributes:
         name: a ViT of timm, "lvvit_s" or "lvvit_m"; None takes the model that ``start`` holds.
-        options: arguments of its constructor, such as img_size, patch_size, in_chans, depth.
+        options: arguments of the model's constructor, such as img_size, patch_size, depth.
         start: weights to begin with: a checkpoint, a run folder, a folder of foveate or Hugging
-            Face, "demo", or "pretrained" for timm's own; None is from scratch.
+            Face, "demo", or "pretrained" for timm's own; None is from scratch. In Python also a
+            model of one's own, which is trained itself.
         weights: "model" or "ema" where a checkpoint has both; "auto" prefers the model's.
         new_head: give a start with another number of classes a new head; without it that is an
             error. A start without a head gets one anyway.
@@ -65,33 +67,41 @@ class Model:
         check_choice("model.weights", self.weights, ("auto", "model", "ema"))
         _share("model.drop_path", self.drop_path, below_one=True)
 
+    @property
+    def origin(self) -> str:
+        """Where its weights are from, for messages: a path, or the class of a given model."""
+        return self.start if isinstance(self.start, str) else type(self.start).__name__
+
 
 @dataclass(kw_only=True)
 class Data:
     """Where images come from and how they become batches.
 
     Attributes:
-        train: what is trained on, as ``foveate.data.open_source`` takes it.
+        train: what is trained on, as ``foveate.data.open_source`` takes it; in Python also a data
+            set of one's own, as val and test.
         val: what rates, epochs and the best checkpoint are chosen on; None takes the split "val"
             of ``train``, or holds out a part of its training images where it has none; "none" is
             for pre-training that is not to be watched.
         test: what ``foveate eval`` and ``foveate compare`` look at in the end; None takes the split
             "test" of ``train`` if it has one.
         val_share: share of the training images that is held out where there is no split "val".
-        split_seed: of that division, which follows the content of the images.
+        split_seed: another number holds out other images. Which ones follows from their content
+            and this number alone.
         overlap: how many images two splits may have in common before that is an error.
-        mean: of each channel; None is what the model's configuration says.
-        std: of each channel; None is what the model's configuration says.
+        mean: mean of the pixels in each channel, from 0 to 1; None takes the model's own.
+        std: spread of the pixels in each channel; None takes the model's own.
         crop_pct: share of the short side that evaluation keeps.
-        augment: of training images.
-        batch: images a step and process.
-        val_batch: images a step in evaluation; None is as many as in training.
-        workers: processes that read images; 0 reads in the training process.
+        augment: what is done to training images.
+        batch: images in a step of each process.
+        val_batch: images in a step of evaluation; None is as many as in training.
+        workers: processes that read images; 0 reads in the training process, None is 0 without a
+            GPU and for images in memory, else one for each core but one, up to 8.
         repeats: times that an image appears, differently augmented, in one pass (repeated
             augmentation).
         corrupt: "skip" images that cannot be read, named and counted, or "fail".
-        limit: use so many training images only.
-        val_limit: use so many evaluation images only.
+        limit: train on so many images only, some of every class.
+        val_limit: validate on so many images only, evenly spaced.
     """
 
     train: str = "fashion-mnist"
@@ -106,7 +116,7 @@ class Data:
     augment: Augment = field(default_factory=Augment)
     batch: int = 128
     val_batch: int | None = None
-    workers: int = 0
+    workers: int | None = None
     repeats: int = 1
     corrupt: str = "skip"
     limit: int | None = None
@@ -115,7 +125,8 @@ class Data:
     def __post_init__(self) -> None:
         check_choice("data.corrupt", self.corrupt, ("skip", "fail"))
         _at_least("data.batch", self.batch, 1)
-        _at_least("data.workers", self.workers, 0)
+        if self.workers is not None:
+            _at_least("data.workers", self.workers, 0)
         _at_least("data.repeats", self.repeats, 1)
         _at_least("data.split_seed", self.split_seed, 0)
         _at_least("data.overlap", self.overlap, 0)
@@ -139,12 +150,12 @@ class Mix:
     """What is done to a batch on the device: mixing of images, soft labels, erasing.
 
     Attributes:
-        mixup: alpha of mixup; 0 is off.
-        cutmix: alpha of cutmix; 0 is off.
-        prob: of mixing at all.
-        switch: of cutmix instead of mixup where both are on.
-        smoothing: of labels.
-        erase: probability of erasing a random part of an image.
+        mixup: strength (alpha) of mixup, which blends two images; 0 is off.
+        cutmix: strength (alpha) of cutmix, which pastes a part of one image into another; 0 is off.
+        prob: how often a batch is mixed at all, 0 to 1.
+        switch: how often cutmix is taken instead of mixup where both are on.
+        smoothing: share of each label that is spread over all classes.
+        erase: how often a random part of an image is replaced by noise, 0 to 1.
     """
 
     mixup: float = 0.0
@@ -167,22 +178,24 @@ class Optim:
     """How weights move.
 
     Attributes:
-        name: of an optimiser of timm.
+        name: an optimiser of timm, by timm's name for it.
         lr: peak learning rate; for a batch of ``lr_batch`` images if that is given.
-        lr_batch: the rate grows linearly with images per update over this number; None takes the
-            rates as they are.
-        min_lr: at the end; scaled as ``lr``.
-        warmup_lr: at the start of warm-up; scaled as ``lr``.
-        warmup_epochs: over which the rate rises linearly, update by update.
-        warmup_share: the same as a share of the run, instead of ``warmup_epochs``.
+        lr_batch: all rates are multiplied by the images in an update over this number; None takes
+            the rates as they are.
+        min_lr: learning rate at the end of the run; scaled as ``lr``.
+        warmup_lr: learning rate at the start of the warm-up; scaled as ``lr``.
+        warmup_epochs: epochs over which the rate rises to its peak, update by update.
+        warmup_share: the length of the warm-up as a share of the run, instead of ``warmup_epochs``.
         schedule: "cosine" down to ``min_lr``, or "steps": a tenth at each of ``milestones``.
-        milestones: shares of the run.
-        weight_decay: not of biases, norms, positions and prefix tokens.
-        betas: of Adam and its kin.
+        milestones: where the rate falls to a tenth, as shares of the run.
+        weight_decay: pulls weights towards zero, but not biases, norms, positions and prefix
+            tokens.
+        betas: the two decay rates of Adam and its kin; None is the optimiser's own.
         layer_decay: factor between the rates of neighbouring blocks, from the head down; 1 is off.
         clip: largest norm of the gradient; None is off.
-        backbone_scale: factor on the rate of all that a method did not add.
-        frozen_epochs: at the start, during which the backbone stays as it is.
+        backbone_scale: factor on the rate of the backbone, beside which gates or a new head train
+            at the full one.
+        frozen_epochs: epochs at the start during which the backbone stays as it is.
         fixed: names of parameters that are not trained at all, such as pos_embed.
     """
 
@@ -237,11 +250,16 @@ class Loop:
     Attributes:
         epochs: passes over the training images.
         max_steps: stop after so many updates; schedules keep their length. For trials.
-        seed: of data order, augmentation, masks, gates and new weights.
+        seed: decides the order of the data, augmentation, masks, gates and new weights.
         precision: "32", "bf16-mixed" or "16-mixed", as Lightning takes it.
         accumulate: batches whose gradients make one update; at the end of an epoch the rest make
             one, with as much less weight.
-        strategy: "auto", "ddp" or "fsdp"; the processes are torchrun's.
+        compile: let torch compile what a step spends its time in.
+        device: "auto" takes a GPU if there is one; "cpu" or "cuda".
+        devices: processes on this machine; None is one for each GPU, or a single one. Under
+            torchrun and SLURM the processes are theirs.
+        num_nodes: machines; each is started by itself, by torchrun or SLURM.
+        strategy: "auto", "ddp", or "fsdp", which shares the weights out among the processes.
         ema: decay of a running mean of the weights that is kept, evaluated and exported; None is
             off. It grows to that over the first updates. The result is the mean's, with the
             model's own beside it.
@@ -250,10 +268,10 @@ class Loop:
         patience: evaluations without a better score after which the run ends; None never does.
         save_every: updates between checkpoints; None is at the end of each epoch only.
         keep_last: checkpoints that stay.
-        log_every: updates between lines of the log.
+        log_every: updates between lines of metrics.csv.
         pictures_every: epochs between pictures of evaluated images; None is never.
         statistics: count at each evaluation which tokens are kept, for a method that reduces.
-        tensorboard: write event files too.
+        loggers: that write beside metrics.csv: "tensorboard", "wandb" (needs that package).
     """
 
     epochs: int = 10
@@ -261,6 +279,10 @@ class Loop:
     seed: int = 0
     precision: str | int = "32"
     accumulate: int = 1
+    compile: bool = False
+    device: str = "auto"
+    devices: int | None = None
+    num_nodes: int = 1
     strategy: str = "auto"
     ema: float | None = None
     eval_mode: bool = False
@@ -271,21 +293,25 @@ class Loop:
     log_every: int = 10
     pictures_every: int | None = None
     statistics: bool = False
-    tensorboard: bool = True
+    loggers: tuple[str, ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
         self.precision = str(self.precision)  # YAML reads 32 as a number
         check_choice("loop.precision", self.precision, ("32", "bf16-mixed", "16-mixed"))
         check_choice("loop.strategy", self.strategy, ("auto", "ddp", "fsdp"))
-        for name in ("epochs", "accumulate", "check_every", "keep_last", "log_every"):
+        check_choice("loop.device", self.device, ("auto", "cpu", "cuda"))
+        for name in self.loggers:
+            check_choice("loop.loggers", name, ("tensorboard", "wandb"))
+        for name in ("epochs", "accumulate", "check_every", "keep_last", "log_every", "num_nodes"):
             _at_least(f"loop.{name}", getattr(self, name), 1)
-        for name in ("max_steps", "patience", "save_every", "pictures_every"):
+        for name in ("max_steps", "patience", "save_every", "pictures_every", "devices"):
             if getattr(self, name) is not None:
                 _at_least(f"loop.{name}", getattr(self, name), 1)
         if self.ema is not None:
             _share("loop.ema", self.ema, below_one=True)
-        if self.patience is not None and self.strategy == "fsdp":
-            raise ValueError("loop.patience does not go with loop.strategy=fsdp yet")
+        for name in ("patience", "ema"):
+            if getattr(self, name) is not None and self.strategy == "fsdp":
+                raise ValueError(f"loop.{name} does not go with loop.strategy=fsdp yet")
 
 
 @dataclass(kw_only=True)
@@ -297,8 +323,8 @@ class Masking:
             token alone.
         stratified: give every ratio the same part of each batch instead of drawing independently,
             which keeps the shapes of a batch the same from step to step.
-        backend: "bucket" computes the kept patches alone; "keymask" computes all and hides them:
-            the same numbers at the full price.
+        backend: "bucket" computes the kept patches alone; "keymask" computes all patches and hides
+            the others in attention: the same numbers at the full price.
     """
 
     ratios: tuple[float, ...] = ()
@@ -318,8 +344,8 @@ class Distill:
     Attributes:
         kind: "none", "soft" (its class probabilities) or "hard" (its decision).
         teacher: a checkpoint or folder; None is the start of the run itself.
-        temperature: of the softmax in "soft"; its square is a factor of the loss.
-        weight: of the loss beside the classification loss.
+        temperature: softens both distributions in "soft"; its square is a factor of the loss.
+        weight: factor of this loss beside the classification loss.
     """
 
     kind: str = "none"
@@ -337,11 +363,15 @@ class Distill:
 
 @dataclass(kw_only=True)
 class Recipe:
-    """What all training jobs have."""
+    """What the engine looks at.
 
-    model: Model
+    Attributes:
+        data: images and batches.
+        optim: how weights move.
+        loop: the run itself.
+    """
+
     data: Data = field(default_factory=Data)
-    mix: Mix = field(default_factory=Mix)
     optim: Optim = field(default_factory=Optim)
     loop: Loop = field(default_factory=Loop)
 
@@ -351,10 +381,14 @@ class Finetune(Recipe):
     """Supervised training of a plain ViT, on whole or masked images.
 
     Attributes:
+        model: which one, and from where.
+        mix: what is done to a batch on the device.
         masking: patches that are hidden; none for full fine-tuning.
         distill: what a teacher adds.
     """
 
+    model: Model
+    mix: Mix = field(default_factory=Mix)
     masking: Masking = field(default_factory=Masking)
     distill: Distill = field(default_factory=Distill)
 
@@ -364,19 +398,25 @@ class Reduce(Recipe):
     """Training of a model together with a reduction method.
 
     Attributes:
-        method: with its options, such as "dynamicvit(keep=0.7)".
+        model: which one, and from where.
+        method: a method with its options, such as "dynamicvit(keep=0.7)"; or method.name and its
+            options one by one, such as method.name=dynamicvit method.keep=0.7.
+        mix: what is done to a batch on the device.
         teacher: a checkpoint or folder for the losses that compare with a dense model; None is the
             start of the run.
-        weights: of losses, instead of the method's own: class, ratio, kl, token, aux.
+        weights: factors of losses instead of the method's own, for class, ratio, kl, token or aux.
         token_loss: how final tokens are compared: "mse", or "kl" over channels (LV-ViT).
     """
 
-    method: str
+    model: Model
+    method: str | dict[str, Any]
+    mix: Mix = field(default_factory=Mix)
     teacher: str | None = None
     weights: dict[str, float] = field(default_factory=dict)
     token_loss: str = "mse"
 
     def __post_init__(self) -> None:
+        self.method = _method(self.method)
         check_choice("token_loss", self.token_loss, ("mse", "kl"))
         for name, value in self.weights.items():
             if value < 0:
@@ -391,13 +431,13 @@ class Reading:
         feature: "token" (class token) or "avg" (mean of patches) after the final norm.
         linear: fit the linear classifier.
         epochs: passes of the linear classifier over the features.
-        batch: features a step.
-        lr: peak rate of LARS for 256 features a step.
-        warmup_epochs: of that rate.
-        neighbours: k of the k-NN vote; 0 is off.
-        temperature: of its weights.
-        seed: of weights and order.
-        precision: of the backbone's pass: "32" or "bf16-mixed".
+        batch: features in a step of the linear classifier.
+        lr: peak learning rate of the linear classifier, for 256 features in a step.
+        warmup_epochs: epochs over which that rate rises to its peak.
+        neighbours: how many nearest neighbours vote; 0 is off.
+        temperature: how much more the nearest of them count.
+        seed: decides the linear classifier's first weights and the order of the features.
+        precision: of the pass through the backbone: "32" or "bf16-mixed".
     """
 
     feature: str = "token"
@@ -440,6 +480,16 @@ class Probe(Reading):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("split", self.split, (None, "val", "test"))
+
+
+def _method(given: str | dict[str, Any]) -> str:
+    """A method in one string, from a group of its name and options too."""
+    if isinstance(given, str):
+        return given
+    if not isinstance(given.get("name"), str):
+        raise ValueError("method.name must say which method, such as method.name=dynamicvit")
+    options = {name: value for name, value in given.items() if name != "name"}
+    return repr(make(given["name"], options))
 
 
 def _share(name: str, value: float, below_one: bool = False) -> None:

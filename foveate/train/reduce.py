@@ -7,20 +7,21 @@ run masked here, all others as they are deployed, with real token counts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from foveate.backbones import backbone_for
 from foveate.convert import save
-from foveate.core import GatedReducer, ReducedViT, dense
+from foveate.core import GatedReducer, Outcome, ReducedViT, dense
 from foveate.core.chain import chained_name
 from foveate.registry import make, suggest
 from foveate.train.draws import Draws
-from foveate.train.task import LOGITS, Task
+from foveate.train.images import ClassificationTask
+from foveate.train.recipe import Data, Mix
 
 __all__ = ["ReduceTask", "own_weights"]
 
@@ -38,15 +39,22 @@ def own_weights(model: ReducedViT) -> dict[str, float]:
     }
 
 
-class ReduceTask(Task):
-    """Classification, the method's own losses, and distances from a dense teacher."""
+class ReduceTask(ClassificationTask):
+    """Classification, the method's own losses, and distances from a dense teacher.
+
+    The teacher is given afterwards by ``learn_from``, where ``needs_teacher`` says so: which losses
+    are computed follows from the weights.
+    """
 
     model: ReducedViT
 
     def __init__(
         self,
         model: ReducedViT,
-        teacher: nn.Module | None = None,
+        classes: int,
+        data: Data | None = None,
+        mix: Mix | None = None,
+        *,
         weights: Mapping[str, float] | None = None,
         token_loss: str = "mse",
     ) -> None:
@@ -57,45 +65,58 @@ class ReduceTask(Task):
             if name not in legal:
                 raise ValueError(suggest(f"loss of {model.reducer.name}", name, legal))
         weights = {**legal, **given}
-        needed = [name for name in _COMPARED if weights.get(name)]
-        if needed and teacher is None:
-            raise ValueError(f"the losses {' and '.join(needed)} need a teacher")
-        super().__init__(model, weights, teacher if needed else None)
+        super().__init__(model, classes, data, mix, weights=weights)
+        self._run: Callable[[Tensor], Outcome] | None = None  # compiled
         for part in model.reducer.members:
             part.loss_weights |= {name: weights[name] for name in _COMPARED if name in weights}
             if isinstance(part, GatedReducer):
                 part.token_loss = token_loss
-        if self.teacher is not None:
-            self._dense = [dense(backbone_for(self.teacher))]
-            mine, its = model.backbone.spec, self._dense[0].backbone.spec
-            for what in ("classes", *(("width", "patch") if weights.get("token") else ())):
-                if getattr(mine, what) != getattr(its, what):
-                    raise ValueError(
-                        f"the teacher has {what} {getattr(its, what)}, the student "
-                        f"{getattr(mine, what)}: they do not fit"
-                    )
 
-    def forward(self, images: Tensor, targets: Tensor, draws: Draws) -> dict[str, Tensor]:
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a loss compares with a dense model."""
+        return any(self.weights.get(name) for name in _COMPARED)
+
+    def learn_from(self, teacher: nn.Module) -> None:
+        """Compare with a dense model from now on."""
+        mine, its = self.model.backbone.spec, backbone_for(teacher).spec
+        token = bool(self.weights.get("token"))
+        for what in ("classes", *(("width", "patch") if token else ())):
+            if getattr(mine, what) != getattr(its, what):
+                raise ValueError(
+                    f"the teacher has {what} {getattr(its, what)}, the student "
+                    f"{getattr(mine, what)}: they do not fit"
+                )
+        self.teacher = dense(backbone_for(teacher)).eval().requires_grad_(False)
+
+    def training_step(self, batch: dict[str, Any], draws: Draws) -> dict[str, Tensor]:
         """Compute the loss "class" and the method's own ones, which may compare with a teacher."""
-        outcome, teacher = self.model.run(images), None
-        if self.teacher is not None:
+        images, targets = self.mixed(batch)
+        outcome, teacher = (self._run or self.model.run)(images), None
+        if self.needs_teacher:
+            if self.teacher is None:
+                names = " and ".join(name for name in _COMPARED if self.weights.get(name))
+                raise ValueError(f"the losses {names} need a teacher")
             with torch.no_grad():
-                teacher = self._dense[0].run(images)
+                teacher = self.teacher.run(images)  # type: ignore[operator]
         return {
-            "class": F.cross_entropy(outcome.logits.float(), targets),
+            "class": self.classified(outcome.logits, targets),
             **self.model.reducer.losses(outcome, targets, teacher),
-            LOGITS: outcome.logits,
         }
 
-    def new_parameters(self) -> set[int]:
-        """The method's parameters."""
-        return {id(p) for p in self.model.reducer.parameters()}
+    def set_progress(self, progress: float, model: nn.Module) -> None:
+        """The rate sinks, stages change."""
+        assert isinstance(model, ReducedViT)
+        model.set_progress(progress)
 
-    def settle(self, eval_mode: bool) -> None:
-        """Only the backbone goes to eval mode: gates must go on sampling."""
-        self.train()
-        if eval_mode:
-            self.model.vit.eval()
+    @property
+    def backbone(self) -> nn.Module:
+        """The ViT. Evaluation mode reaches it alone, since gates must go on sampling."""
+        return self.model.vit
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the driven pass, which steps call instead of the model."""
+        self._run = torch.compile(self.model.run, *args, **kwargs)
 
     def export(self, model: nn.Module, folder: Path) -> Path:
         """Write backbone and method, for ``foveate.load``."""

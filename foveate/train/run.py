@@ -13,47 +13,52 @@ result.json        accuracy, duration, what it ran on; written last
 
 from __future__ import annotations
 
+import copy
+import importlib
 import json
 import logging
-import os
 import shutil
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import FSDPStrategy
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from foveate import config
-from foveate.backbones import image_settings
 from foveate.bench import machine
+from foveate.data import Loader, Source, Splits, Transform, limited, usual_workers
 from foveate.files import write_text
 from foveate.train import recipe as recipes
 from foveate.train.bars import LineBar, RichBar
 from foveate.train.best import Best
-from foveate.train.build import Batches, make_batches, make_finetune, make_reduce, open_data
-from foveate.train.callbacks import Ema, KeepRate, Pictures, TokenCounts
+from foveate.train.build import make_finetune, make_reduce, open_data
+from foveate.train.callbacks import Pictures, TokenCounts
 from foveate.train.checkpoints import Checkpoints, WholeFiles, any_checkpoint, newest
 from foveate.train.logs import MetricsFile
 from foveate.train.module import Module
 from foveate.train.optim import updates_of
-from foveate.train.prepare import Prepare
+from foveate.train.processes import processes, processes_here
+from foveate.train.result import Result
 from foveate.train.screens import first_screen
+from foveate.train.sharded import Sharded, gathered
 from foveate.train.task import Task
 
-__all__ = ["fit", "train"]
+__all__ = ["Loaders", "fit", "make_loaders", "train"]
 
 _log = logging.getLogger(__name__)
 _RECIPE, _METRICS, _RESULT = "recipe.yaml", "metrics.csv", "result.json"
 _FREE = 200 * 2**20  # bytes that a run needs at least besides its checkpoints
+_LOGGERS = {"tensorboard": "TensorBoardLogger", "wandb": "WandbLogger"}
+
+Build = Callable[[Any], tuple[Task, Splits]]
+OwnCallbacks = Callable[[Any, Task, "Loaders", Path], list[Callback]]
 
 
 def train(
@@ -63,8 +68,8 @@ def train(
     resume: bool = False,
     progress: bool = True,
     say: Callable[[str], None] = _log.info,
-) -> dict[str, Any]:
-    """Train, and export the model; gives the content of result.json.
+) -> Result:
+    """Train a classifier, with or without a method, and export it.
 
     Args:
         recipe: what to do.
@@ -81,69 +86,73 @@ def train(
 
 
 def fit(
-    recipe: Any,
+    recipe: recipes.Recipe,
     out: Path,
-    build: Callable[[Any, int, int], tuple[Task, Batches]],
+    build: Build,
     *,
-    callbacks: Callable[[Any, Task, Batches, Path], list[Callback]],
+    callbacks: OwnCallbacks = lambda *_: [],
     resume: bool = False,
     progress: bool = True,
     say: Callable[[str], None] = _log.info,
-) -> dict[str, Any]:
-    """As ``train``, for any job.
+) -> Result:
+    """As ``train``, for any task.
 
     Args:
-        recipe: of the job.
+        recipe: of the job; of a task of one's own a ``Recipe`` will do.
         out: folder of the run.
-        build: makes the task and its batches from the recipe, this process's number and how many
-            there are.
-        callbacks: of the job alone, from recipe, task, batches and folder.
+        build: makes the task and opens its images, from the recipe.
+        callbacks: of the job alone, from recipe, task, loaders and folder.
         resume: go on.
         progress: show a progress bar.
         say: is told, before the first step, what is trained on what.
     """
     started = time.monotonic()
-    if recipe.loop.precision == "16-mixed" and not torch.cuda.is_available():
-        # Lightning would take bf16-mixed and merely mention it.
-        raise ValueError("loop.precision=16-mixed needs a GPU: on a CPU take 32 or bf16-mixed")
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    loop = recipe.loop
+    with _quiet():
+        trainer = _trainer(recipe, out, progress)
+    rank, world = trainer.global_rank, trainer.world_size
     new = not out.exists()
     checkpoint = _prepare_folder(recipe, out, resume, rank)
-    loop, data = recipe.loop, recipe.data
     torch.manual_seed(loop.seed)  # of new weights
     try:
-        task, batches = build(recipe, rank, world)
+        task, splits = build(recipe)
+        loaders = make_loaders(recipe, task, splits, rank, world)
         _check_space(out, task, loop.keep_last)
+        module = Module(
+            task,
+            recipe.optim,
+            loop,
+            loader=loaders.train,
+            update_images=recipe.data.batch * loop.accumulate * world,
+        )
+        own = callbacks(recipe, task, loaders, out)
     except BaseException:
         if new and rank == 0:  # nothing was done: leave nothing behind
             with suppress(OSError):
                 out.rmdir()
         raise
-    prepare = Prepare(batches.mean, batches.std, recipe.mix, len(batches.classes), data.batch)
-    module = Module(
-        task,
-        prepare,
-        recipe.optim,
-        loop,
-        loader=batches.train,
-        update_images=data.batch * loop.accumulate * world,
-    )
     best = None
-    if batches.val is not None and loop.strategy != "fsdp":  # whose weights lie on all processes
+    if loaders.val is not None and loop.strategy != "fsdp":  # whose weights lie on all processes
         best = Best(out / "best.pt", loop.patience)
+        own = [*own, best]
+    # In front of progress bars; checkpoints after what may change the model at a step's end.
+    checkpoints = Checkpoints(out / "checkpoints", loop.save_every, loop.keep_last)
+    trainer.callbacks[:0] = [*own, checkpoints]  # type: ignore[attr-defined]
+    resumed = None if checkpoint is None else int(checkpoint.stem.split("-")[1])
     with _quiet():
-        own = callbacks(recipe, task, batches, out) + ([best] if best else [])
-        trainer = _trainer(recipe, out, batches, own, checkpoint, progress)
+        trainer.loggers = [MetricsFile(out / _METRICS, resumed), *_loggers(loop, out)]
     if rank == 0:
         write_text(out / _RECIPE, config.dump(recipe))
-        say(first_screen(recipe, task, batches, out, world))
-    task.settle(loop.eval_mode)
+        say(first_screen(recipe, task, splits, trainer, out))
+    # Sharded weights are put together again in a copy that was made before.
+    plain = copy.deepcopy(module.exported) if loop.strategy == "fsdp" else None
+    module.settle()
     with _quiet():
         try:
             trainer.fit(
                 module,
-                batches.train,
-                batches.val,
+                loaders.train,
+                loaders.val,
                 ckpt_path=None if checkpoint is None else str(checkpoint),
                 weights_only=True,
             )
@@ -152,79 +161,108 @@ def fit(
             raise SystemExit(143 if isinstance(stop, SIGTERMException) else 130) from None
         # Not evaluated where it stopped, or not as it is exported: at the method's final rate.
         stale = module.evaluated != trainer.global_step or trainer.global_step < module.updates
-        if batches.val is not None and stale:
-            trainer.validate(module, batches.val, verbose=False)
+        if loaders.val is not None and stale:
+            trainer.validate(module, loaders.val, verbose=False)
     module.check_losses()
-    result = _result(recipe, trainer, module, batches, time.monotonic() - started)
+    found = _result(recipe, trainer, module, loaders, time.monotonic() - started)
+    exported = module.exported
+    if plain is not None:
+        exported = gathered(exported, plain)
     if rank == 0:
-        result["model"] = task.export(module.exported.eval().to("cpu"), out).name
+        found["model"] = task.export(exported.eval().to("cpu"), out).name
         shutil.rmtree(out / "best", ignore_errors=True)  # of a run that has gone on since
         if best is not None and best.value is not None:
-            result["best"] = _best(best, trainer, module, out, result)
-        write_text(out / _RESULT, json.dumps(result, indent=1) + "\n")
-    return result
+            found["best"] = _best(best, trainer, module, out, found)
+        write_text(out / _RESULT, json.dumps(found, indent=1) + "\n")
+    return Result(out, found, exported)
 
 
-def _best(
-    best: Best, trainer: Trainer, module: Module, out: Path, result: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Export the best weights where they are not the last, and say how good they are."""
-    assert best.value is not None
-    found: dict[str, Any] = {"score": round(best.value, 4), "update": best.update}
-    if best.update == trainer.global_step:
-        return found | {"model": result["model"]}
-    if not best.restore(module.exported):
-        _log.warning("%s is gone, so the best weights are not exported", best.file)
-        return found
-    (out / "best").mkdir()
-    return found | {"model": f"best/{module.task.export(module.exported, out / 'best').name}"}
+@dataclass(frozen=True)
+class Loaders:
+    """Batches of a run, and the images they are of; ``val`` is None where nothing is validated."""
+
+    splits: Splits
+    train: Loader
+    val: Loader | None
 
 
-def _build(
-    recipe: recipes.Finetune | recipes.Reduce, rank: int, world: int
-) -> tuple[Task, Batches]:
+def make_loaders(
+    recipe: recipes.Recipe, task: Task, splits: Splits, rank: int = 0, world: int = 1
+) -> Loaders:
+    """Batches as the task makes them, for one of several processes."""
+    data = recipe.data
+    training, evaluation = task.transforms()
+
+    def load(source: Source, transform: Transform, batch: int, **options: Any) -> Loader:
+        if source.finished:  # what does not fit is said before the first step
+            try:
+                transform(source.sample(0))
+            except ValueError as error:
+                raise ValueError(f"{source.name(0)} {error}") from None
+        workers = data.workers
+        if workers is None:
+            workers = usual_workers(source, processes_here())
+        return Loader(
+            source,
+            transform,
+            batch=batch,
+            collate=task.collate,
+            workers=workers,
+            rank=rank,
+            world=world,
+            corrupt=data.corrupt,
+            pinned=torch.cuda.is_available(),
+            **options,
+        )
+
+    train = load(
+        limited(splits.train, data.limit, balanced=True),
+        training,
+        data.batch,
+        seed=recipe.loop.seed,
+        repeats=data.repeats,
+    )
+    val = None
+    if splits.val is not None:
+        source = limited(splits.val, data.val_limit, balanced=False)
+        val = load(source, evaluation, data.val_batch or data.batch, train=False)
+    return Loaders(splits, train, val)
+
+
+def _build(recipe: recipes.Finetune | recipes.Reduce) -> tuple[Task, Splits]:
     """Data first: the model's head is made for its classes."""
     splits = open_data(recipe.data)
-    classes = splits.train.classes or ()
-    task: Task
+    classes = len(splits.train.classes or ())
     if isinstance(recipe, recipes.Reduce):
-        task = make_reduce(recipe, len(classes))
-        plain = task.model.vit
-    else:
-        task = make_finetune(recipe, len(classes))
-        plain = task.model
-    batches = make_batches(
-        recipe.data, plain, splits=splits, seed=recipe.loop.seed, rank=rank, world=world
-    )
-    _compare_images(task, batches)
-    return task, batches
+        return make_reduce(recipe, classes), splits
+    return make_finetune(recipe, classes), splits
 
 
-def _own_callbacks(recipe: Any, task: Task, batches: Batches, out: Path) -> list[Callback]:
+def _own_callbacks(recipe: Any, task: Task, loaders: Loaders, out: Path) -> list[Callback]:
     """What looks after a model that may have a method."""
     loop = recipe.loop
-    found: list[Callback] = [KeepRate()]
-    assert batches.val is not None
+    found: list[Callback] = []
+    assert loaders.val is not None
     if loop.statistics:
         found.append(TokenCounts())
     if loop.pictures_every is not None:
-        found.append(Pictures(out / "pictures", loop.pictures_every, batches.val.source))
+        found.append(Pictures(out / "pictures", loop.pictures_every, loaders.val.source))
     return found
 
 
-def _compare_images(task: Task, batches: Batches) -> None:
-    """Warn where a teacher says that it is used to images that were normalised otherwise."""
-    if task.teacher is None:
-        return
-    known = image_settings(task.teacher)
-    for what, mine in (("mean", batches.mean), ("std", batches.std)):
-        its = known.get(what, mine)
-        if len(its) != len(mine) or any(abs(a - b) > 0.01 for a, b in zip(its, mine, strict=True)):
-            _log.warning(
-                "the teacher knows images of %s %s and is shown the model's, of %s: it may teach "
-                "nonsense",
-                *(what, list(its), list(mine)),
-            )
+def _best(
+    best: Best, trainer: Trainer, module: Module, out: Path, found: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Export the best weights where they are not the last, and say how good they are."""
+    assert best.value is not None
+    about: dict[str, Any] = {"score": round(best.value, 4), "update": best.update}
+    if best.update == trainer.global_step:
+        return about | {"model": found["model"]}
+    if not best.restore(module.exported):
+        _log.warning("%s is gone, so the best weights are not exported", best.file)
+        return about
+    (out / "best").mkdir()
+    return about | {"model": f"best/{module.task.export(module.exported, out / 'best').name}"}
 
 
 def _prepare_folder(recipe: Any, out: Path, resume: bool, rank: int) -> Path | None:
@@ -280,55 +318,64 @@ def _check_space(out: Path, task: Task, keep: int) -> None:
         )
 
 
-def _trainer(
-    recipe: Any,
-    out: Path,
-    batches: Batches,
-    own: list[Callback],
-    checkpoint: Path | None,
-    progress: bool,
-) -> Trainer:
-    loop: recipes.Loop = recipe.loop
-    resumed = None
-    if checkpoint is not None:
-        resumed = int(checkpoint.stem.split("-")[1])
-    callbacks = [*own]
-    if loop.ema is not None:
-        callbacks.insert(0, Ema(loop.ema))  # others look at the mean
-    # After what may change the model at a step's end, so that a checkpoint has it.
-    callbacks.append(Checkpoints(out / "checkpoints", loop.save_every, loop.keep_last))
-    if progress:
-        callbacks.append(RichBar(leave=True) if _terminal() else LineBar(50))
-    loggers: list[Any] = [MetricsFile(out / _METRICS, resumed)]
-    if loop.tensorboard:
-        loggers.append(TensorBoardLogger(out, name="tensorboard", version=""))
+def _trainer(recipe: recipes.Recipe, out: Path, progress: bool) -> Trainer:
+    """Made first: it knows which process this is. Callbacks and loggers come later."""
+    loop = recipe.loop
+    device = loop.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("loop.device=cuda, and this machine has no GPU that torch can use")
+    if loop.precision == "16-mixed" and device == "cpu":
+        # Lightning would take bf16-mixed and merely mention it.
+        raise ValueError("loop.precision=16-mixed needs a GPU: on a CPU take 32 or bf16-mixed")
+    devices, nodes = processes(loop, device)
     strategy: Any = loop.strategy
     if strategy == "fsdp":
-        # One unit: this strategy wraps modules in others, and a wrapped block is not driven.
-        strategy = FSDPStrategy(use_orig_params=True, state_dict_type="full")
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return Trainer(
-        accelerator="auto",
-        devices=processes,
-        num_nodes=max(1, int(os.environ.get("WORLD_SIZE", 1)) // processes),
-        strategy=strategy,
-        precision=loop.precision,  # type: ignore[arg-type]
-        max_epochs=loop.epochs,
-        max_steps=-1 if loop.max_steps is None else loop.max_steps,
-        accumulate_grad_batches=loop.accumulate,
-        gradient_clip_val=recipe.optim.clip,
-        check_val_every_n_epoch=loop.check_every,
-        num_sanity_val_steps=0,
-        log_every_n_steps=loop.log_every,
-        logger=loggers,
-        callbacks=callbacks,
-        plugins=[WholeFiles()],
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=progress,
-        use_distributed_sampler=False,
-        default_root_dir=str(out),
-    )
+        strategy = Sharded(devices * nodes)
+    callbacks: list[Callback] = []
+    if progress:
+        callbacks.append(RichBar(leave=True) if _terminal() else LineBar(50))
+    try:
+        return Trainer(
+            accelerator=device,
+            devices=devices,
+            num_nodes=nodes,
+            strategy=strategy,
+            precision=loop.precision,  # type: ignore[arg-type]
+            max_epochs=loop.epochs,
+            max_steps=-1 if loop.max_steps is None else loop.max_steps,
+            accumulate_grad_batches=loop.accumulate,
+            gradient_clip_val=recipe.optim.clip,
+            check_val_every_n_epoch=loop.check_every,
+            num_sanity_val_steps=0,
+            log_every_n_steps=loop.log_every,
+            logger=False,
+            callbacks=callbacks,
+            plugins=[WholeFiles()],
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=progress,
+            use_distributed_sampler=False,
+            default_root_dir=str(out),
+        )
+    except MisconfigurationException as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def _loggers(loop: recipes.Loop, out: Path) -> list[Any]:
+    """Lightning's, by name."""
+    found: list[Any] = []
+    for name in loop.loggers:
+        logger = getattr(importlib.import_module("lightning.pytorch.loggers"), _LOGGERS[name])
+        try:
+            if name == "wandb":
+                found.append(logger(name=out.name, save_dir=out))
+            else:
+                found.append(logger(out, name=name, version=""))
+        except ModuleNotFoundError as error:
+            raise ValueError(f"loop.loggers={name} needs a package: pip install {name}") from error
+    return found
 
 
 @contextmanager
@@ -359,24 +406,29 @@ def _terminal() -> bool:
 
 
 def _result(
-    recipe: Any, trainer: Trainer, module: Module, batches: Batches, seconds: float
+    recipe: recipes.Recipe,
+    trainer: Trainer,
+    module: Module,
+    loaders: Loaders,
+    seconds: float,
 ) -> dict[str, Any]:
-    val = batches.val
-    epochs = trainer.global_step / updates_of(1, len(batches.train), recipe.loop.accumulate)
+    val = loaders.val
+    epochs = trainer.global_step / updates_of(1, len(loaders.train), recipe.loop.accumulate)
     return {
         "job": type(recipe).__name__.lower(),
+        "score": module.task.score,
         "updates": trainer.global_step,
         "epochs": round(epochs, 2),
         **_of_exported(module.results),
         **module.watched,
         "images": {
-            "train": batches.train.images,
+            "train": loaders.train.images,
             "val": 0 if val is None else val.images,
-            "unreadable": len(_unreadable(batches)),
+            "unreadable": len(_unreadable(loaders)),
         },
-        "splits": batches.splits.facts(),
+        "splits": loaders.splits.facts(),
         "minutes_of_this_process": round(seconds / 60, 2),
-        "machine": machine.facts("cuda" if torch.cuda.is_available() else "cpu"),
+        "machine": machine.facts(module.device.type),
         "commit": machine.commit(),
     }
 
@@ -393,10 +445,10 @@ def _of_exported(results: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def _unreadable(batches: Batches) -> set[str]:
+def _unreadable(loaders: Loaders) -> set[str]:
     """Names of the images that this run, on whichever process, could not read."""
-    loaders = [batches.train, *([] if batches.val is None else [batches.val])]
-    mine = [name for loader in loaders for name in loader.unreadable]
+    both = [loaders.train, *([] if loaders.val is None else [loaders.val])]
+    mine = [name for loader in both for name in loader.unreadable]
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return set(mine)
     shares: list[Any] = [None] * torch.distributed.get_world_size()

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 
 from foveate.core import ReducedViT
-from foveate.train.build import Batches
+from foveate.data import Splits
 from foveate.train.task import Task
 
 __all__ = ["first_screen", "last_screen"]
@@ -17,29 +18,37 @@ __all__ = ["first_screen", "last_screen"]
 _NAMED = 5  # classes that are named
 
 
-def first_screen(recipe: Any, task: Task, batches: Batches, out: Path, world: int) -> str:
+def first_screen(recipe: Any, task: Task, splits: Splits, trainer: Trainer, out: Path) -> str:
     """Say what is about to be trained, on what, with what and where."""
     model = task.model
     plain = model.vit if isinstance(model, ReducedViT) else model
     millions = sum(p.numel() for p in plain.parameters()) / 1e6
-    name = recipe.model.name or f"the model of {recipe.model.start}"
-    if recipe.model.name and recipe.model.start:
-        name += f" from {recipe.model.start}"
-    lines = {"model": f"{name}, {millions:.1f} million parameters"}
+    lines = {"model": f"{_name(recipe, plain)}, {millions:.1f} million parameters"}
     if isinstance(model, ReducedViT):
         lines["method"] = repr(model.reducer)
-    lines["images"] = batches.splits.sentence()
-    if batches.classes:
-        named = ", ".join(batches.classes[:_NAMED])
-        more = ", ..." if len(batches.classes) > _NAMED else ""
-        lines["classes"] = f"{len(batches.classes)}: {named}{more}"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    lines["images"] = splits.sentence()
+    classes = splits.train.classes
+    if classes:
+        named = ", ".join(classes[:_NAMED])
+        more = ", ..." if len(classes) > _NAMED else ""
+        lines["classes"] = f"{len(classes)}: {named}{more}"
+    on_gpu = trainer.strategy.root_device.type == "cuda"
+    device, world = torch.cuda.get_device_name() if on_gpu else "cpu", trainer.world_size
     processes = f", {world} processes" if world > 1 else ""
     each = recipe.data.batch * recipe.loop.accumulate * world
     lines["device"] = f"{device}{processes}, precision {recipe.loop.precision}"
     lines["run"] = f"{recipe.loop.epochs} epochs, {each} images an update"
     lines["folder"] = str(out)
     return "\n".join(f"{key:8} {value}" for key, value in lines.items())
+
+
+def _name(recipe: Any, model: torch.nn.Module) -> str:
+    wanted = getattr(recipe, "model", None)
+    if wanted is None:
+        return type(model).__name__
+    if not wanted.name:
+        return f"the model of {wanted.origin}"
+    return f"{wanted.name} from {wanted.origin}" if wanted.start else str(wanted.name)
 
 
 def last_screen(job: str, result: Mapping[str, Any], out: Path) -> str:

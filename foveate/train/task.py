@@ -1,35 +1,41 @@
-"""What a training job computes on a batch: a module that gives named losses."""
+"""What a training job is: everything that the engine does not know."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 
-from foveate.train.scores import Accuracy, Scores
+from foveate.data import Transform, stacked
+from foveate.train.draws import Draws
 
-__all__ = ["LOGITS", "Task", "freeze", "total"]
-
-LOGITS = "logits"
+__all__ = ["Task", "total"]
 
 
 class Task(nn.Module):
     """Base of the jobs.
 
-    ``forward(images, targets, draws)`` gives a dictionary of named losses, un-weighted scalars,
-    and, where there are any, the logits under ``"logits"``, from which the progress bar takes the
-    accuracy.
+    The engine knows loops, devices, precision, checkpoints and logs. A task knows the rest: how a
+    sample is transformed, what makes a batch, what is lost on it, what is measured, and what comes
+    out in the end. Its whole state is saved and resumed, that of a teacher included.
 
     Attributes:
         model: what is trained, evaluated and exported.
+        teacher: a model that is compared with; it stays in evaluation mode and gets no gradient.
         weights: factor of each loss in the sum; 1 for those that are not named.
-        teacher: a frozen model to compare with, or None. It is no part of the state: checkpoints
-            do not carry it, since every run can open it again.
+        notes: numbers beside the losses, which ``training_step`` leaves here to be logged.
+        score: the metric that chooses the best weights.
+        higher_is_better: of that metric.
     """
 
+    score: ClassVar[str] = "loss"
+    higher_is_better: ClassVar[bool] = False
     model: nn.Module
+    teacher: nn.Module | None
 
     def __init__(
         self,
@@ -40,44 +46,79 @@ class Task(nn.Module):
         super().__init__()
         self.model = model
         self.weights = dict(weights or {})
-        # In a list, so that it is not registered as a submodule.
-        self._teacher = [] if teacher is None else [freeze(teacher)]
+        self.notes: dict[str, Tensor] = {}
+        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
+
+    # Data ---------------------------------------------------------------------------------------
+
+    def transforms(self) -> tuple[Transform, Transform]:
+        """How samples are prepared, in training and in evaluation."""
+        raise NotImplementedError
+
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Make a batch of samples: the same keys, tensors stacked, numbers in one tensor."""
+        return stacked(samples)
+
+    # Steps --------------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Any], draws: Draws) -> dict[str, Tensor]:
+        """Compute the losses of a batch, un-weighted scalars by name.
+
+        Args:
+            batch: what ``collate`` made, on the device.
+            draws: random numbers of the step that do not depend on the number of processes.
+        """
+        raise NotImplementedError
+
+    def set_progress(self, progress: float, model: nn.Module) -> None:
+        """Adapt to how much of the run is done, 0 to 1: before each step and each evaluation.
+
+        ``model`` is the task's own, or its running mean where that is evaluated.
+        """
+
+    def after_update(self) -> None:
+        """Follow an update of the weights: a teacher that is a running mean does."""
+
+    # Evaluation -----------------------------------------------------------------------------------
+
+    def metrics(self) -> dict[str, Metric]:
+        """What is counted in evaluation, by name. Each evaluated model gets a set of its own."""
+        raise NotImplementedError
+
+    def validation_step(
+        self, model: nn.Module, batch: dict[str, Any], metrics: Mapping[str, Metric], number: int
+    ) -> None:
+        """Count a batch, the number-th of this process."""
+        raise NotImplementedError
+
+    # What learns, and what comes of it ------------------------------------------------------------
 
     @property
-    def teacher(self) -> nn.Module | None:
-        """The frozen teacher."""
-        return self._teacher[0] if self._teacher else None
+    def backbone(self) -> nn.Module:
+        """The part that ``layer_decay``, ``backbone_scale`` and ``frozen_epochs`` are about.
 
-    def place(self, device: torch.device) -> None:
-        """Bring along what is not registered."""
-        for model in self._teacher:
-            model.to(device)
+        All other parameters of the model train at the full rate from the start.
+        """
+        return self.model
 
-    def new_parameters(self) -> set[int]:
-        """Ids of parameters that a method added: they train at the full rate from the start."""
-        return set()
+    def units(self) -> list[nn.Module]:
+        """Parts whose weights are gathered one after another where they are sharded: the blocks."""
+        return []
 
-    def advance(self, progress: float) -> None:
-        """How much of the run, 0 to 1, is done before the next step."""
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile what a step spends its time in."""
+        self.model.compile(*args, **kwargs)
 
-    def scores(self, classes: int) -> Scores:
-        """What counts in evaluation."""
-        return Accuracy(classes)
-
-    def settle(self, eval_mode: bool) -> None:
-        """Set training mode; with ``eval_mode`` dropout and stochastic depth stay off."""
-        self.train()
-        if eval_mode:
-            self.model.eval()
+    def train(self, mode: bool = True) -> Task:
+        """Set the mode; a teacher stays in evaluation mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
 
     def export(self, model: nn.Module, folder: Path) -> Path:
         """Write the trained model for use; gives the path."""
         raise NotImplementedError
-
-
-def freeze(model: nn.Module) -> nn.Module:
-    """A model in eval mode that no longer learns."""
-    return model.eval().requires_grad_(False)
 
 
 def total(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:

@@ -41,7 +41,7 @@ SHIFTED = train_transform(Augment(crop="pad", pad=2), (4, 4), 1)
 
 
 @dataclass
-class Numbers:
+class Numbers(Source):
     """Images that show their number; some cannot be read."""
 
     count: int = 40
@@ -86,7 +86,7 @@ def evaluation(source: Any = None, **options: Any) -> Loader:
 def same(one: list[dict], other: list[dict]) -> bool:
     return len(one) == len(other) and all(
         a["unreadable"] == b["unreadable"]
-        and all(torch.equal(a[k], b[k]) for k in ("images", "labels", "index"))
+        and all(torch.equal(a[k], b[k]) for k in ("image", "label", "index"))
         for a, b in zip(one, other, strict=True)
     )
 

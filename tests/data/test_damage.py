@@ -9,8 +9,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+import torch
 from PIL import Image
 from samples import PLAIN, Numbers, evaluation, seen, train
 
@@ -27,8 +27,8 @@ def test_in_training_the_next_readable_image_stands_in(
     (batch,) = loader
     counts = Counter(batch["index"].tolist())
     assert counts == {**dict.fromkeys(set(range(40)) - broken, 1), 7: 3, 0: 2}
-    assert batch["images"][:, 0, 0, 0].tolist() == batch["index"].tolist()
-    assert batch["labels"].tolist() == [i // 10 for i in batch["index"].tolist()]
+    assert batch["image"][:, 0, 0, 0].tolist() == batch["index"].tolist()
+    assert batch["label"].tolist() == [i // 10 for i in batch["index"].tolist()]
     assert set(batch["unreadable"]) == {f"number {i}" for i in broken}
     assert loader.unreadable == {f"number {i}": f"number {i}: torn" for i in broken}
     list(loader)
@@ -39,17 +39,14 @@ def test_what_stands_in_looks_different() -> None:
     """The image and its stand-in are often neighbours in one batch."""
     source = Numbers(broken=frozenset({5}))
     (batch,) = train(source, train_transform(Augment(), (4, 4), 1), batch=40)
-    keys: list[tuple[int, ...]] = []
+    draws: list[float] = []
 
-    class Recorder:
-        size, channels = (4, 4), 1
+    def record(sample: dict[str, Any]) -> dict[str, Any]:
+        draws.append(torch.rand(()).item())
+        return PLAIN(sample)
 
-        def __call__(self, image: Any, key: tuple[int, ...]) -> np.ndarray:
-            keys.append(key)
-            return PLAIN(image, key)
-
-    (batch,) = train(source, Recorder(), batch=40)
-    assert len(set(keys)) == 40 and batch["index"].tolist().count(6) == 2
+    (batch,) = train(source, record, batch=40)
+    assert len(set(draws)) == 40 and batch["index"].tolist().count(6) == 2
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -83,17 +80,15 @@ def test_nothing_readable_is_an_error(workers: int, monkeypatch: pytest.MonkeyPa
 class Failing:
     """A transform that fails at one image, in one way or another."""
 
-    size, channels = (4, 4), 1
-
     def __init__(self, how: str) -> None:
         self.how = how
 
-    def __call__(self, image: np.ndarray, key: tuple[int, ...]) -> np.ndarray:
-        if image[0, 0, 0] == 9:
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+        if sample["image"][0, 0, 0] == 9:
             if self.how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise ZeroDivisionError("division by\nzero")
-        return PLAIN(image, key)
+        return PLAIN(sample)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -101,7 +96,7 @@ def test_errors_of_workers_are_sentences(workers: int) -> None:
     loader = train(Numbers(), Failing("raises"), workers=workers, batch=40)
     with pytest.raises(ValueError) as error:
         list(loader)
-    assert str(error.value) == "number 9 cannot be augmented: ZeroDivisionError: division by zero"
+    assert str(error.value) == "number 9 cannot be transformed: ZeroDivisionError: division by zero"
 
 
 def test_an_unforeseen_error_of_a_worker_says_how_to_see_more() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from samples import PLAIN, Numbers, evaluation, same, seen, train
 from foveate.data import (
     Augment,
     Loader,
+    Source,
     device_batches,
     eval_transform,
     fashion_mnist_mini,
+    limited,
     normalise,
     open_source,
     train_transform,
@@ -27,12 +30,12 @@ from foveate.data.fashion import MEAN, STD
 
 def test_what_a_batch_holds() -> None:
     batch = next(iter(train(transform=PLAIN)))
-    assert batch["images"].shape == (6, 1, 4, 4) and batch["images"].dtype == torch.uint8
-    assert batch["labels"].dtype == batch["index"].dtype == torch.int64
-    assert batch["images"][:, 0, 0, 0].tolist() == batch["index"].tolist()
-    assert batch["labels"].tolist() == [i // 10 for i in batch["index"].tolist()]
+    assert batch["image"].shape == (6, 1, 4, 4) and batch["image"].dtype == torch.uint8
+    assert batch["label"].dtype == batch["index"].dtype == torch.int64
+    assert batch["image"][:, 0, 0, 0].tolist() == batch["index"].tolist()
+    assert batch["label"].tolist() == [i // 10 for i in batch["index"].tolist()]
     assert batch["unreadable"] == []
-    assert next(iter(train(Numbers(classes=None))))["labels"].tolist() == [-1] * 6
+    assert set(next(iter(train(Numbers(classes=None))))) == {"image", "index", "unreadable"}
 
 
 def test_an_epoch_is_a_permutation_and_drops_what_is_not_a_batch() -> None:
@@ -63,7 +66,7 @@ def test_the_epoch_and_the_seed_change_the_augmentation() -> None:
         return {
             i: image.numpy().tobytes()
             for batch in loader
-            for i, image in zip(batch["index"].tolist(), batch["images"], strict=True)
+            for i, image in zip(batch["index"].tolist(), batch["image"], strict=True)
         }
 
     loader = train()
@@ -83,7 +86,7 @@ def test_repeats() -> None:
     assert sorted(counts.values()) == [1] + [3] * 13
     order = seen(batches)
     assert order[0] == order[1] == order[2] and order[3] == order[4] == order[5]
-    images = torch.cat([b["images"] for b in batches])
+    images = torch.cat([b["image"] for b in batches])
     differing = sum(not torch.equal(images[i], images[i + 1]) for i in range(0, 36, 3))
     assert differing > 6
 
@@ -121,7 +124,7 @@ def test_ranks_see_what_one_process_sees(repeats: int) -> None:
     ranks = [list(train(batch=4, rank=rank, world=3, repeats=repeats)) for rank in range(3)]
     assert [len(r) for r in ranks] == [len(one)] * 3
     for number, whole in enumerate(one):
-        for key in ("images", "labels", "index"):
+        for key in ("image", "label", "index"):
             joined = torch.cat([ranks[rank][number][key] for rank in range(3)])
             assert torch.equal(joined, whole[key])
 
@@ -138,38 +141,47 @@ def test_ranks_evaluate_every_image_once(count: int) -> None:
 # Limits ------------------------------------------------------------------------------------------
 
 
+def some(most: int, balanced: bool = True, **options: Any) -> Source:
+    return limited(Numbers(**options), most, balanced=balanced)
+
+
 def test_a_limit_in_training_takes_some_of_every_class() -> None:
-    loader = train(Numbers(count=400, per_class=100), limit=42, batch=42)
+    source = some(42, count=400, per_class=100)
+    loader = train(source, batch=42)
     (batch,) = loader
-    assert sorted(Counter(batch["labels"].tolist()).values()) == [10, 10, 11, 11]
+    assert sorted(Counter(batch["label"].tolist()).values()) == [10, 10, 11, 11]
     (again,) = loader
     assert set(seen([again])) == set(seen([batch]))
-    (other,) = train(Numbers(count=400, per_class=100), limit=42, batch=42, seed=8)
-    assert set(seen([other])) == set(seen([batch]))  # the seed changes the order alone
-    assert len(set(seen([batch]))) == 42 and max(seen([batch])) - min(seen([batch])) > 300
+    chosen = sorted(batch["image"][:, 0, 0, 0].tolist())
+    assert [source.name(i) for i in range(42)] == [
+        source.name(i) for i in range(len(some(42, count=400, per_class=100)))
+    ]
+    assert len(set(seen([batch]))) == 42 and len(chosen) == 42
+    names = [int(source.name(i).split()[1]) for i in range(42)]
+    assert names == sorted(names) and names[-1] - names[0] > 300
 
 
 def test_a_limit_beyond_a_small_class_takes_all_of_it() -> None:
-    loader = train(Numbers(count=32), limit=20, batch=20)
-    (batch,) = loader
-    assert Counter(batch["labels"].tolist()) == {0: 6, 1: 6, 2: 6, 3: 2}
-    (unlabelled,) = train(Numbers(classes=None), limit=20, batch=20)
+    (batch,) = train(some(20, count=32), batch=20)
+    assert Counter(batch["label"].tolist()) == {0: 6, 1: 6, 2: 6, 3: 2}
+    (unlabelled,) = train(some(20, classes=None), batch=20)
     assert len(set(seen([unlabelled]))) == 20
-    assert len(list(train(limit=100))) == 6
+    whole = Numbers()
+    assert limited(whole, 100, balanced=True) is whole is limited(whole, None, balanced=False)
 
 
 def test_a_limit_in_evaluation_is_evenly_spaced() -> None:
-    assert seen(list(evaluation(limit=8))) == list(range(0, 40, 5))
-    assert seen(list(evaluation(limit=40))) == list(range(40))
-    shares = [seen(list(evaluation(limit=7, rank=r, world=2))) for r in range(2)]
-    assert sorted(sum(shares, [])) == [i * 40 // 7 for i in range(7)]
+    for count, wanted in ((8, list(range(0, 40, 5))), (7, [i * 40 // 7 for i in range(7)])):
+        source = some(count, balanced=False)
+        assert [source.name(i) for i in range(count)] == [f"number {i}" for i in wanted]
+        assert [source.label(i) for i in range(count)] == [i // 10 for i in wanted]
 
 
 def test_what_stands_in_is_within_the_limit() -> None:
-    chosen = set(seen(list(train(limit=10, batch=10))))
-    broken = frozenset(sorted(chosen)[:4])
-    (batch,) = train(Numbers(broken=broken), limit=10, batch=10)
-    assert set(seen([batch])) == chosen - broken
+    names = [some(10).name(i) for i in range(10)]
+    broken = frozenset(int(name.split()[1]) for name in names[:4])
+    (batch,) = train(some(10, broken=broken), batch=10)
+    assert set(seen([batch])) == set(range(4, 10))
 
 
 # The rest ----------------------------------------------------------------------------------------
@@ -180,7 +192,6 @@ def test_what_stands_in_is_within_the_limit() -> None:
     [
         ({"batch": 41}, "a batch of 41 needs as many images; the training data have 40"),
         ({"batch": 21, "world": 2}, "a batch of 21 on each of 2 processes needs as many images"),
-        ({"batch": 11, "limit": 10}, "the training data have 10"),
         ({"batch": 0}, "batch must be a whole number from 1, got 0"),
         ({"batch": 2.0}, r"batch must be a whole number from 1, got 2\.0"),
         ({"seed": -1}, "seed must be a whole number from 0, got -1"),
@@ -189,7 +200,6 @@ def test_what_stands_in_is_within_the_limit() -> None:
         ({"repeats": 2, "train": False}, "repeats is for training; evaluation takes 1, got 2"),
         ({"rank": 2, "world": 2}, r"rank must lie in 0\.\.1 for 2 processes, got 2"),
         ({"corrupt": "ignore"}, "corrupt must be one of 'skip', 'fail'; got 'ignore'"),
-        ({"limit": 0}, "limit must be a whole number from 1, got 0"),
     ],
 )
 def test_wrong_options(options: dict, message: str) -> None:

@@ -15,8 +15,9 @@ from small import randomise, vit
 
 import foveate
 from foveate.cli import eval as command
+from foveate.data import Inputs
 from foveate.data.demo import demo_vit
-from foveate.evaluate import Inputs, Plan, Report, evaluate
+from foveate.evaluate import Plan, Report, evaluate
 
 
 def run(line: str) -> None:

@@ -21,7 +21,7 @@ from foveate.core import ReducedViT, TokenState
 from foveate.methods.cropr import Scorer
 from foveate.train.draws import Draws
 from foveate.train.reduce import ReduceTask, own_weights
-from foveate.train.task import LOGITS, total
+from foveate.train.task import total
 
 AUX = "cropr.aux_logits"
 LABELS = torch.tensor([1, 4, 9])
@@ -259,14 +259,12 @@ def test_each_module_sees_what_reached_it_and_losses_are_summed() -> None:
 def test_a_step_of_the_task() -> None:
     model = training()
     assert own_weights(model) == {"aux": 1.0}
-    task = ReduceTask(model, weights={"aux": 0.5})
-    task.settle(False)
-    assert task.new_parameters() == {id(p) for p in model.reducer.parameters()}
+    task = ReduceTask(model, 10, weights={"aux": 0.5}).train()
+    assert task.backbone is model.vit
     optimiser = torch.optim.AdamW(task.parameters(), 1e-3)
     seen = []
     for _ in range(8):
-        losses = task(images(), LABELS, Draws(0, 0, 0))
-        losses.pop(LOGITS)
+        losses = task.training_step({"image": images(), "label": LABELS}, Draws(0, 0, 0))
         assert set(losses) == {"class", "aux"}
         loss = total(losses, task.weights)
         torch.testing.assert_close(loss, losses["class"] + 0.5 * losses["aux"])

@@ -40,7 +40,7 @@ TREE: dict[str, Any] = {
         **{"train": "fashion-mnist", "mean": [0.286], "std": [0.353]},
         **{"batch": 16, "limit": 64, "val_limit": 32},
     },
-    "loop": {"epochs": 2, "log_every": 1, "tensorboard": False},
+    "loop": {"epochs": 2, "log_every": 1, "loggers": []},
     "snapshots": 1,
     "layers_every": 1,
 }
@@ -89,7 +89,7 @@ def test_the_numbers_are_those_of_a_direct_computation(runs: dict[str, Path], na
     source = open_images("fashion-mnist", "val", labels=False)
     transform = eval_transform((28, 28), 1)
     places = [i * len(source) // 10 for i in range(10)]
-    pixels = np.stack([transform(source.image(place), (0,)) for place in places])
+    pixels = np.stack([transform(source.sample(place))["image"] for place in places])
     images = (torch.from_numpy(pixels).float() / 255 - 0.286) / 0.353
     mask = fixed_mask(model, images, recipe.mask.filled(model.mask_kind, model.mask_ratio), 3)
     points = report.json()["runs"][0]["points"]

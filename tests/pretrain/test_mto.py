@@ -563,7 +563,7 @@ def test_a_network_that_is_too_shallow() -> None:
     with pytest.raises(ValueError, match=r"^mto.layers must lie in 0..2, got 3$"):
         task("mae", Mto(layers=(1, 3)))
     one = task("mae", Mto(r=0), decoder_depth=1)
-    found = one(images(), torch.empty(0), Draws(0, 0, 0))
+    found = one.training_step({"image": images()}, Draws(0, 0, 0))
     assert found.keys() == {"pixel", "mto_spa", "mto_e"}
     assert task("mae", None, decoder_depth=1).mto is None
 
@@ -572,8 +572,8 @@ def test_a_network_that_is_too_shallow() -> None:
 
 
 def losses_and_grads(found: PretrainTask, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-    found.advance(progress)
-    losses = found(images(), torch.empty(0), Draws(0, 0, 0))
+    found.set_progress(progress, found.model)
+    losses = found.training_step({"image": images()}, Draws(0, 0, 0))
     loss = total(losses, found.weights)
     loss.backward()
     named = found.model.named_parameters()
@@ -597,8 +597,8 @@ def test_weights_of_zero_are_no_optimisation_at_all(name: str) -> None:
 
 def test_the_sum_of_a_step() -> None:
     found = task("simmim", Mto(spa=0.5, e=0.25, r=2.0, ramp=0.5), beit())
-    found.advance(0.25)
-    losses = found(images(), torch.empty(0), Draws(0, 0, 0))
+    found.set_progress(0.25, found.model)
+    losses = found.training_step({"image": images()}, Draws(0, 0, 0))
     assert losses.keys() == {"pixel", "mto_spa", "mto_e", "mto_r"}
     parts = {"pixel": 1.0, "mto_spa": 0.25, "mto_e": 0.125, "mto_r": 1.0}
     wanted = sum(weight * losses[key].item() for key, weight in parts.items())
@@ -655,7 +655,7 @@ def test_a_method_of_ones_own(two: None) -> None:
     model = method("two", vit())
     found = PretrainTask(model, None, Mto(**ONES, ramp=0.0))
     assert found.masking == Hiding(kind="random", ratio=0.5)
-    losses = found(images(), torch.empty(0), Draws(0, 0, 0))
+    losses = found.training_step({"image": images()}, Draws(0, 0, 0))
     drawn = found.masking.draw(2, GRID, (4, 4), Draws(0, 0, 0))
     networks = model(images(), drawn, states=True).states
     assert len(networks) == 2

@@ -23,7 +23,7 @@ from train.runs import DATA, MODEL, checkpoint, exported, finetune, same_run, to
 import foveate
 from foveate import config
 from foveate.cli import main
-from foveate.data import device_batches, eval_transform, open_images
+from foveate.data import device_batches, eval_transform, limited, open_images
 from foveate.data.loader import Loader
 from foveate.pretrain import callbacks as pretrain_callbacks
 from foveate.pretrain.build import make_masked_model
@@ -111,7 +111,7 @@ def shrunk(found: Pretrain) -> Pretrain:
         model=replace(found.model, options={**found.model.options, **small}),
         options={key: options.get(key, value) for key, value in found.options.items()},
         data=replace(found.data, **data, val_limit=8),
-        loop=replace(found.loop, epochs=1, log_every=1, tensorboard=False, strategy="auto"),
+        loop=replace(found.loop, epochs=1, log_every=1, loggers=(), strategy="auto"),
         probe=replace(
             found.probe, data=found.probe.data and "fashion-mnist", limit=32, val_limit=8, epochs=2
         ),
@@ -122,7 +122,7 @@ def shrunk(found: Pretrain) -> Pretrain:
 def test_a_recipe_runs(name: str, tmp_path: Path) -> None:
     found = opened(name)
     small = shrunk(found)
-    for part in ("method", "mask", "mto", "optim", "mix", "snapshots", "layers_every"):
+    for part in ("method", "mask", "mto", "optim", "snapshots", "layers_every"):
         assert getattr(small, part) == getattr(found, part)
     result = run(small, tmp_path)
     assert result["job"] == "pretrain" and result["updates"] == 2
@@ -213,8 +213,9 @@ def test_the_loss_of_evaluation_is_of_the_exported_model(
 ) -> None:
     """With the same masks every time, which are not those of training."""
     result = run(recipe("loop.epochs=1"), tmp_path)
-    source, transform = open_images("fashion-mnist", "val"), eval_transform((28, 28), 1)
-    loader = Loader(source, transform, batch=16, train=False, limit=32)
+    source = limited(open_images("fashion-mnist", "val"), 32, balanced=False)
+    transform = eval_transform((28, 28), 1)
+    loader = Loader(source, transform, batch=16, train=False)
     losses, drawn = [], Hiding(kind="random", ratio=0.75)
     with torch.no_grad():
         for index, (x, *_) in enumerate(device_batches(loader, (0.286,), (0.353,), "cpu")):
@@ -522,7 +523,7 @@ def command(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> s
 
 TINY = (
     *("data.limit=32", "data.val_limit=16", "data.batch=16", "data.val_batch=16"),
-    *("loop.tensorboard=false", "loop.log_every=1", "model.options.embed_dim=24"),
+    *("loop.loggers=[]", "loop.log_every=1", "model.options.embed_dim=24"),
     *("model.options.depth=2", "probe.limit=64", "probe.val_limit=16", "probe.epochs=2"),
 )
 
@@ -591,8 +592,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "method": (("method=mea",), "'mea'; did you mean 'mae'?"),
     "option": (("options.decoder_dept=2",), "'decoder_dept'; did you mean 'decoder_depth'?"),
     "setting": (("mto.presett=paper",), "'mto.presett'; did you mean 'mto.preset'?"),
-    "mix": (("mix.mixup=0.2",), "mix is for classification: pre-training takes images as they"),
-    "smoothing": (("mix.smoothing=0.1",), "mix is for classification"),
+    "mix": (("mix.mixup=0.2",), "the command line: unknown setting 'mix'"),
     "snapshots": (("snapshots=0",), "snapshots are epochs from 1 on, got 0"),
     "a snapshot": (("snapshots=[5,0]",), "snapshots are epochs from 1 on, got (5, 0)"),
     "layers": (("layers_every=0",), "layers_every are epochs from 1 on, got 0"),

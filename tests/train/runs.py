@@ -34,7 +34,7 @@ DATA: dict[str, Any] = {
     **{"train": "fashion-mnist", "mean": [0.286], "std": [0.353], "batch": 16, "limit": 64},
     **{"val_limit": 32, "augment": {"crop": "pad", "pad": 2}},
 }
-LOOP: dict[str, Any] = {"epochs": 2, "log_every": 1, "tensorboard": False}
+LOOP: dict[str, Any] = {"epochs": 2, "log_every": 1, "loggers": []}
 TREE: dict[str, Any] = {"model": MODEL, "data": DATA, "loop": LOOP}
 
 

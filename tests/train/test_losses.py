@@ -18,11 +18,11 @@ from foveate.core.losses import distillation, hard_distillation, token_distillat
 from foveate.train.build import make_finetune, make_reduce
 from foveate.train.draws import Draws, seed_step
 from foveate.train.finetune import FinetuneTask
+from foveate.train.images import ClassificationTask
 from foveate.train.optim import make_optimiser
-from foveate.train.prepare import Prepare
-from foveate.train.recipe import Distill, Mix, Optim
+from foveate.train.recipe import Data, Distill, Mix, Optim
 from foveate.train.reduce import ReduceTask, own_weights
-from foveate.train.task import LOGITS, Task, total
+from foveate.train.task import total
 
 DRAWS = Draws(0, 0, 0)
 
@@ -87,10 +87,19 @@ def test_the_sum_weighs_and_leaves_out() -> None:
     assert float(total(losses, {"kl": 0.5, "bad": 0.0})) == 3.5
 
 
+def mixing(mix: Mix, mean: float, std: float, batch: int = 2) -> ClassificationTask:
+    data = Data(mean=(mean,), std=(std,), batch=batch)
+    return ClassificationTask(small_model(num_classes=4), 4, data, mix)
+
+
+def batch_of(pixels: Tensor, labels: list[int]) -> dict[str, Tensor]:
+    return {"image": pixels, "label": torch.tensor(labels)}
+
+
 def test_label_smoothing() -> None:
-    prepare = Prepare((0.5,), (0.25,), Mix(smoothing=0.1), 4, 2)
+    task = mixing(Mix(smoothing=0.1), 0.5, 0.25)
     pixels = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
-    x, soft = prepare.train_batch(pixels, torch.tensor([1, 3]))
+    x, soft = task.mixed(batch_of(pixels, [1, 3]))
     assert x.flatten().tolist() == pytest.approx([-2.0, 2.0])
     assert soft.tolist() == [
         pytest.approx([0.025, 0.925, 0.025, 0.025]),
@@ -99,15 +108,17 @@ def test_label_smoothing() -> None:
     logits = noise(2, 4)
     wanted = F.cross_entropy(logits, torch.tensor([1, 3]), label_smoothing=0.1)
     assert float(F.cross_entropy(logits, soft)) == pytest.approx(float(wanted), rel=1e-5)
-    plain = Prepare((0.5,), (0.25,), Mix(), 4, 2)
-    assert plain.train_batch(pixels, torch.tensor([1, 3]))[1].tolist() == [1, 3]
+    plain = mixing(Mix(), 0.5, 0.25)
+    assert plain.mixed(batch_of(pixels, [1, 3]))[1].tolist() == [1, 3]
+    done = torch.tensor([[[[0.5]]], [[[-3.0]]]])  # a data set's own transform has normalised these
+    assert plain.pixels({"image": done}) is done
 
 
 def test_mixup_mixes_images_and_labels_alike() -> None:
-    prepare = Prepare((0.0,), (1.0,), Mix(mixup=1.0, smoothing=0.2), 4, 4)
+    task = mixing(Mix(mixup=1.0, smoothing=0.2), 0.0, 1.0, batch=4)
     pixels = torch.tensor([0, 85, 170, 255], dtype=torch.uint8).view(4, 1, 1, 1)
     seed_step(0, 0, 0)
-    x, soft = prepare.train_batch(pixels.expand(-1, -1, 4, 4), torch.arange(4))
+    x, soft = task.mixed(batch_of(pixels.expand(-1, -1, 4, 4), [0, 1, 2, 3]))
     first, last = x[0, 0, 0, 0].item(), x[3, 0, 0, 0].item()
     share = 1 - first  # of image 0, which is black; its partner is the white image 3
     assert 0.01 < share < 0.99 and last == pytest.approx(share, abs=1e-5)
@@ -118,12 +129,12 @@ def test_mixup_mixes_images_and_labels_alike() -> None:
 
 
 def test_erasing_is_for_training() -> None:
-    prepare = Prepare((0.5,), (0.5,), Mix(erase=1.0), 4, 2)
+    task = mixing(Mix(erase=1.0), 0.5, 0.5)
     pixels = torch.full((2, 1, 8, 8), 255, dtype=torch.uint8)
     seed_step(0, 0, 0)
-    x, _ = prepare.train_batch(pixels, torch.tensor([0, 1]))
+    x, _ = task.mixed(batch_of(pixels, [0, 1]))
     assert all(0 < int((image != 1).sum()) < 64 for image in x)
-    assert bool((prepare(pixels) == 1).all()) and int(pixels.min()) == 255
+    assert bool((task.pixels({"image": pixels}) == 1).all()) and int(pixels.min()) == 255
 
 
 # Methods -----------------------------------------------------------------------------------------
@@ -145,18 +156,30 @@ def images(count: int = 4) -> Tensor:
     return noise(count, 1, 28, 28)
 
 
+def step() -> dict[str, Tensor]:
+    """A batch of images that are normalised already, of four classes."""
+    return {"image": images(), "label": torch.arange(4)}
+
+
+def taught(model: Any, teacher: Any = None, **options: Any) -> ReduceTask:
+    task = ReduceTask(model, 10, **options)
+    if teacher is not None and task.needs_teacher:
+        task.learn_from(teacher)
+    return task
+
+
 @pytest.mark.parametrize("method", PAPERS)
 def test_weights_are_the_papers(method: str) -> None:
     """The method's own, and what the sum of a step is then made of."""
     model = foveate.apply(small_model(), method, check=False).train()
     assert own_weights(model) == PAPERS[method]
     legal = {"class": 1.0, "kl": 0.0, **PAPERS[method]}
-    assert ReduceTask(model, small_model()).weights == legal
-    task = ReduceTask(model, small_model(depth=2))
-    task.settle(False)
+    task = taught(model, small_model(depth=2)).train()
+    assert task.weights == legal
     torch.manual_seed(0)
-    losses = task(images(), torch.tensor([0, 1, 2, 3]), DRAWS)
-    logits = losses.pop(LOGITS).detach()
+    losses = task.training_step(step(), DRAWS)
+    torch.manual_seed(0)
+    logits = task.model.run(images()).logits.detach()
     losses = {name: value.detach() for name, value in losses.items()}
     computed = set(losses)
     assert computed == {name for name, weight in legal.items() if weight}
@@ -167,14 +190,14 @@ def test_weights_are_the_papers(method: str) -> None:
 
 def test_weights_can_be_given() -> None:
     model = foveate.apply(small_model(), "dynamicvit", check=False)
-    task = ReduceTask(model, None, {"kl": 0, "token": 0, "ratio": 7})
+    task = taught(model, weights={"kl": 0, "token": 0, "ratio": 7})
     assert task.weights == {"class": 1.0, "ratio": 7, "kl": 0, "token": 0}
     with pytest.raises(ValueError, match="unknown loss of dynamicvit 'rato'; did you mean 'ratio'"):
-        ReduceTask(model, None, {"rato": 1.0})
+        taught(model, weights={"rato": 1.0})
     with pytest.raises(ValueError, match="the losses kl and token need a teacher"):
-        ReduceTask(model)
+        taught(model).train().training_step(step(), DRAWS)
     with pytest.raises(ValueError, match="the teacher has width 48, the student 32"):
-        ReduceTask(model, small_model(embed_dim=48))
+        taught(model, small_model(embed_dim=48))
 
 
 def shares(task: ReduceTask) -> Any:
@@ -191,8 +214,7 @@ def test_ratio_losses_of_images_and_of_batches() -> None:
         ("svit(keep=0.5, ratio='fixed')", False),
         ("spvit(keep=0.5)", True),
     ):
-        task = ReduceTask(foveate.apply(small_model(), method, check=False), small_model())
-        task.settle(False)
+        task = taught(foveate.apply(small_model(), method, check=False), small_model()).train()
         torch.manual_seed(3)
         with torch.no_grad():
             kept, losses = shares(task)
@@ -208,22 +230,20 @@ def test_ratio_losses_of_images_and_of_batches() -> None:
 
 def test_auxiliary_loss_of_evovit() -> None:
     model = foveate.apply(small_model(), "evovit(aux=True)", check=False)
-    task = ReduceTask(model)
-    task.settle(False)
+    task = taught(model).train()
     with torch.no_grad():
         notes = model.run(images()).notes
         wanted = F.cross_entropy(notes["evovit.aux_logits"], torch.arange(4))
-        losses = task(images(), torch.arange(4), DRAWS)
+        losses = task.training_step(step(), DRAWS)
     assert float(losses["aux"]) == pytest.approx(float(wanted))
     assert abs(float(losses["aux"]) - float(losses["class"])) > 1e-4
 
 
 def test_final_tokens_are_compared_where_they_were_kept() -> None:
     start, teacher = small_model(), small_model()
-    task = ReduceTask(foveate.apply(start, "dynamicvit(keep=0.5)", check=False), teacher)
-    task.settle(False)
+    task = taught(foveate.apply(start, "dynamicvit(keep=0.5)", check=False), teacher).train()
     torch.manual_seed(5)
-    found = task(images(), torch.arange(4), DRAWS)
+    found = task.training_step(step(), DRAWS)
     torch.manual_seed(5)
     with torch.no_grad():
         outcome = task.model.run(images())
@@ -242,33 +262,32 @@ def test_final_tokens_are_compared_where_they_were_kept() -> None:
 # The teacher -------------------------------------------------------------------------------------
 
 
-def tasks() -> dict[str, Task]:
+def tasks() -> dict[str, ClassificationTask]:
     reduced = foveate.apply(small_model(), "dynamicvit", check=False)
+    soft, teacher = Distill(kind="soft"), small_model(depth=2)
     return {
-        "finetune": FinetuneTask(small_model(), None, Distill(kind="soft"), small_model(depth=2)),
-        "reduce": ReduceTask(reduced, small_model(depth=2)),
+        "finetune": FinetuneTask(small_model(), 10, distill=soft, teacher=teacher),
+        "reduce": taught(reduced, small_model(depth=2)),
     }
 
 
 @pytest.mark.parametrize("job", ["finetune", "reduce"])
-def test_the_teacher_is_nobodys_part(job: str) -> None:
+def test_the_teacher_stays_as_it_is(job: str) -> None:
+    """In evaluation mode, without gradients, in no group; but it is saved with the run."""
     task = tasks()[job]
     teacher = task.teacher
     assert teacher is not None and not teacher.training
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
-    task.settle(False)
-    assert not teacher.training
+    task.train()
+    assert task.model.training and not any(part.training for part in teacher.modules())
     optimiser = make_optimiser(task, Optim(), 0.1)
-    losses = task(images(), torch.arange(4), DRAWS)
-    losses.pop(LOGITS)
+    losses = task.training_step(step(), DRAWS)
     total(losses, task.weights).backward()
     optimiser.step()
     mine = {id(p) for group in optimiser.param_groups for p in group["params"]}
     assert all(p.grad is None and id(p) not in mine for p in teacher.parameters())
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
-    state = task.state_dict()
-    assert len(state) == len(task.model.state_dict())
-    assert not any("teacher" in key or "_dense" in key for key in state)
+    assert len(task.state_dict()) == len(task.model.state_dict()) + len(before)
 
 
 def test_the_start_teaches_as_it_was(tmp_path: Path) -> None:
@@ -285,8 +304,12 @@ def test_the_start_teaches_as_it_was(tmp_path: Path) -> None:
     run(recipe, tmp_path / "run")
     for path in (tmp_path / "run" / "checkpoints").iterdir():
         content = torch.load(path, weights_only=True)
-        names = [key.removeprefix("task.model.") for key in content["state_dict"]]
-        assert {*names} == {*small_model().state_dict()}
+        for part in ("model", "teacher"):
+            prefix = f"task.{part}."
+            names = {k.removeprefix(prefix) for k in content["state_dict"] if k.startswith(prefix)}
+            assert names == {*small_model().state_dict()}
+        taught = content["state_dict"]["task.teacher.head.weight"]
+        assert torch.equal(taught, small_model().head.weight)
 
 
 def test_a_teacher_that_is_used_to_other_images(

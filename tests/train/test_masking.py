@@ -16,7 +16,6 @@ from foveate.train.draws import Draws, seed_step
 from foveate.train.finetune import FinetuneTask
 from foveate.train.masking import draw_masks, kept_patches
 from foveate.train.recipe import Masking
-from foveate.train.task import LOGITS
 
 
 @pytest.mark.parametrize("patches", [16, 49, 196])
@@ -97,6 +96,10 @@ def slowly(model: Any, images: Tensor, keep: Tensor) -> Tensor:
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
+def masked(model: Any, ratios: tuple[float, ...], backend: str = "bucket") -> FinetuneTask:
+    return FinetuneTask(model, 10, masking=Masking(ratios=ratios, backend=backend))
+
+
 @pytest.mark.parametrize("pool", ["token", "avg"])
 def test_bucket_and_keymask_are_the_slow_loop(pool: str) -> None:
     """Logits, loss and every gradient; a class token alone gives finite numbers."""
@@ -112,9 +115,10 @@ def test_bucket_and_keymask_are_the_slow_loop(pool: str) -> None:
             logits = slowly(model, images, keep)
             loss = F.cross_entropy(logits, targets)
         else:
-            task = FinetuneTask(model, Masking(ratios=ratios, backend=backend))
-            losses = task(images, targets, Draws(0, 0, 0))
-            logits, loss = losses[LOGITS], losses["class"]
+            task = masked(model, ratios, backend)
+            batch = {"image": images, "label": targets}
+            loss = task.training_step(batch, Draws(0, 0, 0))["class"]
+            logits = task.logits(images, Draws(0, 0, 0))
         loss.backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
         found[backend] = {"logits": logits.detach(), "loss": loss.detach(), **gradients}
@@ -126,10 +130,11 @@ def test_bucket_and_keymask_are_the_slow_loop(pool: str) -> None:
 
 def test_all_patches_hidden_is_finite() -> None:
     for backend in ("bucket", "keymask"):
-        task = FinetuneTask(small_model(), Masking(ratios=(1.0,), backend=backend))
-        losses = task(noise(4, 1, 28, 28), torch.arange(4), Draws(0, 0, 0))
-        losses["class"].backward()
-        logits = losses[LOGITS].detach()
+        task = masked(small_model(), (1.0,), backend)
+        images = noise(4, 1, 28, 28)
+        batch = {"image": images, "label": torch.arange(4)}
+        task.training_step(batch, Draws(0, 0, 0))["class"].backward()
+        logits = task.logits(images, Draws(0, 0, 0)).detach()
         assert bool(logits.isfinite().all())
         assert torch.allclose(logits, logits[:1].expand_as(logits), atol=1e-5)
         gradients = [p.grad for p in task.model.parameters() if p.grad is not None]
@@ -139,15 +144,15 @@ def test_all_patches_hidden_is_finite() -> None:
 @pytest.mark.parametrize("ratio", [1.0, 0.95])
 def test_nothing_left_to_pool_is_refused(ratio: float) -> None:
     with pytest.raises(ValueError, match=f"masking.ratios holds {ratio:g}, which leaves nothing"):
-        FinetuneTask(small_model(global_pool="avg"), Masking(ratios=(0.5, ratio)))
-    FinetuneTask(small_model(global_pool="avg"), Masking(ratios=(0.5, 0.9)))
+        masked(small_model(global_pool="avg"), (0.5, ratio))
+    masked(small_model(global_pool="avg"), (0.5, 0.9))
 
 
 def test_no_masks_is_the_model_itself() -> None:
     model = small_model()
-    task = FinetuneTask(model, Masking())
+    task = FinetuneTask(model, 10)
     images = noise(3, 1, 28, 28)
-    assert torch.equal(task(images, torch.arange(3), Draws(0, 0, 0))[LOGITS], model(images))
+    assert torch.equal(task.logits(images, Draws(0, 0, 0)), model(images))
 
 
 def test_drop_path_drops_whole_images_of_masked_batches() -> None:
@@ -158,22 +163,22 @@ def test_drop_path_drops_whole_images_of_masked_batches() -> None:
     model = small_model(depth=2)
     _set_drop_path(backbone_for(model), 0.999)
     assert [type(block.drop_path1).__name__ for block in model.blocks] == ["Identity", "DropPath"]
-    task = FinetuneTask(model, Masking(ratios=(0.5,)))
+    task = masked(model, (0.5,))
     images = noise(2, 1, 28, 28)
     torch.manual_seed(0)
-    dropped = task(images, torch.arange(2), Draws(0, 0, 0))[LOGITS]
+    dropped = task.logits(images, Draws(0, 0, 0))
     model.blocks[1].attn.proj.weight.data.zero_()
     model.blocks[1].attn.proj.bias.data.zero_()
     model.blocks[1].mlp.fc2.weight.data.zero_()
     model.blocks[1].mlp.fc2.bias.data.zero_()
-    without = task(images, torch.arange(2), Draws(0, 0, 0))[LOGITS]
+    without = task.logits(images, Draws(0, 0, 0))
     torch.testing.assert_close(dropped, without)
 
 
 def test_models_of_transformers_can_be_masked() -> None:
     pytest.importorskip("transformers")
     model = hf("ViTForImageClassification").train()
-    task = FinetuneTask(model, Masking(ratios=(0.5,)))
-    losses = task(noise(2, 3, 48, 48), torch.arange(2), Draws(0, 0, 0))
-    losses["class"].backward()
+    task = masked(model, (0.5,))
+    batch = {"image": noise(2, 3, 48, 48), "label": torch.arange(2)}
+    task.training_step(batch, Draws(0, 0, 0))["class"].backward()
     assert all(p.grad is not None for p in model.parameters())

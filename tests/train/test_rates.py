@@ -94,7 +94,8 @@ def test_a_frozen_backbone_stays_and_then_moves(tmp_path: Path) -> None:
 
 
 def plain(**options: Any) -> Task:
-    return FinetuneTask(small_model(**options))
+    model = small_model(**options)
+    return FinetuneTask(model, model.num_classes)
 
 
 def names_of(task: Task) -> dict[int, str]:
@@ -118,7 +119,7 @@ def test_layer_decay_of_a_vit_of_twelve_blocks() -> None:
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", embed_dim=24, num_heads=2, num_classes=10)
     optim = Optim(layer_decay=0.65, weight_decay=0.3, lr=2.0)
-    task = FinetuneTask(model)
+    task = FinetuneTask(model, 10)
     found = by_name(task, optim)
     wanted = {f"blocks.{block}.mlp.fc1.weight": 0.65 ** (12 - block) for block in range(12)}
     wanted |= {"pos_embed": 0.65**13, "cls_token": 0.65**13, "patch_embed.proj.weight": 0.65**13}
@@ -127,7 +128,7 @@ def test_layer_decay_of_a_vit_of_twelve_blocks() -> None:
     for name, scale in wanted.items():
         assert found[name]["lr_scale"] == pytest.approx(scale), name
     assert len({group["lr_scale"] for group in found.values()}) == 14
-    optimiser = make_optimiser(FinetuneTask(model), optim, 2.0)
+    optimiser = make_optimiser(FinetuneTask(model, 10), optim, 2.0)
     Rates(optimiser, (2.0, 0.0, 0.0), updates=10).set(0)
     rates = sorted({group["lr"] for group in optimiser.param_groups})
     assert rates == pytest.approx([2.0 * 0.65**power for power in range(13, -1, -1)])
@@ -140,14 +141,14 @@ UNDECAYED += ("register_tokens", "mask_token", "class_embedding", "position_embe
 @pytest.mark.parametrize("decay", [1.0, 0.8])
 @pytest.mark.parametrize("name", ["vit", "deit3", "dinov2_reg4", "dinov3", "lvvit"])
 def test_weight_decay_of_timm_models(name: str, decay: float) -> None:
-    task = FinetuneTask(form(name))
+    task = FinetuneTask(form(name), 10)
     _check_decay(by_name(task, Optim(weight_decay=0.3, layer_decay=decay)), task)
 
 
 @pytest.mark.parametrize("name", ["hf_vit", "hf_dinov2_reg4", "hf_siglip"])
 def test_weight_decay_of_models_of_transformers(name: str) -> None:
     pytest.importorskip("transformers")
-    task = FinetuneTask(form(name))
+    task = FinetuneTask(form(name), 10)
     _check_decay(by_name(task, Optim(weight_decay=0.3)), task)
     with pytest.raises(ValueError, match="optim.layer_decay=0.8 needs a model of timm, which says"):
         parameter_groups(task, Optim(layer_decay=0.8))
@@ -165,7 +166,7 @@ def _check_decay(found: dict[str, dict[str, Any]], task: Task) -> None:
 def test_what_a_method_adds_trains_at_the_full_rate() -> None:
     for decay in (1.0, 0.75):
         model = foveate.apply(small_model(), "dynamicvit", check=False)
-        task = ReduceTask(model, None, {"kl": 0, "token": 0})
+        task = ReduceTask(model, 10, weights={"kl": 0, "token": 0})
         found = by_name(task, Optim(backbone_scale=0.01, layer_decay=decay, weight_decay=0.3))
         for name, group in found.items():
             new = name.startswith("reducer.")

@@ -74,7 +74,7 @@ def shrunk(recipe: Any, folder: Path) -> Any:
     }
     if isinstance(recipe, recipes.Probe):
         return dataclasses.replace(recipe, **changes, epochs=2, neighbours=3)
-    loop = dataclasses.replace(recipe.loop, max_steps=2, log_every=1, tensorboard=False)
+    loop = dataclasses.replace(recipe.loop, max_steps=2, log_every=1, loggers=())
     if isinstance(recipe, recipes.Finetune) and recipe.distill.teacher is not None:
         changes["distill"] = dataclasses.replace(recipe.distill, teacher=weights)
     if isinstance(recipe, recipes.Reduce) and recipe.teacher is not None:

@@ -49,14 +49,14 @@ def test_a_run_that_is_stopped_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Lightning would end with 0, and what comes next would take the run for done."""
-    original, steps = FinetuneTask.forward, iter(range(1000))
+    original, steps = FinetuneTask.training_step, iter(range(1000))
 
     def forward(self: FinetuneTask, *arguments: Any) -> dict[str, Tensor]:
         if next(steps) == 2:
             os.kill(os.getpid(), kind)
         return original(self, *arguments)
 
-    monkeypatch.setattr(FinetuneTask, "forward", forward)
+    monkeypatch.setattr(FinetuneTask, "training_step", forward)
     # A shell's background job ignores Ctrl-C, and the tests may be one.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -74,7 +74,7 @@ def test_a_run_that_is_stopped_says_so(
 
 def spoil(monkeypatch: pytest.MonkeyPatch, at: int, how: str) -> None:
     """From one step on, the loss "class" is no number, or its gradient is none."""
-    original, steps = FinetuneTask.forward, iter(range(1000))
+    original, steps = FinetuneTask.training_step, iter(range(1000))
 
     def forward(self: FinetuneTask, *arguments: Any) -> dict[str, Tensor]:
         losses = original(self, *arguments)
@@ -83,7 +83,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, at: int, how: str) -> None:
             losses["class"] = losses["class"] + (zero.sqrt() if how == "gradient" else float(how))
         return losses
 
-    monkeypatch.setattr(FinetuneTask, "forward", forward)
+    monkeypatch.setattr(FinetuneTask, "training_step", forward)
 
 
 def saved(out: Path) -> list[int]:
@@ -97,7 +97,7 @@ def test_a_loss_that_is_no_number(
     spoil(monkeypatch, 3, value)
     recipe = finetune("loop.save_every=1", "loop.keep_last=9", "loop.log_every=4", "optim.lr=0.25")
     rate = 0.25 * 0.5 * (1 + math.cos(math.pi * 3 / 8))
-    words = f"the loss class is {value} at update 3, with learning rate {rate:.3g}: lower the rate"
+    words = f"the loss 'class' is {value} at update 3, with learning rate {rate:.3g}: lower"
     refused(recipe, tmp_path, words)
     assert saved(tmp_path) == [1, 2, 3]
     assert not (tmp_path / "result.json").exists()
@@ -109,12 +109,12 @@ def test_a_late_look_saves_nothing_either(tmp_path: Path, monkeypatch: pytest.Mo
 
     def collect(self: Module, losses: dict[str, Tensor], loss: Tensor) -> None:
         values = torch.stack([*(v.detach() for v in losses.values()), loss.detach()])
-        names = [*losses, "their sum"]
+        names = [*(f"the loss {name!r}" for name in losses), "the sum"]
         self._unchecked.append((self.trainer.global_step, self._rate, names, values))
 
     monkeypatch.setattr(Module, "_watch", collect)
     recipe = finetune("loop.save_every=2", "loop.keep_last=9")
-    refused(recipe, tmp_path, "the loss class is nan at update 3")
+    refused(recipe, tmp_path, "the loss 'class' is nan at update 3")
     assert saved(tmp_path) == [2]
 
 

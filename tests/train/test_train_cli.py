@@ -17,16 +17,22 @@ from small import hf
 import foveate
 from foveate import config
 from foveate.cli import main
-from foveate.data import Preprocessing, device_batches, eval_transform, open_images
+from foveate.data import (
+    Inputs,
+    Preprocessing,
+    device_batches,
+    eval_transform,
+    limited,
+    open_images,
+)
 from foveate.data.loader import Loader
-from foveate.evaluate import Inputs
 from foveate.train.finetune import FinetuneTask
 from foveate.train.logs import read_metrics
 from foveate.train.reduce import ReduceTask
 
 TINY = (
     *("data.limit=64", "data.val_limit=32", "data.batch=16", "data.val_batch=16"),
-    *("loop.tensorboard=false", "loop.log_every=1"),
+    *("loop.loggers=[]", "loop.log_every=1"),
 )
 
 
@@ -61,11 +67,11 @@ def command(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> s
 def pixels() -> torch.Tensor:
     """Images that evaluation sees, as bytes."""
     loader = Loader(
-        open_images("fashion-mnist", "val"),
+        limited(open_images("fashion-mnist", "val"), 8, balanced=False),
         eval_transform((28, 28), 1),
-        **{"batch": 8, "train": False, "limit": 8},
+        **{"batch": 8, "train": False},
     )
-    return next(iter(loader))["images"]
+    return next(iter(loader))["image"]
 
 
 def same_answers(folder: Path, model: Any) -> Any:
@@ -232,9 +238,9 @@ def test_it_learns(tmp_path: Path) -> None:
     result = run(recipe, tmp_path)
     assert result["accuracy"] > 30  # chance is 10
     batches = Loader(
-        open_images("fashion-mnist", "val"),
+        limited(open_images("fashion-mnist", "val"), 250, balanced=False),
         eval_transform((28, 28), 1),
-        **{"batch": 250, "train": False, "limit": 250},
+        **{"batch": 250, "train": False},
     )
     model, right = foveate.load(tmp_path).eval(), 0
     with torch.no_grad():

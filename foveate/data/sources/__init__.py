@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from foveate.core.schedule import check_choice
 from foveate.data.sources.base import SPLITS, WHOLE, NoSplit, Source
+from foveate.data.sources.datasets import DatasetSource, describe
 from foveate.data.sources.folders import open_folder
 from foveate.data.sources.libraries import open_hf, open_torchvision
-from foveate.data.sources.memory import open_fashion_mnist
+from foveate.data.sources.memory import ArraySource, open_fashion_mnist
 from foveate.data.sources.shards import open_shards
 from foveate.registry import suggest
 
-__all__ = ["KINDS", "SPLITS", "WHOLE", "NoSplit", "Source", "open_first", "open_source"]
+__all__ = [
+    "KINDS",
+    "SPLITS",
+    "WHOLE",
+    "ArraySource",
+    "DatasetSource",
+    "NoSplit",
+    "Source",
+    "open_first",
+    "open_source",
+]
 
 # Each takes the spec, the location in it ("" if none), the split and whether labels are needed.
 _OPEN: dict[str, Callable[[str, str, str, bool], Source]] = {
@@ -32,16 +44,22 @@ KINDS = {
 }
 
 
-def open_source(spec: str, split: str = "train", *, labels: bool = True) -> Source:
+def open_source(spec: Any, split: str = "train", *, labels: bool = True) -> Source:
     """Open a data set.
 
     Args:
-        spec: ``KIND`` or ``KIND:LOCATION``, see ``KINDS``; a path alone is a folder.
+        spec: ``KIND`` or ``KIND:LOCATION``, see ``KINDS``; a path alone is a folder. A data set of
+            one's own, an object, is one set that is not cut.
         split: "train", "val" or "test" of a set that is cut into them, "all" of one that is not;
             ``NoSplit`` where the set has no such split.
         labels: without them ``classes`` is None, and images need not have any.
     """
     check_choice("split", split, SPLITS)
+    if not isinstance(spec, (str, Path)):
+        if split != WHOLE:
+            raise NoSplit(f"{describe(spec)} is one set, so there is no split {split!r}")
+        return DatasetSource(spec, split, labels)
+    spec = str(spec)
     kind, colon, location = spec.partition(":")
     if kind not in _OPEN:
         return _OPEN["folder"](spec, _existing(spec, kind), split, labels)
@@ -50,7 +68,7 @@ def open_source(spec: str, split: str = "train", *, labels: bool = True) -> Sour
     return _OPEN[kind](spec, location, split, labels)
 
 
-def open_first(spec: str, splits: Sequence[str], *, labels: bool = True) -> Source:
+def open_first(spec: Any, splits: Sequence[str], *, labels: bool = True) -> Source:
     """Open the first of some splits that a set has."""
     missing: NoSplit | None = None
     for split in splits:

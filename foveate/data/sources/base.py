@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
 __all__ = ["NAMES", "NO_LABEL", "SPLITS", "WHOLE", "NoSplit", "PackedNames", "Source"]
 
@@ -22,49 +21,53 @@ class NoSplit(ValueError):
     """A set has no such split; its message says which it has."""
 
 
-class Source(Protocol):
-    """Images by number, most of them with a class; cheap to send to worker processes.
+class Source:
+    """Images by number, and what belongs to each; cheap to send to worker processes.
 
     Attributes:
         spec: what the source was opened with.
         split: "train", "val", "test", or "all" of a set that is not cut.
         classes: names in the order of the labels; None where there are no labels.
         channels: of the images, 1 or 3.
+        finished: whether images are tensors that a transform of their own has prepared.
     """
 
-    @property
-    def spec(self) -> str: ...
+    spec: str
+    split: str
+    classes: tuple[str, ...] | None
+    channels: int
+    finished: bool = False
 
-    @property
-    def split(self) -> str: ...
+    def __len__(self) -> int:
+        raise NotImplementedError
 
-    @property
-    def classes(self) -> tuple[str, ...] | None: ...
-
-    @property
-    def channels(self) -> int: ...
-
-    def __len__(self) -> int: ...
-
-    def image(self, index: int) -> Image.Image | np.ndarray:
+    def image(self, index: int) -> Any:
         """Read an image: L or RGB, or uint8 ``[H, W, C]``; ValueError with its name if damaged."""
-        ...
+        raise NotImplementedError
 
     def label(self, index: int) -> int:
         """Give the class without decoding the image; -1 where there are no labels."""
-        ...
+        return NO_LABEL
+
+    def targets(self, index: int) -> dict[str, Any]:
+        """Give what belongs to an image: a label, or boxes and masks as tv_tensors, or nothing."""
+        return {} if self.classes is None else {"label": self.label(index)}
+
+    def sample(self, index: int) -> dict[str, Any]:
+        """Read an image under "image" with its targets, as transforms take them."""
+        return {"image": self.image(index), **self.targets(index)}
 
     def name(self, index: int) -> str:
         """Name an image in messages."""
-        ...
+        return f"{self.spec} {self.split} {index}"
 
     def content(self, index: int) -> bytes:
         """Read what is stored of an image, undecoded where that is possible."""
-        ...
+        raise NotImplementedError
 
     def sizes(self) -> np.ndarray | None:
         """Give the bytes of each image's content; None where only reading them tells."""
-        ...
+        return None
 
 
 class PackedNames:

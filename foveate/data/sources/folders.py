@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from foveate.data.images import SUFFIXES, find_images, read_image
-from foveate.data.sources.base import NAMES, NO_LABEL, WHOLE, NoSplit, PackedNames
+from foveate.data.sources.base import NAMES, NO_LABEL, WHOLE, NoSplit, PackedNames, Source
 
 __all__ = ["FolderSource", "open_folder"]
 
@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class FolderSource:
+class FolderSource(Source):
     """Image files of one split; see ``Source``."""
 
     spec: str

@@ -24,7 +24,7 @@ __all__ = ["open_hf", "open_torchvision"]
 
 
 @dataclass(frozen=True)
-class TorchvisionSource:
+class TorchvisionSource(Source):
     """A data set of torchvision, image by image; see ``Source``."""
 
     spec: str
@@ -47,15 +47,9 @@ class TorchvisionSource:
     def label(self, index: int) -> int:
         return NO_LABEL if self.labels is None else int(self.labels[index])
 
-    def name(self, index: int) -> str:
-        return f"{self.spec} {self.split} {index}"
-
     def content(self, index: int) -> bytes:
         image = self.image(index)
         return repr((image.mode, image.size)).encode() + image.tobytes()
-
-    def sizes(self) -> None:
-        return None
 
 
 def open_torchvision(spec: str, location: str, split: str, labels: bool) -> Source:
@@ -77,7 +71,7 @@ def open_torchvision(spec: str, location: str, split: str, labels: bool) -> Sour
     if array.dtype == np.uint8 and array.ndim >= 3:
         array = array[..., None] if array.ndim == 3 else array
         if np.array_equal(array[0].squeeze(), np.asarray(first)) and array.shape[3] in (1, 3):
-            return ArraySource(spec, split, array, found, classes)
+            return ArraySource(spec, split, array, found, classes, array.shape[3])
     channels = 1 if first.mode in ("1", "L") else 3
     return TorchvisionSource(spec, split, dataset, found, classes, channels)
 
@@ -138,7 +132,7 @@ def _checked(
 
 
 @dataclass(frozen=True)
-class HfSource:
+class HfSource(Source):
     """Rows of a Hugging Face data set, their images not decoded yet; see ``Source``."""
 
     spec: str
@@ -167,14 +161,8 @@ class HfSource:
             raise ValueError(f"{name}: there is no image in the column {self.column!r}")
         return bytes(data)
 
-    def sizes(self) -> None:
-        return None
-
     def label(self, index: int) -> int:
         return NO_LABEL if self.labels is None else int(self.labels[index])
-
-    def name(self, index: int) -> str:
-        return f"{self.spec} {self.split} {index}"
 
 
 def open_hf(spec: str, location: str, split: str, labels: bool) -> HfSource:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from foveate.data.fashion import CLASSES, fashion_mnist, fashion_mnist_mini
-from foveate.data.sources.base import NO_LABEL, NoSplit
+from foveate.data.sources.base import NO_LABEL, NoSplit, Source
 
 __all__ = ["ArraySource", "open_fashion_mnist"]
 
 
 @dataclass(frozen=True)
-class ArraySource:
+class ArraySource(Source):
     """Images ``[N, H, W, C]`` uint8 in memory; see ``Source``."""
 
     spec: str
@@ -21,11 +21,7 @@ class ArraySource:
     images: np.ndarray
     labels: np.ndarray | None
     classes: tuple[str, ...] | None
-
-    @property
-    def channels(self) -> int:
-        """Of the images, 1 or 3."""
-        return self.images.shape[3]
+    channels: int
 
     def __len__(self) -> int:
         return len(self.images)
@@ -35,9 +31,6 @@ class ArraySource:
 
     def label(self, index: int) -> int:
         return NO_LABEL if self.labels is None else int(self.labels[index])
-
-    def name(self, index: int) -> str:
-        return f"{self.spec} {self.split} {index}"
 
     def content(self, index: int) -> bytes:
         return self.images[index].tobytes()
@@ -57,4 +50,5 @@ def open_fashion_mnist(spec: str, location: str, split: str, labels: bool) -> Ar
         images=found.images.permute(0, 2, 3, 1).numpy(),
         labels=found.labels.numpy() if labels else None,
         classes=CLASSES if labels else None,
+        channels=1,
     )

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from foveate.data.images import SUFFIXES, decode_image
-from foveate.data.sources.base import NO_LABEL, SPLITS, WHOLE, NoSplit, PackedNames
+from foveate.data.sources.base import NO_LABEL, SPLITS, WHOLE, NoSplit, PackedNames, Source
 
 __all__ = ["ShardSource", "open_shards"]
 
@@ -72,7 +72,7 @@ class _Files:
 
 
 @dataclass(frozen=True)
-class ShardSource:
+class ShardSource(Source):
     """Images in tar files by position; see ``Source``."""
 
     spec: str

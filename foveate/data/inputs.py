@@ -13,7 +13,8 @@ from torch import nn
 
 from foveate.backbones import backbone_for
 from foveate.core import ReducedViT
-from foveate.data import Preprocessing
+from foveate.data.augment import Transform, eval_transform
+from foveate.data.preprocess import Preprocessing
 
 __all__ = ["Inputs"]
 
@@ -57,6 +58,10 @@ class Inputs:
             crop_pct=crop_pct,
             interpolation=interpolation,
         )
+
+    def transform(self) -> Transform:
+        """What turns samples into such images, before they are normalised."""
+        return eval_transform(self.size, self.channels, self.crop_pct, self.interpolation)
 
 
 def _of_folder(folder: str) -> tuple[float, str]:

@@ -1,0 +1,276 @@
+"""The jobs as plain functions: what the commands do, for programs and notebooks.
+
+Each takes a model (a name of timm, a path, or a module of one's own), images (a spec, or a data
+set of one's own) and groups of settings, as dictionaries or as the classes of
+``foveate.train.recipe``. What a recipe says comes first, what a call says is laid over it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import timm
+from torch import nn
+
+from foveate import config
+from foveate.core import ReducedViT, Reducer
+from foveate.pretrain.masks import Hiding
+from foveate.pretrain.mto import Mto
+from foveate.pretrain.recipe import Pretrain, Watch
+from foveate.pretrain.run import pretrain as run_pretrain
+from foveate.train import recipe as recipes
+from foveate.train.probe import probe as run_probe
+from foveate.train.result import Result
+from foveate.train.run import train
+
+__all__ = ["finetune", "pretrain", "probe", "reduce"]
+
+_R = TypeVar("_R")
+Settings = Mapping[str, Any]
+Say = Callable[[str], None]
+
+
+def finetune(
+    model: str | Path | nn.Module | recipes.Model | Settings | None = None,
+    data: Any = None,
+    *,
+    mix: recipes.Mix | Settings | None = None,
+    optim: recipes.Optim | Settings | None = None,
+    loop: recipes.Loop | Settings | None = None,
+    masking: recipes.Masking | Settings | None = None,
+    distill: recipes.Distill | Settings | None = None,
+    recipe: str | Path | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    say: Say = print,
+) -> Result:
+    """Fine-tune a plain ViT, on whole images or on what random masks leave of them.
+
+    Args:
+        model: a name of timm, whose pretrained weights are taken; a path to weights; a module of
+            one's own, which is trained itself; or the group "model" of a recipe.
+        data: what ``foveate.data.open_source`` takes; a data set of one's own, with labels; or the
+            group "data", whose train, val and test may be data sets too.
+        mix: the group of that name, as a dictionary or its class; so are the next ones.
+        optim: likewise.
+        loop: likewise.
+        masking: likewise.
+        distill: likewise.
+        recipe: one that ships, by name, or a YAML file; the groups change it.
+        out: folder of the run; None takes runs/finetune, or the next that is free.
+        resume: go on with the run in ``out``.
+        progress: show a progress bar.
+        say: is told what is trained on what before it begins.
+    """
+    groups = {"mix": mix, "optim": optim, "loop": loop, "masking": masking, "distill": distill}
+    made = _recipe(recipes.Finetune, "finetune", recipe, model, data, groups)
+    return train(made, _folder("finetune", out), resume=resume, progress=progress, say=say)
+
+
+def reduce(
+    model: str | Path | nn.Module | recipes.Model | Settings | None = None,
+    method: str | Settings | Reducer | None = None,
+    data: Any = None,
+    *,
+    mix: recipes.Mix | Settings | None = None,
+    optim: recipes.Optim | Settings | None = None,
+    loop: recipes.Loop | Settings | None = None,
+    teacher: str | Path | nn.Module | None = None,
+    weights: Mapping[str, float] | None = None,
+    token_loss: str | None = None,
+    recipe: str | Path | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    say: Say = print,
+) -> Result:
+    """Train a model together with a reduction method.
+
+    Args:
+        model: as in ``finetune``; also a model from ``foveate.apply``, which brings its method.
+        method: such as "dynamicvit(keep=0.7)"; or its name and options in a dictionary.
+        data: as in ``finetune``.
+        mix: the group of that name, as a dictionary or its class; so are the next ones.
+        optim: likewise.
+        loop: likewise.
+        teacher: weights or a model that losses compare with; None is the start of the run.
+        weights: factors of losses instead of the method's own.
+        token_loss: how final tokens are compared with the teacher's: "mse" or "kl".
+        recipe: one that ships, by name, or a YAML file.
+        out: folder of the run; None takes runs/reduce, or the next that is free.
+        resume: go on with the run in ``out``.
+        progress: show a progress bar.
+        say: is told what is trained on what before it begins.
+    """
+    if isinstance(model, ReducedViT):
+        if method is not None:
+            raise ValueError(f"the model has its method {model.reducer!r}: name no other")
+        method, model = model.reducer, model.vit
+    groups = {
+        **{"mix": mix, "optim": optim, "loop": loop, "method": method},
+        **{"teacher": teacher, "weights": weights, "token_loss": token_loss},
+    }
+    made = _recipe(recipes.Reduce, "reduce", recipe, model, data, groups)
+    return train(made, _folder("reduce", out), resume=resume, progress=progress, say=say)
+
+
+def pretrain(
+    model: str | Path | nn.Module | recipes.Model | Settings | None = None,
+    data: Any = None,
+    *,
+    method: str | None = None,
+    options: Settings | None = None,
+    mask: Hiding | Settings | None = None,
+    mto: Mto | Settings | None = None,
+    optim: recipes.Optim | Settings | None = None,
+    loop: recipes.Loop | Settings | None = None,
+    watch: Watch | Settings | None = None,
+    snapshots: int | tuple[int, ...] | None = None,
+    layers_every: int | None = None,
+    recipe: str | Path | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    say: Say = print,
+) -> Result:
+    """Pre-train a ViT on images without labels.
+
+    Args:
+        model: a name of timm, which begins with new weights; a module of one's own; a path to
+            weights to go on from; or the group "model".
+        data: as in ``finetune``; labels are not looked at.
+        method: "mae" or "simmim".
+        options: what the method is made with, such as {"decoder_depth": 4}.
+        mask: the group of that name, as a dictionary or its class; so are the next ones.
+        mto: likewise; {} is masked token optimisation with its default choices.
+        optim: likewise.
+        loop: likewise.
+        watch: the group "probe" of a recipe: a labelled set that the backbone is read on meanwhile.
+        snapshots: epochs after which weights are kept: every so many, or these.
+        layers_every: epochs between measurements of heterogeneity.
+        recipe: one that ships, by name, or a YAML file.
+        out: folder of the run; None takes runs/pretrain, or the next that is free.
+        resume: go on with the run in ``out``.
+        progress: show a progress bar.
+        say: is told what is trained on what before it begins.
+    """
+    groups = {
+        **{"method": method, "options": options, "mask": mask, "mto": mto, "optim": optim},
+        **{"loop": loop, "probe": watch, "snapshots": snapshots, "layers_every": layers_every},
+    }
+    made = _recipe(Pretrain, "pretrain", recipe, model, data, groups, scratch=True)
+    return run_pretrain(made, _folder("pretrain", out), resume=resume, progress=progress, say=say)
+
+
+def probe(
+    model: str | Path | nn.Module | recipes.Model | Settings | None = None,
+    data: Any = None,
+    *,
+    recipe: str | Path | None = None,
+    out: str | Path | None = None,
+    **reading: Any,
+) -> Result:
+    """Measure frozen features: by a linear classifier and by the nearest neighbours.
+
+    Args:
+        model: as in ``finetune``.
+        data: as in ``finetune``.
+        recipe: one that ships, by name, or a YAML file.
+        out: folder of the results; None takes runs/probe, or the next that is free.
+        **reading: settings of ``foveate.train.recipe.Probe``, such as feature="avg", epochs=50.
+    """
+    made = _recipe(recipes.Probe, "probe", recipe, model, data, reading)
+    return run_probe(made, _folder("probe", out))
+
+
+# From what was given to a recipe ------------------------------------------------------------------
+
+
+def _recipe(
+    cls: type[_R],
+    job: str,
+    recipe: str | Path | None,
+    model: Any,
+    data: Any,
+    groups: Mapping[str, Any],
+    *,
+    scratch: bool = False,
+) -> _R:
+    """A recipe with what was given laid over it; objects of the program are put in at the end."""
+    tree: dict[str, Any] = {}
+    if recipe is not None:
+        tree = config.load(config.find_recipe(job, str(recipe)))
+    given = {**groups, "model": _model(model, scratch), "data": _data(data)}
+    objects: dict[tuple[str, ...], Any] = {}
+    for name, value in given.items():
+        if value is None:
+            continue
+        value = _leaves(value, (name,), objects)
+        before = tree.get(name)
+        both = isinstance(before, dict) and isinstance(value, dict)
+        tree[name] = {**before, **value} if both else value  # type: ignore[dict-item]
+    made = config.parse(cls, tree, where=f"foveate.{job}")
+    for (*path, last), value in objects.items():
+        place: Any = made
+        for step in path:
+            place = getattr(place, step)
+        setattr(place, last, value)
+    return made
+
+
+def _model(given: Any, scratch: bool) -> Any:
+    """The group "model" that a name, a path or a module stands for."""
+    if isinstance(given, nn.Module):
+        return {"start": given}
+    if isinstance(given, (str, Path)):
+        name = str(given)
+        if name == "demo" or Path(name).exists():
+            return {"start": name}
+        if not timm.is_model(name) and name not in ("lvvit_s", "lvvit_m"):
+            raise ValueError(f"{name} is no file, no folder and no model that timm knows")
+        return {"name": name} if scratch else {"name": name, "start": "pretrained"}
+    return given
+
+
+def _data(given: Any) -> Any:
+    """The group "data" that a spec or a data set stands for."""
+    if given is None or isinstance(given, (Mapping, recipes.Data)):
+        return given
+    return {"train": str(given) if isinstance(given, Path) else given}
+
+
+def _leaves(value: Any, path: tuple[str, ...], objects: dict[tuple[str, ...], Any]) -> Any:
+    """Plain data; objects that no file could hold are noted, and stand as words meanwhile."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, Reducer):
+        fields = dataclasses.fields(value)
+        value = {field.name: getattr(value, field.name) for field in fields}
+    if isinstance(value, Mapping):
+        return {key: _leaves(one, (*path, str(key)), objects) for key, one in value.items()}
+    dataset = path[0] == "data" and path[-1] in ("train", "val", "test")
+    if (
+        not dataset
+        and isinstance(value, (list, tuple))
+        and all(isinstance(one, (str, int, float)) for one in value)
+    ):
+        return list(value)
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    objects[path] = value
+    return config.described(value)
+
+
+def _folder(job: str, out: str | Path | None) -> Path:
+    """The folder of a run; without a name the first that is free."""
+    if out is not None:
+        return Path(out)
+    found, number = Path("runs", job), 1
+    while found.exists():
+        number += 1
+        found = Path("runs", f"{job}-{number}")
+    return found

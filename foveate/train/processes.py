@@ -1,0 +1,52 @@
+"""How many processes train together, and on how many machines."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+from foveate.train.recipe import Loop
+
+__all__ = ["processes", "processes_here"]
+
+
+def processes(loop: Loop, device: str) -> tuple[int, int]:
+    """Processes on each machine, and machines.
+
+    torchrun and SLURM have started theirs; else Lightning starts as many as ``loop.devices`` says,
+    one for each GPU if it says nothing.
+    """
+    started = _started()
+    if started is not None:
+        who, here, machines = started
+        if loop.devices not in (None, here):
+            raise ValueError(
+                f"loop.devices={loop.devices}, and {who} has started {here} processes on this "
+                "machine: leave it out"
+            )
+        return here, machines
+    there = torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1
+    asked = loop.devices or (there if device == "cuda" else 1)
+    if asked > there:
+        what = "GPUs" if device == "cuda" else "processor cores"
+        raise ValueError(f"loop.devices={asked} is more than the {there} {what} of this machine")
+    return asked, loop.num_nodes
+
+
+def processes_here() -> int:
+    """How many processes of this run share this machine, as far as they know by now."""
+    started = _started()
+    return 1 if started is None else started[1]
+
+
+def _started() -> tuple[str, int, int] | None:
+    """Who started the processes, how many on this machine, and on how many machines."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        return "torchrun", here, max(1, int(os.environ["WORLD_SIZE"]) // here)
+    if SLURMEnvironment.detect():
+        machines = int(os.environ.get("SLURM_NNODES", 1))
+        return "SLURM", int(os.environ["SLURM_NTASKS"]) // machines, machines
+    return None

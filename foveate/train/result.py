@@ -1,0 +1,86 @@
+"""What came of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from foveate.train.logs import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+__all__ = ["Result"]
+
+
+class Result(Mapping[str, Any]):
+    """The content of result.json by its keys, and what the run's folder holds besides.
+
+    Attributes:
+        path: the folder of the run.
+        model: what was trained, in evaluation mode on the CPU.
+    """
+
+    def __init__(self, path: Path, content: dict[str, Any], model: nn.Module | None = None) -> None:
+        self.path, self.model, self._content = path, model, content
+
+    def __getitem__(self, name: str) -> Any:
+        return self._content[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._content)
+
+    def __len__(self) -> int:
+        return len(self._content)
+
+    def __repr__(self) -> str:
+        scores = ", ".join(f"{name} {value:g}" for name, value in self.metrics.items())
+        return f"Result({self.path}: {scores})"
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Scores by name."""
+        known = ("updates", "epochs", "minutes_of_this_process", "minutes")
+        return {
+            name: value
+            for name, value in self.items()
+            if isinstance(value, (int, float)) and name not in known
+        }
+
+    @cached_property
+    def history(self) -> DataFrame:
+        """Every logged value: a row for each update or evaluation, a column for each name."""
+        import pandas
+
+        file = self.path / "metrics.csv"
+        if not file.is_file():
+            raise ValueError(f"{self.path} logged nothing while it ran: it has no {file.name}")
+        table = pandas.DataFrame(read_metrics(file)).apply(pandas.to_numeric)
+        return table.set_index("step")
+
+    def plot(self) -> Figure:
+        """Losses on the left and scores in per cent on the right, over the updates."""
+        from matplotlib.figure import Figure
+
+        history = self.history
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        for axes, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+            for column in history:
+                split, _, name = str(column).partition("/")
+                if name.removesuffix("_ema") == what and split in ("train", "val"):
+                    values = history[column].dropna()
+                    mean = ", running mean" if name.endswith("_ema") else ""
+                    marker = "o" if split == "val" else None
+                    label = {"train": "training", "val": "validation"}[split] + mean
+                    axes.plot(values.index, values, marker=marker, markersize=3, label=label)
+            axes.set_xlabel("update")
+            axes.set_title(what if what == "loss" else f"{what}, %")
+            if axes.has_data():
+                axes.legend(frameon=False)
+            axes.spines[["top", "right"]].set_visible(False)
+        return figure

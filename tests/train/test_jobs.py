@@ -1,0 +1,257 @@
+"""The jobs as functions: models and data sets of one's own, groups of settings, results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from runs import DATA, LOOP, MODEL, checkpoint, exported, finetune, run, small_model
+from torch.utils.data import Dataset
+
+import foveate
+from foveate.data import DatasetSource, fashion_mnist_mini, normalise
+from foveate.jobs import pretrain
+from foveate.train import recipe as recipes
+
+QUIET: dict[str, Any] = {"progress": False, "say": lambda _: None}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+class Clothes(Dataset):
+    """Images of the set that ships, in one form or another."""
+
+    def __init__(self, first: int, count: int, form: str = "picture") -> None:
+        images, labels = fashion_mnist_mini("train")
+        order = torch.randperm(3000, generator=torch.Generator().manual_seed(0))
+        chosen = order[first : first + count]
+        self.images, self.labels, self.form = images[chosen], labels[chosen].tolist(), form
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Any:
+        pixels = self.images[index]
+        image: Any = {
+            "picture": lambda: Image.fromarray(pixels[0].numpy()),
+            "array": lambda: pixels[0].numpy(),
+            "bytes": lambda: pixels,
+            "floats": lambda: normalise(pixels[None])[0],
+        }[self.form]()
+        return image, self.labels[index]
+
+
+# Data sets ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["picture", "array", "bytes", "floats"])
+def test_a_data_set_is_the_source_that_it_holds(form: str) -> None:
+    """The same images as what ships, in whatever form they come."""
+    data = {**DATA, "train": Clothes(0, 64, form), "val": Clothes(64, 32, form), "limit": None}
+    data["augment"] = {"crop": "none", "flip": 0.0}
+    model = small_model()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    loop, optim = {**LOOP, "epochs": 1}, {"name": "sgd", "lr": 0.1}
+    result = foveate.finetune(model, data, loop=loop, optim=optim, **QUIET)
+    assert result.model is model and result.path == Path("runs/finetune")
+    moved = [
+        key for key, value in model.state_dict().items() if not torch.equal(value, before[key])
+    ]
+    assert len(moved) == len(before)  # the module that was given is what has learnt
+    expected = exported_of("picture") if form != "picture" else exported(result.path)
+    for key, value in exported(result.path).items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-6, msg=key)
+
+
+def exported_of(form: str) -> dict[str, Any]:
+    data = {**DATA, "train": Clothes(0, 64, form), "val": Clothes(64, 32, form), "limit": None}
+    data["augment"] = {"crop": "none", "flip": 0.0}
+    loop, optim = {**LOOP, "epochs": 1}, {"name": "sgd", "lr": 0.1}
+    done = foveate.finetune(small_model(), data, loop=loop, optim=optim, out=form, **QUIET)
+    return exported(done.path)
+
+
+def test_a_set_without_validation_images_is_divided() -> None:
+    data = {**DATA, "train": Clothes(0, 200), "val_share": 0.2, "limit": None, "val_limit": None}
+    result = foveate.finetune(small_model(), data, loop={**LOOP, "max_steps": 2}, **QUIET)
+    images = result["images"]
+    assert images["train"] + images["val"] == 200 and 20 < images["val"] < 60
+    assert result["splits"]["val"]["held_out_of"] == "Clothes (200 items)"
+    written = yaml.safe_load((result.path / "recipe.yaml").read_text())
+    assert (
+        written["data"]["train"] == "<Clothes>"
+        and written["model"]["start"] == "<VisionTransformer>"
+    )
+
+
+def test_what_is_random_in_a_data_set_resumes() -> None:
+    """Its own transform draws from the global generators; killed and resumed it draws the same."""
+
+    class Noisy(Clothes):
+        fails_after = 1000
+
+        def __getitem__(self, index: int) -> Any:
+            self.fails_after -= 1
+            if not self.fails_after:
+                raise ZeroDivisionError("of the data set itself")
+            image, label = super().__getitem__(index)
+            noise = torch.rand(1, 28, 28) + float(np.random.rand())
+            return image + noise, label
+
+    def started(out: str, dataset: Any, resume: bool = False) -> Any:
+        data = {**DATA, "train": dataset, "val": Clothes(64, 32, "floats")}
+        loop = {**LOOP, "save_every": 1}
+        return foveate.finetune(small_model(), data, loop=loop, out=out, resume=resume, **QUIET)
+
+    whole = started("whole", Noisy(0, 64, "floats"))
+    failing = Noisy(0, 64, "floats")
+    failing.fails_after = 64 + 64 + 40  # it is compared with the validation images first
+    with pytest.raises(ZeroDivisionError, match="of the data set itself"):
+        started("cut", failing)
+    assert Path("cut/checkpoints/update-00000006.ckpt").is_file()
+    started("cut", Noisy(0, 64, "floats"), resume=True)
+    one, other = exported(whole.path), exported(Path("cut"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "words"),
+    [
+        (iter([]), "list_iterator has no __len__ and __getitem__: images are read by their number"),
+        ([], r"list \(0 items\) is empty"),
+        ([(Image.new("L", (28, 28)), 0.5)] * 40, "has the label 0.5: a whole number is needed"),
+        ([("no image", 1)] * 40, "gives str: an image of Pillow, a uint8 array .* is needed"),
+        ([(np.zeros((28, 28)), 1)] * 40, r"is no uint8 array \[H, W, C\]"),
+        (
+            [(torch.rand(1, 27, 27), i % 2) for i in range(40)],
+            r"is \[1, 27, 27\], and the model t",
+        ),
+        ([(Image.new("L", (28, 28)), 0)] * 40, "has the class 0 alone: two are needed at least"),
+        ([(Image.new("L", (28, 28)), -1)] * 40, "has labels below 0: classes are counted from 0"),
+        ([Image.new("L", (28, 28))] * 40, "has no labels, which this job needs"),
+        ([(Image.new("L", (28, 28)), i % 2) for i in range(40)], "two that differ are needed"),
+    ],
+)
+def test_data_sets_that_do_not_do(dataset: Any, words: str) -> None:
+    data = {"train": dataset, "batch": 8}
+    with pytest.raises(ValueError, match=words) as error:
+        foveate.finetune(small_model(num_classes=2), data, loop=LOOP, **QUIET)
+    assert "\n" not in str(error.value) and not Path("runs/finetune").exists()
+
+
+def test_the_same_set_twice() -> None:
+    dataset = Clothes(0, 64)
+    with pytest.raises(ValueError, match="data.train and data.val name the same images, Clothes"):
+        foveate.finetune(small_model(), {"train": dataset, "val": dataset}, **QUIET)
+    with pytest.raises(ValueError, match="1 of 32 validation images are training images too"):
+        foveate.finetune(small_model(), {"train": Clothes(0, 64), "val": Clothes(63, 32)}, **QUIET)
+    named = {"train": Clothes(0, 64), "val": [(Image.new("L", (28, 28)), 10)] * 8}
+    with pytest.raises(ValueError, match="have the class 10, which no training image of Clothes"):
+        foveate.finetune(small_model(), named, **QUIET)
+
+
+def test_items_as_dictionaries_and_unlabelled_ones() -> None:
+    image = Image.new("RGBA", (9, 7), (255, 0, 0, 128))
+    source = DatasetSource([{"image": image, "label": np.int64(1), "name": "a"}], "all")
+    found = source.sample(0)
+    assert found["label"] == 1 and found["name"] == "a" and found["image"].mode == "RGB"
+    assert source.classes == ("0", "1") and source.channels == 3 and source.label(0) == 1
+    bare = DatasetSource([image], "all", labels=False)
+    assert bare.classes is None and set(bare.sample(0)) == {"image"} and bare.targets(0) == {}
+
+
+# Settings ----------------------------------------------------------------------------------------
+
+
+def test_a_function_is_its_recipe(tmp_path: Path) -> None:
+    """Groups as dictionaries or as classes, over a recipe or alone: the same run."""
+    start = checkpoint(tmp_path / "start.safetensors")
+    wanted = finetune("optim.lr=0.01", model={"start": start}, masking={"ratios": [0.5]})
+    run(wanted, tmp_path / "wanted")
+    Path("mine.yaml").write_text(yaml.safe_dump({"data": DATA, "optim": {"lr": 0.5}}))
+    calls: list[dict[str, Any]] = [
+        {"data": DATA, "optim": {"lr": 0.01}, "masking": recipes.Masking(ratios=(0.5,))},
+        {"recipe": "mine.yaml", "optim": {"lr": 0.01}, "masking": {"ratios": [0.5]}},
+    ]
+    for number, call in enumerate(calls):
+        result = foveate.finetune(start, loop=LOOP, out=str(number), **call, **QUIET)
+        assert Path("wanted/recipe.yaml").read_text() == (result.path / "recipe.yaml").read_text()
+        one, other = exported(tmp_path / "wanted"), exported(result.path)
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_model_with_its_method_and_a_method_in_parts() -> None:
+    model = foveate.apply(small_model(), "svit(keep=0.5)", check=False)
+    kept = {key: value.clone() for key, value in model.reducer.state_dict().items()}
+    assert kept
+    loop = {**LOOP, "max_steps": 1}
+    result = foveate.reduce(model, data=DATA, loop=loop, weights={"kl": 0.0}, **QUIET)
+    assert result.model.vit is model.vit and repr(result.model.reducer) == repr(model.reducer)
+    assert yaml.safe_load((result.path / "recipe.yaml").read_text())["method"] == "svit(keep=0.5)"
+    with pytest.raises(ValueError, match=r"the model has its method svit\(keep=0.5\): name no oth"):
+        foveate.reduce(model, "evit", DATA, **QUIET)
+    parts = {"name": "tome", "r": 2}
+    found = foveate.reduce(small_model(), parts, DATA, loop=loop, out="tome", **QUIET)
+    assert repr(found.model.reducer) == "tome(r=2)"
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(
+        ValueError, match="foveate.finetune: unknown setting 'optim.lrr'; did you m"
+    ):
+        foveate.finetune(small_model(), DATA, optim={"lrr": 1}, **QUIET)
+    with pytest.raises(ValueError, match="vit_tiny_patch61 is no file, no folder and no model tha"):
+        foveate.finetune("vit_tiny_patch61", DATA, **QUIET)
+    with pytest.raises(ValueError, match="model.start=pretrained needs|model.name or model.start"):
+        foveate.finetune(None, DATA, **QUIET)
+
+
+def test_folders_are_not_written_over() -> None:
+    loop = {**LOOP, "max_steps": 1}
+    paths = [foveate.finetune(small_model(), DATA, loop=loop, **QUIET).path for _ in range(2)]
+    assert paths == [Path("runs/finetune"), Path("runs/finetune-2")]
+
+
+# Results and the other jobs ----------------------------------------------------------------------
+
+
+def test_a_result() -> None:
+    result = foveate.finetune(small_model(), DATA, loop=LOOP, **QUIET)
+    assert result.metrics["accuracy"] == result["accuracy"] and "updates" not in result.metrics
+    history = result.history
+    assert list(history.index[history["train/loss"].notna()]) == list(range(8))
+    assert history["val/accuracy"].dropna().iloc[-1] == pytest.approx(result["accuracy"], abs=0.01)
+    assert repr(result).startswith("Result(runs/finetune: loss ")
+    figure = result.plot()
+    losses, scores = figure.axes
+    assert losses.get_title() == "loss" and scores.get_title() == "accuracy, %"
+    assert [line.get_label() for line in losses.lines] == ["training", "validation"]
+    assert len(losses.lines[0].get_xdata()) == 8
+
+
+def test_pretrain_and_probe() -> None:
+    tiny = {"name": MODEL["name"], "options": MODEL["options"]}
+    images = [Clothes(0, 64)[i][0] for i in range(64)]
+    done = pretrain(
+        tiny,
+        {"train": images, "val": "none", "batch": 16},
+        options={"decoder_width": 32, "decoder_depth": 2},
+        loop={**LOOP, "epochs": 1},
+        **QUIET,
+    )
+    assert done["updates"] == 4 and (done.path / "model.safetensors").is_file()
+    read = foveate.probe(
+        done.path,
+        {"train": Clothes(0, 200), "val": Clothes(200, 100), "batch": 50},
+        neighbours=5,
+        epochs=2,
+    )
+    assert read["images"] == {"all": 100, "train": 200} and read["knn"] > 25  # chance is 10
