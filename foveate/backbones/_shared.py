@@ -11,11 +11,13 @@ from foveate.core.hooks import is_sharded
 
 __all__ = [
     "image_settings",
+    "named_classes",
     "patch_grid",
     "plain_class",
     "refuse",
     "same_modules",
     "set_image_settings",
+    "set_named_classes",
 ]
 
 
@@ -82,3 +84,31 @@ def set_image_settings(model: nn.Module, settings: Mapping[str, Any]) -> None:
     config = dict(getattr(model, "pretrained_cfg", None) or {})
     config |= {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     vars(model)["pretrained_cfg"] = config
+
+
+def named_classes(model: nn.Module) -> tuple[str, ...]:
+    """Return the class names that a model carries, whatever its head; empty if there are none.
+
+    timm keeps them in ``pretrained_cfg``, with descriptions if the names are mere codes, and
+    transformers in ``config.id2label``.
+    """
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "model_type"):
+        names = tuple(str(config.id2label.get(n)) for n in range(len(config.id2label)))
+        unnamed = tuple(f"LABEL_{n}" for n in range(len(names)))  # transformers' own default
+        return () if names == unnamed else names
+    stated = getattr(model, "pretrained_cfg", None) or {}
+    names, descriptions = stated.get("label_names") or (), stated.get("label_descriptions") or {}
+    return tuple(str(descriptions.get(name, name)) for name in names)
+
+
+def set_named_classes(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Put class names where ``named_classes`` finds them."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "model_type"):
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: number for number, name in enumerate(names)}
+        return
+    stated = dict(getattr(model, "pretrained_cfg", None) or {})
+    stated.pop("label_descriptions", None)  # of the names before
+    vars(model)["pretrained_cfg"] = {**stated, "label_names": names}
