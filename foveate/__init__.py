@@ -11,17 +11,31 @@ if TYPE_CHECKING:
     from foveate.convert import load, save
     from foveate.core import Schedule
     from foveate.facts import count, describe
+    from foveate.predictions import Predictions, predict
     from foveate.registry import list_methods
 
-__all__ = ["Schedule", "apply", "count", "describe", "list_methods", "load", "save", "unwrap"]
+__all__ = [
+    "Predictions",
+    "Schedule",
+    "apply",
+    "count",
+    "describe",
+    "list_methods",
+    "load",
+    "predict",
+    "save",
+    "unwrap",
+]
 
 _HOMES = {
+    "Predictions": "predictions",
     "Schedule": "core",
     "apply": "api",
     "count": "facts",
     "describe": "facts",
     "list_methods": "registry",
     "load": "convert",
+    "predict": "predictions",
     "save": "convert",
     "unwrap": "api",
 }

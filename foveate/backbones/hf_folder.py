@@ -7,11 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import nn
 
 from foveate.backbones._hf import HfBackbone, library_class
-from foveate.backbones._shared import set_image_settings
+from foveate.backbones._shared import folder_settings, set_image_settings
 from foveate.backbones.hf_clip import HfClip
 from foveate.backbones.hf_dinov2 import HfDinov2
 from foveate.backbones.hf_siglip import HfSiglip
@@ -23,7 +22,7 @@ __all__ = ["HF_FAMILIES", "from_folder"]
 HF_FAMILIES: tuple[type[HfBackbone], ...] = (HfViT, HfDinov2, HfClip, HfSiglip)
 
 _log = logging.getLogger(__name__)
-_CONFIG, _PROCESSOR = "config.json", "preprocessor_config.json"
+_CONFIG = "config.json"
 
 # Of a model of images and texts only the half that sees is loaded; and a configuration that names
 # no class stands for the encoder of its kind.
@@ -59,37 +58,8 @@ def from_folder(folder: str | os.PathLike[str]) -> nn.Module:
             f"{folder}: weights of {len(missing)} parameters of {name} are missing, "
             f"{sorted(missing)[0]} for one"
         )
-    set_image_settings(model, _image_settings(folder / _PROCESSOR))
+    set_image_settings(model, folder_settings(folder))  # also where the folder moves
     return model.eval()
-
-
-def _image_settings(path: Path) -> dict[str, Any]:
-    """Return the preprocessing settings that a folder has beside its weights, in timm's words."""
-    if not path.is_file():
-        return {}
-    said = read_json(path, f"{path} does not exist")
-    if not isinstance(said, dict):
-        raise ValueError(f"{path} is not the configuration of an image processor")
-    settings: dict[str, Any] = {}
-    try:
-        if "image_mean" in said and "image_std" in said:
-            settings |= {"mean": list(said["image_mean"]), "std": list(said["image_std"])}
-        if "resample" in said:
-            settings["interpolation"] = Image.Resampling(said["resample"]).name.lower()
-        # Most processors without a crop stretch square images to the size: nothing is cut off.
-        settings["crop_pct"] = 1.0
-        if said.get("do_center_crop"):
-            settings["crop_pct"] = min(1.0, _side(said["crop_size"]) / _side(said["size"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not say how images are prepared: {error!r}") from error
-    return settings
-
-
-def _side(size: Any) -> float:
-    """Return the shorter side of a size, which processors write in several forms."""
-    if not isinstance(size, dict):
-        return float(size)
-    return float(size["shortest_edge"] if "shortest_edge" in size else min(size.values()))
 
 
 def _config(folder: Path) -> dict[str, Any]:
