@@ -20,7 +20,7 @@ from foveate.backbones import set_class_names, set_image_settings
 from foveate.convert import save_plain
 from foveate.data import CLASSES, fashion_mnist_mini, normalise, read_image
 from foveate.data.demo import demo_vit
-from foveate.predictions import PRECISIONS, Prediction, picture
+from foveate.predictions import Prediction, picture
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.3, 0.2, 0.1)
 
@@ -278,10 +278,6 @@ def test_broken_weights_are_said() -> None:
     nn.init.constant_(model.head.bias, float("nan"))
     with pytest.raises(ValueError, match="NaN or infinity"):
         foveate.predict(model, Image.new("RGB", (48, 48)))
-
-
-def test_precisions_are_those_of_the_command() -> None:
-    assert PRECISIONS == ("fp32", "bf16")
 
 
 # Pictures --------------------------------------------------------------------------------------
