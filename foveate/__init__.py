@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from foveate.registry import list_methods
 
 __all__ = [
+    "Predictions",
     "Schedule",
     "apply",
     "count",
@@ -22,6 +23,7 @@ __all__ = [
     "finetune",
     "list_methods",
     "load",
+    "predict",
     "pretrain",
     "probe",
     "reduce",
@@ -30,6 +32,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Predictions": "predictions",
     "Schedule": "core",
     "apply": "api",
     "count": "facts",
@@ -40,6 +43,7 @@ _HOMES = {
     "pretrain": "jobs",
     "probe": "jobs",
     "reduce": "jobs",
+    "predict": "predictions",
     "save": "convert",
     "unwrap": "api",
 }

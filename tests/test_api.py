@@ -287,12 +287,18 @@ def test_a_keep_mask_cannot_be_gathered(model: nn.Module) -> None:
 
 def test_the_public_names() -> None:
     assert sorted(foveate.__all__) == [
+        "Predictions",
         "Schedule",
         "apply",
         "count",
         "describe",
+        "finetune",
         "list_methods",
         "load",
+        "predict",
+        "pretrain",
+        "probe",
+        "reduce",
         "save",
         "unwrap",
     ]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from foveate.backbones._shared import image_settings, refuse, set_image_settings
+from foveate.backbones._shared import (
+    image_settings,
+    named_classes,
+    refuse,
+    set_image_settings,
+    set_named_classes,
+)
 from foveate.backbones.hf_clip import HfClip
 from foveate.backbones.hf_dinov2 import HfDinov2
 from foveate.backbones.hf_folder import HF_FAMILIES, from_folder
@@ -22,7 +28,7 @@ from foveate.backbones.timm_beit import (
 )
 from foveate.backbones.timm_eva import TimmEva
 from foveate.backbones.timm_vit import TimmViT, plain_vit
-from foveate.core import Backbone
+from foveate.core import Backbone, ReducedViT
 
 __all__ = [
     "FAMILIES",
@@ -36,6 +42,7 @@ __all__ = [
     "TimmEva",
     "TimmViT",
     "backbone_for",
+    "class_names",
     "expand_position_bias",
     "from_folder",
     "image_settings",
@@ -44,6 +51,7 @@ __all__ = [
     "plain_vit",
     "rebuild",
     "resize_positions",
+    "set_class_names",
     "set_image_settings",
     "shared_position_bias",
 ]
@@ -66,3 +74,34 @@ def rebuild(family: str, recipe: Mapping[str, Any]) -> nn.Module:
         if known.family == family:
             return known.rebuild(recipe)
     raise ValueError(f"no model family is called {family!r}")
+
+
+def class_names(model: nn.Module) -> tuple[str, ...] | None:
+    """Return the names of a model's classes, in the order of its outputs; None if it has none.
+
+    Names whose number is not that of the outputs belong to a head that was replaced, so they do
+    not count.
+    """
+    backbone = _backbone(model)
+    found = named_classes(backbone.model)
+    return found if len(found) == backbone.spec.classes > 0 else None
+
+
+def set_class_names(model: nn.Module, names: Sequence[str]) -> None:
+    """Name a model's classes where its library keeps their names; saving the model keeps them.
+
+    Args:
+        model: a plain model or one from ``foveate.apply``.
+        names: one for each output, in their order.
+    """
+    backbone = _backbone(model)
+    if len(names) != backbone.spec.classes:
+        raise ValueError(
+            f"a model with {backbone.spec.classes} outputs needs as many class names, got "
+            f"{len(names)}"
+        )
+    set_named_classes(backbone.model, tuple(map(str, names)))
+
+
+def _backbone(model: nn.Module) -> Backbone:
+    return model.backbone if isinstance(model, ReducedViT) else backbone_for(model)

@@ -220,6 +220,11 @@ class HfBackbone(Backbone):
         return self._blocks
 
     @property
+    def classifies(self) -> bool:
+        """Whether the model has a classifier; CLIP's projection has outputs and no classes."""
+        return self.spec.classes > 0 and self.form.main == "logits"
+
+    @property
     def channels(self) -> int:
         """Channels that the patch projection takes."""
         return int(_find(self.tower, self.patches).in_channels)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import Tensor, nn
 
 from foveate.core.hooks import is_sharded
+from foveate.files import read_json
 
 __all__ = [
+    "folder_settings",
     "image_settings",
+    "named_classes",
     "patch_grid",
     "plain_class",
     "refuse",
     "same_modules",
     "set_image_settings",
+    "set_named_classes",
 ]
 
 
@@ -71,10 +77,42 @@ _IMAGE_KEYS = ("mean", "std", "crop_pct", "interpolation")
 
 
 def image_settings(model: nn.Module) -> dict[str, Any]:
-    """Return the preprocessing settings that a timm model states, as plain data."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    found = {key: config[key] for key in _IMAGE_KEYS if config.get(key) is not None}
+    """Return the preprocessing settings that a model or its folder states, as plain data."""
+    stated = getattr(model, "pretrained_cfg", None) or {}
+    config: Any = getattr(model, "config", None)
+    if not stated and hasattr(config, "model_type"):  # of transformers
+        stated = folder_settings(getattr(config, "_name_or_path", ""))
+    found = {key: stated[key] for key in _IMAGE_KEYS if stated.get(key) is not None}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
+
+
+def folder_settings(folder: str | Path) -> dict[str, Any]:
+    """Return the preprocessing settings of a Hugging Face folder, in timm's words."""
+    # Without a crop, most processors stretch images to the size: nothing is cut off.
+    settings: dict[str, Any] = {"crop_pct": 1.0}
+    path = Path(folder) / "preprocessor_config.json"
+    if not str(folder) or not path.is_file():
+        return settings
+    said = read_json(path, f"{path} does not exist")
+    if not isinstance(said, dict):
+        raise ValueError(f"{path} is not the configuration of an image processor")
+    try:
+        if "image_mean" in said and "image_std" in said:
+            settings |= {"mean": list(said["image_mean"]), "std": list(said["image_std"])}
+        if "resample" in said:
+            settings["interpolation"] = Image.Resampling(said["resample"]).name.lower()
+        if said.get("do_center_crop"):
+            settings["crop_pct"] = min(1.0, _side(said["crop_size"]) / _side(said["size"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not say how images are prepared: {error!r}") from error
+    return settings
+
+
+def _side(size: Any) -> float:
+    """Return the shorter side of a size, which processors write in several forms."""
+    if not isinstance(size, dict):
+        return float(size)
+    return float(size["shortest_edge"] if "shortest_edge" in size else min(size.values()))
 
 
 def set_image_settings(model: nn.Module, settings: Mapping[str, Any]) -> None:
@@ -82,3 +120,31 @@ def set_image_settings(model: nn.Module, settings: Mapping[str, Any]) -> None:
     config = dict(getattr(model, "pretrained_cfg", None) or {})
     config |= {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     vars(model)["pretrained_cfg"] = config
+
+
+def named_classes(model: nn.Module) -> tuple[str, ...]:
+    """Return the class names that a model carries, whatever its head; empty if there are none.
+
+    timm keeps them in ``pretrained_cfg``, with descriptions if the names are mere codes, and
+    transformers in ``config.id2label``.
+    """
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "model_type"):
+        names = tuple(str(config.id2label.get(n)) for n in range(len(config.id2label)))
+        unnamed = tuple(f"LABEL_{n}" for n in range(len(names)))  # transformers' own default
+        return () if names == unnamed else names
+    stated = getattr(model, "pretrained_cfg", None) or {}
+    names, descriptions = stated.get("label_names") or (), stated.get("label_descriptions") or {}
+    return tuple(str(descriptions.get(name, name)) for name in names)
+
+
+def set_named_classes(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Put class names where ``named_classes`` finds them."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "model_type"):
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: number for number, name in enumerate(names)}
+        return
+    stated = dict(getattr(model, "pretrained_cfg", None) or {})
+    stated.pop("label_descriptions", None)  # of the names before
+    vars(model)["pretrained_cfg"] = {**stated, "label_names": names}

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from foveate.backbones._hf import HfBackbone, library_class
+from foveate.backbones._shared import folder_settings, set_image_settings
 from foveate.backbones.hf_clip import HfClip
 from foveate.backbones.hf_dinov2 import HfDinov2
 from foveate.backbones.hf_siglip import HfSiglip
@@ -57,6 +58,7 @@ def from_folder(folder: str | os.PathLike[str]) -> nn.Module:
             f"{folder}: weights of {len(missing)} parameters of {name} are missing, "
             f"{sorted(missing)[0]} for one"
         )
+    set_image_settings(model, folder_settings(folder))  # also where the folder moves
     return model.eval()
 
 

@@ -17,12 +17,16 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = (
     *("bench", "compare", "convert", "data", "demo", "describe", "env", "eval", "finetune", "list"),
-    *("look", "pretrain", "probe", "rauc", "reduce", "show"),
+    *("look", "predict", "pretrain", "probe", "rauc", "reduce", "show"),
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; gives 0, or 2 for what the user can mend, said in one sentence."""
+    """Run a command and return its exit code.
+
+    That is 0, or 2 for what the user can mend, said in one sentence. A command may return another
+    code: 1 where it did only a part of the work.
+    """
     parser, commands = _parsers()
     # Not list(...): the command of that name is an attribute of this package.
     given = [*(sys.argv[1:] if argv is None else argv)]
@@ -40,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         command.error(_unknown(rest[0], command))
     try:
-        args.run(args)
+        code = args.run(args)
     except (ValueError, OSError) as error:
         if args.debug:
             raise
@@ -48,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
+    return code or 0
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, dict[str, _Command]]:

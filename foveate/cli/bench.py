@@ -102,7 +102,7 @@ def _measure(args: argparse.Namespace) -> None:
     from foveate.bench import machine
     from foveate.bench.progress import progress_bar
     from foveate.bench.report import closing, show_latest, terminal
-    from foveate.cli.models import open_base
+    from foveate.convert import open_base
 
     model = open_base(args.model, untrained=args.untrained)
     batches = args.batch or ([1, 2] if args.quick else [1, 8, 32])

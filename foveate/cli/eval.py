@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
         machine.tune_malloc(args.device)
 
     from foveate.bench.report import terminal
-    from foveate.cli.models import open_base
+    from foveate.convert import open_base
     from foveate.evaluate import RATES, RATIOS, Plan, evaluate, write
     from foveate.evaluate.tables import printed, sheets
 

@@ -14,7 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from foveate.api import apply, check_driven, unwrap
-from foveate.backbones import image_settings, rebuild, set_image_settings
+from foveate.backbones import (
+    class_names,
+    image_settings,
+    rebuild,
+    set_class_names,
+    set_image_settings,
+)
 from foveate.core import Chain, ReducedViT
 from foveate.core.backbone import BackboneSpec
 from foveate.files import read_json, write_text, write_whole
@@ -61,6 +67,7 @@ def save(model: ReducedViT, folder: str | os.PathLike[str], *, everything: bool 
         },
         "model": model.backbone.recipe() if everything else None,
         "images": image_settings(vit) if everything else {},
+        "class_names": class_names(vit) if everything else None,
         "everything": everything,
     }
     write_whole(folder / _WEIGHTS, lambda path: save_file(tensors, path))
@@ -126,6 +133,8 @@ def _rebuild(folder: Path, config: Mapping[str, Any]) -> nn.Module:
         raise ValueError(f"{folder}: {why}; pass the backbone as load(folder, model)")
     try:
         model = rebuild(config["backbone"]["family"], recipe)
+        if config.get("class_names") is not None:
+            set_class_names(model, config["class_names"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: {error}") from error
     if config.get("images"):
@@ -163,6 +172,9 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         if not good or not isinstance(part.get("name"), str):
             raise ValueError(f"{path} is not what foveate.save writes: see its field 'methods'")
         method_class(part["name"])
+    names = config.get("class_names")  # folders of earlier versions have none
+    if names is not None and not isinstance(names, list):
+        raise ValueError(f"{path} is not what foveate.save writes: see its field 'class_names'")
     if not config["methods"]:
         raise ValueError(f"{path} names no method")
 

@@ -16,11 +16,11 @@ from foveate.backbones import LVViT, plain_vit
 from foveate.convert.read import EXPECTED, PATCH_KEY, Checkpoint
 from foveate.facts import image_grid
 
-__all__ = ["GRID", "HEADS", "IMAGES", "POOL", "Geometry", "Grid", "resize_note"]
+__all__ = ["CLASSES", "GRID", "HEADS", "IMAGES", "POOL", "Geometry", "Grid", "resize_note"]
 
 # Metadata of files that save_plain wrote: facts that tensors do not show.
 HEADS, GRID, IMAGES = "foveate.num_heads", "foveate.grid", "foveate.images"
-POOL = "foveate.pool"
+POOL, CLASSES = "foveate.pool", "foveate.class_names"
 _HEAD_WIDTH = 64
 _STEM = "patch_embed.conv1.weight"  # of LV-ViT
 _POOLS = ("avg", "avgmax", "max", "token", "map")
@@ -182,14 +182,34 @@ class Geometry:
 
     def image_settings(self) -> dict[str, Any]:
         """Return the preprocessing settings in the file's metadata, empty if there are none."""
-        text = self.metadata.get(IMAGES, "{}")
-        try:
-            found = json.loads(text)
-        except json.JSONDecodeError:
-            found = None
+        found = self._json(IMAGES, {})
         if not isinstance(found, dict):
-            raise ValueError(f"{self.path} has metadata {IMAGES} {text!r}, expected a JSON object")
+            raise ValueError(f"{self.path} has metadata {IMAGES} {found!r}, expected a JSON object")
         return found
+
+    def class_names(self) -> list[str] | None:
+        """Return the names of classes in the file's metadata, None if there are none."""
+        found = self._json(CLASSES, None)
+        if found is None:
+            return None
+        outputs = self._shape("head.weight", 2)[0] if "head.weight" in self.state else 0
+        if not isinstance(found, list) or len(found) != outputs:
+            given = f"{len(found)} names" if isinstance(found, list) else repr(found)
+            raise ValueError(
+                f"{self.path} has metadata {CLASSES} of {given}, expected a JSON list of "
+                f"{outputs} names, one for each output"
+            )
+        return [str(name) for name in found]
+
+    def _json(self, key: str, absent: Any) -> Any:
+        if key not in self.metadata:
+            return absent
+        try:
+            return json.loads(self.metadata[key])
+        except json.JSONDecodeError:
+            raise ValueError(
+                f"{self.path} has metadata {key} {self.metadata[key]!r}, expected JSON"
+            ) from None
 
     def _pool(self, legal: tuple[str, ...], shown: str) -> str:
         """Return the pooling in the file's metadata, otherwise the one that its tensors show."""

@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from foveate import api
 from foveate.backbones import (
     backbone_for,
+    class_names,
     from_folder,
     image_settings,
     resize_positions,
+    set_class_names,
     set_image_settings,
 )
 from foveate.convert.beit_geometry import BeitGeometry
 from foveate.convert.folders import CONFIG, open_folder
-from foveate.convert.geometry import GRID, HEADS, IMAGES, POOL, Geometry, resize_note
+from foveate.convert.geometry import CLASSES, GRID, HEADS, IMAGES, POOL, Geometry, resize_note
 from foveate.convert.origins import FAMILY, ORIGINS, Origin, find_origin, translate
 from foveate.convert.read import Checkpoint, read, shorten
 from foveate.core import ReducedViT, Reducer
@@ -198,6 +200,9 @@ def _from_file(
     if new:  # copies, so that the file may change or be deleted
         state = {key: value.contiguous().clone() for key, value in state.items()}
         set_image_settings(model, geometry.image_settings())
+        names = geometry.class_names()
+        if names is not None:
+            set_class_names(model, names)
     _fill(path, what, model, state, assign=new)
     if origin.method is None:
         result: nn.Module = _with_method(model, method, options)
@@ -296,5 +301,8 @@ def save_plain(
     }
     if pool := getattr(model, "global_pool", None):  # without pooling, any head may come later
         metadata[POOL] = str(pool)
+    names = class_names(model)
+    if names is not None:
+        metadata[CLASSES] = json.dumps(names)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda partial: save_file(tensors, partial, metadata))

@@ -119,6 +119,11 @@ class Backbone:
         raise NotImplementedError
 
     @property
+    def classifies(self) -> bool:
+        """Whether the model answers with one logit for each class."""
+        return self.spec.classes > 0
+
+    @property
     def channels(self) -> int:
         """Channels of an input image."""
         raise NotImplementedError

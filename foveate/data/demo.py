@@ -8,7 +8,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import nn
 
-from foveate.data.fashion import MEAN, STD
+from foveate.data.fashion import CLASSES, MEAN, STD
 
 __all__ = ["demo_arguments", "demo_vit"]
 
@@ -33,6 +33,7 @@ def demo_vit() -> nn.Module:
     model: Any = VisionTransformer(**demo_arguments())
     # Where timm's models say how their images are prepared.
     model.pretrained_cfg = {"mean": (MEAN,), "std": (STD,), "input_size": (1, 28, 28)}
+    model.pretrained_cfg["label_names"] = CLASSES
     with as_file(files("foveate.data").joinpath("files", "demo_vit.safetensors")) as path:
         model.load_state_dict({k: v.float() for k, v in load_file(path).items()})
     return model.eval()

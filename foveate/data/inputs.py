@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from foveate.backbones import backbone_for
+from foveate.backbones import backbone_for, image_settings
 from foveate.core import ReducedViT
 from foveate.data.augment import Transform, eval_transform
 from foveate.data.preprocess import Preprocessing
@@ -46,7 +43,11 @@ class Inputs:
         (rows, columns), (height, width) = backbone.spec.grid, backbone.spec.patch
         config: Any = getattr(backbone.model, "config", None)
         if hasattr(config, "model_type"):  # of transformers
-            crop_pct, interpolation = _of_folder(getattr(config, "_name_or_path", ""))
+            # Without a word of its folder the short side is resized to the size, as most image
+            # processors of transformers do with square images.
+            stated = image_settings(backbone.model)
+            crop_pct = float(stated.get("crop_pct", 1.0))
+            interpolation = str(stated.get("interpolation", "bicubic"))
         else:
             found = resolve_model_data_config(backbone.model)
             crop_pct, interpolation = float(found["crop_pct"]), str(found["interpolation"])
@@ -62,24 +63,3 @@ class Inputs:
     def transform(self) -> Transform:
         """What turns samples into such images, before they are normalised."""
         return eval_transform(self.size, self.channels, self.crop_pct, self.interpolation)
-
-
-def _of_folder(folder: str) -> tuple[float, str]:
-    """Crop and interpolation that a Hugging Face folder names beside its weights.
-
-    Without them the short side is resized to the size, which is what most of its processors do to
-    square images.
-    """
-    crop_pct, interpolation = 1.0, "bicubic"
-    try:
-        text = (Path(folder) / "preprocessor_config.json").read_text(encoding="utf-8")
-        found = json.loads(text)
-        if "resample" in found:
-            interpolation = Image.Resampling(found["resample"]).name.lower()
-        if found.get("do_center_crop"):
-            cut = found["crop_size"]
-            cut = cut["height"] if isinstance(cut, dict) else cut
-            crop_pct = min(1.0, cut / found["size"]["shortest_edge"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return crop_pct, interpolation

@@ -32,6 +32,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from foveate import config
+from foveate.backbones import set_class_names
 from foveate.bench import machine
 from foveate.data import Loader, Source, Splits, Transform, limited, usual_workers
 from foveate.files import write_text
@@ -232,10 +233,14 @@ def make_loaders(
 def _build(recipe: recipes.Finetune | recipes.Reduce) -> tuple[Task, Splits]:
     """Data first: the model's head is made for its classes."""
     splits = open_data(recipe.data)
-    classes = len(splits.train.classes or ())
+    classes = splits.train.classes or ()
+    task: Task
     if isinstance(recipe, recipes.Reduce):
-        return make_reduce(recipe, classes), splits
-    return make_finetune(recipe, classes), splits
+        task = make_reduce(recipe, len(classes))
+    else:
+        task = make_finetune(recipe, len(classes))
+    set_class_names(task.model, classes)  # they are exported with it
+    return task, splits
 
 
 def _own_callbacks(recipe: Any, task: Task, loaders: Loaders, out: Path) -> list[Callback]:

@@ -4,6 +4,7 @@
 ``brought_back`` take an existing trace and draw one of its images.
 """
 
+from foveate.viz.answers import answers
 from foveate.viz.captions import caption
 from foveate.viz.layout import stacked
 from foveate.viz.relevance import HEATS, heat_map
@@ -14,6 +15,7 @@ __all__ = [
     "HEATS",
     "KINDS",
     "SHEETS",
+    "answers",
     "brought_back",
     "caption",
     "depth",

@@ -12,9 +12,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from foveate.viz.colours import matplotlib, overlay
 
-__all__ = ["Bar", "Cell", "Key", "page", "stacked"]
+__all__ = ["Bar", "Cell", "Key", "chart", "page", "stacked"]
 
 _PAPER, _INK, _QUIET = (255, 255, 255), (20, 20, 20), (90, 90, 90)
+_BAR, _TRACK = (168, 208, 236), (242, 244, 246)  # light enough for words to stand on them
 _WIDEST = 7  # panels in a row
 _MOST_PIXELS = 178_000_000  # Pillow refuses to open larger files
 _TALL = 1.6  # least ratio of width to height of panels in several rows
@@ -83,6 +84,11 @@ class _Type:
         return [*lines, line] if line else lines
 
 
+def _type_for(width: int) -> _Type:
+    """Choose the type of a page by the width of its panels."""
+    return _Type(int(min(36, max(12, width / 19))))
+
+
 @lru_cache
 def _font(size: int, bold: bool) -> ImageFont.FreeTypeFont:
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
@@ -113,7 +119,7 @@ def page(
     width = max(cell.image.width for cell in cells)
     height = max(cell.image.height for cell in cells)
     columns = _columns(len(cells), width, height) if columns is None else columns
-    type_ = _Type(int(min(36, max(12, width / 19))))
+    type_ = _type_for(width)
     gap, line = type_.gap, type_.line
     pitch = max(width, 8 * type_.size) + gap
     words = [[w for text in c.words for w in type_.wrapped(text, pitch - gap)] for c in cells]
@@ -157,6 +163,45 @@ def page(
     if bar is not None:
         _bar(sheet, type_, (gap, y + bool(keys) * gap), min(across - 2 * gap, 40 * type_.size), bar)
     return sheet
+
+
+def chart(
+    labels: Sequence[str], values: Sequence[float], size: tuple[int, int], width: int
+) -> Image.Image:
+    """Draw shares of a whole as horizontal bars, with their words and per cents on them.
+
+    Args:
+        labels: what each bar stands for.
+        values: their lengths, 0 to 1.
+        size: least width and height in pixels; the words may need more.
+        width: width of the page's panels, which sets the size of the type.
+    """
+    type_ = _type_for(width)
+    least = round(1.6 * type_.size)
+    across = max(size[0], 16 * type_.size)
+    pitch = min(max(least, size[1] // len(labels)), 2 * least)
+    drawn = _blank(across, max(size[1], pitch * len(labels)))
+    pen = ImageDraw.Draw(drawn)
+    for number, (label, value) in enumerate(zip(labels, values, strict=True)):
+        top, middle = number * pitch, number * pitch + (pitch - 2) / 2
+        pen.rectangle((0, top, across - 1, top + pitch - 3), fill=_TRACK)
+        pen.rectangle((0, top, round(value * (across - 1)), top + pitch - 3), fill=_BAR)
+        font = type_.plain if number else type_.bold
+        share = f"{value:.1%}"
+        room = across - type_.size - font.getlength(share)
+        words = _shortened(label, font, room - type_.size)
+        pen.text((type_.gap, middle), words, font=font, fill=_INK, anchor="lm")
+        pen.text((across - type_.gap, middle), share, font=font, fill=_INK, anchor="rm")
+    return drawn
+
+
+def _shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """Cut a text off where it is too wide, with an ellipsis in place of the rest."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "\u2026") > width:
+        text = text[:-1]
+    return text.rstrip() + "\u2026"
 
 
 def stacked(pages: Sequence[Image.Image]) -> Image.Image:

@@ -14,8 +14,8 @@ from PIL import Image
 
 import foveate
 from foveate.cli import main
-from foveate.cli.models import open_base, open_models
-from foveate.convert import save_plain
+from foveate.cli.models import open_models
+from foveate.convert import open_base, save_plain
 
 
 def show(*words: object) -> int:

@@ -1,0 +1,215 @@
+"""Predict labels for images: a table, a CSV or JSON file, pictures of what the model used.
+
+Images are prepared as evaluation prepares them. METHODs are applied to a plain model without
+training. Labels are numbers where the model does not carry the names of its classes. The exit
+code is 1 if some images could not be read.
+
+In a terminal:
+  foveate predict demo --images photos/
+  foveate predict demo "evit(keep=0.7)" "tome(r=3)" --images photos/ --pictures pictures/
+  foveate predict runs/finetune-photos --images cat.jpg dog.jpg --top 3 --out answers.csv
+  foveate predict deit_small_patch16_224 evit --images photos/ --out answers.json --device cuda
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foveate.cli.models import MODEL_HELP
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from rich.console import Console
+    from rich.table import Table
+    from torch import nn
+
+    from foveate.predictions import Prediction, Predictions
+
+__all__ = ["add_arguments", "run"]
+
+_WIDE = 140  # columns of a table that goes to a file or a pipe
+_LEAST, _GAP = 20, 3  # columns for further answers: the least that says something; before them
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command line."""
+    add = parser.add_argument
+    add("model", help=f"{MODEL_HELP}; the folder of a training run works too")
+    add("methods", nargs="*", default=[], metavar="METHOD", help='such as "evit(keep=0.7)"')
+    parser.set_defaults(more="methods")
+    add("--images", nargs="+", required=True, metavar="PATH", help="image files and folders")
+    add("--top", type=int, default=3, metavar="K", help="number of answers for each image (3)")
+    add("--out", type=Path, metavar="FILE", help="a .csv or .json file for all answers")
+    add("--pictures", type=Path, metavar="DIR", help="folder for one picture of each image")
+    add("--batch", type=int, default=32, metavar="N", help="number of images in a call (32)")
+    add("--device", default="auto", help="auto, cpu or cuda (auto: a GPU if there is one)")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: mixed (fp32)")
+    add("--strict", action="store_true", help="stop at the first image that cannot be read")
+    add("--untrained", action="store_true", help="a timm model with random weights")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Predict, print and write; give 1 if some images could not be read."""
+    if args.out is not None and args.out.suffix.lower() not in (".csv", ".json"):
+        raise ValueError(f"{args.out}: answers are written as .csv or .json")
+    # An unwritable place is said before the work.
+    for folder in (args.out and args.out.parent, args.pictures):
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    from foveate.cli.models import open_models
+    from foveate.predictions import find_device
+
+    device = find_device(args.device)
+    models = open_models(args.model, args.methods, untrained=args.untrained)
+    for model in models:
+        model.to(device)
+    found = _predictions(args, models)
+    console = _console()
+    console.print(_table(found, models, console))
+    if args.out is not None:
+        (found.csv if args.out.suffix.lower() == ".csv" else found.json)(args.out)
+        print(f"wrote    {args.out} ({len(found.rows())} answers)")
+    if args.pictures is not None:
+        count = _draw(args.pictures, models, found)
+        print(f"wrote    {args.pictures} ({count} pictures)")
+    if not found.unreadable:
+        return 0
+    images = len({record.image for record in found}) + len(found.unreadable)
+    print(f"{len(found.unreadable)} of {images} images could not be read")
+    return 1
+
+
+def _predictions(args: argparse.Namespace, models: Sequence[nn.Module]) -> Predictions:
+    """Predict with each model in turn; the answers to an image stand together."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from foveate.predictions import Predictions, predict
+
+    found: list[Predictions] = []
+    images: Any = args.images
+    errors = Console(stderr=True)
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        for model in models:
+            task = bar.add_task(repr(getattr(model, "reducer", args.model)), total=None)
+
+            def told(done: int, total: int, task: Any = task) -> None:
+                bar.update(task, completed=done, total=total)
+
+            found.append(
+                predict(
+                    model,
+                    images,
+                    top=args.top,
+                    batch=args.batch,
+                    precision=args.precision,
+                    strict=args.strict,
+                    progress=told,
+                )
+            )
+            images = [record.image for record in found[0]]  # files are named as unreadable once
+    records = tuple(record for group in zip(*found, strict=True) for record in group)
+    return Predictions(args.model, records, found[0].unreadable)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    known = console.is_terminal or "COLUMNS" in os.environ
+    return console if known else Console(highlight=False, width=_WIDE)
+
+
+def _table(
+    found: Predictions, models: Sequence[Any], console: Console, room: int | None = None
+) -> Table:
+    """Set one line for each image and method.
+
+    ``room`` is the width for further answers, 0 for none; None measures what the others leave.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    if room is None:
+        unlimited = console.options.update(width=10_000)
+        others = console.measure(_table(found, models, console, 0), options=unlimited).maximum
+        room = console.width - others - _GAP if len(found[0].labels) > 1 else 0
+        room = room if room >= _LEAST else 0
+    shared, reduced = _shared_folder(found), any(record.method for record in found)
+    several = len(models) > 1
+    title = f"images in {shared}" if shared else None
+    table = Table(box=box.SIMPLE, title=title, title_justify="left", pad_edge=False)
+    table.add_column("image", overflow="fold")
+    if several:
+        table.add_column("method", overflow="fold")
+    table.add_column("label", overflow="fold")
+    table.add_column("confidence", justify="right", no_wrap=True)
+    if reduced:
+        spec = models[0].backbone.spec
+        dense = spec.prefix + spec.grid[0] * spec.grid[1]
+        table.add_column(f"tokens of {dense}", justify="right", no_wrap=True)
+    if room:
+        table.add_column("further answers", no_wrap=True, style="dim")
+    for number, record in enumerate(found):
+        name = os.path.relpath(record.image, shared) if shared else record.image
+        cells = ["" if number % len(models) else name]
+        cells += [str(record.method)] if several else []
+        cells += [record.label, f"{record.confidence:.1%}"]
+        cells += [str(record.tokens)] if reduced else []
+        cells += [_further(record, room)] if room else []
+        table.add_row(*map(Text, cells))  # as text: brackets in a name are not a style
+    return table
+
+
+def _further(record: Prediction, room: int) -> str:
+    """List the answers after the best one, as many as there is room for."""
+    words = ""
+    for label, confidence in zip(record.labels[1:], record.confidences[1:], strict=True):
+        longer = f"{words}{', ' if words else ''}{label} {confidence:.1%}"
+        if len(longer) > room:
+            break
+        words = longer
+    return words
+
+
+def _shared_folder(found: Predictions) -> str:
+    """Return the folder that all files are in, so that it need not stand on every line."""
+    names = [record.image for record in found]
+    if len({*names}) < 2 or len({os.path.isabs(name) for name in names}) > 1:
+        return ""
+    return os.path.commonpath([os.path.dirname(name) for name in names])
+
+
+def _draw(folder: Path, models: Sequence[nn.Module], found: Predictions) -> int:
+    """Write one picture for each image, with a strip for each model."""
+    from foveate.data import read_image
+    from foveate.predictions import picture
+    from foveate.viz import stacked
+
+    taken: set[str] = set()
+    for first in range(0, len(found), len(models)):
+        records = found[first : first + len(models)]
+        path = Path(records[0].image)
+        image = read_image(path)
+        strips = [
+            picture(model, image, record) for model, record in zip(models, records, strict=True)
+        ]
+        name, number = path.stem, 1
+        while name in taken:  # folders may hold files of one name
+            number += 1
+            name = f"{path.stem}-{number}"
+        taken.add(name)
+        _write(stacked(strips), folder / f"{name}.png")
+    return len(taken)
+
+
+def _write(sheet: Image, path: Path) -> None:
+    from foveate.files import write_whole
+
+    write_whole(path, lambda partial: sheet.save(partial, format="png"))

@@ -1,0 +1,60 @@
+"""Open a model by what a user calls it: a file, a folder, a name of timm, or the demo."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+import timm
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch import nn
+
+from foveate.backbones import set_class_names
+from foveate.convert.loading import Settings, open_model
+from foveate.data.demo import demo_vit
+
+__all__ = ["open_base"]
+
+
+def open_base(name: str, *, untrained: bool = False) -> nn.Module:
+    """Open a model in evaluation mode; one with a method of its own comes with it.
+
+    Args:
+        name: a checkpoint file, a folder of a run, of foveate or of Hugging Face, a name of timm,
+            or "demo" for the small model that ships with the package.
+        untrained: take a timm model with random weights instead of fetching its own.
+    """
+    if name == "demo":
+        return demo_vit()
+    if Path(name).exists():
+        return open_model(name, None, None, {}, Settings()).model.eval()
+    if ":" in name or not timm.is_model(name):
+        near = difflib.get_close_matches(
+            name, timm.list_models("*vit*") + timm.list_models("*dei*")
+        )
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise ValueError(f"{name} is no file, no folder and no model that timm knows{hint}")
+    if untrained:
+        return timm.create_model(name, pretrained=False).eval()
+    try:
+        model = timm.create_model(name, pretrained=True).eval()
+    except Exception as error:  # the hub, the network and timm raise many kinds
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"no weights for {name}: {reason}. --untrained runs it with random ones"
+        ) from error
+    _name_imagenet_classes(model)
+    return model
+
+
+def _name_imagenet_classes(model: nn.Module) -> None:
+    """Name the classes of a classifier with timm's own weights, which carry no names.
+
+    timm tells the subset of ImageNet from the number of outputs. With its own weights that is
+    right; a model that somebody trained might have 1000 classes of another kind.
+    """
+    subset = infer_imagenet_subset(model)
+    if subset is not None:
+        info = ImageNetInfo(subset)
+        numbers = range(info.num_classes())
+        set_class_names(model, [info.index_to_description(number) for number in numbers])
