@@ -277,7 +277,8 @@ class ReducedViT(HostedModel):
 
     def forward(self, images: Tensor, keep_mask: Tensor | None = None) -> Tensor:
         """Return logits for ``images [B, 3, H, W]``; the arguments are those of ``begin``."""
-        return self.run(images, keep_mask).logits
+        # Not through ``run``: where weights are sharded, both gather and release them.
+        return self.backbone.head(self.tokens(images, keep_mask, track=False))
 
     def run(
         self, images: Tensor, keep_mask: Tensor | None = None, *, track: bool = False

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -29,6 +31,7 @@ __all__ = ["own_callbacks"]
 _log = logging.getLogger(__name__)
 _IMAGES = 64  # that layers are measured on
 _SHOWN = 6  # that are drawn
+_PATIENCE = timedelta(days=2)  # of processes, with a reading on the first of them
 _HINT = "; lower mto's weights or set mto.detach_visible=true"
 
 
@@ -50,9 +53,19 @@ def own_callbacks(recipe: Pretrain, task: Task, loaders: Loaders, out: Path) -> 
 
 
 class _AtEpochs(Callback):
-    """Does something on the first process after some epochs, with the model in eval mode."""
+    """Does something on the first process after some epochs, with the model in eval mode.
+
+    The other processes wait in a group of their own, which has the patience for it: where they
+    would wait for gradients, a reading of an hour would be taken for a dead process.
+    """
 
     every: int | None = None
+    _patient: Any = None
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Make the group."""
+        if trainer.world_size > 1:
+            self._patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
     def due(self, epoch: int, over: bool) -> bool:
         """Every so many epochs, and at the end; ``over`` where the run ends here."""
@@ -64,16 +77,19 @@ class _AtEpochs(Callback):
         raise NotImplementedError
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """The others wait at the next step's gradients."""
+        """Act if it is time, and let the others wait."""
         assert isinstance(module, Module)
         epoch = trainer.current_epoch + 1
         over = trainer.global_step in (module.updates, trainer.max_steps)
-        if not trainer.is_global_zero or not self.due(epoch, over):
+        if not self.due(epoch, over):
             return
-        assert isinstance(module.exported, MaskedImageModel)
-        model = module.exported.eval()  # the next step sets the modes anew
-        with torch.no_grad():
-            self.act(module, model, epoch)
+        if trainer.is_global_zero:
+            assert isinstance(module.exported, MaskedImageModel)
+            model = module.exported.eval()  # the next step sets the modes anew
+            with torch.no_grad():
+                self.act(module, model, epoch)
+        if self._patient is not None:
+            dist.barrier(group=self._patient)
 
     @staticmethod
     def log_now(module: Module, found: dict[str, float]) -> None:

@@ -17,7 +17,7 @@ from foveate.data import Loader
 from foveate.train.draws import Draws, seed_step
 from foveate.train.optim import Rates, make_optimiser, scaled, updates_of
 from foveate.train.recipe import Loop, Optim
-from foveate.train.sharded import Sharded, shard
+from foveate.train.sharded import Sharded, hold_whole, shard
 from foveate.train.task import Task, total
 
 __all__ = ["Module"]
@@ -220,6 +220,16 @@ class Module(LightningModule):
             )
 
     # Evaluation --------------------------------------------------------------------------------
+
+    def on_validation_start(self) -> None:
+        """Processes may have different numbers of batches, and must not wait for each other's."""
+        if self._shared:
+            hold_whole(self.task.model, True)
+
+    def on_validation_end(self) -> None:
+        """Share the weights out again."""
+        if self._shared:
+            hold_whole(self.task.model, False)
 
     def on_validation_epoch_start(self) -> None:
         """Evaluate at the rate of the moment, and after the end as the model is exported."""

@@ -7,11 +7,11 @@ from typing import Any
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from foveate.train.task import Task
 
-__all__ = ["Sharded", "gathered", "shard"]
+__all__ = ["Sharded", "gathered", "hold_whole", "shard"]
 
 
 class Sharded(ModelParallelStrategy):
@@ -39,6 +39,17 @@ def shard(task: Task, mesh: Any) -> None:
     fully_shard(task.model, mesh=mesh)
     if hasattr(task.model, "run"):
         register_fsdp_forward_method(task.model, "run")
+
+
+def hold_whole(model: nn.Module, whole: bool) -> None:
+    """Hold all weights on every process, for as long as there are no gradients; or no longer."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_reshard_after_forward(not whole, recurse=False)
+            if whole:
+                module.unshard()
+            else:
+                module.reshard()
 
 
 def gathered(model: nn.Module, plain: nn.Module) -> nn.Module:

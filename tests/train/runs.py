@@ -112,22 +112,29 @@ def ended(process: BaseProcess) -> int:
     return process.exitcode
 
 
-def together(jobs: list[list[str]], folder: Path, world: int = 2) -> list[int]:
+def together(
+    jobs: list[list[str]], folder: Path, world: int = 2, stop: tuple[int, int] | None = None
+) -> list[int]:
     """Run commands one after another on processes that train together, as torchrun starts them.
 
     Each leaves the losses of its updates in ``folder / "losses-JOB-RANK.pt"``. Gives exit codes.
+    ``stop`` names a job and the update before which it fails; that it does is no failure.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [start(_joined, jobs, folder, rank, world, port) for rank in range(world)]
+    port = free_port()
+    processes = [start(_joined, jobs, folder, rank, world, port, stop) for rank in range(world)]
     return [ended(process) for process in processes]
 
 
-def _joined(jobs: list[list[str]], folder: Path, rank: int, world: int, port: int) -> None:
-    from lightning.pytorch.utilities import rank_zero_only
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
-    from foveate.cli import main
+
+def join(rank: int, world: int, port: int) -> None:
+    """Make this process one of several, as torchrun does."""
+    from lightning.pytorch.utilities import rank_zero_only
 
     os.environ |= {
         **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)},
@@ -136,21 +143,38 @@ def _joined(jobs: list[list[str]], folder: Path, rank: int, world: int, port: in
     }
     # Lightning asks the environment as it is imported, and the server imported it without one.
     rank_zero_only.rank = rank
+
+
+def _joined(
+    jobs: list[list[str]],
+    folder: Path,
+    rank: int,
+    world: int,
+    port: int,
+    stop: tuple[int, int] | None,
+) -> None:
+    from foveate.cli import main
+
+    join(rank, world, port)
     codes = []
     for number, job in enumerate(jobs):
-        with watched() as losses:
-            codes.append(main(job))
+        fails = stop is not None and number == stop[0]
+        with watched(stop[1] if stop and fails else None) as losses:
+            code = main(job)
+        codes.append(int(code != 2) if fails else code)
         torch.save(losses, folder / f"losses-{number}-{rank}.pt")
     raise SystemExit(max(codes))
 
 
 @contextmanager
-def watched() -> Iterator[list[float]]:
-    """A list that the losses of all steps are appended to meanwhile."""
+def watched(stop: int | None = None) -> Iterator[list[float]]:
+    """A list that the losses of all steps are appended to meanwhile; the run fails at one."""
     losses: list[float] = []
     original = Module._watch
 
     def noting(self: Module, parts: dict[str, Tensor], loss: Tensor) -> None:
+        if self.trainer.global_step == stop:
+            raise ValueError("stopped by the test")
         losses.append(float(loss.detach()))
         original(self, parts, loss)
 

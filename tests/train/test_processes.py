@@ -6,14 +6,31 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs import DATA, LOOP, checkpoint, exported, finetune, reduce, run, together, watched
+import yaml
+from runs import (
+    DATA,
+    LOOP,
+    MODEL,
+    checkpoint,
+    ended,
+    exported,
+    finetune,
+    free_port,
+    join,
+    reduce,
+    run,
+    start,
+    together,
+    watched,
+)
 
-from foveate import config
+from foveate import cli, config
 from foveate.train.logs import read_metrics
 
 # No mixing, no stochastic depth and gates that do not draw: noise is each process's own. Momentum
@@ -47,7 +64,13 @@ def test_two_processes(tmp_path: Path) -> None:
         path.write_text(config.dump(recipe))
         job = name if name != "tokens" else "reduce"
         jobs.append([job, str(path), "--out", str(tmp_path / f"{name}-two")])
-    assert together(jobs, tmp_path) == [0, 0]
+    # The first once more: it fails in its second update on both processes, and goes on.
+    stopped = tmp_path / "stopped"
+    jobs += [[*jobs[0][:2], "loop.save_every=1", "--out", str(stopped)]]
+    jobs += [["finetune", "--resume", str(stopped)]]
+    assert together(jobs, tmp_path, stop=(len(jobs) - 2, 2)) == [0, 0]
+    one, two = exported(tmp_path / "finetune-two"), exported(stopped)
+    assert all(torch.equal(one[key], two[key]) for key in one)
     for number, (name, losses, result) in enumerate(wanted):
         one, two = tmp_path / f"{name}-one", tmp_path / f"{name}-two"
         both = torch.tensor([torch.load(tmp_path / f"losses-{number}-{r}.pt") for r in (0, 1)])
@@ -82,3 +105,46 @@ def test_torchrun_itself(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("the model is") == 1
     assert exported(tmp_path / "run")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_long_look_stalls_nobody(tmp_path: Path) -> None:
+    """A reading in pre-training that takes longer than processes wait for gradients."""
+    path = tmp_path / "recipe.yaml"
+    tree = {
+        "model": MODEL,
+        "data": {**DATA, "batch": 16},
+        "loop": {**LOOP, "epochs": 2},
+        "options": {"decoder_width": 32, "decoder_depth": 1},
+        "layers_every": 1,
+    }
+    path.write_text(yaml.safe_dump(tree))
+    job = ["pretrain", str(path), "--out", str(tmp_path / "run")]
+    port = free_port()
+    processes = [start(_impatient, rank, port, job) for rank in (0, 1)]
+    assert [ended(process) for process in processes] == [0, 0]
+    assert json.loads((tmp_path / "run/result.json").read_text())["updates"] == 4
+
+
+def _impatient(rank: int, port: int, job: list[str]) -> None:
+    import functools
+    import time
+
+    from lightning.pytorch.strategies import ddp
+
+    from foveate.pretrain.callbacks import LayerLog
+
+    wait, original = timedelta(seconds=8), LayerLog.act
+    ddp._init_dist_connection = functools.partial(_connect, ddp._init_dist_connection, wait)
+
+    def act(self: LayerLog, *arguments: Any) -> None:
+        time.sleep(16)
+        original(self, *arguments)
+
+    LayerLog.act = act  # type: ignore[method-assign]
+    join(rank, 2, port)
+    raise SystemExit(cli.main(job))
+
+
+def _connect(original: Any, wait: timedelta, *arguments: Any, **options: Any) -> None:
+    original(*arguments, **{**options, "timeout": wait})

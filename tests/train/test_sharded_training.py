@@ -1,0 +1,53 @@
+"""Weights shared out among two processes: they train as one does, stop, go on and are exported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from runs import DATA, LOOP, checkpoint, exported, finetune, reduce, run, together
+
+from foveate import config
+
+SETTINGS: dict[str, Any] = {
+    "optim": {"name": "sgd", "lr": 0.05, "warmup_epochs": 0.5, "clip": 1.0},
+    "data": {**DATA, "val_limit": 33, "val_batch": 8},
+    "loop": {**LOOP, "epochs": 2, "save_every": 1, "keep_last": 9},
+}
+
+
+def test_sharded_processes_are_one(tmp_path: Path) -> None:
+    parts = {**SETTINGS, "model": {"start": checkpoint(tmp_path / "start.safetensors")}}
+    jobs = {
+        "finetune": finetune(**parts),
+        "reduce": reduce("dynamicvit(keep=0.5, gate='argmax')", **parts),
+    }
+    words, results = [], {}
+    for job, recipe in jobs.items():
+        results[job] = run(recipe, tmp_path / f"{job}-one")
+        recipe.data.batch //= 2
+        recipe.loop.strategy = "fsdp"
+        path = tmp_path / f"{job}.yaml"
+        path.write_text(config.dump(recipe))
+        words.append([job, str(path), "--out", str(tmp_path / f"{job}-two")])
+    # The last one is stopped after its fifth update and goes on.
+    stopped = tmp_path / "stopped"
+    words.append([*words[1][:2], "--out", str(stopped)])
+    words.append(["reduce", "--resume", str(stopped)])
+    assert together(words, tmp_path, stop=(2, 5)) == [0, 0]
+    for job, result in results.items():
+        one, two = exported(tmp_path / f"{job}-one"), exported(tmp_path / f"{job}-two")
+        assert one.keys() == two.keys()
+        for key, value in one.items():
+            torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5, msg=key)
+        found = json.loads((tmp_path / f"{job}-two" / "result.json").read_text())
+        assert abs(found["accuracy"] - result["accuracy"]) < 0.01
+        saved = torch.load(tmp_path / f"{job}-two/checkpoints/update-00000008.ckpt")
+        weights = saved["state_dict"]
+        head = "task.model.head.weight" if job == "finetune" else "task.model.vit.head.weight"
+        assert all(type(value) is torch.Tensor for value in weights.values())
+        assert weights[head].shape == (10, 32)  # whole, as one process saves them
+    one, two = exported(tmp_path / "reduce-two"), exported(stopped)
+    assert all(torch.equal(one[key], two[key]) for key in one)  # resumed to the bit
