@@ -9,7 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from foveate.bench.timing import AGAIN, DENSE, UNFUSED, Interval, Timings, paired_ratio
+from foveate.bench.timing import (
+    AGAIN,
+    DENSE,
+    LEAST_ROUNDS,
+    UNFUSED,
+    Interval,
+    Timings,
+    paired_ratio,
+)
 from foveate.files import read_json, write_text
 from foveate.registry import suggest
 
@@ -27,7 +35,6 @@ __all__ = [
 ]
 
 FORMAT = 2  # without a number: cells had no run, samples only on request, no un-fused variant
-LEAST_ROUNDS = 30
 
 
 @dataclass

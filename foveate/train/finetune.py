@@ -17,11 +17,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foveate.answers import logits_of
 from foveate.backbones import backbone_for, image_settings
 from foveate.convert import save_plain
 from foveate.core import dense
 from foveate.core.losses import distillation, hard_distillation
-from foveate.evaluate.answers import logits_of
 from foveate.files import write_text
 from foveate.train.draws import Draws
 from foveate.train.masking import draw_masks, kept_patches

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from foveate.evaluate.answers import logits_of
+from foveate.answers import logits_of
 
 __all__ = ["Accuracy", "Scores"]
 

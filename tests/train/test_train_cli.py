@@ -19,7 +19,7 @@ from foveate import config
 from foveate.cli import main
 from foveate.data import Preprocessing, device_batches, eval_transform, open_images
 from foveate.data.loader import Loader
-from foveate.evaluate import Inputs
+from foveate.measure import Inputs
 from foveate.train.finetune import FinetuneTask
 from foveate.train.logs import read_metrics
 from foveate.train.reduce import ReduceTask

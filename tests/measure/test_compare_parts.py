@@ -1,0 +1,168 @@
+"""The parts of a comparison: settings, numbers, the order of cells, Ray."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from threading import Lock
+
+import pytest
+from tiny import METHOD, compare, write_config
+
+from foveate import config as configs
+from foveate.measure import cell, launch
+from foveate.measure.cells import make_cells
+from foveate.measure.comparison import Comparison
+from foveate.measure.launch import FAILED, Outcome, Process, run_local
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("models.masked.start=bas", "did you mean 'base'"),
+        ("models.base.start=masked", "an earlier model"),
+        ("models.base.recip=x", "did you mean 'recipe'"),
+        ("models.base.open=x", "either recipe or open"),
+        ("models.base.recipe=nothing", "unknown recipe for finetune 'nothing'"),
+        ("models.a/b={recipe: x}", "names a folder"),
+        ("methods.dynamicvit.method=dynamicvt(keep={rate})", "did you mean 'dynamicvit'"),
+        ("methods.dynamicvit.rates=[2]", "keep"),
+        ("methods.dynamicvit.method=dynamicvit", "has no {rate}"),
+        ("methods.dynamicvit.starts=[masks]", "did you mean 'masked'"),
+        ("evaluate.models=[all]", "unknown model in evaluate.models"),
+        ("evaluate.pruning=[1.5]", "pruning"),
+        ("evaluate.occlusion=[1.5]", "[0, 1]"),
+        ("evaluate.device=gpu", "evaluate.device must be one of 'auto', 'cpu', 'cuda'"),
+        ("evaluate.speed=[0]", "batches of speed must be at least 1"),
+        ("models.masked.variants=[evti]", "did you mean 'evit'"),
+        ("models.masked.like=bas", "did you mean 'base'"),
+        ("models.masked.job=train", "job must be one of"),
+        ("resources.processes=0", "processes must be at least 1"),
+        ("seeds=[0, 0]", "seeds"),
+        ("resources.cpus=-1", "at least 0"),
+        ("evaluat.speed=true", "did you mean 'evaluate"),
+        ("models.masked.settings=[data.val_limit=7]", "different images"),
+    ],
+)
+def test_mistakes_are_said_before_anything_runs(
+    change: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = [change]
+    if change.endswith("=dynamicvit"):
+        changes.append("methods.dynamicvit.rates=[0.5, 0.7]")
+    assert compare(write_config(tmp_path), *changes, "--out", tmp_path / "out") == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--parallel", "0"], "at least 1"),
+        (["--address", "auto"], "--launcher ray"),
+        (["--only", "nothing"], "selects no cell"),
+        (["evaluate.speed=[8]", "--parallel", "2"], "--parallel 1"),
+    ],
+)
+def test_options_that_do_not_fit(
+    options: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = [word for word in options if "=" in word]
+    rest = [word for word in options if "=" not in word]
+    assert compare(write_config(tmp_path), *changes, "--out", tmp_path / "out", *rest) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_the_comparison_that_ships_has_its_cells(tmp_path: Path) -> None:
+    path = configs.find_recipe("compare", "fashion_part")
+    cells = make_cells(configs.read(Comparison, path), tmp_path)
+    names = [name for name in cells if not name.endswith("/eval")]
+    assert len(names) == 9 + 12 and len(cells) == 2 * len(names)
+    assert "reduced/masked/dynamicvit-0.7/seed1" in names
+    recipe = cells["models/full/seed2"].work.settings
+    assert recipe.masking.ratios == () and recipe.distill.kind == "none" and recipe.loop.seed == 2
+    assert recipe.model.start == str(tmp_path.resolve() / "models/base/seed2")
+    recipe = cells["reduced/full/dynamicvit-0.3/seed0"].work.settings
+    assert recipe.method == "dynamicvit(keep=0.3)"
+
+
+def test_cells_go_in_order_and_past_failures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = make_cells(configs.read(Comparison, write_config(tmp_path)), tmp_path / "out")
+    lock, now, most, order = Lock(), [], [], []
+
+    def run(self: Process) -> Outcome:
+        with lock:
+            now.append(self.name)
+            most.append(len(now))
+        time.sleep(0.01)
+        with lock:
+            now.remove(self.name)
+            order.append(self.name)
+        failed = self.name == "models/masked/seed1"
+        return Outcome(self.name, FAILED if failed else "done")
+
+    monkeypatch.setattr(Process, "run", run)
+    found = {o.name: o for o in run_local(cells, list(cells), [], parallel=2)}
+    assert found.keys() == cells.keys() and max(most) == 2
+    for name in order:
+        assert all(order.index(need) < order.index(name) for need in cells[name].needs)
+    skipped = {name for name, outcome in found.items() if outcome.kind == "skipped"}
+    assert skipped == {
+        *("models/masked/seed1/eval", f"{METHOD}/seed1", f"{METHOD}/seed1/eval"),
+    }
+    assert found[f"{METHOD}/seed1/eval"].why == "models/masked/seed1 failed"
+    # What --only leaves out is not there for others.
+    (one,) = run_local(cells, [f"{METHOD}/seed0"], [])
+    assert (one.kind, one.why) == ("skipped", "models/masked/seed0 is not there")
+
+
+def test_without_ray_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(ValueError, match=r"pip install 'foveate\[cluster\]'"):
+        launch._ray()
+
+
+def test_an_address_where_nobody_is(
+    config: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("ray")
+    words = ("--launcher", "ray", "--address", "127.0.0.1:1")
+    assert compare(config, "evaluate.limit=8", "--out", out, *words) == 2
+    assert "--address 127.0.0.1:1: no cluster of Ray answers" in capsys.readouterr().err
+
+
+def test_cells_are_tasks_of_ray(
+    config: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("ray")
+    path = out / METHOD / "seed0" / "eval.json"
+    before = path.with_suffix(".csv").read_text()
+    path.unlink()
+    shutil.rmtree(out / METHOD / "seed1")
+    words = ("--launcher", "ray", "--parallel", "1", "--only", f"{METHOD}/*/eval")
+    assert compare(config, "--out", out, *words) == 2  # seed1 is not there to be evaluated
+    assert f"skipped  {METHOD}/seed1/eval: {METHOD}/seed1 is not there" in capsys.readouterr().out
+    assert path.with_suffix(".csv").read_text() == before
+
+
+def test_tasks_after_a_failure_are_skipped(tmp_path: Path) -> None:
+    task = Process("b", tmp_path / "b.yaml", tmp_path / "log.txt", tmp_path)
+    found = launch._task(task, Outcome("x", "done"), Outcome("a", FAILED, "no space"))
+    assert (found.kind, found.why) == ("skipped", "a failed")
+    assert launch._task(task, Outcome("b", "skipped", "a failed")).why == "a failed"
+    found = launch._task(task, Outcome("x", "done"))
+    assert found.kind == FAILED and "b.yaml is not there" in found.why
+
+
+def test_a_cell_is_done_by_one_process_at_a_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("fcntl")
+    with cell._alone(tmp_path / "cell.yaml"):
+        assert cell.main([str(tmp_path / "cell.yaml")]) == 2
+    assert "another process is at work on" in capsys.readouterr().err
