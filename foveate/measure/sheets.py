@@ -89,7 +89,7 @@ def _printed(sheet: Sheet) -> Table:
         table.add_column(
             name.lstrip("<"),
             justify="left" if words else "right",
-            no_wrap=not words,
+            no_wrap=not words or name == "<" or "[" in name,  # intervals stay in one piece
             overflow="fold",
         )
     for line in sheet.body:

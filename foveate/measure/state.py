@@ -106,7 +106,7 @@ def _evaluated(cell: Cell) -> State:
     try:
         settings = Results.load(path, "foveate compare").about["settings"]
     except ValueError as error:
-        return State(TODO, str(error))
+        return State(TODO, str(error).replace(str(path), path.name))
     asked, of = settings.get("asked", {}), settings.get("of", {})
     for key, wanted in cell.work.asked.items():
         if asked.get(key) != wanted:

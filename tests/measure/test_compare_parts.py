@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
+from collections import Counter
 from pathlib import Path
 from threading import Lock
 
 import pytest
-from tiny import METHOD, compare, write_config
+from tiny import METHOD, Here, compare, write_config
 
 from foveate import config as configs
-from foveate.measure import cell, launch
+from foveate.measure import Results, cell, launch, one, select
 from foveate.measure.cells import make_cells
 from foveate.measure.comparison import Comparison
 from foveate.measure.launch import FAILED, Outcome, Process, run_local
+from foveate.measure.rauc import rauc
+from foveate.train.logs import read_metrics
 
 
 @pytest.mark.parametrize(
@@ -166,3 +170,124 @@ def test_a_cell_is_done_by_one_process_at_a_time(
     with cell._alone(tmp_path / "cell.yaml"):
         assert cell.main([str(tmp_path / "cell.yaml")]) == 2
     assert "another process is at work on" in capsys.readouterr().err
+
+
+# Other jobs --------------------------------------------------------------------------------------
+
+SMALL = "{img_size: 28, patch_size: 7, in_chans: 1, embed_dim: 32, depth: 2, num_heads: 2}"
+PRETRAINING = f"""
+seeds: [0, 1]
+settings: [data.limit=64, data.val_limit=64, data.batch=32, loop.tensorboard=false,
+  "model.options={SMALL}"]
+models:
+  mae:
+    job: pretrain
+    recipe: fashion_part_mae
+    settings: [loop.epochs=3, probe.every=1, probe.limit=64, probe.val_limit=64, layers_every=1,
+      "options={{decoder_width: 32, decoder_depth: 2, decoder_heads: 2}}", "snapshots=[]"]
+  mae_mto: {{like: mae, settings: [mto.preset=default], seeds: [1]}}
+  labels: {{recipe: fashion_part_full, settings: [loop.epochs=1, optim.warmup_epochs=0]}}
+  labels_mae: {{like: labels, start: mae_mto, seeds: [1]}}
+  read:
+    job: probe
+    recipe: fashion_part
+    start: mae
+    seeds: [0]
+    settings: [data.limit=64, data.val_limit=64, epochs=2, batch=32]
+evaluate: {{together: true, statistics: false, batch: 64}}
+"""
+
+
+def test_any_job_is_a_cell(tmp_path: Path, here: Here) -> None:
+    """Pre-training, probing, and fine-tuning from what was pre-trained, evaluated together."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(PRETRAINING)
+    out = tmp_path / "out"
+    assert compare(path, "--out", out) == 0
+    assert here.names == [
+        *("models/mae/seed0", "models/mae/seed1", "models/mae_mto/seed1", "models/labels/seed0"),
+        *("models/labels/seed1", "models/labels_mae/seed1", "models/read/seed0", "together/eval"),
+    ]
+    report = Results.load(out / "report.json", "foveate compare")
+    table = report.table
+    assert report.about["like"] == {"mae_mto": "mae"}
+    curve = select(table, part="probe", metric="linear", run="mae", seed=1)
+    logged = read_metrics(out / "models/mae/seed1/metrics.csv")
+    scores = [float(line["probe/linear"]) for line in logged if line.get("probe/linear")]
+    assert curve["at"].tolist() == [1, 2, 3] and curve["value"].tolist() == scores
+    layers = select(table, part="layers", metric="heterogeneity", run="mae_mto")
+    assert layers["at"].tolist() == [0, 1, 2]  # of a decoder of two blocks
+    read = json.loads((out / "models/read/seed0/result.json").read_text())
+    assert one(table, "linear", part="probe", run="read") == read["linear"]
+    # RAUC of the seed that both have, or the reason why there is none.
+    found = select(table, part="rauc", method="probe/linear")
+    if len(found):
+        other = select(table, part="probe", metric="linear", run="mae_mto")
+        curves = [dict(zip(c["at"], c["value"], strict=True)) for c in (curve, other)]
+        assert one(found, "rauc", seed=1) == pytest.approx(rauc(*curves))
+    else:
+        assert any("mae_mto over mae, probe/linear: the base gains nothing" in text for text in
+                   report.about["notes"])  # fmt: skip
+    assert set(select(table, metric="top1")["run"]) == {"labels", "labels_mae"}
+    page = (out / "report.md").read_text()
+    for words in ("## Linear probe on frozen features", "## Heterogeneity of hidden tokens"):
+        assert words in page
+    assert {"probe.svg", "layers.svg"} <= {path.name for path in out.glob("*.svg")}
+    here.names.clear()
+    assert compare(path, "--out", out) == 0 and here.names == []
+
+
+def test_the_comparisons_of_pretraining_ask_for_what_they_did(tmp_path: Path) -> None:
+    path = configs.find_recipe("compare", "pretraining_part")
+    comparison = configs.read(Comparison, path)
+    cells = make_cells(comparison, tmp_path)
+    jobs = Counter(cell.work.job for cell in cells.values())
+    # MAE: 5 arms; SimMIM: 2 of three seeds and 3 of one; labels: 5 starts.
+    assert jobs == {"pretrain": 5 * 3 + 2 * 3 + 3, "finetune": 5 * 3, "evaluate": 5 * 3}
+    paper = cells["models/mae_mto_paper/seed2"].work.settings
+    assert paper.mto.direction == "as_printed" and paper.loop.epochs == 16
+    raw = cells["models/simmim_mto_raw/seed0"].work.settings
+    assert (raw.method, raw.mto.similarity, raw.loop.seed) == ("simmim", "raw", 0)
+    labels = cells["models/labels_mae_mto/seed1"]
+    assert labels.work.settings.model.start == str(tmp_path.resolve() / "models/mae_mto/seed1")
+    assert labels.needs == ("models/mae_mto/seed1",) and labels.work.settings.data.limit == 150
+    assert comparison.root("mae_mto_raw") == "mae"
+
+
+def test_several_processes_are_started_by_torchrun(tmp_path: Path) -> None:
+    config = configs.read(Comparison, write_config(tmp_path), ["resources.processes=2"])
+    cells = make_cells(config, tmp_path / "out")
+    together = {name: cell.processes for name, cell in cells.items()}
+    assert set(together.values()) == {1, 2}
+    assert all(number == (1 if name.endswith("/eval") else 2) for name, number in together.items())
+    words = launch.prepare(cells["models/base/seed0"]).command
+    assert words[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    assert words[5:7] == ["-m", "foveate.measure.cell"]
+    alone = launch.prepare(cells["models/base/seed0/eval"]).command
+    assert alone[1:3] == ["-m", "foveate.measure.cell"]
+
+
+def test_what_an_earlier_version_trained_is_done(config: Path, out: Path, here: Here) -> None:
+    """Run folders stay finished cells; what was measured in another form is measured again."""
+    path = out / "models/base/seed0/eval.json"
+    path.write_text('{"format": 1, "entries": [], "settings": {"asked": {}, "of": ""}}')
+    assert compare(config, "--out", out) == 0
+    assert here.names == ["models/base/seed0/eval"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("models.labels_mae.seeds=[0]", "starts from mae_mto, which has no seed 0"),
+        ("models.mae.variants=[evit]", "has no classes: leave variants out"),
+        ("models.mae_mto.like=maee", "did you mean 'mae'"),
+        ("models.read.settings=[epoch=2]", "did you mean 'epochs'"),
+    ],
+)
+def test_mistakes_about_other_jobs(
+    change: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(PRETRAINING)
+    assert compare(path, change, "--out", tmp_path / "out") == 2
+    assert words in capsys.readouterr().err
