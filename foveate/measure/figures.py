@@ -42,12 +42,10 @@ def figures(results: Results) -> Iterator[tuple[str, Figure]]:
     for batch in batches:
         name = "accuracy-speed" + f"-batch{batch:g}" * (len(batches) > 1)
         yield name, tradeoff_figure(results, batch=float(batch))
-    band = _band(table)
     lines = _lines(select(table, part="occlusion", metric="top1"), ["run"])
     if lines:
-        figure = lines_figure(
-            lines, across=f"share of the image's patches dropped at random{band}", up=_TOP1
-        )
+        across = "share of the image's patches dropped at random" + _band(table, lines)
+        figure = lines_figure(lines, across=across, up=_TOP1)
         figure.axes[0].set_xlim(-0.02, 1.02)
         figure.axes[0].set_ylim(bottom=0)
         yield "occlusion", figure
@@ -56,7 +54,8 @@ def figures(results: Results) -> Iterator[tuple[str, Figure]]:
     pruned = pruned.assign(method=pruned["method"].replace({"attention": "class attention"}))
     lines = _lines(pruned, ["run", "method"])
     if lines:
-        across = f"share of patches that each of three stages keeps, without training{band}"
+        across = "share of patches that each of three stages keeps, without training"
+        across += _band(table, lines)
         figure = lines_figure(lines, across=across, up=_TOP1)
         figure.axes[0].set_ylim(bottom=0)
         yield "pruning", figure
@@ -67,7 +66,8 @@ def figures(results: Results) -> Iterator[tuple[str, Figure]]:
     ):
         lines = _lines(part, ["run", "method", "rate"])
         if lines:
-            across, up = f"epochs of training{_band(table)}", "accuracy on validation images, %"
+            across, up = "epochs of training", "accuracy on validation images, %"
+            across += _band(table, lines)
             yield f"convergence-{name}", lines_figure(lines, across=across, up=up)
     yield from _of_pretraining(results)
 
@@ -87,18 +87,17 @@ def _of_pretraining(results: Results) -> Iterator[tuple[str, Figure]]:
         for root, own in part.groupby(roots, sort=False):
             lines = _lines(own, ["run"])
             name = f"{stem}-{root}" if roots.nunique() > 1 else stem
-            yield name, lines_figure(lines, across=across + _band(table), up=up)
+            yield name, lines_figure(lines, across=across + _band(table, lines), up=up)
 
 
-def _band(table: pd.DataFrame) -> str:
+def _band(table: pd.DataFrame, lines: Sequence[Line]) -> str:
     """Say what bands are, where there are some."""
-    seeds, draws = table["seed"].nunique(), select(table, part="occlusion")["draw"].nunique()
-    draws = max(draws, select(table, part="pruning")["draw"].nunique())
-    if seeds > 1:
+    if not any(line.low for line in lines):
+        return ""
+    if table["seed"].notna().any():
         return "\nband: standard deviation over seeds of training"
-    if draws > 1 and not seeds:
-        return f"\nband: standard deviation over {draws} mask seeds"
-    return ""
+    draws = select(table, part=["occlusion", "pruning"])["draw"].nunique()
+    return f"\nband: standard deviation over {draws} mask seeds"
 
 
 def _lines(part: pd.DataFrame, by: Sequence[str]) -> list[Line]:
@@ -184,8 +183,7 @@ def tradeoff_figure(results: Results, *, batch: float | None = None) -> Figure:
         across = f"images a second at batch {batch:g}, measured"
     elif any(line.words for line in lines):
         across += "; numbers at points are rates"
-    band = _band(table) if any(line.low for line in lines) else ""
-    return lines_figure(lines, across=across + band, up=_TOP1, stars=stars)
+    return lines_figure(lines, across=across + _band(table, lines), up=_TOP1, stars=stars)
 
 
 def macs_unit(table: pd.DataFrame) -> tuple[str, float]:

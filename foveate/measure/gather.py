@@ -13,7 +13,7 @@ from foveate.measure.accuracy import drops
 from foveate.measure.cells import Cell, Key, plain
 from foveate.measure.comparison import Comparison, Trained
 from foveate.measure.curves import columns, curve
-from foveate.measure.rauc import of_seeds
+from foveate.measure.rauc import over_runs
 from foveate.measure.state import DONE, State
 from foveate.measure.table import Results, frame, pd, rows, select
 from foveate.registry import parse
@@ -57,6 +57,11 @@ def collect(
                 **{name: asked.get(name) for name in ("data", "split", "limit")},
             },
             "expected": [[*subject, n] for subject, n in _expected(comparison).items()],
+            "without_accuracy": {
+                name: len(comparison.seeds_of(name))
+                for name in comparison.models
+                if not comparison.entry(name).classifies
+            },
             "like": like,
             "notes": notes,
             "cells": {name: plain(state) for name, state in states.items()},
@@ -153,13 +158,18 @@ def _efficiency(table: pd.DataFrame, like: Mapping[str, str]) -> tuple[pd.DataFr
         for score in _SCORES:
             metric = score.removeprefix("probe/")
             ours, theirs = (_curves(table, one, metric) for one in (base, run))
-            made, refusals = of_seeds(ours, theirs, score)
-            notes += [f"{run} over {base}, {score}: {text}" for text in refusals]
-            columns = {"run": run, "method": score}
+            values, refusals = over_runs(ours, theirs, score)
+            for seed, text in refusals.items():
+                which = "means of the curves" if seed is None else f"seed {seed}"
+                notes.append(f"{run} over {base}, {score}, {which}: {text}.")
+            own = select(table, run=run)
+            shared = {"run": run, "method": score}
             for column in ("commit", "machine"):
-                known = select(table, run=run)[column].unique()
-                columns[column] = known[0] if len(known) == 1 else "several"
-            found.append(frame(made, **columns))
+                shared[column] = ", ".join(own[column].unique())
+            for seed, known in values.items():
+                if seed is None:
+                    known = {"mean_curves": known.get("rauc")}
+                found.append(frame(rows("rauc", known, seed=seed), **shared))
     return (pd.concat(found, ignore_index=True) if found else frame([])), notes
 
 

@@ -11,6 +11,7 @@ command is started in under the same paths: cells find each other's models there
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import re
 import socket
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 DONE, FAILED, SKIPPED = "done", "failed", "skipped"
+_TORCHRUN = re.compile(r"[WE]\d{4} \S+ \d+ torch/distributed/")  # how its report begins
 _SECONDS = 10  # that a cluster may take to answer at its port
 
 # Told the names of the cells that run, whenever that changes.
@@ -182,10 +184,12 @@ def _threads(processes: int) -> int | None:
 
 
 def _last_words(log: Path, start: int, code: int) -> str:
-    """Return the last line that a failed cell wrote."""
+    """Return the last line that a failed cell wrote; what torchrun adds to it is left out."""
     with log.open(encoding="utf-8", errors="replace") as file:
         file.seek(start)
         lines = [line.strip() for line in file if line.strip()]
+    ours = list(itertools.takewhile(lambda line: not _TORCHRUN.match(line), lines))
+    lines = ours or lines
     how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
     return f"{lines[-1]} ({how})" if lines else how
 

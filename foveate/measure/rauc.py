@@ -185,20 +185,15 @@ def compare(
     recipes = [_recipe(run) for run in every]
     _same_data(names, recipes)
     notes = [*_schedules(names, recipes)]
+    sides = [dict(enumerate(side)) for side in (curves[:n], curves[n:])]
+    values, refusals = over_runs(sides[0], sides[1], metric, start, end, at)
+    runs = {None: MEAN} | {seed: f"{names[n + seed]} over {names[seed]}" for seed in sides[0]}
+    if all(seed in refusals for seed in sides[0]):
+        raise ValueError(f"{runs[0]}: {refusals[0]}")
+    notes += [f"{runs[seed]}: {text}." for seed, text in refusals.items()]
     found: list[dict[str, Any]] = []
-    pairs = list(zip(curves[:n], curves[n:], strict=True))
-    for seed, (ours, theirs) in enumerate(pairs):
-        run = f"{names[n + seed]} over {names[seed]}"
-        values, refusal = _pair(ours, theirs, metric, start, end, at)
-        notes += [f"{run}: {refusal}."] if refusal else []
-        found += rows("rauc", values, run=run, method=metric, seed=seed)
-    if not any(row["metric"] == "rauc" for row in found):
-        raise ValueError(notes[-1].removesuffix("."))
-    # Not the mean of the ratios, to which a base that gains little adds a huge one.
-    ours, theirs = _mean(curves[:n]), _mean(curves[n:])
-    values, refusal = _pair(ours, theirs, metric, start, end, at)
-    notes += [f"{MEAN}: {refusal}."] if refusal and n > 1 else []
-    found += rows("rauc", values, run=MEAN, method=metric)
+    for seed, known in values.items():
+        found += rows("rauc", known, run=runs[seed], method=metric, seed=seed)
     for place, (name, scores) in enumerate(zip(names, curves, strict=True)):
         shared = {"method": "base" if place < n else "other", "seed": place % n}
         for epoch, score in scores.items():
@@ -207,29 +202,41 @@ def compare(
     return Results(frame(found), {**about, "at": at, "notes": [PROTOCOL, *notes]})
 
 
-def of_seeds(
-    base: Mapping[int, Scores], other: Mapping[int, Scores], metric: str
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the rows of a comparison's models over all epochs that they share, and refusals."""
-    found: list[dict[str, Any]] = []
-    notes = []
-    both = [seed for seed in other if seed in base]
-    pairs: dict[int | None, tuple[Scores, Scores]] = {s: (base[s], other[s]) for s in both}
-    if len(both) > 1:
-        pairs[None] = _mean([base[s] for s in both]), _mean([other[s] for s in both])
+def over_runs(
+    base: Mapping[int, Scores],
+    other: Mapping[int, Scores],
+    metric: str,
+    start: float | None = None,
+    end: float | None = None,
+    at: float | None = None,
+) -> tuple[dict[int | None, dict[str, float | None]], dict[int | None, str]]:
+    """Return what the curves of each seed that both have say, and why some have no RAUC.
+
+    The seed None is of the means of the curves: not the mean of the ratios, to which a base that
+    gains little adds a huge one.
+
+    Args:
+        base, other: curves by seed.
+        metric: what was scored.
+        start, end: range of epochs; None is all that the two curves share.
+        at: reference epoch of epochs to match; None is the end of the range.
+    """
+    seeds = [seed for seed in other if seed in base]
+    pairs: dict[int | None, tuple[Scores, Scores]] = {s: (base[s], other[s]) for s in seeds}
+    if seeds:
+        pairs[None] = _mean([base[s] for s in seeds]), _mean([other[s] for s in seeds])
+    found: dict[int | None, dict[str, float | None]] = {}
+    refusals: dict[int | None, str] = {}
     for seed, (ours, theirs) in pairs.items():
         try:
-            start, end = _range({"base": ours, "other": theirs}, None, None)
+            first, last = _range({"base": ours, "other": theirs}, start, end)
         except ValueError as error:
-            notes.append(f"{error} (seed {seed})")
+            refusals[seed] = str(error)
             continue
-        values, refusal = _pair(ours, theirs, metric, start, end, end)
-        kept = {name: values.get(name) for name in ("rauc", "match", "saved")}
-        if seed is None:
-            kept = {"mean_curves": values.get("rauc")}
-        notes += [f"{refusal} (seed {seed})"] if refusal and seed is not None else []
-        found += rows("rauc", kept, seed=seed)
-    return found, notes
+        found[seed], why = _pair(ours, theirs, metric, first, last, last if at is None else at)
+        if why:
+            refusals[seed] = why
+    return found, refusals
 
 
 def _pair(

@@ -178,12 +178,14 @@ class _Numbers:
             key = (row.part, row.run, row.method, rate, at, row.metric)
             self.found[key] = (row.mean, row.std, row.count)
         self.seeds = {(run, method, rate): n for run, method, rate, n in self.expected}
+        logged: dict[str, int] = self.results.about.get("without_accuracy", {})
+        self.seeds |= {(run, "", None): n for run, n in logged.items()}
 
     def subjects(self, part: str) -> list[Subject]:
         """Return what a part is about, in order; in a comparison also what is missing."""
         there = [key[1:4] for key in self.found if key[0] == part]
-        every = [*self.seeds, *there] if part == "accuracy" else there
-        return list(dict.fromkeys(every))
+        wanted = [(run, method, rate) for run, method, rate, _ in self.expected]
+        return list(dict.fromkeys([*wanted, *there] if part == "accuracy" else there))
 
     def get(
         self, part: str, subject: Subject, metric: str, at: float | None = None
@@ -277,11 +279,13 @@ def _accuracy(numbers: _Numbers) -> Iterator[Sheet]:
     if marked:
         notes.append("* new parameters that nobody trained: what it keeps is arbitrary.")
     if numbers.counted:
-        notes.append(
-            "Mean ± standard deviation over seeds of training, with their number in brackets. A "
-            "method without options was trained with the model, one with options runs on the "
-            "model as it is. Drop: points below the dense model of the same seed."
-        )
+        words = "Mean ± standard deviation over seeds of training, with their number in brackets."
+        if "drop" in there:
+            words += (
+                " A method without options was trained with the model, one with options runs on "
+                "the model as it is. Drop: points below the dense model of the same seed."
+            )
+        notes.append(words)
     if "measured" in there:
         notes.append("Multiply-adds and tokens are means over the images where counts differ.")
     notes += _on_speed(table) if batches else []

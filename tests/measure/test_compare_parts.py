@@ -221,13 +221,14 @@ def test_any_job_is_a_cell(tmp_path: Path, here: Here) -> None:
     assert one(table, "linear", part="probe", run="read") == read["linear"]
     # RAUC of the seed that both have, or the reason why there is none.
     found = select(table, part="rauc", method="probe/linear")
-    if len(found):
+    if "rauc" in set(found["metric"]):
         other = select(table, part="probe", metric="linear", run="mae_mto")
         curves = [dict(zip(c["at"], c["value"], strict=True)) for c in (curve, other)]
         assert one(found, "rauc", seed=1) == pytest.approx(rauc(*curves))
+        assert one(found, "mean_curves") == pytest.approx(one(found, "rauc"))  # of one seed
     else:
-        assert any("mae_mto over mae, probe/linear: the base gains nothing" in text for text in
-                   report.about["notes"])  # fmt: skip
+        note = "mae_mto over mae, probe/linear, seed 1: the base gains nothing"
+        assert any(text.startswith(note) for text in report.about["notes"])
     assert set(select(table, metric="top1")["run"]) == {"labels", "labels_mae"}
     page = (out / "report.md").read_text()
     for words in ("## Linear probe on frozen features", "## Heterogeneity of hidden tokens"):
@@ -265,6 +266,13 @@ def test_several_processes_are_started_by_torchrun(tmp_path: Path) -> None:
     assert words[5:7] == ["-m", "foveate.measure.cell"]
     alone = launch.prepare(cells["models/base/seed0/eval"]).command
     assert alone[1:3] == ["-m", "foveate.measure.cell"]
+    log = tmp_path / "log.txt"
+    log.write_text(
+        "of an earlier start\nno space left\n"
+        "E1126 14:13:27.603000 8123 torch/distributed/elastic/multiprocessing/api.py:1002] failed\n"
+        "Traceback (most recent call last):\n=====\n"
+    )
+    assert launch._last_words(log, 20, 1) == "no space left (exit code 1)"
 
 
 def test_what_an_earlier_version_trained_is_done(config: Path, out: Path, here: Here) -> None:
