@@ -169,7 +169,7 @@ def _measure(args: argparse.Namespace) -> None:
 
 
 def _images(args: argparse.Namespace, model: nn.Module, batch: int) -> Images | None:
-    """The user's images, as many as are needed."""
+    """Read the user's images, as many as are needed."""
     if not args.images:
         return None
     from foveate.bench.images import read_images

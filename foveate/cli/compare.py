@@ -147,7 +147,7 @@ def _work(
 def _progress(
     total: int,
 ) -> Iterator[tuple[Callable[[Outcome], None], Callable[[Sequence[str]], None]]]:
-    """One bar for the whole, and a line for each cell that is over."""
+    """Show one bar for the whole, and print a line for each cell that is over."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,

@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _images(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    """What is evaluated on: what was asked for, or the final images of the runs themselves."""
+    """Return what is evaluated on: as asked for, or the final images of the runs themselves."""
     given = {"split": args.split, "val_share": args.val_share, "split_seed": args.split_seed}
     asked = {name: value for name, value in given.items() if value is not None}
     if args.data is not None or set(names) == {"demo"}:
@@ -151,7 +151,7 @@ def _images(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _trained_on(path: Path) -> dict[str, Any] | None:
-    """The data of a run, if the path is in one."""
+    """Return the data of a run, if the path is in one."""
     for folder in (path, path.parent):
         if (folder / "recipe.yaml").is_file() and (folder / "result.json").is_file():
             import yaml
@@ -162,14 +162,14 @@ def _trained_on(path: Path) -> dict[str, Any] | None:
 
 
 def _chosen(given: list[_T] | None, default: Sequence[_T]) -> tuple[_T, ...]:
-    """What an option says that may come alone: not asked for, the default, or its values."""
+    """Return the values of an option that may stand alone: none, the default, or its own."""
     if given is None:
         return ()
     return tuple(given or default)
 
 
 def _labels(names: Sequence[str]) -> list[str]:
-    """The last part of each name; more of it where two models would be called the same."""
+    """Return the last part of each name, and more of it where two models would share it."""
     parts = [Path(name).parts or (name,) for name in names]
     longest = max(map(len, parts))
     for length in range(1, longest + 1):

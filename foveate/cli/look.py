@@ -83,14 +83,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _folder(runs: list[Path]) -> Path:
-    """Where nobody says: what is said of a whole run is not written over by less or by more."""
+    """Return the default folder; a single file or several runs do not overwrite a run's own."""
     if len(runs) > 1:
         return Path("look")
     return runs[0] / "look" if runs[0].is_dir() else runs[0].parent / f"look-{runs[0].stem}"
 
 
 def _epochs(given: list[str] | None) -> tuple[float, ...] | None:
-    """Numbers, None for all, () where nobody chose."""
+    """Return the epochs: numbers, None for all, () where none were given."""
     if given == ["all"]:
         return None
     try:

@@ -182,7 +182,7 @@ def rate_of(model: nn.Module) -> float | None:
 
 @contextmanager
 def evaluating(*models: nn.Module, precision: str = "fp32") -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module is in the mode it was in."""
+    """Set evaluation mode without gradients, and afterwards every module's mode as it was."""
     check_choice("precision", precision, PRECISIONS)
     kind = next(models[0].parameters()).device.type
     # Not inference_mode: what a model caches in it could not be used by a training that goes on.

@@ -258,7 +258,7 @@ class Comparison:
         return name if like is None else self.root(like)
 
     def masked(self, name: str) -> bool:
-        """Whether occlusion and pruning of a model are measured."""
+        """Tell whether occlusion and pruning of a model are measured."""
         return self.evaluate.models is None or name in self.evaluate.models
 
 

@@ -174,10 +174,11 @@ def tradeoff_figure(results: Results, *, batch: float | None = None) -> Figure:
     started = dense[dense["run"].isin(reduced["run"])]  # others would widen the axes for nothing
     if len(started):
         dense = started
-    stars = {}
+    stars: dict[str, tuple[float, float]] = {}
     for run, x, y, n in dense[["run", "across", "mean", "count"]].itertuples(index=False):
         label = "dense" if dense["run"].nunique() == 1 and not seeded else f"{run}, dense"
-        stars[label + f" (n {n})" * seeded] = (x, y)
+        if (x, y) not in stars.values():  # the same weights under another name
+            stars[label + f" (n {n})" * seeded] = (x, y)
     across = f"{'million multiply-adds' if unit == 'MMACs' else unit} an image"
     if batch is not None:
         across = f"images a second at batch {batch:g}, measured"
@@ -225,7 +226,8 @@ def lines_figure(
     """
     names = [*(line.label for line in lines), *(stars or {})]
     beside = 0.085 * max(map(len, names), default=0)
-    figure, ((axes,),) = new_figure(_WIDE + beside, _HIGH)
+    high = max(_HIGH, 0.3 + 0.2 * len(names))  # room for the legend
+    figure, ((axes,),) = new_figure(_WIDE + beside, high)
     for number, line in enumerate(lines):
         style = line_look(number)
         if line.low:

@@ -60,7 +60,7 @@ class Inputs:
 
 
 def _of_folder(folder: str) -> tuple[float, str]:
-    """Crop and interpolation that a Hugging Face folder names beside its weights.
+    """Return crop and interpolation that a Hugging Face folder names beside its weights.
 
     Without them the short side is resized to the size, which is what most of its processors do to
     square images.

@@ -21,7 +21,7 @@ _MOST = 6  # snapshots, where nobody says which
 
 
 def locate(path: Path) -> tuple[Path, Path | None]:
-    """The folder with the recipe, and the file if a single one was named.
+    """Return the folder with the recipe, and the file if a single one was named.
 
     A file without a recipe stands for its folder too.
     """
@@ -47,7 +47,7 @@ def locate(path: Path) -> tuple[Path, Path | None]:
 
 
 def read_recipe(folder: Path) -> Pretrain:
-    """The recipe of a run of pre-training, or what files of weights say of themselves."""
+    """Return the recipe of a pre-training run, or what a file of weights says of itself."""
     if folder.is_file():
         start = Model(start=str(folder))
         return Pretrain(method=method_of(folder), options=options_of(folder), model=start)
@@ -58,7 +58,7 @@ def read_recipe(folder: Path) -> Pretrain:
 
 
 def weights_kept(folder: Path, recipe: Pretrain) -> dict[float, Path]:
-    """Files of weights by epochs of training, in their order."""
+    """Return the files of weights by epochs of training, in order."""
     kept: dict[float, Path] = {}
     for path in (folder / "snapshots").glob(f"epoch-*{_KIND}"):
         if found := re.fullmatch(rf"epoch-(\d+){re.escape(_KIND)}", path.name):
@@ -69,7 +69,7 @@ def weights_kept(folder: Path, recipe: Pretrain) -> dict[float, Path]:
 
 
 def _ended(folder: Path, recipe: Pretrain) -> float:
-    """Epochs that a run ended after: fewer than the recipe's if its steps were limited."""
+    """Return the epochs a run lasted: fewer than the recipe's if its steps were limited."""
     result = folder / _RESULT
     if result.is_file():  # written after the weights
         found = read_json(result, "")
@@ -81,7 +81,7 @@ def _ended(folder: Path, recipe: Pretrain) -> float:
 def choose(
     folder: Path, kept: dict[float, Path], epochs: tuple[float, ...] | None
 ) -> dict[str, tuple[float | None, Path]]:
-    """What is looked at, by label."""
+    """Return the weights to look at, by label."""
     if not kept:
         raise ValueError(
             f"{folder} holds no weights yet: the run has not ended, and keeps none meanwhile "
@@ -103,7 +103,7 @@ def choose(
 
 
 def name_files(files: list[Path], kept: dict[float, Path]) -> dict[str, tuple[float | None, Path]]:
-    """Files that were named one by one; what a run has kept is called by its epoch."""
+    """Return files that were named one by one; those of a run are labelled by epoch."""
     by_file = {path.absolute(): epoch for epoch, path in kept.items()}
     found: dict[str, tuple[float | None, Path]] = {}
     for file in files:
@@ -113,7 +113,7 @@ def name_files(files: list[Path], kept: dict[float, Path]) -> dict[str, tuple[fl
 
 
 def evenly(values: Sequence[Any], most: int) -> list[Any]:
-    """So many of them at most, the first and the last among them."""
+    """Return at most so many values, evenly spaced, with the first and the last."""
     if len(values) <= most:
         return list(values)
     if most == 1:

@@ -169,7 +169,7 @@ class Report:
     runs: list[RunLook]
 
     def alarms(self) -> Iterator[str]:
-        """A sentence for each set of weights whose visible tokens are and stay nearly the same."""
+        """Say for which weights the visible tokens are, and stay, nearly the same."""
         for run in self.runs:
             before: dict[int, float] = {}  # by network, of the weights of an earlier epoch
             for point in run.points:
@@ -327,7 +327,7 @@ def _losses(folder: Path, recipe: Pretrain) -> dict[float, float]:
 
 
 def _new_model(recipe: Pretrain, file: Path) -> MaskedImageModel:
-    """The recipe's model with the weights it would begin with, were it to begin from scratch."""
+    """Make the recipe's model with the weights of a start from scratch."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.loop.seed)  # as training does
         if recipe.model.name is not None:
@@ -361,7 +361,7 @@ def _columns(name: str, depth: int, layers: tuple[int, ...]) -> list[int]:
 def _measured(
     model: MaskedImageModel, images: Tensor, mask: Mask, choices: Choices, layers: Sequence[int]
 ) -> tuple[float, list[Network]]:
-    """The loss and all networks, some images at a time."""
+    """Measure the loss and all networks, some images at a time."""
     loss = 0.0
     each: list[list[tuple[Tensor, Tensor]]] = []  # by chunk and network
     maps: list[dict[int, np.ndarray]] = []
@@ -388,7 +388,7 @@ def _measured(
 def _maps(
     network: States, mask: Mask, place: int, choices: Choices, layers: Sequence[int]
 ) -> dict[int, np.ndarray]:
-    """Affinities of one image."""
+    """Return the affinities of one image, by layer."""
     one, tokens = slice(place, place + 1), tokens_of(network)
     return {
         layer: affinity(tokens[layer][one], _part(mask, one), choices.similarity)[0].cpu().numpy()
@@ -397,7 +397,7 @@ def _maps(
 
 
 def _part(mask: Mask, part: slice) -> Mask:
-    """The masks of some images."""
+    """Return the masks of some images."""
     index = [None if one is None else one[part] for one in (mask.visible, mask.masked)]
     return Mask(mask.hidden[part], *index)
 
@@ -407,7 +407,7 @@ def _save_png(picture: Image.Image, path: str) -> None:
 
 
 def _stems(runs: Sequence[RunLook]) -> list[str]:
-    """What tells the files of several runs apart."""
+    """Return name endings that tell the files of several runs apart."""
     if len(runs) == 1:
         return [""]
     stems: list[str] = []

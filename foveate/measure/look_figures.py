@@ -24,7 +24,7 @@ _BRIGHTEST = 99  # per cent of a map's values are below its brightest colour
 
 
 def layers_figure(report: Report) -> Figure:
-    """Heterogeneity over layers: a panel for each run and a line for each set of its weights."""
+    """Draw heterogeneity by layer: a panel for each run, a line for each set of weights."""
     panels = [(run, number) for run in report.runs for number in _networks(run)]
     across = min(len(panels), _ACROSS)
     down = -(-len(panels) // across)
@@ -72,7 +72,7 @@ def layers_figure(report: Report) -> Figure:
 
 
 def affinity_figure(report: Report) -> Figure:
-    """Affinity maps of one image: a row for each set of weights, a column for each layer."""
+    """Draw affinity maps of one image: a row for each set of weights, a column a layer."""
     rows = _rows(report)
     across = max(len(network.maps) for _, _, network in rows)
     figure, grid = new_figure(
@@ -105,7 +105,7 @@ def affinity_figure(report: Report) -> Figure:
 
 
 def _map(panel: Any, values: np.ndarray, hidden: int, named: bool) -> None:
-    """One map with its quadrants."""
+    """Draw one map with its quadrants."""
     count = len(values)
     shown = values.astype(float)
     np.fill_diagonal(shown, np.nan)  # would be much the brightest
@@ -126,7 +126,7 @@ def _map(panel: Any, values: np.ndarray, hidden: int, named: bool) -> None:
 
 
 def _rows(report: Report) -> list[tuple[RunLook, str, Network]]:
-    """A few weights of each run, the first and the last among them."""
+    """Return a few weights of each run, the first and the last among them."""
     several = len(report.runs) > 1
     each = max(1, min(3, _ROWS // len(report.runs)))
     rows = []
@@ -166,7 +166,7 @@ def _caption(report: Report) -> str:
 
 
 def _colours(report: Report) -> dict[str, Any]:
-    """From light to dark by epoch, the same in all panels; grey where nobody has trained."""
+    """Return colours from light to dark by epoch, the same in all panels; grey if untrained."""
     points: dict[str, Point] = {}
     for run in report.runs:
         for point in run.points:

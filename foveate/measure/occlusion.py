@@ -95,7 +95,7 @@ def occlusion(
 
 
 def keep_order(indices: Tensor, patches: int, seed: int) -> Tensor:
-    """Patches of each image, those that stay longest first, ``[B, patches]``.
+    """Return the patches of each image, those that stay longest first, ``[B, patches]``.
 
     It follows from the seed and each image's number ``indices [B]`` alone.
     """
@@ -106,12 +106,12 @@ def keep_order(indices: Tensor, patches: int, seed: int) -> Tensor:
 
 
 def kept_patches(order: Tensor, kept: int) -> Tensor:
-    """The first ``kept`` patches of each order as a mask ``[B, patches]``."""
+    """Return the first ``kept`` patches of each order as a mask ``[B, patches]``."""
     return torch.zeros(order.shape, dtype=torch.bool).scatter(1, order[:, :kept], True)
 
 
 def check_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
-    """Seeds as given, or the first so many."""
+    """Return seeds as given, or the first so many."""
     found = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
     if not found or min(found) < 0:
         raise ValueError(f"seeds must be a number of at least 1, or whole numbers, got {seeds!r}")
@@ -119,7 +119,7 @@ def check_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def check_ratios(ratios: Sequence[float], model: nn.Module | None = None) -> tuple[float, ...]:
-    """Ratios in order, each once; with a model, those that leave it too little are refused."""
+    """Return ratios in order, each once; refuse those that leave a given model too little."""
     for ratio in ratios:
         if not 0 <= ratio <= 1:
             raise ValueError(f"occlusion ratios must lie in [0, 1], got {ratio!r}")
@@ -133,12 +133,12 @@ def check_ratios(ratios: Sequence[float], model: nn.Module | None = None) -> tup
 
 
 def _driven(model: nn.Module) -> ReducedViT:
-    """What takes masks: the model itself, or a plain one driven without a method."""
+    """Return what takes masks: the model itself, or a plain one driven without a method."""
     return model if isinstance(model, ReducedViT) else dense(backbone_for(model))
 
 
 def _kept(model: ReducedViT, patches: int, ratio: float) -> int:
-    """``int(N * (1 - ratio))`` patches, if the model can do with so few."""
+    """Return ``int(N * (1 - ratio))`` patches, if the model can do with so few."""
     kept = math.floor(patches * (1 - ratio) + _SLACK)
     spec = model.backbone.spec
     if kept == 0 and (spec.prefix == 0 or spec.pools_patches):

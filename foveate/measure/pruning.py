@@ -170,7 +170,7 @@ def _rows(
 
 
 def check_rates(rates: Sequence[float]) -> tuple[float, ...]:
-    """Rates in order, each once."""
+    """Return rates in order, each once."""
     if not rates:
         raise ValueError("no pruning rate was given: at least one is needed")
     for rate in rates:

@@ -356,7 +356,7 @@ def sheet(results: Results) -> Sheet:
         notes.append("<=, >=: as good at its first score, and maybe before it.")
     title = f"{about['metric']}, epochs {about['from']:g} to {about['to']:g}"
     head = ("<runs", *ends, "RAUC", "matches at", "saves")
-    return Sheet(title, head, body, [*notes, *about["notes"]])
+    return Sheet(title, head, body, [*notes, *about["notes"]], (*ends[::2], *ends[1::2]))
 
 
 _FORMS = {"rauc": ".3f", "match": ".1f", "saved": ".0%"}

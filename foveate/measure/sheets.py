@@ -255,7 +255,7 @@ def _accuracy(numbers: _Numbers) -> Iterator[Sheet]:
     head = [*["<model"] * several, "<method", "top-1 %"]
     head += ["top-5 %"] * ("top5" in there) + ["drop"] * ("drop" in there)
     head += [unit, "of dense", "tokens left"] * ("macs" in there)
-    head += [f"times dense, batch {batch:g}" for batch in batches]
+    head += [f"× dense, batch {batch:g}" for batch in batches]
     head += ["images/s"] * (len(batches) == 1)
     body, marked = [], False
     for subject in subjects:
@@ -292,8 +292,9 @@ def _accuracy(numbers: _Numbers) -> Iterator[Sheet]:
     images = sorted({int(n) for n in select(table, part=part, metric="images")["value"]})
     kind = _SPLITS.get(str(numbers.results.about.get("settings", {}).get("split")), "")
     title = f"Accuracy on {' or '.join(map(str, images))} {kind}images" if images else "Accuracy"
-    spare = ("top-5 %", "images/s", "of dense", "tokens left", "drop")
-    yield Sheet(title, tuple(head), body, notes, spare)
+    spare = ["top-5 %", "images/s", "of dense", "tokens left", "drop"]
+    spare += [f"× dense, batch {batch:g}" for batch in batches[1:]]
+    yield Sheet(title, tuple(head), body, notes, tuple(spare))
 
 
 def _cost(numbers: _Numbers, subject: Subject, scale: float) -> list[str]:

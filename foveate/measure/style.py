@@ -21,7 +21,7 @@ _DASHES = ("-", "--", ":")
 
 
 def line_look(number: int) -> dict[str, Any]:
-    """Colour, marker and dashes of a line, by its number."""
+    """Return colour, marker and dashes of a line, by its number."""
     colours = len(COLOURS)
     return {
         "color": COLOURS[number % colours],
@@ -35,7 +35,7 @@ def line_look(number: int) -> dict[str, Any]:
 def new_figure(
     width: float, height: float, rows: int = 1, columns: int = 1
 ) -> tuple[Figure, list[list[Any]]]:
-    """A figure without a window, and its panels, row by row."""
+    """Make a figure without a window; return it and its panels, row by row."""
     matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

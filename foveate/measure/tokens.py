@@ -180,13 +180,13 @@ class _Sums:
 
 
 def _sizes(state: TokenState) -> Tensor:
-    """Patches that the token of each patch stands for, ``[B, patches]``; anything where gone."""
+    """Count the patches behind each patch's token, ``[B, patches]``; anything where gone."""
     assert state.source is not None
     return state.layout.rect(state.patch_counts()).gather(1, state.source.clamp_min(0))
 
 
 def _live(state: TokenState) -> Tensor:
-    """Tokens of each image that take part, ``[B]``."""
+    """Count the tokens of each image that take part, ``[B]``."""
     if state.alive is None:
         return torch.tensor(state.layout.lengths)
     return (state.alive.detach() > 0).sum(1).cpu()

@@ -36,7 +36,7 @@ def test_everything_on_the_demo_model(
     out = capsys.readouterr().out
     for words in (
         "Accuracy on 30 test images",
-        "times dense, batch 4",
+        "× dense, batch 4",
         "a trial, not a result",
         "dropped at random",
         "without training",

@@ -207,7 +207,7 @@ def test_nothing_is_drawn_that_was_not_measured(report: Evaluation, tmp_path: Pa
     bare = Results(select(report.table, run="demo", part="accuracy", method=""), report.about)
     assert {path.suffix for path in write(bare, tmp_path)} == {".json", ".csv", ".md"}
     text = (tmp_path / "eval.md").read_text()
-    assert "times dense" not in text and "dropped" not in text
+    assert "× dense" not in text and "dropped" not in text
 
 
 def test_lines_of_a_tradeoff(report: Evaluation) -> None:
