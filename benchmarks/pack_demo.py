@@ -20,7 +20,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 import foveate
-from foveate.demo.cells import TRAINED
+from foveate.measure.shipped import SHIPPED
 
 ROOT = Path(__file__).parents[1]
 FILES = ROOT / "foveate" / "data" / "files"
@@ -73,8 +73,10 @@ def main() -> None:
         for run in (options.runs / "finetune-demo_base", masked):
             record(run)
     if options.methods:
-        for method, how in TRAINED.items():
-            run = options.runs / f"reduce-demo_{method}"
+        trained = {name: how for name, how in SHIPPED.items() if how != "model"}
+        for name, how in trained.items():
+            method = name.removeprefix("demo_")
+            run = options.runs / f"reduce-{name}"
             pack_method(run, method, how)
             record(run)
 

@@ -25,9 +25,12 @@ import torch
 from torch import nn
 
 import foveate
-from foveate.bench import Cell, Result, Row, explain, machine, speed
+from foveate.bench import Result, explain, machine, speed
 from foveate.bench.progress import progress_bar
-from foveate.bench.report import closing, show_latest, terminal
+from foveate.measure import Results, frame
+from foveate.measure.benchmark import cell_sheet, closing, opening, plot, table_of
+from foveate.measure.sheets import show, terminal
+from foveate.measure.table import pd, rows
 
 MODELS = {
     "deit_s": "deit_small_patch16_224",
@@ -62,35 +65,26 @@ GOALS: dict[str, dict[str, dict[str, float]]] = {
     "pruning": {"share": {"1": 0.95, "8": 0.95, "32": 0.95, "compiled": 0.95}},
     "extra": {"share": {"1": 0.93, "8": 0.92, "32": 0.92, "compiled": 0.93}},
     "tome": {
-        "over_dense": {"1": 1.25, "8": 1.10, "32": 1.20},
+        "times": {"1": 1.25, "8": 1.10, "32": 1.20},
         "share": {"1": 0.85, "8": 0.82, "32": 0.82},
     },
     "varying": {"share": {"8": 0.90, "32": 0.93}},
 }
-WORDS = {"share": "oracle", "over_dense": "dense"}
 
 
-def judge(cell: Cell) -> None:
-    """Hold every method of a cell to its goals; a bar also holds within the A/A spread."""
-    column = "compiled" if cell.compiled else str(cell.batch)
-    for row in cell.rows:
-        goals = GOALS[METHODS[row.method].bars]
-        row.bars = [
-            judged(row, what, bars[column], cell.spread)
-            for what, bars in goals.items()
-            if column in bars
-        ]
-
-
-def judged(row: Row, what: str, bar: float, noise: float) -> dict[str, Any]:
-    value = getattr(row, what).median
-    if value >= bar:
-        verdict = "reached"
-    elif value >= bar * (1 - noise):
-        verdict = "within A/A spread"
-    else:
-        verdict = "missed"
-    return {"of": WORDS[what], "value": round(value, 4), "goal": bar, "verdict": verdict}
+def judged(result: Result) -> Results:
+    """The table, with the goals of every method; a goal also holds within the A/A spread."""
+    results = table_of(result)
+    found: list[dict[str, Any]] = []
+    for cell in result.cells:
+        column = "compiled" if cell.compiled else str(cell.batch)
+        for method in cell.methods if cell.model != "tiny" else ():
+            goals = GOALS[METHODS[method].bars]
+            values = {f"goal_{what}": bars.get(column) for what, bars in goals.items()}
+            found += rows("speed", values, run=cell.setting, at=cell.batch, method=method)
+    where = results.table[["commit", "machine"]].iloc[0].to_dict()
+    results.table = pd.concat([results.table, frame(found, **where)], ignore_index=True)
+    return results
 
 
 def build_model(name: str) -> nn.Module:
@@ -141,7 +135,7 @@ def arguments() -> argparse.Namespace:
     add("--compile-mode", default="default", help="of torch.compile, such as reduce-overhead")
     add("--threads", type=int, help="CPU threads; default: physical cores")
     add("--seed", type=int, default=0)
-    add("--out", type=Path, help="JSON with everything, written anew after every cell")
+    add("--out", type=Path, help="JSON file with a table beside it, written anew after every cell")
     add("--plot", type=Path, help="the result as a picture")
     add("--commit", help="what to record where git cannot tell")
     add("--profile", choices=tuple(METHODS), metavar="METHOD", help="explain one method instead")
@@ -174,11 +168,12 @@ def main() -> None:
 
     def finished(result: Result) -> None:
         result.commit = args.commit or result.commit
-        if args.model != "tiny":
-            judge(result.cells[-1])
+        results = judged(result)
         if args.out is not None:
-            result.save(args.out)
-        show_latest(result, console)
+            results.save(args.out)
+        if len(result.cells) == 1:
+            print(*opening(results), sep="\n")
+        show(cell_sheet(results), console)
 
     with progress_bar() as progress:
         result = speed(
@@ -200,10 +195,10 @@ def main() -> None:
             progress=progress,
             finished=finished,
         )
-    for part in closing(result):
-        console.print(part)
+    results = judged(result)
+    print(*closing(results), sep="\n")
     if args.plot is not None:
-        result.plot(args.plot)
+        plot(results, args.plot)
 
 
 if __name__ == "__main__":

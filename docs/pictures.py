@@ -6,6 +6,7 @@ kept means nothing and how many, where and what becomes of the others is exact.
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 from functools import lru_cache
@@ -204,12 +205,19 @@ def cells() -> list[dict[str, Any]]:
     """Every cell (dtype, batch, compiled or not) that was measured, from all result files."""
     found = []
     for path in sorted(RESULTS.glob("speed_*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        found += [
-            {**cell, "machine": result["machine"], "rows": {r["method"]: r for r in cell["rows"]}}
-            for cell in result["cells"]
-            if cell["model"] == "deit_s"
-        ]
+        about = json.loads(path.read_text(encoding="utf-8"))
+        numbers: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
+        with path.with_suffix(".csv").open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                if row["part"] == "speed":
+                    key = row["run"], int(float(row["at"]))
+                    values = numbers.setdefault(key, {}).setdefault(row["method"], {})
+                    values[row["metric"]] = float(row["value"])
+        for (run, batch), rows in numbers.items():
+            model, dtype, *compiled = run.split(", ")
+            cell = {"dtype": dtype, "batch": batch, "compiled": bool(compiled), "rows": rows}
+            if model == "deit_s":
+                found.append({**cell, "machine": about["machine"]})
     return sorted(found, key=lambda cell: (cell["compiled"], cell["dtype"], cell["batch"]))
 
 
@@ -219,9 +227,8 @@ def measured(name: str) -> list[tuple[str, float, float, float, float]]:
     for cell in cells():
         row = cell["rows"].get(name)
         if row is not None:
-            over = row["over_dense"]
-            share = row["share_of_oracle"]["median"]
-            rows.append((_cell_name(cell), over["median"], over["low"], over["high"], share))
+            over = (row["times"], row["times_low"], row["times_high"])
+            rows.append((_cell_name(cell), *over, row["share"]))
     return rows
 
 
@@ -246,16 +253,17 @@ def speed_table() -> str:
         "| | " + " | ".join(_cell_name(cell) for cell in columns) + " |",
         "| --- |" + " --- |" * len(columns),
         "| noise (A/A) | "
-        + " | ".join(f"{100 * cell['aa_spread']:.1f} %" for cell in columns)
+        + " | ".join(f"{100 * cell['rows']['']['spread']:.1f} %" for cell in columns)
         + " |",
     ]
     for name in COLOURS:
         entries = []
         for cell in columns:
-            over = cell["rows"].get(name, {}).get("over_dense")
+            row = cell["rows"].get(name)
             entries.append(
-                f"{over['median']:.2f}<br><small>{over['low']:.2f} to {over['high']:.2f}</small>"
-                if over
+                f"{row['times']:.2f}<br><small>{row['times_low']:.2f} to "
+                f"{row['times_high']:.2f}</small>"
+                if row
                 else "-"
             )
         lines.append(f"| `{SPEED_NAMES.get(name, name)}` | " + " | ".join(entries) + " |")
@@ -305,13 +313,13 @@ def _speed_axes(axes: Any, columns: list[dict[str, Any]], ink: str) -> None:
     for number, name in enumerate(COLOURS):
         x, y, below, above = [], [], [], []
         for place, cell in enumerate(columns):
-            over = cell["rows"].get(name, {}).get("over_dense")
-            if over is None:
+            row = cell["rows"].get(name)
+            if row is None:
                 continue
             x.append(place + (number - len(COLOURS) / 2 + 0.5) * 0.075)
-            y.append(over["median"])
-            below.append(over["median"] - over["low"])
-            above.append(over["high"] - over["median"])
+            y.append(row["times"])
+            below.append(row["times"] - row["times_low"])
+            above.append(row["times_high"] - row["times"])
         varies = name in PER_IMAGE
         axes.errorbar(
             x,
@@ -325,7 +333,7 @@ def _speed_axes(axes: Any, columns: list[dict[str, Any]], ink: str) -> None:
             elinewidth=1.4,
         )
     for place, cell in enumerate(columns):
-        spread = cell["aa_spread"]
+        spread = cell["rows"][""]["spread"]
         axes.fill_between(
             (place - 0.42, place + 0.42), 1 - spread, 1 + spread, color=ink, alpha=0.18, lw=0
         )

@@ -9,14 +9,17 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 __all__ = [
     "command",
     "commit",
+    "device_of",
     "facts",
     "malloc_untuned",
+    "name",
     "physical_cores",
     "tune_malloc",
     "version_of",
@@ -56,16 +59,19 @@ def tune_malloc(device: str, program: str = "foveate") -> None:
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **missing})
 
 
-def check_device(name: str) -> None:
-    """Refuse a device that torch does not know or has not."""
+def device_of(name: str) -> str:
+    """Return the device of that name; "auto" is a GPU if there is one, else the CPU."""
     import torch
 
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         kind = torch.device(name).type
     except RuntimeError:
-        raise ValueError(f"device must be cpu, cuda or cuda:N, got {name!r}") from None
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for, and torch finds none")
+        raise ValueError(f"device {name} was asked for, and torch finds no GPU")
+    return name
 
 
 def physical_cores() -> int:
@@ -143,6 +149,11 @@ def facts(device: str) -> dict[str, Any]:
         found["gpu_memory_gib"] = round(card.total_memory / 2**30, 1)
         found["cuda"] = torch.version.cuda
     return found
+
+
+def name(found: Mapping[str, Any]) -> str:
+    """Return the processor of ``facts`` in a few words."""
+    return str(found.get("gpu") or f"{found['cpu']}, {found['threads']} threads")
 
 
 def version_of(package: str) -> str | None:

@@ -16,12 +16,11 @@ __all__ = ["progress_bar"]
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """What ``speed`` tells its progress to, as a bar on the terminal's error output."""
+    """Give a function that shows how far something is, as a bar on the terminal's error output."""
     bar = Bar(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("rounds,"),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         auto_refresh=False,  # its thread would wake up in the middle of a sample

@@ -22,8 +22,8 @@ from foveate.bench.gates import calibrate
 from foveate.bench.images import Images, images_for
 from foveate.bench.memory import peak_memory
 from foveate.bench.oracle import Counts, Oracle
-from foveate.bench.result import LEAST_ROUNDS, Result, cell_of
-from foveate.bench.timing import AGAIN, DENSE, UNFUSED, Call, measure
+from foveate.bench.result import Cell, Result
+from foveate.bench.timing import AGAIN, DENSE, LEAST_ROUNDS, UNFUSED, Call, measure
 from foveate.bench.unfused import unfused
 from foveate.core import ReducedViT, Reducer, Trace
 from foveate.core.schedule import check_choice
@@ -49,7 +49,7 @@ def speed(
     rounds: int = LEAST_ROUNDS,
     warmup: int = 3,
     sample_ms: float = 20.0,
-    device: str = "cpu",
+    device: str = "auto",
     compile: bool = False,
     compile_mode: str = "default",
     images: Tensor | Images | None = None,
@@ -76,7 +76,7 @@ def speed(
         rounds: rounds that count, at least 30.
         warmup: rounds before them that do not.
         sample_ms: least time of one sample, by repeats.
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda", or "auto": a GPU if there is one.
         compile: compiled instead of eager; methods with a count per image are left out.
         compile_mode: of torch.compile.
         images: preprocessed images ``[N, C, H, W]`` for methods with a count per image. None takes
@@ -89,7 +89,8 @@ def speed(
         progress: told after every round how far a cell is.
         finished: given the result so far after every cell.
     """
-    settings = _Settings(tuple(batches), tuple(dtypes), rounds, device, compile, quick)
+    device = machine.device_of(device)
+    settings = _Settings(tuple(batches), tuple(dtypes), rounds, compile, quick)
     settings.check()
     if machine.malloc_untuned(device):
         _log.warning(
@@ -101,7 +102,6 @@ def speed(
     pictures = images_for(lineup.channels, lineup.size, needed, seed + 1000, images)
     name = name or type(lineup.given.vit if lineup.given else model).__name__
     result = Result(
-        "speed of methods against the dense model and their oracles",
         command,
         machine.commit(),
         machine.facts(device),
@@ -114,10 +114,6 @@ def speed(
             "compile_mode": compile_mode if compile else None,
             "freezing": compile and device == "cpu",
             "images": pictures.source,
-            "noise": "aa_spread: how far the 95 % interval of the dense model's A/A ratio reaches "
-            "from 1",
-            "share_of_oracle": "oracle time / method time, median over rounds",
-            "peak_memory": "bytes at the peak of a call beyond what was there before it",
             **(notes or {}),
         },
         left_out=lineup.left_out,
@@ -145,16 +141,16 @@ def speed(
                 )
                 memory = {key: peak_memory(call, device) for key, call in cell.calls.items()}
             result.cells.append(
-                cell_of(
+                Cell(
                     name,
                     dtype,
                     batch,
                     compile,
-                    uuid.uuid4().hex,
                     timings,
                     cell.facts,
                     cell.why_not_unfused,
                     memory,
+                    uuid.uuid4().hex,
                 )
             )
             if finished is not None:
@@ -172,12 +168,13 @@ def explain(
     *,
     batch: int = 1,
     dtype: str = "fp32",
-    device: str = "cpu",
+    device: str = "auto",
     images: Tensor | Images | None = None,
     seed: int = 0,
 ) -> str:
     """Where a method's time goes, operator by operator, next to its oracle; arguments as speed."""
-    _Settings((batch,), (dtype,), LEAST_ROUNDS, device, False, False).check()
+    device = machine.device_of(device)
+    _Settings((batch,), (dtype,), LEAST_ROUNDS, False, False).check()
     lineup = _Lineup(model, [method], device, False, seed)
     needed = batch + CALIBRATION_IMAGES
     pictures = images_for(lineup.channels, lineup.size, needed, seed + 1000, images)
@@ -218,7 +215,6 @@ class _Settings:
     batches: tuple[int, ...]
     dtypes: tuple[str, ...]
     rounds: int
-    device: str
     compile: bool
     quick: bool
 
@@ -240,9 +236,6 @@ class _Settings:
                 if not self.quick
                 else f"rounds must be at least 1, got {self.rounds}"
             )
-        check_choice("device", self.device, ("cpu", "cuda"))
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("there is no CUDA device here; the device 'cpu' is")
 
 
 @dataclass

@@ -15,6 +15,7 @@ import torch
 __all__ = [
     "AGAIN",
     "DENSE",
+    "LEAST_ROUNDS",
     "UNFUSED",
     "Call",
     "Interval",
@@ -28,6 +29,7 @@ Call = Callable[[], Any]
 
 # Names of the variants that every run has besides the methods and their oracles.
 DENSE, AGAIN, UNFUSED = "dense", "dense again", "dense un-fused"
+LEAST_ROUNDS = 30  # of a result; fewer are a trial
 
 
 @dataclass(frozen=True)

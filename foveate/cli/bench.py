@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["fp32"],
         help="of weights and images (fp32)",
     )
-    add("--device", default="cpu", help="cpu or cuda (cpu)")
+    add("--device", default="auto", help="auto (a GPU if there is one), cpu or cuda (auto)")
     add("--compile", action="store_true", help="compiled instead of eager; fixed counts alone")
     add("--compile-mode", default="default", help="of torch.compile, such as reduce-overhead")
     add(
@@ -58,7 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=int, metavar="N", help="rounds that count, at least 30 (30)")
     add("--threads", type=int, metavar="N", help="CPU threads (the physical cores)")
     add("--seed", type=int, default=0, metavar="N", help="of images, gates and order (0)")
-    add("--out", type=Path, metavar="FILE", help="JSON with everything, every round too")
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="JSON file, with the table of every round beside it",
+    )
     add("--plot", type=Path, metavar="FILE", help="the result as a picture: .png, .svg or .pdf")
     add("--untrained", action="store_true", help="a timm model with random weights")
     add("--quick", action="store_true", help="few rounds at batch 1 and 2: to see that it works")
@@ -89,6 +94,7 @@ def run(args: argparse.Namespace) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
     from foveate.bench import machine
 
+    args.device = machine.device_of(args.device)
     machine.tune_malloc(args.device)
 
     import torch
@@ -101,8 +107,9 @@ def _measure(args: argparse.Namespace) -> None:
     from foveate import bench
     from foveate.bench import machine
     from foveate.bench.progress import progress_bar
-    from foveate.bench.report import closing, show_latest, terminal
     from foveate.convert import open_base
+    from foveate.measure.benchmark import cell_sheet, closing, opening, plot, table_of
+    from foveate.measure.sheets import show, terminal
 
     model = open_base(args.model, untrained=args.untrained)
     batches = args.batch or ([1, 2] if args.quick else [1, 8, 32])
@@ -124,9 +131,12 @@ def _measure(args: argparse.Namespace) -> None:
     console = terminal()
 
     def finished(result: Result) -> None:
+        results = table_of(result)
         if args.out is not None:
-            result.save(args.out)
-        show_latest(result, console)
+            results.save(args.out)
+        if len(result.cells) == 1:
+            console.print("\n".join(opening(results)), markup=False)
+        show(cell_sheet(results), console)
 
     with progress_bar() as progress:
         result = bench.speed(
@@ -149,17 +159,17 @@ def _measure(args: argparse.Namespace) -> None:
             progress=progress,
             finished=finished,
         )
-    for part in closing(result):
-        console.print(part)
+    results = table_of(result)
+    console.print("\n".join(closing(results)), markup=False)
     if args.plot is not None:
-        result.plot(args.plot)
+        plot(results, args.plot)
     for path in (args.out, args.plot):
         if path is not None:
             print(f"wrote    {path}")
 
 
 def _images(args: argparse.Namespace, model: nn.Module, batch: int) -> Images | None:
-    """The user's images, as many as are needed."""
+    """Read the user's images, as many as are needed."""
     if not args.images:
         return None
     from foveate.bench.images import read_images
@@ -169,9 +179,9 @@ def _images(args: argparse.Namespace, model: nn.Module, batch: int) -> Images | 
 
 
 def _compare(paths: list[str]) -> None:
-    from foveate.bench import Result, compare_all
-    from foveate.bench.report import comparisons_table, terminal
+    from foveate.measure.benchmark import load, pairs
+    from foveate.measure.sheets import show, terminal
 
     console = terminal()
-    for cell, pairs in compare_all([Result.load(path) for path in paths]):
-        console.print(comparisons_table(cell, pairs))
+    for sheet in pairs([load(Path(path)) for path in paths]):
+        show(sheet, console)

@@ -1,9 +1,10 @@
-"""Compare methods, rates and seeds under one protocol: train, evaluate, and draw a report.
+"""Compare models, methods, rates and seeds under one protocol: run, evaluate, draw a report.
 
-CONFIG names base models, methods that are trained from them, rates, seeds, and what is measured.
-Every training and every evaluation is a cell with a folder in --out and a process of its own. A
-cell that is finished is not done again, one that was killed goes on, and one whose folder holds
-the training of another recipe is refused. What failed is named at the end; the others go on.
+CONFIG names models of any job (finetune, reduce, pretrain, probe) or opened ones, methods that are
+trained from them, rates, seeds, and what is measured. Every run and every evaluation is a cell with
+a folder in --out and a process of its own, or several that train together. A cell that is finished
+is not done again, one that was killed goes on, and one whose folder holds the training of another
+recipe is refused. What failed is named at the end; the others go on.
 
 With --launcher ray the cells are tasks of Ray. On a cluster all machines must see --out, the data
 and the current folder under the same paths.
@@ -13,6 +14,7 @@ In a terminal:
   foveate compare fashion_part --dry-run
   foveate compare fashion_part --out runs/masked
   foveate compare fashion_part "seeds=[0]" "settings=[loop.epochs=1]" --out runs/trial
+  foveate compare pretraining_part --out runs/mto
   foveate compare mine.yaml --out runs/mine --only "reduced/masked/*" --parallel 2
   foveate compare mine.yaml --out /shared/mine --launcher ray --address auto
   foveate compare fashion_part --out runs/masked --report
@@ -31,10 +33,10 @@ from foveate.cli.training import show_recipes
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from foveate.compare.cells import Cell
-    from foveate.compare.launch import Outcome
-    from foveate.compare.settings import Comparison
-    from foveate.compare.state import State
+    from foveate.measure.cells import Cell
+    from foveate.measure.comparison import Comparison
+    from foveate.measure.launch import Outcome
+    from foveate.measure.state import State
 
 __all__ = ["add_arguments", "run"]
 
@@ -45,11 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("config", nargs="?", metavar="CONFIG", help="one that ships, or a YAML file")
     add("settings", nargs="*", default=[], metavar="key=value", help="changes of it")
     parser.set_defaults(more="settings")
-    add("--out", type=Path, metavar="DIR", help="of all cells and the report (runs/compare-CONFIG)")
-    add("--launcher", choices=("local", "ray"), default="local", help="of the cells (local)")
-    add("--address", metavar="ADDR", help="of a cluster of Ray, or auto (this machine)")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for all cells and the report (runs/compare-CONFIG)",
+    )
+    add("--launcher", choices=("local", "ray"), default="local", help="what starts cells (local)")
+    add("--address", metavar="ADDR", help="address of a Ray cluster, or auto (this machine)")
     add("--parallel", type=int, metavar="N", help="cells at a time (local 1, ray all cores)")
-    add("--only", metavar="GLOB", help="such cells alone, by their names in --dry-run")
+    add("--only", metavar="GLOB", help="only cells whose name, as in --dry-run, matches")
     add("--list", action="store_true", help="list the comparisons that ship and stop")
     add("--dry-run", action="store_true", help="list the cells and how far they are, and stop")
     add("--report", action="store_true", help="draw the report of what is there, and stop")
@@ -67,9 +74,9 @@ def run(args: argparse.Namespace) -> None:
     if args.address is not None and args.launcher != "ray":
         raise ValueError("--address is of a cluster: it needs --launcher ray")
     from foveate import config
-    from foveate.compare.cells import chosen, make_cells
-    from foveate.compare.settings import Comparison
-    from foveate.compare.state import refuse, states_of
+    from foveate.measure.cells import chosen, make_cells
+    from foveate.measure.comparison import Comparison
+    from foveate.measure.state import refuse, states_of
 
     path = config.find_recipe("compare", args.config)
     comparison = config.read(Comparison, path, args.settings)
@@ -84,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
         return
     if comparison.evaluate.speed and (args.launcher == "ray" or (args.parallel or 1) > 1):
         raise ValueError(
-            "evaluate.speed=true: cells at the same time would disturb each other; take it with "
+            "evaluate.speed: cells at the same time would disturb each other; take it with "
             "--launcher local and --parallel 1"
         )
     wanted = chosen(cells, args.only)
@@ -110,9 +117,8 @@ def _work(
     wanted: set[str],
 ) -> list[Outcome]:
     """Run what is to be done; gives what failed or was skipped."""
-    from foveate.compare.cluster import run_ray
-    from foveate.compare.launch import run_local
-    from foveate.compare.state import DONE
+    from foveate.measure.launch import run_local, run_ray
+    from foveate.measure.state import DONE
 
     ready = [name for name, state in states.items() if state.kind == DONE]
     todo = [name for name in cells if name in wanted and name not in ready]
@@ -141,7 +147,7 @@ def _work(
 def _progress(
     total: int,
 ) -> Iterator[tuple[Callable[[Outcome], None], Callable[[Sequence[str]], None]]]:
-    """One bar for the whole, and a line for each cell that is over."""
+    """Show one bar for the whole, and print a line for each cell that is over."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -179,7 +185,7 @@ def _list(states: Mapping[str, State], wanted: set[str]) -> None:
 
     from rich.table import Table
 
-    from foveate.bench.report import terminal
+    from foveate.measure.sheets import terminal
 
     styles = {"done": "green", "unfinished": "yellow", "differs": "red"}
     table = Table("cell", "state", "", box=None, pad_edge=False)
@@ -202,15 +208,14 @@ def _report(
     title: str,
 ) -> None:
     from foveate.bench import machine
-    from foveate.bench.report import terminal
-    from foveate.compare.report import draw
-    from foveate.evaluate.tables import printed
+    from foveate.measure.gather import collect
+    from foveate.measure.report import write
+    from foveate.measure.sheets import sheets, show, terminal
 
-    command = machine.command("foveate")
-    tables, written = draw(comparison, cells, states, out, title=title, command=command)
+    results = collect(comparison, cells, states, machine.command("foveate"))
+    written = write(results, out, "report", title=f"Comparison: {title}", kinds=(".svg",))
     console = terminal()
-    for sheet in tables:
-        for part in printed(sheet):
-            console.print(part)
+    for sheet in sheets(results):
+        show(sheet, console)
     for path in written:
         print(f"wrote    {path}")

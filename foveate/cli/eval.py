@@ -2,11 +2,12 @@
 
 Accuracy and multiply-adds are always measured, of every model and every method on it. A method
 that does not name its rate is taken at every one of --rates; a model that was saved with a method
-comes with that one. The other parts are asked for by name:
+comes with that one, and with others of the same name if they are given. The other parts are asked
+for by name:
   --occlusion   accuracy with patches of the image dropped at random, for each model as it is given
   --pruning     a plain model pruned at three stages, by chance and by attention, without training
   --statistics  which patches each method keeps, where, how often, and what it brings back
-  --speed       images a second, all models and methods in one interleaved run
+  --speed       images a second, all models and methods in one interleaved run at each batch size
 
 In a terminal:
   foveate eval demo evit "tome(r=3)" --rates .5 .7 .9 --speed --out results/
@@ -19,17 +20,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from foveate.cli.models import MODEL_HELP
 
-if TYPE_CHECKING:
-    from foveate.evaluate.run import Progress
-
 __all__ = ["add_arguments", "run"]
+
+_T = TypeVar("_T")
 
 _DEMO = "fashion-mnist"  # what the demo model was trained on; a part of it ships
 
@@ -63,9 +62,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mask-seeds", type=int, default=3, metavar="N", help="of occlusion and pruning (3)")
     add("--pruning", type=float, nargs="*", metavar="RATE", help="shares a stage keeps (.3 .5 .7)")
     add("--statistics", action="store_true", help="of tokens, for every method")
-    add("--speed", action="store_true", help="time everything in one interleaved run")
-    add("--rounds", type=int, default=30, metavar="N", help="of that run (30)")
-    add("--device", default="cpu", help="cpu or cuda (cpu)")
+    add(
+        "--speed",
+        type=int,
+        nargs="*",
+        metavar="BATCH",
+        help="time everything in one interleaved run for each batch size (that of --batch)",
+    )
+    add("--rounds", type=int, default=30, metavar="N", help="rounds of each run of --speed (30)")
+    add("--device", default="auto", help="auto (a GPU if there is one), cpu or cuda (auto)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: mixed (fp32)")
     add("--seed", type=int, default=0, metavar="N", help="of new parameters and order (0)")
     add("--out", type=Path, metavar="DIR", help="folder for JSON, CSV, Markdown and pictures")
@@ -81,13 +86,14 @@ def run(args: argparse.Namespace) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
     from foveate.bench import machine
 
-    if args.speed:
-        machine.tune_malloc(args.device)
+    device = machine.device_of(args.device)
+    if args.speed is not None:
+        machine.tune_malloc(device)
 
-    from foveate.bench.report import terminal
+    from foveate.bench.progress import progress_bar
     from foveate.convert import open_base
-    from foveate.evaluate import RATES, RATIOS, Plan, evaluate, write
-    from foveate.evaluate.tables import printed, sheets
+    from foveate.measure import RATES, RATIOS, Plan, evaluate, write
+    from foveate.measure.sheets import sheets, show, terminal
 
     plan = Plan(
         **images,
@@ -97,12 +103,12 @@ def run(args: argparse.Namespace) -> None:
         pruning=_chosen(args.pruning, RATES),
         mask_seeds=args.mask_seeds,
         statistics=args.statistics,
-        speed=args.speed,
+        speed=_chosen(args.speed, (args.batch,)),
         rounds=args.rounds,
         batch=args.batch,
         workers=args.workers,
         limit=args.limit,
-        device=args.device,
+        device=device,
         precision=args.precision,
         strict=args.strict,
         seed=args.seed,
@@ -111,24 +117,23 @@ def run(args: argparse.Namespace) -> None:
         label: open_base(name, untrained=args.untrained)
         for label, name in zip(_labels(names), names, strict=True)
     }
-    with _progress() as progress:
-        report = evaluate(models, plan, command=machine.command("foveate"), progress=progress)
+    with progress_bar() as progress:
+        found = evaluate(models, plan, command=machine.command("foveate"), progress=progress)
     if args.untrained:
-        report.settings["weights"] = "random"
+        found.about["settings"]["weights"] = "random"
     console = terminal()
-    for sheet in sheets(report, blocks=False):
-        for part in printed(sheet):
-            console.print(part)
-    for entry in report.entries:
-        if entry.about["unreadable"]:
-            print(f"{entry.label}: {entry.about['unreadable']} images could not be read")
+    for sheet in sheets(found, blocks=False):
+        show(sheet, console)
+    for label, about in found.about["models"].items():
+        if about["unreadable"]:
+            print(f"{label}: {about['unreadable']} images could not be read")
     if args.out is not None:
-        for path in write(report, args.out):
+        for path in write(found, args.out):
             print(f"wrote    {path}")
 
 
 def _images(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    """What is evaluated on: what was asked for, or the final images of the runs themselves."""
+    """Return what is evaluated on: as asked for, or the final images of the runs themselves."""
     given = {"split": args.split, "val_share": args.val_share, "split_seed": args.split_seed}
     asked = {name: value for name, value in given.items() if value is not None}
     if args.data is not None or set(names) == {"demo"}:
@@ -146,7 +151,7 @@ def _images(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _trained_on(path: Path) -> dict[str, Any] | None:
-    """The data of a run, if the path is in one."""
+    """Return the data of a run, if the path is in one."""
     for folder in (path, path.parent):
         if (folder / "recipe.yaml").is_file() and (folder / "result.json").is_file():
             import yaml
@@ -156,15 +161,15 @@ def _trained_on(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def _chosen(given: list[float] | None, default: Sequence[float]) -> tuple[float, ...]:
-    """What an option says that may come alone: not asked for, the default, or its values."""
+def _chosen(given: list[_T] | None, default: Sequence[_T]) -> tuple[_T, ...]:
+    """Return the values of an option that may stand alone: none, the default, or its own."""
     if given is None:
         return ()
     return tuple(given or default)
 
 
 def _labels(names: Sequence[str]) -> list[str]:
-    """The last part of each name; more of it where two models would be called the same."""
+    """Return the last part of each name, and more of it where two models would share it."""
     parts = [Path(name).parts or (name,) for name in names]
     longest = max(map(len, parts))
     for length in range(1, longest + 1):
@@ -172,29 +177,3 @@ def _labels(names: Sequence[str]) -> list[str]:
         if len(set(labels)) == len(labels):
             return labels
     raise ValueError(f"each model once, got {', '.join(names)}")
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """A bar for each part, on the terminal's error output; gone when it is over."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    bar = Bar(
-        *columns,
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        auto_refresh=False,  # its thread would wake up in the middle of what is timed
-        transient=True,
-    )
-    tasks: dict[str, TaskID] = {}
-
-    def told(title: str, done: int, total: int) -> None:
-        if title not in tasks:
-            tasks[title] = bar.add_task(title)
-        bar.update(tasks[title], completed=done, total=total, visible=done < total, refresh=True)
-
-    with bar:
-        yield told

@@ -17,11 +17,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from foveate.evaluate.tables import Sheet
-    from foveate.pretrain.look import Report
 
 __all__ = ["add_arguments", "run"]
 
@@ -49,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image", type=int, default=0, metavar="K", help="of them, for affinity maps (0)")
     add("--layers", type=int, nargs="+", default=[], metavar="L", help="of affinity maps (four)")
     add("--seed", type=int, default=0, metavar="N", help="of the masks (0)")
-    add("--device", default="cpu", help="cpu or cuda (cpu)")
+    add("--device", default="auto", help="auto (a GPU if there is one), cpu or cuda (auto)")
     add(
         "--out",
         type=Path,
@@ -62,10 +57,9 @@ def run(args: argparse.Namespace) -> None:
     """Measure, print, and write."""
     epochs = _epochs(args.epochs)
     from foveate.bench import machine
-    from foveate.bench.report import terminal
-    from foveate.evaluate.tables import printed
+    from foveate.measure.look import Choices, look, sheet, write
+    from foveate.measure.sheets import show, terminal
     from foveate.pretrain.heterogeneity import Similarity
-    from foveate.pretrain.look import Choices, look, write
 
     choices = Choices(
         epochs=epochs,
@@ -81,9 +75,7 @@ def run(args: argparse.Namespace) -> None:
     if args.out is not None:  # an unwritable place is said before the work
         args.out.mkdir(parents=True, exist_ok=True)
     report = look(args.runs, choices)
-    console = terminal()
-    for part in printed(_sheet(report)):
-        console.print(part)
+    show(sheet(report), terminal())
     for text in report.alarms():
         print(text)
     for path in write(report, args.out or _folder(args.runs), command=machine.command("foveate")):
@@ -91,48 +83,17 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _folder(runs: list[Path]) -> Path:
-    """Where nobody says: what is said of a whole run is not written over by less or by more."""
+    """Return the default folder; a single file or several runs do not overwrite a run's own."""
     if len(runs) > 1:
         return Path("look")
     return runs[0] / "look" if runs[0].is_dir() else runs[0].parent / f"look-{runs[0].stem}"
 
 
 def _epochs(given: list[str] | None) -> tuple[float, ...] | None:
-    """Numbers, None for all, () where nobody chose."""
+    """Return the epochs: numbers, None for all, () where none were given."""
     if given == ["all"]:
         return None
     try:
         return tuple(map(float, given or ()))
     except ValueError:
         raise ValueError(f"--epochs takes numbers, or all; got {' '.join(given or ())}") from None
-
-
-def _sheet(report: Report) -> Sheet:
-    """A line for each set of weights, a column for each layer."""
-    from foveate.evaluate.tables import Sheet
-    from foveate.pretrain.look_figures import words
-
-    lines = [
-        (run, point, number, network.levels)
-        for run in report.runs
-        for point in run.points
-        for number, network in enumerate(point.networks)
-    ]
-    most = max(len(levels) for *_, levels in lines)
-    digits = 3 if most <= 13 else 2  # what there is room for: changes are small
-    several = any(number for _, _, number, _ in lines)
-    head = ["<run", "<weights", *["network"] * several, *map(str, range(most))]
-    body = []
-    for run, point, number, levels in lines:
-        cells = [run.name, point.label, *[str(number)] * several]
-        cells += [f"{level.mean:.{digits}f}" for level in levels] + [""] * (most - len(levels))
-        cells += [f"{point.loss:.4f}"]
-        cells += ["" if point.val_loss is None else f"{point.val_loss:.4f}"]
-        body.append(tuple(cells))
-    images = sorted({run.images for run in report.runs})
-    notes = [
-        f"means over {' or '.join(map(str, images))} images, layer 0 is before the first block; "
-        "loss: on these images; val loss: as the run logged it"
-    ]
-    title = f"heterogeneity by layer, {words(report.choices.similarity)}"
-    return Sheet(title, (*head, "loss", "val loss"), body, notes)

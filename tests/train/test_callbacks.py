@@ -13,7 +13,7 @@ from small import noise
 
 import foveate
 from foveate.data import Loader, Preprocessing, device_batches, eval_transform, limited, open_images
-from foveate.evaluate import accuracy
+from foveate.measure import accuracy
 from foveate.train.logs import MetricsFile, read_metrics
 from foveate.train.module import Module
 

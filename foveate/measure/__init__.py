@@ -1,0 +1,39 @@
+"""Measuring: accuracy, occlusion, pruning, tokens, speed, comparisons; one table, group-bys."""
+
+from foveate.measure.accuracy import Accuracy, Tally, accuracy, costs
+from foveate.measure.occlusion import RATIOS, occlusion
+from foveate.measure.pruning import RATES, prune, pruning
+from foveate.measure.report import write
+from foveate.measure.run import Evaluation, Plan, evaluate
+from foveate.measure.speed import speeds
+from foveate.measure.table import COLUMNS, Results, frame, one, over_seeds, select
+from foveate.measure.tokens import TokenStatistics, token_statistics
+from foveate.measure.variants import DENSE, at_rate, variants
+
+__all__ = [
+    "COLUMNS",
+    "DENSE",
+    "RATES",
+    "RATIOS",
+    "Accuracy",
+    "Evaluation",
+    "Plan",
+    "Results",
+    "Tally",
+    "TokenStatistics",
+    "accuracy",
+    "at_rate",
+    "costs",
+    "evaluate",
+    "frame",
+    "occlusion",
+    "one",
+    "over_seeds",
+    "prune",
+    "pruning",
+    "select",
+    "speeds",
+    "token_statistics",
+    "variants",
+    "write",
+]

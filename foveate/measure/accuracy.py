@@ -1,0 +1,244 @@
+"""How often models are right, and what that costs: top-1, top-5, multiply-adds, tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate import facts
+from foveate.core import ReducedViT, Trace, evaluation
+from foveate.core.evaluation import logits_of
+from foveate.core.schedule import check_choice
+from foveate.measure.table import frame, pd, rows, select
+
+__all__ = [
+    "PRECISIONS",
+    "Accuracy",
+    "Batch",
+    "Batches",
+    "Tally",
+    "accuracy",
+    "costs",
+    "drops",
+    "evaluating",
+]
+
+PRECISIONS = ("fp32", "bf16")
+_TOP = 5
+
+# Normalised images [B, C, H, W], classes [B], and the number of each image in its data set [B].
+Batch = tuple[Tensor, Tensor, Tensor]
+# Gives a fresh pass over the data at every call; all on the model's device.
+Batches = Callable[[], Iterable[Batch]]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Right answers in per cent.
+
+    Attributes:
+        top1: the best answer is right.
+        top5: one of the five best is; None for models of no more than five classes.
+        images: how many images were answered.
+    """
+
+    top1: float
+    top5: float | None
+    images: int
+
+
+class Tally:
+    """Counts right answers.
+
+    Attributes:
+        classes: how many the data set has; None takes the model's word where the labels allow it.
+    """
+
+    def __init__(self, classes: int | None = None) -> None:
+        self.classes = classes
+        self._images = self._outputs = 0
+        self._right = (0, 0)  # among the best and among the five best
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Count answers ``logits [B, classes]`` to images of the classes ``labels [B]``."""
+        if logits.ndim != 2:
+            raise ValueError(
+                f"class logits [B, classes] are needed; the model answers {list(logits.shape)}"
+            )
+        self._check(logits, labels)
+        self._outputs = logits.shape[1]
+        hits = logits.topk(min(_TOP, self._outputs)).indices == labels[:, None]
+        one, five = self._right
+        self._right = one + int(hits[:, 0].sum()), five + int(hits.sum())
+        self._images += len(labels)
+
+    def _check(self, logits: Tensor, labels: Tensor) -> None:
+        outputs = logits.shape[1]
+        if self.classes is not None and self.classes != outputs:
+            raise ValueError(
+                f"the data set has {self.classes} classes and the model {outputs} outputs: they "
+                "do not belong together"
+            )
+        least, most = int(labels.min()), int(labels.max())
+        if least < 0 or most >= outputs:
+            raise ValueError(
+                f"labels must lie in 0..{outputs - 1}, the model's outputs; got "
+                f"{least if least < 0 else most}"
+            )
+        if not bool(logits.isfinite().all()):
+            raise ValueError("the model's answers contain NaN or infinity: its weights are broken")
+
+    def result(self) -> Accuracy:
+        """Return what was counted so far; ValueError before anything was."""
+        if not self._images:
+            raise ValueError("the data set gave no image, so there is no accuracy")
+        one, five = (100 * right / self._images for right in self._right)
+        return Accuracy(one, five if self._outputs > _TOP else None, self._images)
+
+
+def accuracy(
+    model: nn.Module, batches: Batches, *, classes: int | None = None, precision: str = "fp32"
+) -> Accuracy:
+    """Count how often a model is right.
+
+    Args:
+        model: any that answers images with logits, or with an output that has them.
+        batches: gives a pass over the data.
+        classes: how many the data set has, to refuse a model of another number.
+        precision: "fp32", or "bf16" for automatic mixed precision.
+    """
+    tally = Tally(classes)
+    with evaluating(model, precision=precision):
+        for images, labels, _ in batches():
+            tally.add(logits_of(model(images)), labels)
+    return tally.result()
+
+
+def costs(
+    models: Mapping[str, nn.Module],
+    batches: Batches,
+    *,
+    classes: int | None = None,
+    precision: str = "fp32",
+) -> pd.DataFrame:
+    """Measure accuracy, multiply-adds and tokens of several models in one pass over the data.
+
+    The metrics are top1, top5, images, macs, dense_macs, tokens (that the last block feeds
+    forward, mean over images, prefix included) and measured (1 where counts differ between images,
+    so that they are means). A model that foveate cannot count has the first three.
+
+    Args:
+        models: models on one device that take the same input, by name.
+        batches: gives a pass over the data.
+        classes: how many the data set has.
+        precision: as ``accuracy`` takes it.
+    """
+    if not models:
+        raise ValueError("no model was given: at least one is needed")
+    tallies = {name: Tally(classes) for name in models}
+    meters = {name: _Meter(model) for name, model in models.items()}
+    with evaluating(*models.values(), precision=precision):
+        for images, labels, _ in batches():
+            for name, meter in meters.items():
+                tallies[name].add(meter.answer(images), labels)
+    found = []
+    for name, model in models.items():
+        counted = vars(tallies[name].result()) | meters[name].result()
+        found += rows("accuracy", counted, method=name_of(model), rate=rate_of(model))
+    return frame(found)
+
+
+def drops(table: pd.DataFrame) -> pd.DataFrame:
+    """Return rows of the metric drop: points of top-1 below the dense model of the same seed.
+
+    A dense model that all seeds share is compared with each.
+    """
+    top1 = select(table, part="accuracy", metric="top1")
+    dense, reduced = top1[top1["method"] == ""], top1[top1["method"] != ""]
+    keys = ["run", "seed"]
+    paired = reduced.merge(dense[[*keys, "value"]], on=keys, how="left", suffixes=("", "_dense"))
+    shared = dense[dense["seed"].isna()].set_index("run")["value"]
+    base = paired["value_dense"].fillna(paired["run"].map(shared))
+    return frame(paired.assign(metric="drop", value=base - paired["value"])[base.notna()])
+
+
+def name_of(model: nn.Module) -> str:
+    """Return the method with its options, as ``foveate.apply`` takes it; "" for no method."""
+    return repr(model.reducer) if isinstance(model, ReducedViT) else ""
+
+
+def rate_of(model: nn.Module) -> float | None:
+    """Return the rate of a model's method: keep, r or K; None where it is no single number."""
+    if not isinstance(model, ReducedViT):
+        return None
+    rate = getattr(model.reducer, model.reducer.rate or "", None)
+    return float(rate) if isinstance(rate, (int, float)) else None
+
+
+@contextmanager
+def evaluating(*models: nn.Module, precision: str = "fp32") -> Iterator[None]:
+    """Set evaluation mode without gradients, and afterwards every module's mode as it was."""
+    check_choice("precision", precision, PRECISIONS)
+    kind = next(models[0].parameters()).device.type
+    # Not inference_mode: what a model caches in it could not be used by a training that goes on.
+    half = torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16")
+    with evaluation.evaluating(*models), torch.no_grad(), half:
+        yield
+
+
+class _Meter:
+    """Answers and costs of one model, batch by batch."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.images = 0
+        self.macs = self.tokens = 0.0
+        self.last: facts.Count | None = None
+
+    def answer(self, images: Tensor) -> Tensor:
+        """Return logits; where counts depend on the image, those of these images are added up."""
+        model = self.model
+        if isinstance(model, ReducedViT) and not model.reducer.fixed_count:
+            trace = model.trace(images)
+            self._add(_measured(model, trace, images), len(images))
+            return trace.logits
+        if self.last is None and self.images == 0:
+            self._add(_counted(model, (images.shape[2], images.shape[3])), len(images))
+        return logits_of(model(images))
+
+    def _add(self, counted: facts.Count | None, images: int) -> None:
+        self.last = counted
+        self.images += images
+        if counted is not None:
+            self.macs += images * counted.macs
+            self.tokens += images * counted.tokens[-1]
+
+    def result(self) -> dict[str, Any]:
+        """Return what an image costs."""
+        if self.last is None:
+            return {}
+        return {
+            "macs": self.macs / self.images,
+            "dense_macs": self.last.dense_macs,
+            "tokens": self.tokens / self.images,
+            "measured": 1 if self.last.how == "measured" else None,
+        }
+
+
+def _measured(model: ReducedViT, trace: Trace, images: Tensor) -> facts.Count:
+    try:
+        return facts.count(model, trace=trace)
+    except ValueError:  # a method that does not work out its own cost is counted by running
+        return facts.count(model, images=images)
+
+
+def _counted(model: nn.Module, size: tuple[int, int]) -> facts.Count | None:
+    try:
+        return facts.count(model, size)
+    except ValueError:  # no plain ViT, which has an accuracy all the same
+        return None

@@ -1,0 +1,299 @@
+"""What a comparison is made of: models, methods, rates and seeds under one protocol."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from foveate import config
+from foveate.core.schedule import check_choice
+from foveate.measure.run import Plan
+from foveate.registry import parse, suggest
+
+__all__ = ["Asked", "Comparison", "Entry", "Resources", "Trained", "at_rate"]
+
+_T = TypeVar("_T")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
+JOBS = ("finetune", "reduce", "pretrain", "probe")
+RATE = "{rate}"
+SEED = "{seed}"
+
+
+@dataclass(kw_only=True)
+class Entry:
+    """A model, one for each seed: trained by a recipe of any job, or opened.
+
+    Attributes:
+        job: "finetune" (unless another one is given), "reduce", "pretrain" or "probe".
+        recipe: of the job, a name or a file.
+        open: a checkpoint or folder instead, taken as it is. With ``{seed}`` in it there is one
+            for each seed, otherwise all seeds share it.
+        like: an earlier model whose job, recipe, start, settings, seeds and variants are taken over
+            unless given. Settings come behind its settings. Pre-training is compared with the model
+            at the beginning of such a chain.
+        start: an earlier model, of the same seed; None leaves the start of the recipe.
+        settings: changes of the recipe, such as ``masking.ratios=[]``.
+        seeds: instead of those of the comparison.
+        variants: methods to evaluate on the model as it is, such as "evit(keep=0.7)". On a model
+            with a method they are of the same name and take its parameters.
+        processes: that train together; None is what the resources say.
+    """
+
+    job: str | None = None
+    recipe: str | None = None
+    open: str | None = None
+    like: str | None = None
+    start: str | None = None
+    settings: tuple[str, ...] = ()
+    seeds: tuple[int, ...] | None = None
+    variants: tuple[str, ...] = ()
+    processes: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.recipe is None and self.like is None) == (self.open is None):
+            raise ValueError("either recipe or open says where the model comes from, not both")
+        if self.open is not None and (self.start or self.settings or self.like or self.job):
+            raise ValueError(
+                f"open={self.open} is not trained: leave job, like, start and settings out"
+            )
+        check_choice("job", self.job, (None, *JOBS))
+        for text in self.variants:
+            parse(text)
+        if self.variants and self.job in ("pretrain", "probe"):
+            raise ValueError(f"a model of job={self.job} has no classes: leave variants out")
+
+    @property
+    def shared(self) -> bool:
+        """Whether all seeds have the same weights."""
+        return self.open is not None and SEED not in self.open
+
+    @property
+    def classifies(self) -> bool:
+        """Whether it has an accuracy."""
+        return self.job not in ("pretrain", "probe")
+
+    def over(self, base: Entry) -> Entry:
+        """Return the entry with what another one adds to it."""
+        return replace(
+            self,
+            job=self.job or base.job,
+            recipe=self.recipe or base.recipe,
+            start=self.start or base.start,
+            settings=(*base.settings, *self.settings),
+            seeds=self.seeds or base.seeds,
+            variants=self.variants or base.variants,
+            processes=self.processes or base.processes,
+        )
+
+
+@dataclass(kw_only=True)
+class Trained:
+    """A method that is trained from models, at every rate.
+
+    Attributes:
+        recipe: of reducing, a name or a file.
+        method: with ``{rate}`` where the rate goes, such as "evit(keep={rate})".
+        starts: the models.
+        rates: whatever the method calls keep, r or K; none for a method without.
+        settings: changes of the recipe.
+        processes: that train together; None is what the resources say.
+    """
+
+    recipe: str
+    method: str
+    starts: tuple[str, ...]
+    rates: tuple[float, ...] = ()
+    settings: tuple[str, ...] = ()
+    processes: int | None = None
+
+    def __post_init__(self) -> None:
+        if RATE in self.method and not self.rates:
+            raise ValueError(f"{self.method!r} has a place for a rate, and rates gives none")
+        if RATE not in self.method and len(self.rates) > 1:
+            raise ValueError(f"{self.method!r} has no {{rate}} where one of several rates would go")
+        if len(set(self.rates)) < len(self.rates):
+            raise ValueError(f"rates must differ from each other, got {list(self.rates)}")
+        for rate in self.rates or (0.0,):
+            parse(at_rate(self.method, rate))
+
+
+@dataclass(kw_only=True)
+class Asked:
+    """What is measured. Accuracy and multiply-adds are, of every model and method.
+
+    Attributes:
+        models: models of which occlusion and pruning are measured; None is all.
+        occlusion: shares of patches to drop; none measures no curve.
+        pruning: shares that each stage of pruning without training keeps; none does not.
+        mask_seeds: how many seeds both have, for each model.
+        statistics: of tokens, for every method.
+        speed: batches at which every method is timed against its dense model, interleaved.
+        together: evaluate all models in one process, so that all are timed in one interleaved run.
+        rounds: of that run.
+        batch: images a call.
+        workers: processes that read images; 0 reads in the process itself.
+        limit: use so many images; None leaves what the recipes say.
+        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        precision: "fp32" or "bf16".
+    """
+
+    models: tuple[str, ...] | None = None
+    occlusion: tuple[float, ...] = ()
+    pruning: tuple[float, ...] = ()
+    mask_seeds: int = 3
+    statistics: bool = True
+    speed: tuple[int, ...] = ()
+    together: bool = False
+    rounds: int = 30
+    batch: int = 64
+    workers: int = 0
+    limit: int | None = None
+    device: str = "auto"
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        check_choice("evaluate.device", self.device, ("auto", "cpu", "cuda"))
+        self.plan(data="")  # refuses what it would refuse after hours of training
+
+    def plan(self, **given: Any) -> Plan:
+        """Return the plan of an evaluation; ``given`` holds what depends on the cell."""
+        names = ("mask_seeds", "speed", "rounds", "batch", "limit", "precision", "statistics")
+        shared = {name: getattr(self, name) for name in (*names, "occlusion", "pruning")}
+        return Plan(**{**shared, **given})
+
+
+@dataclass(kw_only=True)
+class Resources:
+    """What each cell takes.
+
+    Attributes:
+        cpus: processor cores of each process, on a cluster.
+        gpus: graphics cards of each process, on a cluster, or a part of one.
+        processes: that train together, started by torchrun.
+    """
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("cpus", "gpus"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"resources.{name} must be at least 0, got {getattr(self, name)}")
+        if self.processes < 1:
+            raise ValueError(f"resources.processes must be at least 1, got {self.processes}")
+
+
+@dataclass(kw_only=True)
+class Comparison:
+    """A comparison, as its YAML file says.
+
+    Attributes:
+        models: by name, in an order in which each comes after those that it names.
+        methods: trained from models, by name.
+        seeds: of training.
+        settings: changes of every recipe of finetune, reduce and pretrain; those of a model or
+            method come behind.
+        evaluate: what is measured.
+        data: what is evaluated on, as ``foveate.data.open_source`` takes it; None is what the
+            recipes evaluate on, if that is one and the same.
+        resources: what each cell takes.
+    """
+
+    models: dict[str, Any]
+    methods: dict[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    settings: tuple[str, ...] = ()
+    evaluate: Asked = field(default_factory=Asked)
+    data: str | None = None
+    resources: Resources = field(default_factory=Resources)
+
+    def __post_init__(self) -> None:
+        _check_seeds(self.seeds)
+        if not self.models:
+            raise ValueError("models must name at least one model")
+        # config reads no dictionaries of dataclasses with near misses, so their values come here.
+        self.models = _parts(Entry, "models", self.models)
+        self.methods = _parts(Trained, "methods", self.methods)
+        earlier: list[str] = []
+        entry: Entry
+        for name, entry in self.models.items():
+            for what, value in (("start", entry.start), ("like", entry.like)):
+                if value is not None:
+                    _known(f"{what} of models.{name}, an earlier model", (value,), earlier)
+            earlier.append(name)
+            _check_seeds(self.seeds_of(name))
+        for name, method in self.methods.items():
+            _known(f"model in methods.{name}.starts", method.starts, earlier)
+        _known("model in evaluate.models", self.evaluate.models or (), earlier)
+        opened = [one for one in self.models.values() if one.open is not None]
+        if self.data is None and opened:
+            raise ValueError(
+                "a model is opened and no recipe says what it is evaluated on: give data, such as "
+                "folder:photos"
+            )
+
+    def entry(self, name: str) -> Entry:
+        """Return a model's entry, with what it takes over from others."""
+        entry: Entry = self.models[name]
+        if entry.like is not None:
+            entry = entry.over(self.entry(entry.like))
+        return replace(entry, job=entry.job or (None if entry.open else "finetune"))
+
+    def seeds_of(self, name: str) -> tuple[int | None, ...]:
+        """Return the seeds of a model; None alone where all seeds share it."""
+        entry = self.entry(name)
+        return (None,) if entry.shared else entry.seeds or self.seeds
+
+    def seeds_from(self, name: str) -> tuple[int, ...]:
+        """Return the seeds of what is trained from a model."""
+        entry = self.entry(name)
+        return entry.seeds if entry.seeds and not entry.shared else self.seeds
+
+    def root(self, name: str) -> str:
+        """Return the model at the beginning of the chain of ``like`` that a model stands in."""
+        like = self.models[name].like
+        return name if like is None else self.root(like)
+
+    def masked(self, name: str) -> bool:
+        """Tell whether occlusion and pruning of a model are measured."""
+        return self.evaluate.models is None or name in self.evaluate.models
+
+
+def at_rate(text: str, rate: float) -> str:
+    """Return a method with its rate filled in: whole numbers without a point."""
+    return text.replace(RATE, f"{rate:g}")
+
+
+def _check_seeds(seeds: Sequence[int | None]) -> None:
+    numbers = [seed for seed in seeds if seed is not None]
+    if not seeds or min(numbers, default=0) < 0 or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be different whole numbers from 0, got {seeds}")
+
+
+def _parts(cls: type[_T], where: str, given: Mapping[str, Any]) -> dict[str, _T]:
+    found = {}
+    for name, value in given.items():
+        if not _NAME.fullmatch(str(name)):
+            raise ValueError(
+                f"{where}: {name!r} names a folder, so it must be of letters, digits and _.+=-"
+            )
+        if isinstance(value, cls):
+            found[str(name)] = value
+            continue
+        if value is None or not isinstance(value, Mapping):
+            raise ValueError(f"{where}.{name} must hold keys and values, got {value!r}")
+        try:
+            found[str(name)] = config.parse(cls, value, (), f"{where}.{name}")
+        except ValueError as error:
+            text = str(error)
+            raise ValueError(text if where in text else f"{where}.{name}: {text}") from None
+    return found
+
+
+def _known(kind: str, names: tuple[str, ...], legal: list[str]) -> None:
+    for name in names:
+        if name not in legal:
+            raise ValueError(suggest(kind, name, legal))

@@ -1,0 +1,182 @@
+"""Gather what the cells of a comparison found into one table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from foveate import config
+from foveate.bench import machine
+from foveate.files import read_json
+from foveate.measure.accuracy import drops
+from foveate.measure.cells import Cell, Key, plain
+from foveate.measure.comparison import Comparison, Trained
+from foveate.measure.curves import columns, curve
+from foveate.measure.rauc import over_runs
+from foveate.measure.state import DONE, State
+from foveate.measure.table import Results, frame, pd, rows, select
+from foveate.registry import parse
+
+__all__ = ["collect"]
+
+_SCORES = ("probe/linear", "probe/knn")
+_LAYER = "heterogeneity/"
+
+
+def collect(
+    comparison: Comparison,
+    cells: Mapping[str, Cell],
+    states: Mapping[str, State],
+    command: str,
+) -> Results:
+    """Return the numbers of all finished cells; what is not finished counts as missing."""
+    tables = []
+    about: dict[str, Any] = {}
+    for name, cell in cells.items():
+        if states[name].kind != DONE:
+            continue
+        if cell.evaluates:
+            found = Results.load(cell.folder / "eval.json", "foveate compare")
+            about.setdefault("settings", found.about["settings"])
+            tables += [_judged(found.table, label, key) for label, key in cell.keys.items()]
+        else:
+            tables.append(_trained(cell))
+    table = pd.concat(tables, ignore_index=True) if tables else frame([])
+    like = _like(comparison)
+    compared, notes = _efficiency(table, like)
+    table = pd.concat([table, drops(table), compared], ignore_index=True)
+    asked = about.get("settings", {})
+    return Results(
+        frame(table),
+        {
+            "command": command,
+            "commit": machine.commit(),
+            "settings": {
+                "seeds of training": list(comparison.seeds),
+                **{name: asked.get(name) for name in ("data", "split", "limit")},
+            },
+            "expected": [[*subject, n] for subject, n in _expected(comparison).items()],
+            "without_accuracy": {
+                name: len(comparison.seeds_of(name))
+                for name in comparison.models
+                if not comparison.entry(name).classifies
+            },
+            "like": like,
+            "notes": notes,
+            "cells": {name: plain(state) for name, state in states.items()},
+            "recipe": config.dump(comparison),
+        },
+    )
+
+
+def _judged(table: pd.DataFrame, label: str, key: Key) -> pd.DataFrame:
+    """Return the rows of one model of an evaluation, as the comparison calls it."""
+    own = select(table, run=label)
+    own = own[own["metric"] != "drop"]  # of a trained method, from the model that it began with
+    if key.method is None:
+        return frame(own, run=key.model, seed=key.seed)
+    own = own[own["method"] != ""]  # the model under the method is not what is compared
+    return frame(own, run=key.model, method=key.method, rate=key.rate, seed=key.seed)
+
+
+def _trained(cell: Cell) -> pd.DataFrame:
+    """Return what a run logged: scores by epoch, and layers at the end."""
+    key, found = cell.key, []
+    result = read_json(cell.folder / "result.json", f"{cell.folder} has no result")
+    if cell.work.job == "probe":
+        found += rows("probe", {name: result.get(name) for name in ("linear", "knn")})
+    log = cell.folder / "metrics.csv"
+    if cell.work.job != "probe" and log.is_file():  # a folder may be copied without it
+        found += _logged(log)
+    return frame(
+        found,
+        run=key.model,
+        method=key.method or "",
+        rate=key.rate,
+        seed=key.seed,
+        commit=result["commit"] or "unknown",
+        machine=machine.name(result["machine"]),
+    )
+
+
+def _logged(log: Path) -> list[dict[str, Any]]:
+    names = columns(log)
+    found: list[dict[str, Any]] = []
+    for name in ("val/accuracy", "val/loss"):
+        if name in names:
+            for epoch, value in curve(log, name).items():
+                found += rows("training", {name: value}, at=epoch)
+    for name in _SCORES:
+        if name in names:
+            for epoch, value in curve(log, name).items():
+                found += rows("probe", {name.removeprefix("probe/"): value}, at=epoch)
+    for name in names:
+        if name.startswith(_LAYER):
+            *_, last = curve(log, name).values()
+            found += rows("layers", {"heterogeneity": last}, at=int(name.removeprefix(_LAYER)))
+    if "cosine/visible" in names:
+        *_, last = curve(log, "cosine/visible").values()
+        found += rows("layers", {"cosine": last}, at=0)
+    return found
+
+
+def _expected(comparison: Comparison) -> dict[tuple[str, str, float | None], int]:
+    """Return what has an accuracy once all is done, and for how many seeds."""
+    found: dict[tuple[str, str, float | None], int] = {}
+    for model in comparison.models:
+        entry, n = comparison.entry(model), len(comparison.seeds_of(model))
+        if not entry.classifies:
+            continue
+        found[model, "", None] = n
+        method: Trained
+        for name, method in comparison.methods.items():
+            for rate in (method.rates or (None,)) if model in method.starts else ():
+                found[model, name, rate] = len(comparison.seeds_from(model))
+        for text in entry.variants:
+            reducer = parse(text)
+            value = getattr(reducer, reducer.rate or "", None)
+            own = float(value) if isinstance(value, (int, float)) else None
+            found[model, repr(reducer), own] = n
+    return found
+
+
+def _like(comparison: Comparison) -> dict[str, str]:
+    """Return the pre-trained models that are compared with another one, and with which."""
+    return {
+        name: comparison.root(name)
+        for name in comparison.models
+        if comparison.entry(name).job == "pretrain" and comparison.root(name) != name
+    }
+
+
+def _efficiency(table: pd.DataFrame, like: Mapping[str, str]) -> tuple[pd.DataFrame, list[str]]:
+    """Return RAUC and epochs to match of pre-trained models, and where they mean nothing."""
+    found: list[pd.DataFrame] = []
+    notes = []
+    for run, base in like.items():
+        for score in _SCORES:
+            metric = score.removeprefix("probe/")
+            ours, theirs = (_curves(table, one, metric) for one in (base, run))
+            values, refusals = over_runs(ours, theirs, score)
+            for seed, text in refusals.items():
+                which = "means of the curves" if seed is None else f"seed {seed}"
+                notes.append(f"{run} over {base}, {score}, {which}: {text}.")
+            own = select(table, run=run)
+            shared = {"run": run, "method": score}
+            for column in ("commit", "machine"):
+                shared[column] = ", ".join(own[column].unique())
+            for seed, known in values.items():
+                if seed is None:
+                    known = {"mean_curves": known.get("rauc")}
+                found.append(frame(rows("rauc", known, seed=seed), **shared))
+    return (pd.concat(found, ignore_index=True) if found else frame([])), notes
+
+
+def _curves(table: pd.DataFrame, run: str, metric: str) -> dict[int, dict[float, float]]:
+    own = select(table, part="probe", run=run, metric=metric)
+    own = own[own["at"].notna()]
+    return {
+        int(seed): dict(zip(group["at"], group["value"], strict=True))
+        for seed, group in own.groupby("seed")
+    }

@@ -1,0 +1,437 @@
+"""How much earlier one pre-training run gets good than another: RAUC and epochs to match.
+
+Equation 6 of the paper on masked token optimisation, with S1 the score of the base run:
+
+    RAUC(S1, S2; E1, E2) = int (S2(E) - S1(E1)) dE / int (S1(E) - S1(E1)) dE,  both from E1 to E2
+
+The same constant S1(E1) is taken off both, so that a head start of the other run counts, and 1.44
+means 44 % more than what the base *gains* over the range, not 44 % more accuracy. Numbers in the
+paper's Table 2 do not follow from the accuracies beside them; the equation is what is done here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from foveate.measure.curves import curve
+from foveate.measure.figures import Line, lines_figure
+from foveate.measure.sheets import Sheet
+from foveate.measure.style import QUIET, line_look
+from foveate.measure.table import Results, frame, over_seeds, pd, rows, select
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["METRIC", "compare", "epochs_to_match", "figure", "rauc", "sheet"]
+
+METRIC = "probe/linear"
+PROTOCOL = "Compare checkpoints inside one schedule: a run annealed earlier is another experiment."
+MEAN = "means of the curves"
+_LEAST = 3  # with two points, RAUC is the ratio of two straight lines
+_FLAT = 1e-9  # of the scores: a mean gain that is nothing but rounding
+
+Scores = Mapping[float, float]
+
+
+# Two curves --------------------------------------------------------------------------------------
+
+
+def rauc(
+    base: Scores, other: Scores, start: float | None = None, end: float | None = None
+) -> float:
+    """Return the relative area under the curve of ``other``, with straight lines between points.
+
+    Above 1 ``other`` is ahead of ``base``. Adding a number to both curves or multiplying both by a
+    positive one changes nothing; changing places does. ValueError says where it means nothing:
+    for a single point, curves that share no range, or a base that gains nothing over it.
+
+    Args:
+        base: score by epoch, higher is better.
+        other: likewise.
+        start: first epoch of the range, inside both curves; None is the first that both have.
+        end: its last epoch; None is the last that both have.
+    """
+    start, end = _range({"base": base, "other": other}, start, end)
+    corners = {epoch for epoch in (*base, *other) if start < epoch < end}
+    # Between the corners of both curves both are straight, so the trapezoids are exact.
+    epochs = np.array(sorted({start, end, *corners}))
+    ours, theirs = _at(base, epochs), _at(other, epochs)
+    below, above = (_area(epochs, scores - ours[0]) for scores in (ours, theirs))
+    if below <= _FLAT * np.abs(ours).max() * (end - start):
+        raise ValueError(
+            f"the base gains nothing from epoch {start:g} to {end:g}, so RAUC is undefined"
+        )
+    return above / below
+
+
+def epochs_to_match(base: Scores, reference: float, other: Scores) -> float | None:
+    """Return the first epoch at which ``other`` is as good as ``base`` at a reference epoch.
+
+    The share of pre-training that it saves is ``1 - epoch / reference``. It lies between points on
+    a straight line; None if ``other`` is never as good.
+
+    Args:
+        base: score by epoch, higher is better.
+        reference: an epoch inside the curve of ``base``.
+        other: score by epoch; a first point that is good enough already is the answer.
+    """
+    _inside("base", base, reference)
+    goal = float(_at(base, reference))
+    epochs, scores = _points(other)
+    reached = np.flatnonzero(scores >= goal)
+    if not len(reached):
+        return None
+    place = int(reached[0])
+    if place == 0:
+        return float(epochs[0])
+    before = slice(place - 1, place + 1)  # its score rises between these two
+    return float(np.interp(goal, scores[before], epochs[before]))
+
+
+def _points(scores: Scores) -> tuple[np.ndarray, np.ndarray]:
+    epochs = np.array(sorted(scores), dtype=float)
+    return epochs, np.array([scores[epoch] for epoch in sorted(scores)], dtype=float)
+
+
+def _at(scores: Scores, epoch: Any) -> Any:
+    return np.interp(epoch, *_points(scores))
+
+
+def _area(epochs: np.ndarray, heights: np.ndarray) -> float:
+    # np.trapezoid, which numpy has since 2.0 only.
+    return float(np.diff(epochs) @ (heights[1:] + heights[:-1]) / 2)
+
+
+def _range(
+    curves: Mapping[str, Scores], start: float | None, end: float | None
+) -> tuple[float, float]:
+    """Return the range of epochs that all curves share, or a given one inside it."""
+    for name, scores in curves.items():
+        if len(scores) < 2:
+            raise ValueError(f"the curve {name} needs at least 2 points, got {len(scores)}")
+    first = max(min(scores) for scores in curves.values())
+    last = min(max(scores) for scores in curves.values())
+    if not first < last:
+        spans = ", ".join(f"{name} {min(s):g} to {max(s):g}" for name, s in curves.items())
+        raise ValueError(f"the runs share no range of epochs: {spans}")
+    start, end = first if start is None else start, last if end is None else end
+    if not start < end:
+        raise ValueError(f"the range must begin before it ends, got {start:g} to {end:g}")
+    for name, scores in curves.items():
+        _inside(name, scores, start, end)
+    return start, end
+
+
+def _inside(name: str, scores: Scores, *epochs: float) -> None:
+    """Refuse to extend a curve beyond its ends."""
+    first, last = min(scores), max(scores)
+    for epoch in epochs:
+        if not first <= epoch <= last:
+            raise ValueError(
+                f"epoch {epoch:g} lies outside the curve {name}, which covers epochs {first:g} to "
+                f"{last:g}"
+            )
+
+
+# Runs --------------------------------------------------------------------------------------------
+
+
+def compare(
+    base: Sequence[Path],
+    other: Sequence[Path],
+    *,
+    metric: str = METRIC,
+    start: float | None = None,
+    end: float | None = None,
+    at: float | None = None,
+) -> Results:
+    """Compare pre-training runs, seed i of the one kind with seed i of the other.
+
+    The part "rauc" has a row for each pair and metric: base_start, base_end, other_start,
+    other_end, rauc, goal, match, saved, and at_once where the other run is as good at its first
+    score. The last rows are of the means of the curves. The part "curve" has the scores.
+
+    A metric whose name ends in "loss" is better where it is lower: its sign is changed for RAUC,
+    and matching it means to come down to it.
+
+    Args:
+        base: folders of runs, or CSV files, one a seed.
+        other: as many.
+        metric: what they were scored by, a column of their metrics.
+        start, end: range of epochs (all that the runs share).
+        at: reference epoch of epochs to match (the last that all base runs have).
+    """
+    if not base or len(base) != len(other):
+        raise ValueError(
+            f"seed i of the base is compared with seed i of the other: expected as many runs of "
+            f"both, got {len(base)} and {len(other)}"
+        )
+    every = [*base, *other]
+    names = [
+        run.name if [r.name for r in every].count(run.name) == 1 else str(run) for run in every
+    ]
+    curves = [_scored(run, metric) for run in every]
+    n = len(base)
+    start, end = _range(dict(zip(names, curves, strict=True)), start, end)
+    at = min(max(scores) for scores in curves[:n]) if at is None else at
+    for name, scores in zip(names[:n], curves[:n], strict=True):
+        _inside(name, scores, at)
+    if at <= 0:
+        raise ValueError(f"the reference epoch must lie after the start of training, got {at:g}")
+    recipes = [_recipe(run) for run in every]
+    _same_data(names, recipes)
+    notes = [*_schedules(names, recipes)]
+    sides = [dict(enumerate(side)) for side in (curves[:n], curves[n:])]
+    values, refusals = over_runs(sides[0], sides[1], metric, start, end, at)
+    runs = {None: MEAN} | {seed: f"{names[n + seed]} over {names[seed]}" for seed in sides[0]}
+    if all(seed in refusals for seed in sides[0]):
+        raise ValueError(f"{runs[0]}: {refusals[0]}")
+    notes += [f"{runs[seed]}: {text}." for seed, text in refusals.items()]
+    found: list[dict[str, Any]] = []
+    for seed, known in values.items():
+        found += rows("rauc", known, run=runs[seed], method=metric, seed=seed)
+    for place, (name, scores) in enumerate(zip(names, curves, strict=True)):
+        shared = {"method": "base" if place < n else "other", "seed": place % n}
+        for epoch, score in scores.items():
+            found += rows("curve", {metric: score}, run=name, at=epoch, **shared)
+    about = {"metric": metric, "lower_is_better": _sign(metric) < 0, "from": start, "to": end}
+    return Results(frame(found), {**about, "at": at, "notes": [PROTOCOL, *notes]})
+
+
+def over_runs(
+    base: Mapping[int, Scores],
+    other: Mapping[int, Scores],
+    metric: str,
+    start: float | None = None,
+    end: float | None = None,
+    at: float | None = None,
+) -> tuple[dict[int | None, dict[str, float | None]], dict[int | None, str]]:
+    """Return what the curves of each seed that both have say, and why some have no RAUC.
+
+    The seed None is of the means of the curves: not the mean of the ratios, to which a base that
+    gains little adds a huge one.
+
+    Args:
+        base, other: curves by seed.
+        metric: what was scored.
+        start, end: range of epochs; None is all that the two curves share.
+        at: reference epoch of epochs to match; None is the end of the range.
+    """
+    seeds = [seed for seed in other if seed in base]
+    pairs: dict[int | None, tuple[Scores, Scores]] = {s: (base[s], other[s]) for s in seeds}
+    if seeds:
+        pairs[None] = _mean([base[s] for s in seeds]), _mean([other[s] for s in seeds])
+    found: dict[int | None, dict[str, float | None]] = {}
+    refusals: dict[int | None, str] = {}
+    for seed, (ours, theirs) in pairs.items():
+        try:
+            first, last = _range({"base": ours, "other": theirs}, start, end)
+        except ValueError as error:
+            refusals[seed] = str(error)
+            continue
+        found[seed], why = _pair(ours, theirs, metric, first, last, last if at is None else at)
+        if why:
+            refusals[seed] = why
+    return found, refusals
+
+
+def _pair(
+    ours: Scores, theirs: Scores, metric: str, start: float, end: float, at: float
+) -> tuple[dict[str, float | None], str]:
+    """Return what two curves say of each other, and why there is no RAUC where there is none."""
+    values: dict[str, float | None] = {
+        **{"base_start": float(_at(ours, start)), "base_end": float(_at(ours, end))},
+        **{"other_start": float(_at(theirs, start)), "other_end": float(_at(theirs, end))},
+        "goal": float(_at(ours, at)),
+    }
+    base, other = (
+        {epoch: _sign(metric) * score for epoch, score in side.items()} for side in (ours, theirs)
+    )
+    try:
+        values["rauc"] = rauc(base, other, start, end)
+    except ValueError as error:
+        return values, str(error)  # and to be as good as a run that gains nothing is no feat
+    match = epochs_to_match(base, at, other)
+    if match is not None:
+        at_once = 1.0 if match == min(theirs) else None
+        values |= {"match": match, "saved": 1 - match / at, "at_once": at_once}
+    return values, ""
+
+
+def _scored(run: Path, metric: str) -> dict[float, float]:
+    """Return the curve of a run; ValueError where it was scored too seldom."""
+    try:
+        scores = curve(run, metric)
+    except ValueError as error:
+        if run.is_dir() and "unknown column" in str(error) and metric.startswith("probe/"):
+            raise ValueError(
+                f"{run} was never scored by {metric}: pre-train with probe.data=... and "
+                "probe.every=..."
+            ) from None
+        raise
+    if len(scores) < _LEAST:
+        raise ValueError(
+            f"{run} holds {len(scores)} scored checkpoint{'s' * (len(scores) != 1)}; RAUC needs at "
+            f"least {_LEAST}: pre-train with probe.every=..., or read its snapshots with foveate "
+            "probe, feature and lr as in the runs, into a CSV file of one's own"
+        )
+    return scores
+
+
+def _recipe(run: Path) -> dict[str, Any]:
+    """Return the recipe of a run; nothing for a file, which has none."""
+    path = run / "recipe.yaml"
+    if not path.is_file():
+        return {}
+    try:
+        import yaml
+    except ImportError as error:
+        raise ValueError("recipes need: pip install 'foveate[train]'") from error
+    try:
+        tree: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        int(tree["loop"]["epochs"])
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{path} is no recipe of a run: expected a number loop.epochs") from None
+    return tree
+
+
+def _same_data(names: Sequence[str], recipes: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse runs that were trained or scored on different images."""
+    for group, key in (("data", "train"), ("probe", "data")):
+        found = {
+            name: str(tree[group][key])
+            for name, tree in zip(names, recipes, strict=True)
+            if key in tree.get(group, {})
+        }
+        if len(set(found.values())) > 1:
+            words = ", ".join(f"{name} {value}" for name, value in found.items())
+            raise ValueError(f"the runs differ in {group}.{key}, so RAUC means nothing: {words}")
+
+
+def _schedules(names: Sequence[str], recipes: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    epochs = {n: t["loop"]["epochs"] for n, t in zip(names, recipes, strict=True) if t}
+    if len(set(epochs.values())) > 1:
+        lengths = ", ".join(f"{name} {number}" for name, number in epochs.items())
+        yield (
+            f"Warning: loop.epochs differ ({lengths}): separately annealed schedules, a different "
+            "experiment."
+        )
+
+
+def _mean(curves: Sequence[Scores]) -> dict[float, float]:
+    """Return the mean of curves where all of them are, at every corner of any."""
+    first, last = max(map(min, curves)), min(map(max, curves))
+    epochs = sorted({epoch for scores in curves for epoch in scores if first <= epoch <= last})
+    return {epoch: float(np.mean([_at(scores, epoch) for scores in curves])) for epoch in epochs}
+
+
+def _sign(metric: str) -> int:
+    return -1 if metric.endswith("loss") else 1
+
+
+# Table and picture -------------------------------------------------------------------------------
+
+
+def sheet(results: Results) -> Sheet:
+    """Return a line for each pair; with several seeds also their mean, and that of the curves."""
+    about, table = results.about, select(results.table, part="rauc")
+    wide = table.pivot_table(index="run", columns="metric", values="value", sort=False)
+    pairs = [run for run in wide.index if run != MEAN]
+    ends = [f"{side} @{about[e]:g}" for side in ("base", "other") for e in ("from", "to")]
+    body = [_line(run, wide.loc[run]) for run in pairs]
+    if len(pairs) > 1:
+        seeds = over_seeds(table[table["run"] != MEAN], ["metric"]).set_index("metric")
+        over = [_over(seeds, name, form, len(pairs)) for name, form in _FORMS.items()]
+        body += [(f"mean ± std (n {len(pairs)})", "", "", "", "", *over)]
+        body += [_line(MEAN, wide.loc[MEAN])]
+    notes = [
+        f"Matches at: first epoch of the other run that is as good as the base at epoch "
+        f"{about['at']:g}."
+    ]
+    if "at_once" in wide:
+        notes.append("<=, >=: as good at its first score, and maybe before it.")
+    title = f"{about['metric']}, epochs {about['from']:g} to {about['to']:g}"
+    head = ("<runs", *ends, "RAUC", "matches at", "saves")
+    return Sheet(title, head, body, [*notes, *about["notes"]], (*ends[::2], *ends[1::2]))
+
+
+_FORMS = {"rauc": ".3f", "match": ".1f", "saved": ".0%"}
+
+
+def _line(name: str, found: pd.Series) -> tuple[str, ...]:
+    scores = [found[end] for end in ("base_start", "base_end", "other_start", "other_end")]
+    most, least = ("<= ", ">= ") if found.get("at_once") == 1 else ("", "")
+    words = [f"{score:#.4g}" for score in scores]
+    if pd.isna(found.get("rauc")):
+        return (name, *words, "undefined", "undefined", "")
+    if pd.isna(found.get("match")):
+        return (name, *words, f"{found['rauc']:.3f}", "never", "")
+    return (
+        *(name, *words, f"{found['rauc']:.3f}"),
+        *(f"{most}{found['match']:.1f}", f"{least}{found['saved']:.0%}"),
+    )
+
+
+def _over(seeds: pd.DataFrame, name: str, form: str, wanted: int) -> str:
+    """Return mean and standard deviation over the pairs, and of how many if some have none."""
+    if name not in seeds.index:
+        return ""
+    mean, std, n = seeds.loc[name, ["mean", "std", "count"]]
+    text = format(mean, form) + ("" if pd.isna(std) else f" ± {format(std, form)}")
+    return text if n == wanted else f"{text} ({n:.0f} of {wanted})"
+
+
+def figure(results: Results) -> Figure:
+    """Draw both curves, the areas over the range, and how much earlier the other run is as good.
+
+    With several seeds the curves are means, with a band of the standard deviation.
+    """
+    from matplotlib.colors import to_rgb
+
+    about, table = results.about, results.table
+    start, end, at, metric = (about[name] for name in ("from", "to", "at", "metric"))
+    mean = select(table, part="rauc", run=MEAN).set_index("metric")["value"]
+    lines = []
+    for side in ("base", "other"):
+        own = select(table, part="curve", method=side)
+        runs = {run: dict(zip(g["at"], g["value"], strict=True)) for run, g in own.groupby("run")}
+        means = _mean(list(runs.values()))
+        x, y = tuple(means), np.array(list(means.values()))
+        label = own["run"].iloc[0] + f" (n {len(runs)})" * (len(runs) > 1)
+        std = np.std([_at(scores, np.array(x)) for scores in runs.values()], 0, ddof=len(runs) > 1)
+        band = (tuple(y - std), tuple(y + std)) if len(runs) > 1 else ((), ())
+        lines.append(Line(label, x, tuple(y), *band))
+    several = "\nband: standard deviation over seeds" * bool(lines[0].low)
+    up = metric + ", %" * metric.startswith("probe/")
+    drawn = lines_figure(lines, across=f"epochs of pre-training{several}", up=up)
+    axes, level = drawn.axes[0], mean["base_start"]
+    axes.axvspan(start, end, color=QUIET, alpha=0.06, linewidth=0, zorder=0)
+    # The lesser area covers the greater one: what stands out beyond it is the lead.
+    for number in (0, 1) if mean.get("rauc", 1) < 1 else (1, 0):
+        scores = dict(zip(lines[number].x, lines[number].y, strict=True))
+        within = [start, *(epoch for epoch in scores if start < epoch < end), end]
+        light = [0.8 + 0.2 * part for part in to_rgb(line_look(number)["color"])]
+        axes.fill_between(within, _at(scores, within), level, color=light, linewidth=0, zorder=0.8)
+    axes.plot([start, end], [level] * 2, color=QUIET, linewidth=0.8, linestyle=":")
+    words = f"RAUC {mean['rauc']:.2f}" if "rauc" in mean else "RAUC undefined"
+    place: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "va": "bottom"}
+    axes.text((start + end) / 2, 1.01, words, ha="center", fontsize="small", **place)
+    if "match" in mean:
+        match, goal, saved, sign = mean["match"], mean["goal"], mean["saved"], _sign(metric)
+        axes.plot([at, match], [goal] * 2, color="black", linewidth=1, linestyle="--")
+        axes.plot([match], [goal], "o", color="black", markersize=7, fillstyle="none")
+        axes.annotate(
+            ("at least " if "at_once" in mean and saved >= 0 else "")
+            + f"{abs(saved):.0%} {'fewer' if saved >= 0 else 'more'} epochs",
+            (match + 0.6 * (at - match), goal),
+            xytext=(0, 3 * sign),  # on the side where the other run's curve goes away
+            textcoords="offset points",
+            ha="center",
+            va="bottom" if sign > 0 else "top",
+            fontsize=8,
+        )
+    return drawn

@@ -1,0 +1,65 @@
+"""The files of a report: the table as CSV and JSON, a page in Markdown, and pictures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from foveate.files import write_text
+from foveate.measure.figures import figures
+from foveate.measure.maps import maps_figure, usage_figure
+from foveate.measure.run import Evaluation
+from foveate.measure.sheets import markdown
+from foveate.measure.style import save
+from foveate.measure.table import Results
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["write"]
+
+
+def write(
+    results: Results,
+    folder: Path,
+    name: str = "eval",
+    *,
+    title: str = "Evaluation",
+    kinds: tuple[str, ...] = (".svg", ".png"),
+) -> list[Path]:
+    """Write everything into a folder, which is made if missing, and name what was written.
+
+    Args:
+        results: what was found.
+        folder: where.
+        name: of the table and the page, without the kind of file.
+        title: of the page.
+        kinds: of picture files; the page shows the first.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = results.save(folder / f"{name}.json")
+    pictures = []
+    for stem, figure in (*figures(results), *_maps(results)):
+        for kind in kinds:
+            save(figure, folder / f"{stem}{kind}")
+            written.append(folder / f"{stem}{kind}")
+        pictures.append(f"{stem}{kinds[0]}")
+    write_text(folder / f"{name}.md", markdown(results, pictures, title))
+    return [*written, folder / f"{name}.md"]
+
+
+def _maps(results: Results) -> Iterator[tuple[str, Figure]]:
+    """Draw the statistics of tokens, which are more than the rows of the table."""
+    if not isinstance(results, Evaluation):
+        return
+    several = len(results.about["models"]) > 1
+    seen: dict[str, int] = {}
+    for (run, method), found in results.tokens.items():
+        words = f"{run}, {method}" if several else method
+        stem = re.sub(r"[^A-Za-z0-9.=+-]+", "_", words).strip("_")
+        seen[stem] = seen.get(stem, 0) + 1  # two names may differ in what files may not have
+        stem = stem if seen[stem] == 1 else f"{stem}-{seen[stem]}"
+        yield f"tokens-{stem}", usage_figure(found, words)
+        yield f"map-{stem}", maps_figure(found, words)

@@ -1,0 +1,140 @@
+"""How far each cell is, as its files say: nothing else is kept anywhere."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from foveate import config
+from foveate.measure.cells import Cell, plain
+from foveate.measure.shipped import SHIPPED
+from foveate.measure.table import Results
+
+__all__ = ["DIFFERS", "DONE", "TODO", "UNFINISHED", "State", "fingerprint", "refuse", "states_of"]
+
+DONE, UNFINISHED, TODO, DIFFERS = "done", "unfinished", "to do", "differs"
+_START = "model.start"
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a cell is.
+
+    Attributes:
+        kind: "done", "unfinished", "to do", or "differs" where the folder holds something else.
+        why: in words; "" where there is nothing to add.
+    """
+
+    kind: str
+    why: str = ""
+
+
+def states_of(cells: Mapping[str, Cell]) -> dict[str, State]:
+    """Return how far each cell is; what was measured of a model that is gone does not count."""
+    found: dict[str, State] = {}
+    for name, cell in cells.items():
+        lacking = [one for one in cell.needs if found[one].kind != DONE]
+        if lacking and cell.evaluates:
+            found[name] = State(TODO)
+        else:
+            found[name] = _evaluated(cell) if cell.evaluates else _trained(cell)
+        if lacking and found[name] == State(TODO):
+            found[name] = State(TODO, f"after {lacking[0]}")
+    return found
+
+
+def refuse(states: Mapping[str, State]) -> None:
+    """Raise for folders that hold the training of another recipe."""
+    wrong = [f"{name}: {state.why}" for name, state in states.items() if state.kind == DIFFERS]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise ValueError(
+            f"{wrong[0]}{more}; move the folder away to train anew, or take another --out"
+        )
+
+
+def fingerprint(model: str) -> str:
+    """Return words that change whenever the weights do, without reading them."""
+    path = Path(model)
+    if model in SHIPPED:
+        return model
+    result = path / "result.json"
+    try:
+        if result.is_file():  # written last, with the accuracy; copies of a folder agree
+            return hashlib.sha256(result.read_bytes()).hexdigest()[:16]
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        facts = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    except OSError as error:
+        raise ValueError(f"{model} cannot be read: {error.strerror}") from error
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def _trained(cell: Cell) -> State:
+    path = cell.folder / "recipe.yaml"
+    if not path.is_file():
+        return State(TODO)
+    try:
+        there: Any = config.read(cell.work.recipe_class, path)
+    except ValueError as error:
+        return State(DIFFERS, str(error))
+    # Both ways through the dataclass: a default that a recipe gained since is no difference.
+    wanted = dict(_leaves(plain(cell.work.settings)))
+    found = dict(_leaves(plain(there)))
+    if _same_start(found.get(_START), wanted.get(_START), cell.start):
+        found[_START] = wanted.get(_START)
+    for key in dict.fromkeys((*wanted, *found)):
+        old, new = found.get(key), wanted.get(key)
+        if old != new:
+            return State(DIFFERS, f"was trained with {key}={old!r}, the comparison has {new!r}")
+    if (cell.folder / "result.json").is_file():
+        return State(DONE)
+    updates = sorted(
+        int(p.stem.rpartition("-")[2]) for p in cell.folder.glob("checkpoints/update-*.ckpt")
+    )
+    if updates:
+        return State(UNFINISHED, f"update {updates[-1]}")
+    return State(TODO, "begun, without a checkpoint")
+
+
+def _evaluated(cell: Cell) -> State:
+    path = cell.folder / "eval.json"
+    if not path.is_file():
+        return State(TODO)
+    try:
+        settings = Results.load(path, "foveate compare").about["settings"]
+    except ValueError as error:
+        return State(TODO, str(error).replace(str(path), path.name))
+    asked, of = settings.get("asked", {}), settings.get("of", {})
+    for key, wanted in cell.work.asked.items():
+        if asked.get(key) != wanted:
+            return State(TODO, f"was measured with {key}={asked.get(key)!r}")
+    for label, model in cell.work.models.items():
+        if of.get(label) != fingerprint(model):
+            return State(TODO, "the model has changed since")
+    return State(DONE)
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Return dotted keys and values; options and weights of losses are compared whole."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and prefix + key not in (
+            "model.options",
+            "options",
+            "weights",
+        ):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _same_start(found: Any, wanted: Any, below: str | None) -> bool:
+    """Tell whether two starts are one, written absolutely or not."""
+    if found is None or wanted is None:
+        return False
+    if Path(found).resolve() == Path(wanted).resolve():
+        return True
+    # The whole comparison was moved or copied: the start still lies at the same place in it.
+    return below is not None and Path(found).as_posix().endswith(f"/{below}")

@@ -1,0 +1,301 @@
+"""The parts of a comparison: settings, numbers, the order of cells, Ray."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+from threading import Lock
+
+import pytest
+from tiny import METHOD, Here, compare, write_config
+
+from foveate import config as configs
+from foveate.measure import Results, cell, launch, one, select
+from foveate.measure.cells import make_cells
+from foveate.measure.comparison import Comparison
+from foveate.measure.launch import FAILED, Outcome, Process, run_local
+from foveate.measure.rauc import rauc
+from foveate.train.logs import read_metrics
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("models.masked.start=bas", "did you mean 'base'"),
+        ("models.base.start=masked", "an earlier model"),
+        ("models.base.recip=x", "did you mean 'recipe'"),
+        ("models.base.open=x", "either recipe or open"),
+        ("models.base.recipe=nothing", "unknown recipe for finetune 'nothing'"),
+        ("models.a/b={recipe: x}", "names a folder"),
+        ("methods.dynamicvit.method=dynamicvt(keep={rate})", "did you mean 'dynamicvit'"),
+        ("methods.dynamicvit.rates=[2]", "keep"),
+        ("methods.dynamicvit.method=dynamicvit", "has no {rate}"),
+        ("methods.dynamicvit.starts=[masks]", "did you mean 'masked'"),
+        ("evaluate.models=[all]", "unknown model in evaluate.models"),
+        ("evaluate.pruning=[1.5]", "pruning"),
+        ("evaluate.occlusion=[1.5]", "[0, 1]"),
+        ("evaluate.device=gpu", "evaluate.device must be one of 'auto', 'cpu', 'cuda'"),
+        ("evaluate.speed=[0]", "batches of speed must be at least 1"),
+        ("models.masked.variants=[evti]", "did you mean 'evit'"),
+        ("models.masked.like=bas", "did you mean 'base'"),
+        ("models.masked.job=train", "job must be one of"),
+        ("resources.processes=0", "processes must be at least 1"),
+        ("seeds=[0, 0]", "seeds"),
+        ("resources.cpus=-1", "at least 0"),
+        ("evaluat.speed=true", "did you mean 'evaluate"),
+        ("models.masked.settings=[data.val_limit=7]", "different images"),
+    ],
+)
+def test_mistakes_are_said_before_anything_runs(
+    change: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = [change]
+    if change.endswith("=dynamicvit"):
+        changes.append("methods.dynamicvit.rates=[0.5, 0.7]")
+    assert compare(write_config(tmp_path), *changes, "--out", tmp_path / "out") == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--parallel", "0"], "at least 1"),
+        (["--address", "auto"], "--launcher ray"),
+        (["--only", "nothing"], "selects no cell"),
+        (["evaluate.speed=[8]", "--parallel", "2"], "--parallel 1"),
+    ],
+)
+def test_options_that_do_not_fit(
+    options: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = [word for word in options if "=" in word]
+    rest = [word for word in options if "=" not in word]
+    assert compare(write_config(tmp_path), *changes, "--out", tmp_path / "out", *rest) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_the_comparison_that_ships_has_its_cells(tmp_path: Path) -> None:
+    path = configs.find_recipe("compare", "fashion_part")
+    cells = make_cells(configs.read(Comparison, path), tmp_path)
+    names = [name for name in cells if not name.endswith("/eval")]
+    assert len(names) == 9 + 12 and len(cells) == 2 * len(names)
+    assert "reduced/masked/dynamicvit-0.7/seed1" in names
+    recipe = cells["models/full/seed2"].work.settings
+    assert recipe.masking.ratios == () and recipe.distill.kind == "none" and recipe.loop.seed == 2
+    assert recipe.model.start == str(tmp_path.resolve() / "models/base/seed2")
+    recipe = cells["reduced/full/dynamicvit-0.3/seed0"].work.settings
+    assert recipe.method == "dynamicvit(keep=0.3)"
+
+
+def test_cells_go_in_order_and_past_failures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = make_cells(configs.read(Comparison, write_config(tmp_path)), tmp_path / "out")
+    lock, now, most, order = Lock(), [], [], []
+
+    def run(self: Process) -> Outcome:
+        with lock:
+            now.append(self.name)
+            most.append(len(now))
+        time.sleep(0.01)
+        with lock:
+            now.remove(self.name)
+            order.append(self.name)
+        failed = self.name == "models/masked/seed1"
+        return Outcome(self.name, FAILED if failed else "done")
+
+    monkeypatch.setattr(Process, "run", run)
+    found = {o.name: o for o in run_local(cells, list(cells), [], parallel=2)}
+    assert found.keys() == cells.keys() and max(most) == 2
+    for name in order:
+        assert all(order.index(need) < order.index(name) for need in cells[name].needs)
+    skipped = {name for name, outcome in found.items() if outcome.kind == "skipped"}
+    assert skipped == {
+        *("models/masked/seed1/eval", f"{METHOD}/seed1", f"{METHOD}/seed1/eval"),
+    }
+    assert found[f"{METHOD}/seed1/eval"].why == "models/masked/seed1 failed"
+    # What --only leaves out is not there for others.
+    (one,) = run_local(cells, [f"{METHOD}/seed0"], [])
+    assert (one.kind, one.why) == ("skipped", "models/masked/seed0 is not there")
+
+
+def test_without_ray_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(ValueError, match=r"pip install 'foveate\[cluster\]'"):
+        launch._ray()
+
+
+def test_an_address_where_nobody_is(
+    config: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("ray")
+    words = ("--launcher", "ray", "--address", "127.0.0.1:1")
+    assert compare(config, "evaluate.limit=8", "--out", out, *words) == 2
+    assert "--address 127.0.0.1:1: no cluster of Ray answers" in capsys.readouterr().err
+
+
+def test_cells_are_tasks_of_ray(
+    config: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("ray")
+    path = out / METHOD / "seed0" / "eval.json"
+    before = path.with_suffix(".csv").read_text()
+    path.unlink()
+    shutil.rmtree(out / METHOD / "seed1")
+    words = ("--launcher", "ray", "--parallel", "1", "--only", f"{METHOD}/*/eval")
+    assert compare(config, "--out", out, *words) == 2  # seed1 is not there to be evaluated
+    assert f"skipped  {METHOD}/seed1/eval: {METHOD}/seed1 is not there" in capsys.readouterr().out
+    assert path.with_suffix(".csv").read_text() == before
+
+
+def test_tasks_after_a_failure_are_skipped(tmp_path: Path) -> None:
+    task = Process("b", tmp_path / "b.yaml", tmp_path / "log.txt", tmp_path)
+    found = launch._task(task, Outcome("x", "done"), Outcome("a", FAILED, "no space"))
+    assert (found.kind, found.why) == ("skipped", "a failed")
+    assert launch._task(task, Outcome("b", "skipped", "a failed")).why == "a failed"
+    found = launch._task(task, Outcome("x", "done"))
+    assert found.kind == FAILED and "b.yaml is not there" in found.why
+
+
+def test_a_cell_is_done_by_one_process_at_a_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("fcntl")
+    with cell._alone(tmp_path / "cell.yaml"):
+        assert cell.main([str(tmp_path / "cell.yaml")]) == 2
+    assert "another process is at work on" in capsys.readouterr().err
+
+
+# Other jobs --------------------------------------------------------------------------------------
+
+SMALL = "{img_size: 28, patch_size: 7, in_chans: 1, embed_dim: 32, depth: 2, num_heads: 2}"
+PRETRAINING = f"""
+seeds: [0, 1]
+settings: [data.limit=64, data.val_limit=64, data.batch=32, loop.tensorboard=false,
+  "model.options={SMALL}"]
+models:
+  mae:
+    job: pretrain
+    recipe: fashion_part_mae
+    settings: [loop.epochs=3, probe.every=1, probe.limit=64, probe.val_limit=64, layers_every=1,
+      "options={{decoder_width: 32, decoder_depth: 2, decoder_heads: 2}}", "snapshots=[]"]
+  mae_mto: {{like: mae, settings: [mto.preset=default], seeds: [1]}}
+  labels: {{recipe: fashion_part_full, settings: [loop.epochs=1, optim.warmup_epochs=0]}}
+  labels_mae: {{like: labels, start: mae_mto, seeds: [1]}}
+  read:
+    job: probe
+    recipe: fashion_part
+    start: mae
+    seeds: [0]
+    settings: [data.limit=64, data.val_limit=64, epochs=2, batch=32]
+evaluate: {{together: true, statistics: false, batch: 64}}
+"""
+
+
+def test_any_job_is_a_cell(tmp_path: Path, here: Here) -> None:
+    """Pre-training, probing, and fine-tuning from what was pre-trained, evaluated together."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(PRETRAINING)
+    out = tmp_path / "out"
+    assert compare(path, "--out", out) == 0
+    assert here.names == [
+        *("models/mae/seed0", "models/mae/seed1", "models/mae_mto/seed1", "models/labels/seed0"),
+        *("models/labels/seed1", "models/labels_mae/seed1", "models/read/seed0", "together/eval"),
+    ]
+    report = Results.load(out / "report.json", "foveate compare")
+    table = report.table
+    assert report.about["like"] == {"mae_mto": "mae"}
+    curve = select(table, part="probe", metric="linear", run="mae", seed=1)
+    logged = read_metrics(out / "models/mae/seed1/metrics.csv")
+    scores = [float(line["probe/linear"]) for line in logged if line.get("probe/linear")]
+    assert curve["at"].tolist() == [1, 2, 3] and curve["value"].tolist() == scores
+    layers = select(table, part="layers", metric="heterogeneity", run="mae_mto")
+    assert layers["at"].tolist() == [0, 1, 2]  # of a decoder of two blocks
+    read = json.loads((out / "models/read/seed0/result.json").read_text())
+    assert one(table, "linear", part="probe", run="read") == read["linear"]
+    # RAUC of the seed that both have, or the reason why there is none.
+    found = select(table, part="rauc", method="probe/linear")
+    if "rauc" in set(found["metric"]):
+        other = select(table, part="probe", metric="linear", run="mae_mto")
+        curves = [dict(zip(c["at"], c["value"], strict=True)) for c in (curve, other)]
+        assert one(found, "rauc", seed=1) == pytest.approx(rauc(*curves))
+        assert one(found, "mean_curves") == pytest.approx(one(found, "rauc"))  # of one seed
+    else:
+        note = "mae_mto over mae, probe/linear, seed 1: the base gains nothing"
+        assert any(text.startswith(note) for text in report.about["notes"])
+    assert set(select(table, metric="top1")["run"]) == {"labels", "labels_mae"}
+    page = (out / "report.md").read_text()
+    for words in ("## Linear probe on frozen features", "## Heterogeneity of hidden tokens"):
+        assert words in page
+    assert {"probe.svg", "layers.svg"} <= {path.name for path in out.glob("*.svg")}
+    here.names.clear()
+    assert compare(path, "--out", out) == 0 and here.names == []
+
+
+def test_the_comparisons_of_pretraining_ask_for_what_they_did(tmp_path: Path) -> None:
+    path = configs.find_recipe("compare", "pretraining_part")
+    comparison = configs.read(Comparison, path)
+    cells = make_cells(comparison, tmp_path)
+    jobs = Counter(cell.work.job for cell in cells.values())
+    # MAE: 5 arms; SimMIM: 2 of three seeds and 3 of one; labels: 5 starts.
+    assert jobs == {"pretrain": 5 * 3 + 2 * 3 + 3, "finetune": 5 * 3, "evaluate": 5 * 3}
+    paper = cells["models/mae_mto_paper/seed2"].work.settings
+    assert paper.mto.direction == "as_printed" and paper.loop.epochs == 16
+    raw = cells["models/simmim_mto_raw/seed0"].work.settings
+    assert (raw.method, raw.mto.similarity, raw.loop.seed) == ("simmim", "raw", 0)
+    labels = cells["models/labels_mae_mto/seed1"]
+    assert labels.work.settings.model.start == str(tmp_path.resolve() / "models/mae_mto/seed1")
+    assert labels.needs == ("models/mae_mto/seed1",) and labels.work.settings.data.limit == 150
+    assert comparison.root("mae_mto_raw") == "mae"
+
+
+def test_several_processes_are_started_by_torchrun(tmp_path: Path) -> None:
+    config = configs.read(Comparison, write_config(tmp_path), ["resources.processes=2"])
+    cells = make_cells(config, tmp_path / "out")
+    together = {name: cell.processes for name, cell in cells.items()}
+    assert set(together.values()) == {1, 2}
+    assert all(number == (1 if name.endswith("/eval") else 2) for name, number in together.items())
+    words = launch.prepare(cells["models/base/seed0"]).command
+    assert words[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    assert words[5:7] == ["-m", "foveate.measure.cell"]
+    alone = launch.prepare(cells["models/base/seed0/eval"]).command
+    assert alone[1:3] == ["-m", "foveate.measure.cell"]
+    log = tmp_path / "log.txt"
+    log.write_text(
+        "of an earlier start\nno space left\n"
+        "E1126 14:13:27.603000 8123 torch/distributed/elastic/multiprocessing/api.py:1002] failed\n"
+        "Traceback (most recent call last):\n=====\n"
+    )
+    assert launch._last_words(log, 20, 1) == "no space left (exit code 1)"
+
+
+def test_what_an_earlier_version_trained_is_done(config: Path, out: Path, here: Here) -> None:
+    """Run folders stay finished cells; what was measured in another form is measured again."""
+    path = out / "models/base/seed0/eval.json"
+    path.write_text('{"format": 1, "entries": [], "settings": {"asked": {}, "of": ""}}')
+    assert compare(config, "--out", out) == 0
+    assert here.names == ["models/base/seed0/eval"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("models.labels_mae.seeds=[0]", "starts from mae_mto, which has no seed 0"),
+        ("models.mae.variants=[evit]", "has no classes: leave variants out"),
+        ("models.mae_mto.like=maee", "did you mean 'mae'"),
+        ("models.read.settings=[epoch=2]", "did you mean 'epochs'"),
+    ],
+)
+def test_mistakes_about_other_jobs(
+    change: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(PRETRAINING)
+    assert compare(path, change, "--out", tmp_path / "out") == 2
+    assert words in capsys.readouterr().err
