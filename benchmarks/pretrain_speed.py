@@ -25,7 +25,7 @@ from torch import Tensor
 
 from foveate.bench import machine
 from foveate.bench.timing import measure
-from foveate.pretrain import Hiding, Mto, make_method, mto_losses
+from foveate.mim import Hiding, Mto, make_method, mto_losses
 from foveate.train.draws import Draws
 from foveate.train.task import total
 

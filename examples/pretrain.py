@@ -11,7 +11,7 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from foveate.data import fashion_mnist_mini, normalise
-from foveate.pretrain import (
+from foveate.mim import (
     Hiding,
     Mask,
     MaskedImageModel,
@@ -21,8 +21,8 @@ from foveate.pretrain import (
     mto_losses,
     register,
 )
-from foveate.pretrain.layers import measure_layers
-from foveate.pretrain.targets import patchify
+from foveate.mim.layers import measure_layers
+from foveate.mim.targets import patchify
 from foveate.train.draws import Draws
 
 

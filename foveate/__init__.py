@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from foveate.convert import load, save
     from foveate.core import Schedule
     from foveate.facts import count, describe
-    from foveate.jobs import finetune, pretrain, probe, reduce
+    from foveate.jobs import evaluate, finetune, pretrain, probe, reduce
     from foveate.registry import list_methods
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "apply",
     "count",
     "describe",
+    "evaluate",
     "finetune",
     "list_methods",
     "load",
@@ -37,6 +38,7 @@ _HOMES = {
     "apply": "api",
     "count": "facts",
     "describe": "facts",
+    "evaluate": "jobs",
     "finetune": "jobs",
     "list_methods": "registry",
     "load": "convert",

@@ -12,6 +12,7 @@ import re
 import textwrap
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -139,6 +140,13 @@ def explain(cls: type, width: int = 96) -> str:
 
     group(cls, "")
     return "\n".join(lines)
+
+
+def recipe_class(job: str) -> type:
+    """The class whose fields are the settings of a job; the rooms above have it."""
+    room = "mim" if job == "pretrain" else "train"
+    found: type = getattr(import_module(f"foveate.{room}.recipe"), job.capitalize())
+    return found
 
 
 def list_recipes(job: str) -> list[str]:

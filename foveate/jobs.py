@@ -8,7 +8,7 @@ set of one's own) and groups of settings, as dictionaries or as the classes of
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,17 +16,21 @@ import timm
 from torch import nn
 
 from foveate import config
+from foveate.convert import open_base
 from foveate.core import ReducedViT, Reducer
-from foveate.pretrain.masks import Hiding
-from foveate.pretrain.mto import Mto
-from foveate.pretrain.recipe import Pretrain, Watch
-from foveate.pretrain.run import pretrain as run_pretrain
+from foveate.measure import Evaluation, Plan
+from foveate.measure import evaluate as run_evaluation
+from foveate.mim.masks import Hiding
+from foveate.mim.mto import Mto
+from foveate.mim.recipe import Pretrain, Watch
+from foveate.mim.run import pretrain as run_pretrain
+from foveate.registry import suggest
 from foveate.train import recipe as recipes
 from foveate.train.probe import probe as run_probe
 from foveate.train.result import Result
 from foveate.train.run import train
 
-__all__ = ["finetune", "pretrain", "probe", "reduce"]
+__all__ = ["evaluate", "finetune", "pretrain", "probe", "reduce"]
 
 _R = TypeVar("_R")
 Settings = Mapping[str, Any]
@@ -185,6 +189,44 @@ def probe(
     """
     made = _recipe(recipes.Probe, "probe", recipe, model, data, reading)
     return run_probe(made, _folder("probe", out))
+
+
+def evaluate(
+    model: str | Path | nn.Module | Mapping[str, Any],
+    data: Any = None,
+    methods: str | Sequence[str] = (),
+    **asked: Any,
+) -> Evaluation:
+    """Measure accuracy and multiply-adds of models, and of methods on them.
+
+    Args:
+        model: a name of timm, a path, or a module; or several of them by the names that tables
+            give them.
+        data: what ``foveate.data.open_source`` takes, or a data set of one's own; None is the part
+            of Fashion-MNIST that ships.
+        methods: to put on the models, such as "evit(keep=0.7)".
+        **asked: fields of ``foveate.measure.Plan``, such as split="val", batch=256,
+            occlusion=(0.5, 0.9), speed=(1, 32), device="cpu".
+
+    Returns:
+        A table of numbers (``table``), and how they came about (``about``).
+    """
+    given = model if isinstance(model, Mapping) else {_label(model): model}
+    models = {
+        name: one.eval() if isinstance(one, nn.Module) else open_base(str(one))
+        for name, one in given.items()
+    }
+    names = (methods,) if isinstance(methods, str) else tuple(methods)
+    known = {field.name for field in dataclasses.fields(Plan)}
+    for name in asked:
+        if name not in known:
+            raise ValueError(suggest("part of foveate.evaluate", name, sorted(known)))
+    spec = "fashion-mnist" if data is None else data
+    return run_evaluation(models, Plan(data=spec, methods=names, **asked))
+
+
+def _label(model: str | Path | nn.Module) -> str:
+    return type(model).__name__ if isinstance(model, nn.Module) else Path(str(model)).name
 
 
 # From what was given to a recipe ------------------------------------------------------------------

@@ -292,6 +292,7 @@ def test_the_public_names() -> None:
         "apply",
         "count",
         "describe",
+        "evaluate",
         "finetune",
         "list_methods",
         "load",

@@ -121,8 +121,8 @@ def _convert_pretraining(
     args: argparse.Namespace, settings: Settings, options: dict[str, Any]
 ) -> None:
     """Write both files of a pre-trained model."""
-    from foveate.pretrain.release import open_release
-    from foveate.pretrain.weights import rest_path, save_model
+    from foveate.mim.release import open_release
+    from foveate.mim.weights import rest_path, save_model
 
     _check_out(args.checkpoint, args.out, folder=False)
     model = open_release(args.checkpoint, settings, options)

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     from foveate.bench import machine
     from foveate.measure.look import Choices, look, sheet, write
     from foveate.measure.sheets import show, terminal
-    from foveate.pretrain.heterogeneity import Similarity
+    from foveate.mim.heterogeneity import Similarity
 
     choices = Choices(
         epochs=epochs,

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     if begun is None:
         return
     recipe, out = begun
-    from foveate.pretrain.run import pretrain
+    from foveate.mim.run import pretrain
 
     result = pretrain(recipe, out, resume=args.resume, say=print)
     if "model" not in result:  # not the first of several processes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -70,20 +69,13 @@ def _open_recipe(job: str, cls: type, args: argparse.Namespace) -> tuple[Any, Pa
     return config.read(cls, path, args.settings), args.out or Path("runs", f"{job}-{path.stem}")
 
 
-def recipe_class(job: str) -> type:
-    """The class whose fields are the settings of a job."""
-    room = "pretrain" if job == "pretrain" else "train"
-    found: type = getattr(import_module(f"foveate.{room}.recipe"), job.capitalize())
-    return found
-
-
 def _settings(job: str) -> str:
     """All settings of a job, as its recipes and its command line take them."""
     from foveate import config
 
     return (
         "settings, each with its default; a recipe writes them as YAML, a command line as "
-        f"key=value:\n{config.explain(recipe_class(job))}\n"
+        f"key=value:\n{config.explain(config.recipe_class(job))}\n"
     )
 
 
@@ -94,7 +86,7 @@ def begin(job: str, args: argparse.Namespace) -> tuple[Any, Path] | None:
         return None
     from foveate import config
 
-    recipe, out = _open_recipe(job, recipe_class(job), args)
+    recipe, out = _open_recipe(job, config.recipe_class(job), args)
     if args.print:
         print(config.dump(recipe), end="")
         return None

@@ -58,7 +58,7 @@ def _run(work: Work, folder: Path) -> None:
     elif _rank() == 0:
         path.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
     if work.job == "pretrain":
-        from foveate.pretrain.run import pretrain
+        from foveate.mim.run import pretrain
 
         pretrain(recipe, folder, resume=resume, progress=False)
     else:

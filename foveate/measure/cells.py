@@ -17,7 +17,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +84,7 @@ class Work:
     @property
     def recipe_class(self) -> type:
         """The class of the recipe of a training."""
-        return _recipe_class(self.job)
+        return config.recipe_class(self.job)
 
 
 @dataclass(frozen=True)
@@ -176,12 +175,6 @@ def plain(settings: Any) -> dict[str, Any]:
     return found
 
 
-def _recipe_class(job: str) -> type:
-    room = "pretrain" if job == "pretrain" else "train"
-    found: type = getattr(import_module(f"foveate.{room}.recipe"), job.capitalize())
-    return found
-
-
 def _classifies(comparison: Comparison, cell: Cell) -> bool:
     return cell.key.method is not None or comparison.entry(cell.key.model).classifies
 
@@ -245,7 +238,7 @@ def _training(
     if start is not None:
         settings.append(f"model.start={json.dumps(start)}")
     try:
-        read: Any = config.read(_recipe_class(job), config.find_recipe(job, recipe), settings)
+        read: Any = config.read(config.recipe_class(job), config.find_recipe(job, recipe), settings)
     except ValueError as error:
         raise ValueError(f"{key.folder}: {error}") from None
     together = 1 if probes else processes or comparison.resources.processes

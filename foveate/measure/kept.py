@@ -9,8 +9,8 @@ from typing import Any
 
 from foveate import config
 from foveate.files import read_json
-from foveate.pretrain.recipe import Pretrain
-from foveate.pretrain.weights import method_of, options_of, rest_path
+from foveate.mim.recipe import Pretrain
+from foveate.mim.weights import method_of, options_of, rest_path
 from foveate.train.recipe import Model
 
 __all__ = ["choose", "evenly", "locate", "name_files", "read_recipe", "weights_kept"]

@@ -29,15 +29,15 @@ from foveate.measure.kept import choose, evenly, locate, name_files, read_recipe
 from foveate.measure.sheets import Sheet
 from foveate.measure.style import save
 from foveate.measure.table import Results, frame, rows
-from foveate.pretrain.build import make_masked_model
-from foveate.pretrain.heterogeneity import Similarity
-from foveate.pretrain.layers import ALARM, affinity, collapsing, measure_images, tokens_of
-from foveate.pretrain.masks import Mask
-from foveate.pretrain.method import MaskedImageModel, States, make_method
-from foveate.pretrain.recipe import Pretrain
-from foveate.pretrain.reconstructions import picture, some_images
-from foveate.pretrain.task import fixed_mask
-from foveate.pretrain.weights import load_weights
+from foveate.mim.build import make_masked_model
+from foveate.mim.heterogeneity import Similarity
+from foveate.mim.layers import ALARM, affinity, collapsing, measure_images, tokens_of
+from foveate.mim.masks import Mask
+from foveate.mim.method import MaskedImageModel, States, make_method
+from foveate.mim.recipe import Pretrain
+from foveate.mim.reconstructions import picture, some_images
+from foveate.mim.task import fixed_mask
+from foveate.mim.weights import load_weights
 from foveate.train.build import open_start
 from foveate.train.images import image_inputs
 

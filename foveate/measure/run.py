@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from foveate.bench.timing import LEAST_ROUNDS
 from foveate.core import ReducedViT
 from foveate.core.schedule import check_choice
 from foveate.data import Inputs, Loader, Source, device_batches, limited, open_images
+from foveate.data.sources.datasets import describe
 from foveate.measure.accuracy import PRECISIONS, Batch, costs, drops, name_of, rate_of
 from foveate.measure.occlusion import check_ratios, check_seeds, occlusion
 from foveate.measure.pruning import check_rates, pruning
@@ -37,7 +39,7 @@ class Plan:
     Accuracy and multiply-adds are always measured: of every dense model and every method on it.
 
     Attributes:
-        data: as ``foveate.data.open_source`` takes it.
+        data: as ``foveate.data.open_source`` takes it, data sets of one's own too.
         split: "train", "val", "test" or "all"; None takes the first that there is of "test", "val"
             and "all".
         val_share: share that training held out, for "val" of data that have no such split.
@@ -60,7 +62,7 @@ class Plan:
         seed: of new parameters, and of the order within rounds.
     """
 
-    data: str
+    data: Any
     split: str | None = None
     val_share: float = 0.1
     split_seed: int = 0
@@ -155,7 +157,9 @@ def evaluate(
 
 def _record(plan: Plan) -> dict[str, Any]:
     """Return the plan as JSON has it, with seeds instead of their number."""
-    found = asdict(plan)
+    found = {one.name: getattr(plan, one.name) for one in fields(plan)}
+    if not isinstance(plan.data, (str, Path)):
+        found["data"] = describe(plan.data)
     found["mask_seeds"] = list(check_seeds(plan.mask_seeds))
     return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
 

@@ -20,13 +20,13 @@ from foveate.measure import Results, one, select
 from foveate.measure import look as looking
 from foveate.measure.kept import evenly
 from foveate.measure.look import Choices, Report, look
-from foveate.pretrain.build import make_masked_model
-from foveate.pretrain.heterogeneity import Similarity, heterogeneity, visible_cosine
-from foveate.pretrain.layers import ALARM, affinity
-from foveate.pretrain.recipe import Pretrain
-from foveate.pretrain.run import pretrain
-from foveate.pretrain.task import fixed_mask
-from foveate.pretrain.weights import load_weights
+from foveate.mim.build import make_masked_model
+from foveate.mim.heterogeneity import Similarity, heterogeneity, visible_cosine
+from foveate.mim.layers import ALARM, affinity
+from foveate.mim.recipe import Pretrain
+from foveate.mim.run import pretrain
+from foveate.mim.task import fixed_mask
+from foveate.mim.weights import load_weights
 from foveate.train.logs import read_metrics
 
 TREE: dict[str, Any] = {

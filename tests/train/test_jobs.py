@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 import foveate
 from foveate.data import DatasetSource, fashion_mnist_mini, normalise
-from foveate.jobs import pretrain
+from foveate.measure import select
 from foveate.train import recipe as recipes
 
 QUIET: dict[str, Any] = {"progress": False, "say": lambda _: None}
@@ -240,7 +240,7 @@ def test_a_result() -> None:
 def test_pretrain_and_probe() -> None:
     tiny = {"name": MODEL["name"], "options": MODEL["options"]}
     images = [Clothes(0, 64)[i][0] for i in range(64)]
-    done = pretrain(
+    done = foveate.pretrain(
         tiny,
         {"train": images, "val": "none", "batch": 16},
         options={"decoder_width": 32, "decoder_depth": 2},
@@ -255,3 +255,23 @@ def test_pretrain_and_probe() -> None:
         epochs=2,
     )
     assert read["images"] == {"all": 100, "train": 200} and read["knn"] > 25  # chance is 10
+
+
+def test_evaluate() -> None:
+    """A model and a data set of one's own, with a method: what a count by hand gives."""
+    model, images = small_model(), Clothes(0, 100, "floats")
+    before = model.training
+    found = foveate.evaluate(model, images, "evit(keep=0.5)", batch=32, device="cpu")
+    x = torch.stack([images[i][0] for i in range(100)])
+    reduced = foveate.apply(model, "evit(keep=0.5)")
+    for method, one in (("", model), ("evit(keep=0.5)", reduced)):
+        with torch.no_grad():
+            right = (one.eval()(x).argmax(1) == torch.tensor(images.labels)).float().mean()
+        rows = select(found.table, part="accuracy", metric="top1", method=method)
+        assert rows["value"].tolist() == [pytest.approx(100 * float(right))]
+        assert rows["run"].tolist() == ["VisionTransformer"]
+    assert found.about["settings"]["data"] == "Clothes (100 items)" and before
+    with pytest.raises(
+        ValueError, match="part of foveate.evaluate 'bach'; did you mean 'b"
+    ):
+        foveate.evaluate(model, images, bach=3)

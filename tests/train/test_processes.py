@@ -132,7 +132,7 @@ def _impatient(rank: int, port: int, job: list[str]) -> None:
 
     from lightning.pytorch.strategies import ddp
 
-    from foveate.pretrain.callbacks import LayerLog
+    from foveate.mim.callbacks import LayerLog
 
     wait, original = timedelta(seconds=8), LayerLog.act
     ddp._init_dist_connection = functools.partial(_connect, ddp._init_dist_connection, wait)

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from foveate.data import Source
 from foveate.files import write_whole
-from foveate.pretrain.build import open_watched
-from foveate.pretrain.layers import ALARM, collapsing, measure_layers
-from foveate.pretrain.method import MaskedImageModel
-from foveate.pretrain.recipe import Pretrain
-from foveate.pretrain.reconstructions import picture, some_images
-from foveate.pretrain.task import PretrainTask, fixed_mask
-from foveate.pretrain.weights import save_model
+from foveate.mim.build import open_watched
+from foveate.mim.layers import ALARM, collapsing, measure_layers
+from foveate.mim.method import MaskedImageModel
+from foveate.mim.recipe import Pretrain
+from foveate.mim.reconstructions import picture, some_images
+from foveate.mim.task import PretrainTask, fixed_mask
+from foveate.mim.weights import save_model
 from foveate.train.module import Module
 from foveate.train.probe import Watched, read
 from foveate.train.run import Loaders

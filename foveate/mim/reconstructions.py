@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from foveate.data import Inputs, Source
-from foveate.pretrain.masks import Mask
-from foveate.pretrain.method import MaskedImageModel
+from foveate.mim.masks import Mask
+from foveate.mim.method import MaskedImageModel
 
 __all__ = ["picture", "some_images"]
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from train.runs import DATA, LOOP, MODEL, _plant, ended, start
 
 from foveate import config
-from foveate.pretrain import Mask, MaskedImageModel, make_method
-from foveate.pretrain.recipe import Pretrain
-from foveate.pretrain.run import pretrain
+from foveate.mim import Mask, MaskedImageModel, make_method
+from foveate.mim.recipe import Pretrain
+from foveate.mim.run import pretrain
 
 GRID, PATCH, SIZE = (7, 7), (4, 4), 28
 SMALL: dict[str, Any] = {

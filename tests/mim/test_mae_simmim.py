@@ -31,12 +31,12 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from foveate.convert import Settings
-from foveate.pretrain import Hiding, Mask, MaskedImageModel, make_method, register
-from foveate.pretrain.mae import Decoder
-from foveate.pretrain.method import METHODS, Prediction, sincos_positions
-from foveate.pretrain.release import open_release
-from foveate.pretrain.targets import normalised, patchify, unpatchify
-from foveate.pretrain.task import PretrainTask
+from foveate.mim import Hiding, Mask, MaskedImageModel, make_method, register
+from foveate.mim.mae import Decoder
+from foveate.mim.method import METHODS, Prediction, sincos_positions
+from foveate.mim.release import open_release
+from foveate.mim.targets import normalised, patchify, unpatchify
+from foveate.mim.task import PretrainTask
 from foveate.train.optim import make_optimiser, parameter_groups
 from foveate.train.recipe import Optim
 

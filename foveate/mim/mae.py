@@ -13,8 +13,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from foveate.pretrain.masks import Mask
-from foveate.pretrain.method import (
+from foveate.mim.masks import Mask
+from foveate.mim.method import (
     MaskedImageModel,
     Prediction,
     States,
@@ -22,7 +22,7 @@ from foveate.pretrain.method import (
     sincos_positions,
     xavier,
 )
-from foveate.pretrain.targets import gathered, normalised, patchify, statistics
+from foveate.mim.targets import gathered, normalised, patchify, statistics
 
 __all__ = ["Decoder", "Mae"]
 

@@ -12,9 +12,9 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from foveate.pretrain.build import build
-from foveate.pretrain.callbacks import own_callbacks
-from foveate.pretrain.recipe import Pretrain
+from foveate.mim.build import build
+from foveate.mim.callbacks import own_callbacks
+from foveate.mim.recipe import Pretrain
 from foveate.train.result import Result
 from foveate.train.run import fit
 

@@ -11,9 +11,9 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from foveate.pretrain.masks import Mask
-from foveate.pretrain.method import MaskedImageModel, Prediction, States, register
-from foveate.pretrain.targets import patchify
+from foveate.mim.masks import Mask
+from foveate.mim.method import MaskedImageModel, Prediction, States, register
+from foveate.mim.targets import patchify
 
 __all__ = ["Simmim"]
 

@@ -10,8 +10,8 @@ import torch
 from masked_models import method, recipe, run
 from torch import nn
 
-from foveate.pretrain import Hiding
-from foveate.pretrain.task import PretrainTask
+from foveate.mim import Hiding
+from foveate.mim.task import PretrainTask
 from foveate.train.logs import read_metrics
 from foveate.train.optim import Rates, parameter_groups
 from foveate.train.recipe import Optim

@@ -15,7 +15,7 @@ from small import noise
 from torch import Tensor, nn
 
 from foveate import config
-from foveate.pretrain import (
+from foveate.mim import (
     Hiding,
     Mask,
     MaskedImageModel,
@@ -25,19 +25,19 @@ from foveate.pretrain import (
     mto_losses,
     register,
 )
-from foveate.pretrain.heterogeneity import (
+from foveate.mim.heterogeneity import (
     SIMILARITIES,
     Similarity,
     entropy,
     heterogeneity,
     visible_cosine,
 )
-from foveate.pretrain.mae import Decoder
-from foveate.pretrain.method import METHODS
-from foveate.pretrain.mto import PRESETS
-from foveate.pretrain.recipe import Pretrain
-from foveate.pretrain.targets import gathered, patchify
-from foveate.pretrain.task import PretrainTask
+from foveate.mim.mae import Decoder
+from foveate.mim.method import METHODS
+from foveate.mim.mto import PRESETS
+from foveate.mim.recipe import Pretrain
+from foveate.mim.targets import gathered, patchify
+from foveate.mim.task import PretrainTask
 from foveate.train.draws import Draws
 from foveate.train.task import total
 

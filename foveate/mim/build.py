@@ -11,10 +11,10 @@ from torch import nn
 
 from foveate.backbones import backbone_for
 from foveate.data import Splits
-from foveate.pretrain.method import MaskedImageModel, make_method
-from foveate.pretrain.recipe import Pretrain
-from foveate.pretrain.task import PretrainTask
-from foveate.pretrain.weights import load_rest, load_weights, method_of, rest_path
+from foveate.mim.method import MaskedImageModel, make_method
+from foveate.mim.recipe import Pretrain
+from foveate.mim.task import PretrainTask
+from foveate.mim.weights import load_rest, load_weights, method_of, rest_path
 from foveate.train.build import make_model, open_data
 from foveate.train.probe import Watched
 from foveate.train.recipe import Data, Model

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from foveate.convert import Settings, open_model
 from foveate.convert.read import read
-from foveate.pretrain.mae import Mae
-from foveate.pretrain.method import MaskedImageModel, make_method
-from foveate.pretrain.weights import fill
+from foveate.mim.mae import Mae
+from foveate.mim.method import MaskedImageModel, make_method
+from foveate.mim.weights import fill
 
 __all__ = ["open_release"]
 

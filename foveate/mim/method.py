@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from foveate.backbones import TimmBeit, TimmViT, backbone_for
-from foveate.pretrain.masks import Mask
-from foveate.pretrain.targets import unpatchify
+from foveate.mim.masks import Mask
+from foveate.mim.targets import unpatchify
 from foveate.registry import suggest
 
 __all__ = ["METHODS", "MaskedImageModel", "Prediction", "States", "make_method", "register"]

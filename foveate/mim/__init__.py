@@ -1,16 +1,16 @@
 """Pre-training by masked image modelling: MAE and SimMIM, with masked token optimisation."""
 
-from foveate.pretrain.mae import Mae
-from foveate.pretrain.masks import Hiding, Mask
-from foveate.pretrain.method import (
+from foveate.mim.mae import Mae
+from foveate.mim.masks import Hiding, Mask
+from foveate.mim.method import (
     MaskedImageModel,
     Prediction,
     States,
     make_method,
     register,
 )
-from foveate.pretrain.mto import Mto, mto_losses
-from foveate.pretrain.simmim import Simmim
+from foveate.mim.mto import Mto, mto_losses
+from foveate.mim.simmim import Simmim
 
 __all__ = [
     "Mae",

@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from foveate.core.schedule import check_choice
-from foveate.pretrain.heterogeneity import SIMILARITIES, Similarity, entropy, heterogeneity
-from foveate.pretrain.masks import Mask
-from foveate.pretrain.method import States
-from foveate.pretrain.targets import gathered
+from foveate.mim.heterogeneity import SIMILARITIES, Similarity, entropy, heterogeneity
+from foveate.mim.masks import Mask
+from foveate.mim.method import States
+from foveate.mim.targets import gathered
 
 __all__ = ["PRESETS", "Mto", "mto_losses"]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from small import noise
 
-from foveate.pretrain.targets import gathered, normalised, patchify, statistics, unpatchify
+from foveate.mim.targets import gathered, normalised, patchify, statistics, unpatchify
 
 
 @pytest.mark.parametrize(

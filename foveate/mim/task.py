@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
-from foveate.pretrain.masks import Hiding, Mask
-from foveate.pretrain.method import MaskedImageModel
-from foveate.pretrain.mto import Mto, mto_losses
-from foveate.pretrain.weights import save_model
+from foveate.mim.masks import Hiding, Mask
+from foveate.mim.method import MaskedImageModel
+from foveate.mim.mto import Mto, mto_losses
+from foveate.mim.weights import save_model
 from foveate.train.draws import Draws
 from foveate.train.images import ImageTask
 from foveate.train.recipe import Data

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from foveate.data.splits import NONE
-from foveate.pretrain.masks import Hiding
-from foveate.pretrain.mto import Mto
+from foveate.mim.masks import Hiding
+from foveate.mim.mto import Mto
 from foveate.train.recipe import Model, Reading, Recipe
 
 __all__ = ["Pretrain", "Watch"]

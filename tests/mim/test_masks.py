@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from foveate.pretrain import Hiding, Mask
+from foveate.mim import Hiding, Mask
 from foveate.train.draws import Draws
 
 P16 = (16, 16)

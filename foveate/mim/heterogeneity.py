@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.core.schedule import check_choice
-from foveate.pretrain.masks import Mask
-from foveate.pretrain.targets import gathered
+from foveate.mim.masks import Mask
+from foveate.mim.targets import gathered
 
 __all__ = ["SIMILARITIES", "Similarity", "entropy", "heterogeneity", "visible_cosine"]
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from foveate.pretrain.heterogeneity import Similarity, heterogeneity, visible_cosine
-from foveate.pretrain.masks import Mask
-from foveate.pretrain.method import MaskedImageModel, States
-from foveate.pretrain.targets import gathered
+from foveate.mim.heterogeneity import Similarity, heterogeneity, visible_cosine
+from foveate.mim.masks import Mask
+from foveate.mim.method import MaskedImageModel, States
+from foveate.mim.targets import gathered
 
 __all__ = [
     "ALARM",

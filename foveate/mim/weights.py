@@ -18,7 +18,7 @@ from foveate.backbones import TimmBeit, expand_position_bias, shared_position_bi
 from foveate.backbones.timm_beit import SHARED_BIAS
 from foveate.convert import save_plain
 from foveate.files import write_whole
-from foveate.pretrain.method import MaskedImageModel
+from foveate.mim.method import MaskedImageModel
 
 __all__ = [
     "fill",
