@@ -177,7 +177,7 @@ def test_a_cell_is_done_by_one_process_at_a_time(
 SMALL = "{img_size: 28, patch_size: 7, in_chans: 1, embed_dim: 32, depth: 2, num_heads: 2}"
 PRETRAINING = f"""
 seeds: [0, 1]
-settings: [data.limit=64, data.val_limit=64, data.batch=32, loop.loggers=[],
+settings: [data.limit=64, data.val_limit=64, data.batch=32, "loop.loggers=[]",
   "model.options={SMALL}"]
 models:
   mae:
