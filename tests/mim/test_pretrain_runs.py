@@ -129,7 +129,8 @@ def test_a_recipe_runs(name: str, tmp_path: Path) -> None:
     assert result["loss"] > 0
     assert ("probe/linear" in result) == (found.probe.data is not None)
     rows = [row for row in read_metrics(tmp_path / "metrics.csv") if "train/loss" in row]
-    assert len(rows) == 2 and all(0 < float(row["train/loss"]) < 100 for row in rows)
+    # The hidden patches' spread, or what is left of it: neither learnt in two steps nor exploding.
+    assert len(rows) == 2 and all(0.1 < float(row["train/pixel"]) < 5 for row in rows)
     assert ("train/mto_r" in rows[1]) == (found.mto is not None)
     assert all(bool(value.isfinite().all()) for value in whole_state(tmp_path).values())
 
@@ -188,7 +189,8 @@ def test_a_whole_run(
     assert "heterogeneity/03" not in {key for row in rows for key in row}
     curve = [float(row["probe/knn"]) for row in rows if "probe/knn" in row]
     assert curve[-1] == pytest.approx(result["probe/knn"], rel=1e-5)
-    assert 0 <= result["probe/linear"] <= 100
+    read = [float(row["probe/linear"]) for row in rows if "probe/linear" in row]
+    assert read[-1] == pytest.approx(result["probe/linear"], rel=1e-5)
     assert [row["epoch"] for row in rows if "val/loss_ema" in row] == ["0", "1", "2"]
     steps = [row for row in rows if "train/loss" in row]
     assert len(steps) == 12

@@ -271,7 +271,23 @@ def test_evaluate() -> None:
         assert rows["value"].tolist() == [pytest.approx(100 * float(right))]
         assert rows["run"].tolist() == ["VisionTransformer"]
     assert found.about["settings"]["data"] == "Clothes (100 items)" and before
-    with pytest.raises(
-        ValueError, match="part of foveate.evaluate 'bach'; did you mean 'b"
-    ):
+    with pytest.raises(ValueError, match="part of foveate.evaluate 'bach'; did you mean 'b"):
         foveate.evaluate(model, images, bach=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["", "dynamicvit(keep=0.5)"])
+def test_compiled_steps_are_the_same(method: str) -> None:
+    weights = []
+    for compiled in (False, True):
+        loop = {**LOOP, "max_steps": 3, "compile": compiled}
+        options = {"optim": {"name": "sgd", "lr": 0.1}, "loop": loop, "out": str(compiled)}
+        if method:
+            losses = {"kl": 0.0, "token": 0.0}
+            argmax = method.replace(")", ", gate='argmax')")
+            done = foveate.reduce(small_model(), argmax, DATA, weights=losses, **options, **QUIET)
+        else:
+            done = foveate.finetune(small_model(), DATA, **options, **QUIET)
+        weights.append(exported(done.path))
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, rtol=1e-3, atol=1e-5, msg=key)

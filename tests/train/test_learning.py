@@ -1,0 +1,107 @@
+"""Each job learns on images that ship: far above chance, on images that it was not trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import DATA, LOOP, MODEL
+
+import foveate
+from foveate.data import open_images
+from foveate.measure import one
+
+QUIET: dict[str, Any] = {"progress": False, "say": lambda _: None}
+IMAGES = {**DATA, "batch": 50, "val_batch": 250, "limit": 500, "val_limit": 250}
+WARM = {"lr": 8e-3, "warmup_epochs": 1, "clip": 1.0}
+CHANCE = 10.0
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Eight epochs on 500 images, from scratch."""
+    out = tmp_path_factory.mktemp("base") / "run"
+    loop = {**LOOP, "epochs": 8, "check_every": 8}
+    return foveate.finetune(dict(MODEL), IMAGES, optim=WARM, loop=loop, out=out, **QUIET)
+
+
+def test_finetune(base: Any) -> None:
+    assert base["accuracy"] > CHANCE + 25
+    losses = base.history["train/loss"].dropna()
+    assert losses.iloc[-10:].mean() < 0.85 * losses.iloc[:10].mean()
+
+
+def test_masked_finetuning_with_a_teacher(base: Any, tmp_path: Path) -> None:
+    """Half of the patches hidden: the base loses more than what was trained for it."""
+    done = foveate.finetune(
+        base.path,
+        IMAGES,
+        masking={"ratios": [0.5, 0.75]},
+        distill={"kind": "soft"},
+        optim={"lr": 2e-3, "clip": 1.0},
+        loop={**LOOP, "epochs": 6, "check_every": 6},
+        out=tmp_path / "masked",
+        **QUIET,
+    )
+    assert done["accuracy"] > CHANCE + 20
+    asked: dict[str, Any] = {"split": "val", "occlusion": (0.75,), "limit": 250, "device": "cpu"}
+    models = {"base": base.path, "masked": done.path}
+    table = foveate.evaluate(models, "fashion-mnist", **asked).table
+    means = table[(table["part"] == "occlusion") & (table["metric"] == "top1")]
+    means = means.groupby("run")["value"].mean()
+    assert means["masked"] > means["base"] + 3
+
+
+def test_reduce(tmp_path: Path) -> None:
+    """Gates begin by keeping patches at random; trained ones choose better for the demo's model."""
+    asked: dict[str, Any] = {"split": "val", "limit": 250, "device": "cpu"}
+    method = "dynamicvit(keep=0.3)"
+    before = foveate.evaluate("demo", "fashion-mnist", method, **asked).table
+    start = one(before, "top1", part="accuracy", method=method)
+    done = foveate.reduce(
+        "demo",
+        method,
+        {**IMAGES, "limit": 300},
+        optim={"lr": 5e-3, "backbone_scale": 0.1, "clip": 1.0},
+        loop={**LOOP, "epochs": 2, "check_every": 2},
+        out=tmp_path / "gates",
+        **QUIET,
+    )
+    assert done["accuracy"] > start + 3 and done["accuracy"] > CHANCE + 40
+
+
+def test_pretrain_and_probe(tmp_path: Path) -> None:
+    """Hidden patches are predicted better than by their mean, which has a loss of one."""
+    done = foveate.pretrain(
+        dict(MODEL),
+        {**IMAGES, "limit": 1000},
+        options={"decoder_width": 32, "decoder_depth": 1, "norm_pix": True},
+        optim={"lr": 5e-3, "warmup_epochs": 1},
+        loop={**LOOP, "epochs": 6, "check_every": 6},
+        out=tmp_path / "mae",
+        **QUIET,
+    )
+    assert done["loss"] < 0.9
+    read = foveate.probe(
+        done.path,
+        IMAGES,
+        feature="avg",
+        neighbours=10,
+        epochs=60,
+        batch=50,
+        lr=2.0,
+        out=tmp_path / "read",
+    )
+    assert read["knn"] > CHANCE + 25 and read["linear"] > CHANCE + 25
+
+
+def test_predict_says_what_was_learnt(base: Any) -> None:
+    from PIL import Image
+
+    source = open_images("fashion-mnist", "test")
+    pictures = [Image.fromarray(source.image(i)[..., 0]) for i in range(0, 2000, 20)]
+    found = foveate.predict(base.path, pictures, top=1, device="cpu")
+    names = source.classes or ()
+    right = sum(record.labels[0] == names[source.label(20 * i)] for i, record in enumerate(found))
+    assert right > 35  # of 100; the labels are the names of the set's classes
