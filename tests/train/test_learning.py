@@ -88,9 +88,9 @@ def test_pretrain_and_probe(tmp_path: Path) -> None:
         IMAGES,
         feature="avg",
         neighbours=10,
-        epochs=60,
+        epochs=200,
         batch=50,
-        lr=2.0,
+        lr=20.0,
         out=tmp_path / "read",
     )
     assert read["knn"] > CHANCE + 25 and read["linear"] > CHANCE + 25
