@@ -120,7 +120,8 @@ class Splits:
                 f"(share {share:g}, seed {seed})"
             )
         elif self.val is not None:
-            parts.append(f"{len(self.val)} for validation of {self.val.spec} ({self.val.split})")
+            split = "" if self.val.split == WHOLE else f" ({self.val.split})"
+            parts.append(f"{len(self.val)} for validation of {self.val.spec}{split}")
         parts.append("no test images" if self.test is None else f"{len(self.test)} test images")
         return "; ".join(parts)
 

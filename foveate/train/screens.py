@@ -47,7 +47,8 @@ def _name(recipe: Any, model: torch.nn.Module) -> str:
     if wanted is None:
         return type(model).__name__
     if not wanted.name:
-        return f"the model of {wanted.origin}"
+        given = isinstance(wanted.start, torch.nn.Module)
+        return f"a {wanted.origin} that was given" if given else f"the model of {wanted.origin}"
     return f"{wanted.name} from {wanted.origin}" if wanted.start else str(wanted.name)
 
 

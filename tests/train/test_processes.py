@@ -114,7 +114,7 @@ def test_a_long_look_stalls_nobody(tmp_path: Path) -> None:
     tree = {
         "model": MODEL,
         "data": {**DATA, "batch": 16},
-        "loop": {**LOOP, "epochs": 2},
+        "loop": {**LOOP, "epochs": 1},
         "options": {"decoder_width": 32, "decoder_depth": 1},
         "layers_every": 1,
     }
@@ -123,7 +123,7 @@ def test_a_long_look_stalls_nobody(tmp_path: Path) -> None:
     port = free_port()
     processes = [start(_impatient, rank, port, job) for rank in (0, 1)]
     assert [ended(process) for process in processes] == [0, 0]
-    assert json.loads((tmp_path / "run/result.json").read_text())["updates"] == 4
+    assert json.loads((tmp_path / "run/result.json").read_text())["updates"] == 2
 
 
 def _impatient(rank: int, port: int, job: list[str]) -> None:
@@ -134,11 +134,11 @@ def _impatient(rank: int, port: int, job: list[str]) -> None:
 
     from foveate.mim.callbacks import LayerLog
 
-    wait, original = timedelta(seconds=8), LayerLog.act
+    wait, original = timedelta(seconds=6), LayerLog.act
     ddp._init_dist_connection = functools.partial(_connect, ddp._init_dist_connection, wait)
 
     def act(self: LayerLog, *arguments: Any) -> None:
-        time.sleep(16)
+        time.sleep(12)
         original(self, *arguments)
 
     LayerLog.act = act  # type: ignore[method-assign]

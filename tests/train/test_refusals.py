@@ -59,10 +59,12 @@ def test_a_run_that_is_stopped_says_so(
     monkeypatch.setattr(FinetuneTask, "training_step", forward)
     # A shell's background job ignores Ctrl-C, and the tests may be one.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    other = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # libraries that other tests use set one
     try:
         with pytest.raises(SystemExit) as stop:
             run(finetune("loop.epochs=5", "loop.save_every=1"), tmp_path / "run")
     finally:
+        signal.signal(signal.SIGTERM, other)
         signal.signal(signal.SIGINT, before)  # which Lightning ignores from then on
     assert stop.value.code == code
     assert f"stopped; --resume {tmp_path / 'run'} goes on" in caplog.text
