@@ -70,7 +70,7 @@ class Pictures(Callback):
     def __init__(self, folder: Path, every: int, source: Source, number: int = 4) -> None:
         self.folder, self.every = folder, every
         self._images: dict[str, Image.Image] = {}
-        if isinstance(source.image(0), Tensor):
+        if source.finished:
             raise ValueError(
                 f"loop.pictures_every draws on pictures, and {source.spec} gives tensors: leave it "
                 "out"

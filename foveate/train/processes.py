@@ -9,7 +9,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from foveate.train.recipe import Loop
 
-__all__ = ["processes", "processes_here"]
+__all__ = ["processes"]
 
 
 def processes(loop: Loop, device: str) -> tuple[int, int]:
@@ -33,12 +33,6 @@ def processes(loop: Loop, device: str) -> tuple[int, int]:
         what = "GPUs" if device == "cuda" else "processor cores"
         raise ValueError(f"loop.devices={asked} is more than the {there} {what} of this machine")
     return asked, loop.num_nodes
-
-
-def processes_here() -> int:
-    """How many processes of this run share this machine, as far as they know by now."""
-    started = _started()
-    return 1 if started is None else started[1]
 
 
 def _started() -> tuple[str, int, int] | None:

@@ -45,7 +45,7 @@ from foveate.train.checkpoints import Checkpoints, WholeFiles, any_checkpoint, n
 from foveate.train.logs import MetricsFile
 from foveate.train.module import Module
 from foveate.train.optim import updates_of
-from foveate.train.processes import processes, processes_here
+from foveate.train.processes import processes
 from foveate.train.result import Result
 from foveate.train.screens import first_screen
 from foveate.train.sharded import Sharded, gathered
@@ -193,6 +193,7 @@ def make_loaders(
     """Batches as the task makes them, for one of several processes."""
     data = recipe.data
     training, evaluation = task.transforms()
+    here, _ = processes(recipe.loop, _device(recipe.loop))
 
     def load(source: Source, transform: Transform, batch: int, **options: Any) -> Loader:
         if source.finished:  # what does not fit is said before the first step
@@ -202,7 +203,7 @@ def make_loaders(
                 raise ValueError(f"{source.name(0)} {error}") from None
         workers = data.workers
         if workers is None:
-            workers = usual_workers(source, processes_here())
+            workers = usual_workers(source, here)
         return Loader(
             source,
             transform,
@@ -326,9 +327,7 @@ def _check_space(out: Path, task: Task, keep: int) -> None:
 def _trainer(recipe: recipes.Recipe, out: Path, progress: bool) -> Trainer:
     """Made first: it knows which process this is. Callbacks and loggers come later."""
     loop = recipe.loop
-    device = loop.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device(loop)
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("loop.device=cuda, and this machine has no GPU that torch can use")
     if loop.precision == "16-mixed" and device == "cpu":
@@ -366,6 +365,12 @@ def _trainer(recipe: recipes.Recipe, out: Path, progress: bool) -> Trainer:
         )
     except MisconfigurationException as error:
         raise ValueError(" ".join(str(error).split())) from error
+
+
+def _device(loop: recipes.Loop) -> str:
+    if loop.device != "auto":
+        return loop.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _loggers(loop: recipes.Loop, out: Path) -> list[Any]:
