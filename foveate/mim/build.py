@@ -31,7 +31,7 @@ def make_masked_model(recipe: Pretrain) -> MaskedImageModel:
     too; any other start is a ViT alone, and decoder or head begin anew.
     """
     start = recipe.model.start
-    path = None if start is None else _both(Path(start))
+    path = _both(Path(start)) if isinstance(start, str) else None
     if path is not None and (method := method_of(path)) != recipe.method:
         _log.warning("%s was pre-trained by %s: of that the ViT alone is taken", start, method)
         path = None

@@ -152,7 +152,8 @@ def _teacher(
             )
         teacher = copy.deepcopy(model)
     else:
-        teacher = open_start(path)
+        # A given module may be the model itself, and stays as it is.
+        teacher = copy.deepcopy(open_start(path))
     if isinstance(teacher, ReducedViT):
         raise ValueError(f"the teacher {path} has a method of its own; a dense model is needed")
     mine, its = backbone_for(model), backbone_for(teacher)

@@ -15,7 +15,7 @@ from torchmetrics import Metric
 
 from foveate.data import Loader
 from foveate.train.draws import Draws, seed_step
-from foveate.train.optim import Rates, make_optimiser, scaled, updates_of
+from foveate.train.optim import Rates, fix_parameters, make_optimiser, scaled, updates_of
 from foveate.train.recipe import Loop, Optim
 from foveate.train.sharded import Sharded, hold_whole, shard
 from foveate.train.task import Task, total
@@ -47,6 +47,7 @@ class Module(LightningModule):
     ) -> None:
         super().__init__()
         self.task, self.optim, self.loop = task, optim, loop
+        fix_parameters(task, optim)  # before processes agree on what has gradients
         self.mean: ModelEmaV3 | None = None
         if loop.ema is not None:
             self.mean = ModelEmaV3(

@@ -20,7 +20,7 @@ from torch import nn
 from foveate.train.recipe import Optim
 from foveate.train.task import Task
 
-__all__ = ["Rates", "make_optimiser", "parameter_groups", "scaled", "updates_of"]
+__all__ = ["Rates", "fix_parameters", "make_optimiser", "parameter_groups", "scaled", "updates_of"]
 
 
 # Positions and prefix tokens. timm's models name theirs, those of transformers do not.
@@ -44,7 +44,7 @@ def parameter_groups(task: Task, optim: Optim) -> list[dict[str, Any]]:
     ``frozen_epochs``; everything else, such as gates or a head beside it, at the full rate from the
     start. Groups say which they are in ``new``.
     """
-    _fix(task, optim)
+    fix_parameters(task, optim)
     backbone: Any = task.backbone
     if optim.layer_decay != 1 and not hasattr(backbone, "group_matcher"):
         raise ValueError(
@@ -160,7 +160,7 @@ def updates_of(epochs: float, batches: int, accumulate: int) -> int:
     return round(epochs * math.ceil(batches / accumulate))
 
 
-def _fix(task: Task, optim: Optim) -> None:
+def fix_parameters(task: Task, optim: Optim) -> None:
     """Take parameters out of training by the last part of their name."""
     named = dict(task.model.named_parameters())
     for wanted in optim.fixed:
