@@ -7,7 +7,7 @@ from statistics import fmean
 
 from torch import Tensor, nn
 
-from foveate.backbones import backbone_for
+from foveate.backbones import backbone_of
 from foveate.core import BackboneSpec, ReducedViT, Reducer, Trace
 from foveate.core.cost import Cost, cost, has_formula, measured, on_meta, run, run_on_meta
 from foveate.core.evaluation import evaluating
@@ -65,7 +65,7 @@ def count(
         raise ValueError("give only one of image_size, images and trace")
     if images is not None and not isinstance(model, ReducedViT):
         raise ValueError("images are measured on a model from foveate.apply only")
-    backbone = model.backbone if isinstance(model, ReducedViT) else backbone_for(model)
+    backbone = backbone_of(model)
     reducer = model.reducer if isinstance(model, ReducedViT) else None
     spec = backbone.spec
     grid = spec.grid if image_size is None else image_grid(image_size, spec.patch)

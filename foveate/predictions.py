@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from foveate.backbones import backbone_for, class_names
+from foveate.backbones import backbone_of, class_names
 from foveate.convert import open_base
-from foveate.core import Backbone, ReducedViT, TokenState
+from foveate.core import ReducedViT, TokenState
 from foveate.core.evaluation import evaluating
 from foveate.core.schedule import check_choice
 from foveate.data import ImageFiles, Inputs, to_rgb
@@ -170,7 +170,7 @@ def predict(
     check_choice("precision", precision, PRECISIONS)
     pictures, count = _pictures(images, strict)
     if isinstance(model, nn.Module):
-        title = type(model.vit if isinstance(model, ReducedViT) else model).__name__
+        title = type(backbone_of(model).model).__name__
         place = None if device == "auto" else find_device(device)
     else:
         title, place = os.fspath(model), find_device(device)
@@ -256,9 +256,7 @@ class _Classifier:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.backbone: Backbone = (
-            model.backbone if isinstance(model, ReducedViT) else backbone_for(model)
-        )
+        self.backbone = backbone_of(model)
         if not self.backbone.classifies:
             raise ValueError(
                 f"this {type(self.backbone.model).__name__} has no classifier, so it has no labels "

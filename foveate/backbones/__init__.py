@@ -42,6 +42,7 @@ __all__ = [
     "TimmEva",
     "TimmViT",
     "backbone_for",
+    "backbone_of",
     "class_names",
     "expand_position_bias",
     "from_folder",
@@ -82,7 +83,7 @@ def class_names(model: nn.Module) -> tuple[str, ...] | None:
     Names whose number is not that of the outputs belong to a head that was replaced, so they do
     not count.
     """
-    backbone = _backbone(model)
+    backbone = backbone_of(model)
     found = named_classes(backbone.model)
     return found if len(found) == backbone.spec.classes > 0 else None
 
@@ -94,7 +95,7 @@ def set_class_names(model: nn.Module, names: Sequence[str]) -> None:
         model: a plain model or one from ``foveate.apply``.
         names: one for each output, in their order.
     """
-    backbone = _backbone(model)
+    backbone = backbone_of(model)
     if len(names) != backbone.spec.classes:
         raise ValueError(
             f"a model with {backbone.spec.classes} outputs needs as many class names, got "
@@ -103,5 +104,6 @@ def set_class_names(model: nn.Module, names: Sequence[str]) -> None:
     set_named_classes(backbone.model, tuple(map(str, names)))
 
 
-def _backbone(model: nn.Module) -> Backbone:
+def backbone_of(model: nn.Module) -> Backbone:
+    """Return the parts of a model, plain or from ``foveate.apply``."""
     return model.backbone if isinstance(model, ReducedViT) else backbone_for(model)

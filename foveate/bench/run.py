@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate import api, facts
-from foveate.backbones import backbone_for
+from foveate.backbones import backbone_of
 from foveate.bench import machine, profiling
 from foveate.bench.gates import calibrate
 from foveate.bench.images import Images, images_for
@@ -260,7 +260,7 @@ class _Lineup:
     ) -> None:
         self.given = model if isinstance(model, ReducedViT) else None
         self.device, self.compile, self.seed = device, compile, seed
-        backbone = model.backbone if isinstance(model, ReducedViT) else backbone_for(model)
+        backbone = backbone_of(model)
         self.spec, self.channels = backbone.spec, backbone.channels
         rows, columns = (n * p for n, p in zip(self.spec.grid, self.spec.patch, strict=True))
         self.size = (rows, columns)

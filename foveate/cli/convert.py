@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.checkpoint.exists():  # checked before seconds of imports
         raise ValueError(f"{args.checkpoint} does not exist; expected a checkpoint or a folder")
 
-    from foveate.backbones import backbone_for
+    from foveate.backbones import backbone_of
     from foveate.convert import Settings, open_model, save, save_plain
     from foveate.core import ReducedViT
 
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
             f"foveate.load reads {args.checkpoint} without conversion; give a --method"
         )
     _check_out(args.checkpoint, args.out, folder=reduced)
-    spec = (model.backbone if isinstance(model, ReducedViT) else backbone_for(model)).spec
+    spec = backbone_of(model).spec
     print(f"origin   {loaded.origin}")
     print(f"model    {_form(spec)}, {spec.classes} classes")
     if isinstance(model, ReducedViT):

@@ -8,8 +8,7 @@ from typing import Any
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from foveate.backbones import backbone_for, image_settings
-from foveate.core import ReducedViT
+from foveate.backbones import backbone_of, image_settings
 from foveate.data.augment import Transform, eval_transform
 from foveate.data.preprocess import Preprocessing
 
@@ -38,7 +37,7 @@ class Inputs:
     @classmethod
     def of(cls, model: nn.Module) -> Inputs:
         """Read a model's inputs off the model, plain or from ``foveate.apply``."""
-        backbone = model.backbone if isinstance(model, ReducedViT) else backbone_for(model)
+        backbone = backbone_of(model)
         known = Preprocessing.of(model)
         (rows, columns), (height, width) = backbone.spec.grid, backbone.spec.patch
         config: Any = getattr(backbone.model, "config", None)

@@ -13,8 +13,8 @@ from PIL import Image
 from timm.data import constants, resolve_model_data_config
 from torch import Tensor, nn
 
-from foveate.backbones import backbone_for
-from foveate.core import Backbone, ReducedViT
+from foveate.backbones import backbone_of
+from foveate.core import Backbone
 from foveate.core.schedule import check_choice
 
 __all__ = ["FITS", "Preprocessing", "Prepared"]
@@ -85,7 +85,7 @@ class Preprocessing:
             mean: instead of what the model's configuration says.
             std: instead of what the model's configuration says.
         """
-        backbone = model.backbone if isinstance(model, ReducedViT) else backbone_for(model)
+        backbone = backbone_of(model)
         if backbone.channels not in (1, 3):
             raise ValueError(
                 f"the model takes images of {backbone.channels} channels; pictures have 1 or 3"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.backbones import backbone_for
+from foveate.backbones import backbone_of
 from foveate.bench import machine
 from foveate.bench.timing import LEAST_ROUNDS
 from foveate.core import ReducedViT
@@ -247,7 +247,7 @@ class _Job:
     def about(self) -> dict[str, Any]:
         """Return facts of the model that its numbers depend on."""
         model = self.model
-        backbone = model.backbone if isinstance(model, ReducedViT) else backbone_for(model)
+        backbone = backbone_of(model)
         return {
             "family": backbone.spec.family,
             "method": name_of(model) or None,

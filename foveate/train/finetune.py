@@ -50,7 +50,7 @@ class FinetuneTask(ClassificationTask):
         weights = {"distill": self.distill.weight}
         super().__init__(model, classes, data, mix, weights=weights, teacher=teacher)
         if self.masking.ratios:
-            spec = dense(backbone_for(model)).backbone.spec  # refuses what cannot be driven
+            spec = dense(self._backbone).backbone.spec  # refuses what cannot be driven
             patches, most = spec.grid[0] * spec.grid[1], max(self.masking.ratios)
             if spec.pools_patches and not kept_patches(patches, most):
                 raise ValueError(
@@ -75,7 +75,7 @@ class FinetuneTask(ClassificationTask):
     def logits(self, images: Tensor, draws: Draws) -> Tensor:
         if not self.masking.ratios:
             return logits_of(self.model(images))
-        driven = dense(backbone_for(self.model))
+        driven = dense(self._backbone)
         driven.mode = "packed" if self.masking.backend == "bucket" else "masked"
         rows, columns = driven.backbone.grid_of(images)
         keep = draw_masks(

@@ -14,8 +14,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from foveate.backbones import backbone_for, set_image_settings
-from foveate.core import ReducedViT
+from foveate.backbones import backbone_of, set_image_settings
 from foveate.core.evaluation import logits_of
 from foveate.data import Inputs, Transform, train_transform
 from foveate.train.recipe import Data, Mix
@@ -38,12 +37,8 @@ def image_inputs(model: nn.Module, data: Data) -> Inputs:
         "crop_pct": data.crop_pct,
         "interpolation": data.augment.interpolation,
     }
-    set_image_settings(_plain(model), said)
+    set_image_settings(backbone_of(model).model, said)
     return Inputs(size=wanted.size, channels=wanted.channels, **said)
-
-
-def _plain(model: nn.Module) -> nn.Module:
-    return model.vit if isinstance(model, ReducedViT) else model
 
 
 class ImageTask(Task):
@@ -75,7 +70,7 @@ class ImageTask(Task):
         super().__init__(model, weights, teacher)
         self._data = data or Data()
         self.inputs = image_inputs(model if vit is None else vit, self._data)
-        self._backbone = backbone_for(_plain(model if vit is None else vit))
+        self._backbone = backbone_of(model if vit is None else vit)
         for name in ("mean", "std"):
             scaled = torch.tensor(getattr(self.inputs, name)).view(1, -1, 1, 1) * 255
             self.register_buffer(name, scaled, persistent=False)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from foveate.backbones import backbone_for
+from foveate.backbones import backbone_of
 from foveate.core import Backbone, Heads, ReducedViT, TokenState, dense
 from foveate.core.evaluation import evaluating
 from foveate.core.schedule import check_choice
@@ -44,7 +44,7 @@ def heat_map(
         target: the class that "relevance" explains; None is each image's prediction.
     """
     check_choice("how", how, HEATS)
-    backbone = model.backbone if isinstance(model, ReducedViT) else backbone_for(model)
+    backbone = backbone_of(model)
     spec = backbone.spec
     if not -spec.depth <= block < spec.depth:
         raise ValueError(f"block must lie in {-spec.depth}..{spec.depth - 1}, got {block}")

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor, nn
 
-from foveate.backbones import backbone_for
+from foveate.backbones import backbone_of
 from foveate.core import Backbone, ReducedViT, Trace
 from foveate.core.evaluation import evaluating
 from foveate.core.schedule import check_choice
@@ -86,7 +86,7 @@ def heat(
         target: the class that relevance explains; None is the model's prediction.
         preprocessing: how to prepare the image; None does what the model expects.
     """
-    picture, backbone = as_image(image), _backbone(model)
+    picture, backbone = as_image(image), backbone_of(model)
     prepared = (preprocessing or Preprocessing.of(model))(picture)
     if how is None:
         how = HEATS if backbone.spec.classes else HEATS[:2]
@@ -186,10 +186,6 @@ def _thumbnail(picture: Image.Image) -> Image.Image:
     small = picture.copy()
     small.thumbnail((_THUMB, _THUMB), Image.Resampling.LANCZOS, reducing_gap=3.0)
     return small
-
-
-def _backbone(model: nn.Module) -> Backbone:
-    return model.backbone if isinstance(model, ReducedViT) else backbone_for(model)
 
 
 def _run(
