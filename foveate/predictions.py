@@ -7,7 +7,6 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -18,17 +17,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from foveate.backbones import backbone_of, class_names
+from foveate.bench import machine
 from foveate.convert import open_base
 from foveate.core import ReducedViT, TokenState
-from foveate.core.evaluation import evaluating
+from foveate.core.evaluation import PRECISIONS, answering, evaluating
 from foveate.core.schedule import check_choice
 from foveate.data import ImageFiles, Inputs, to_rgb
 from foveate.files import write_text
 from foveate.viz import answers
 
-__all__ = ["PRECISIONS", "Prediction", "Predictions", "find_device", "picture", "predict"]
+__all__ = ["Prediction", "Predictions", "picture", "predict"]
 
-PRECISIONS = ("fp32", "bf16")
 Images = str | os.PathLike[str] | Image.Image | Sequence[Any]
 
 
@@ -171,35 +170,22 @@ def predict(
     pictures, count = _pictures(images, strict)
     if isinstance(model, nn.Module):
         title = type(backbone_of(model).model).__name__
-        place = None if device == "auto" else find_device(device)
+        place = None if device == "auto" else machine.device_of(device)
     else:
-        title, place = os.fspath(model), find_device(device)
+        title, place = os.fspath(model), machine.device_of(device)
         model = open_base(title)
     classifier = _Classifier(model)
     if place is not None:
         model.to(place)
     records: list[Prediction] = []
     stream: Iterator[tuple[str | Path, Image.Image]] = iter(pictures)
-    with _running(model, precision):
+    with answering(model, precision=precision):
         while some := list(islice(stream, batch)):
             records += classifier.predictions(some, top)
             if progress is not None:
                 progress(len(records), count)
     broken = pictures.broken if isinstance(pictures, ImageFiles) else {}
     return Predictions(title, tuple(records), {str(path): why for path, why in broken.items()})
-
-
-def find_device(name: str) -> torch.device:
-    """Return the device of a name; "auto" is a GPU if there is one, otherwise the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name} was asked for, and torch does not find it")
-    return device
 
 
 def picture(model: nn.Module, image: Image.Image, prediction: Prediction) -> Image.Image:
@@ -241,14 +227,6 @@ def _pictures(
             )
     files = ImageFiles(given, strict=strict)
     return files, len(files.files)
-
-
-@contextmanager
-def _running(model: nn.Module, precision: str) -> Iterator[None]:
-    kind = next(model.parameters()).device.type
-    half = torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16")
-    with evaluating(model), torch.no_grad(), half:
-        yield
 
 
 class _Classifier:

@@ -61,10 +61,10 @@ def run(args: argparse.Namespace) -> int:
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
 
+    from foveate.bench import machine
     from foveate.cli.models import open_models
-    from foveate.predictions import find_device
 
-    device = find_device(args.device)
+    device = machine.device_of(args.device)
     models = open_models(args.model, args.methods, untrained=args.untrained)
     for model in models:
         model.to(device)

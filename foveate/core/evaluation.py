@@ -6,9 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["evaluating", "logits_of"]
+from foveate.core.schedule import check_choice
+
+__all__ = ["PRECISIONS", "answering", "evaluating", "logits_of"]
+
+PRECISIONS = ("fp32", "bf16")
 
 
 @contextmanager
@@ -22,6 +27,22 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
+
+
+@contextmanager
+def answering(*models: nn.Module, precision: str = "fp32") -> Iterator[None]:
+    """Set evaluation mode without gradients, and afterwards every module's mode as it was.
+
+    Args:
+        models: on one device.
+        precision: "fp32", or "bf16" for automatic mixed precision.
+    """
+    check_choice("precision", precision, PRECISIONS)
+    kind = next(models[0].parameters()).device.type
+    # Not inference_mode: what a model caches in it could not be used by a training that goes on.
+    half = torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16")
+    with evaluating(*models), torch.no_grad(), half:
+        yield
 
 
 def logits_of(answer: Any) -> Tensor:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from foveate import facts
-from foveate.core import ReducedViT, Trace, evaluation
-from foveate.core.evaluation import logits_of
-from foveate.core.schedule import check_choice
+from foveate.core import ReducedViT, Trace
+from foveate.core.evaluation import answering, logits_of
 from foveate.measure.table import frame, pd, rows, select
 
 __all__ = [
-    "PRECISIONS",
     "Accuracy",
     "Batch",
     "Batches",
@@ -25,10 +21,8 @@ __all__ = [
     "accuracy",
     "costs",
     "drops",
-    "evaluating",
 ]
 
-PRECISIONS = ("fp32", "bf16")
 _TOP = 5
 
 # Normalised images [B, C, H, W], classes [B], and the number of each image in its data set [B].
@@ -113,7 +107,7 @@ def accuracy(
         precision: "fp32", or "bf16" for automatic mixed precision.
     """
     tally = Tally(classes)
-    with evaluating(model, precision=precision):
+    with answering(model, precision=precision):
         for images, labels, _ in batches():
             tally.add(logits_of(model(images)), labels)
     return tally.result()
@@ -142,7 +136,7 @@ def costs(
         raise ValueError("no model was given: at least one is needed")
     tallies = {name: Tally(classes) for name in models}
     meters = {name: _Meter(model) for name, model in models.items()}
-    with evaluating(*models.values(), precision=precision):
+    with answering(*models.values(), precision=precision):
         for images, labels, _ in batches():
             for name, meter in meters.items():
                 tallies[name].add(meter.answer(images), labels)
@@ -178,17 +172,6 @@ def rate_of(model: nn.Module) -> float | None:
         return None
     rate = getattr(model.reducer, model.reducer.rate or "", None)
     return float(rate) if isinstance(rate, (int, float)) else None
-
-
-@contextmanager
-def evaluating(*models: nn.Module, precision: str = "fp32") -> Iterator[None]:
-    """Set evaluation mode without gradients, and afterwards every module's mode as it was."""
-    check_choice("precision", precision, PRECISIONS)
-    kind = next(models[0].parameters()).device.type
-    # Not inference_mode: what a model caches in it could not be used by a training that goes on.
-    half = torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16")
-    with evaluation.evaluating(*models), torch.no_grad(), half:
-        yield
 
 
 class _Meter:

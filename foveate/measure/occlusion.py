@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from foveate.backbones import backbone_for
 from foveate.core import ReducedViT, dense
-from foveate.measure.accuracy import Batches, Tally, evaluating, name_of, rate_of
+from foveate.core.evaluation import answering
+from foveate.measure.accuracy import Batches, Tally, name_of, rate_of
 from foveate.measure.table import frame, pd, rows
 
 __all__ = [
@@ -63,7 +64,7 @@ def occlusion(
     driven = _driven(model)
     tallies = {(ratio, seed): Tally(classes) for ratio in ratios for seed in seeds}
     patches = 0
-    with evaluating(driven, precision=precision), _ragged(driven):
+    with answering(driven, precision=precision), _ragged(driven):
         for images, labels, indices in batches():
             height, width = driven.backbone.grid_of(images)
             if patches not in (0, height * width):

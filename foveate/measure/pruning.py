@@ -36,7 +36,8 @@ from foveate.core import (
     check_keep,
     stage_blocks,
 )
-from foveate.measure.accuracy import Batches, Tally, evaluating
+from foveate.core.evaluation import answering
+from foveate.measure.accuracy import Batches, Tally
 from foveate.measure.occlusion import check_seeds, keep_order
 from foveate.measure.table import frame, pd, rows
 
@@ -132,7 +133,7 @@ def pruning(
     backbone = backbone_for(model)
     chance = {(rate, seed): Tally(classes) for rate in rates for seed in seeds}
     attention = {rate: Tally(classes) for rate in rates}
-    with evaluating(*reading.values(), precision=precision):
+    with answering(*reading.values(), precision=precision):
         for images, labels, indices in batches():
             for rate, reduced in reading.items():
                 attention[rate].add(reduced.run(images).logits, labels)

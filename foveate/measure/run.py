@@ -15,10 +15,11 @@ from foveate.backbones import backbone_of
 from foveate.bench import machine
 from foveate.bench.timing import LEAST_ROUNDS
 from foveate.core import ReducedViT
+from foveate.core.evaluation import PRECISIONS
 from foveate.core.schedule import check_choice
 from foveate.data import Inputs, Loader, Source, device_batches, limited, open_images
 from foveate.data.sources.datasets import describe
-from foveate.measure.accuracy import PRECISIONS, Batch, costs, drops, name_of, rate_of
+from foveate.measure.accuracy import Batch, costs, drops, name_of, rate_of
 from foveate.measure.occlusion import check_ratios, check_seeds, occlusion
 from foveate.measure.pruning import check_rates, pruning
 from foveate.measure.speed import speeds

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from foveate.bench.timing import AGAIN, LEAST_ROUNDS, measure
-from foveate.measure.accuracy import evaluating, name_of, rate_of
+from foveate.core.evaluation import answering
+from foveate.measure.accuracy import name_of, rate_of
 from foveate.measure.table import frame, pd, rows
 from foveate.measure.variants import DENSE
 
@@ -46,7 +47,7 @@ def speeds(
         for name, model in {**models, AGAIN: models[DENSE]}.items():
             calls[group, name] = _call(model, images[group])
     everything = [model for models in groups.values() for model in models.values()]
-    with evaluating(*everything, precision=precision):
+    with answering(*everything, precision=precision):
         timings = measure(
             {"\n".join(key): call for key, call in calls.items()},
             rounds=rounds,

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from foveate.core import ReducedViT, TokenState, Trace
-from foveate.measure.accuracy import Batches, evaluating, rate_of
+from foveate.core.evaluation import answering
+from foveate.measure.accuracy import Batches, rate_of
 from foveate.measure.table import frame, pd, rows
 
 __all__ = ["TokenStatistics", "gather", "token_statistics"]
@@ -111,7 +112,7 @@ def gather(
                 "uses every patch in every block"
             )
         sums[name] = model, _Sums()
-    with evaluating(*models.values(), precision=precision):
+    with answering(*models.values(), precision=precision):
         for images, _, _ in batches():
             for model, total in sums.values():
                 total.add(model.trace(images))

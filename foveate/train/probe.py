@@ -53,7 +53,7 @@ def probe(recipe: recipes.Probe, out: Path, progress: _Progress = lambda *_: Non
         raise ValueError(f"{out} holds a training run: the results of a probe go elsewhere")
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "recipe.yaml", config.dump(recipe))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(machine.device_of("auto"))
     model = make_model(recipe.model, None)
     splits = open_data(recipe.data)
     if recipe.split == "test" and splits.test is None:

@@ -368,9 +368,7 @@ def _trainer(recipe: recipes.Recipe, out: Path, progress: bool) -> Trainer:
 
 
 def _device(loop: recipes.Loop) -> str:
-    if loop.device != "auto":
-        return loop.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return machine.device_of("auto") if loop.device == "auto" else loop.device
 
 
 def _loggers(loop: recipes.Loop, out: Path) -> list[Any]:

@@ -9,9 +9,10 @@ from small import hf, noise, randomise, vit
 from torch import nn
 
 import foveate
+from foveate.core.evaluation import answering
 from foveate.data.demo import demo_vit
 from foveate.measure import Tally, accuracy, at_rate, costs, one, select, variants
-from foveate.measure.accuracy import drops, evaluating
+from foveate.measure.accuracy import drops
 from foveate.measure.table import frame
 from foveate.measure.variants import fresh
 
@@ -67,7 +68,7 @@ def test_the_model_is_left_in_the_modes_it_was_in() -> None:
 
 def test_bf16_is_mixed_precision() -> None:
     model = vit().eval()
-    with evaluating(model, precision="bf16"):
+    with answering(model, precision="bf16"):
         assert model(noise(1, 3, 48, 48)).dtype == torch.bfloat16
     assert model.head.weight.dtype == torch.float32
     with pytest.raises(ValueError, match="precision must be one of 'fp32', 'bf16'; got 'fp16'"):
