@@ -17,6 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from foveate.core import Reducer
 from foveate.registry import parse as parse_method
 from foveate.registry import suggest
 
@@ -271,7 +272,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not hasattr(value, "loss_weights"):
+    if dataclasses.is_dataclass(value) and not isinstance(value, Reducer):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
@@ -287,7 +288,7 @@ def _plain(value: Any) -> Any:
 def described(value: Any) -> str:
     """An object of the program in one line: settings may hold a model or a data set."""
     text = repr(value)
-    if "\n" in text or text.startswith("<") or len(text) > 200:
+    if "\n" in text or text.startswith("<") or " at 0x" in text or len(text) > 200:
         return f"<{type(value).__name__}>"
     return text
 

@@ -2,7 +2,8 @@
 
 Each takes a model (a name of timm, a path, or a module of one's own), images (a spec, or a data
 set of one's own) and groups of settings, as dictionaries or as the classes of
-``foveate.train.recipe``. What a recipe says comes first, what a call says is laid over it.
+``foveate.train.recipe``. What a recipe says comes first; a dictionary changes its keys, a class
+stands for a whole group, and so does a model that is named or given.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import timm
 from torch import nn
 
 from foveate import config
 from foveate.convert import open_base
+from foveate.convert.named import check_name
 from foveate.core import ReducedViT, Reducer
 from foveate.measure import Evaluation, Plan
 from foveate.measure import evaluate as run_evaluation
@@ -251,10 +252,9 @@ def _recipe(
     for name, value in given.items():
         if value is None:
             continue
+        whole = dataclasses.is_dataclass(value) or (name == "model" and value is not model)
         value = _leaves(value, (name,), objects)
-        before = tree.get(name)
-        both = isinstance(before, dict) and isinstance(value, dict)
-        tree[name] = {**before, **value} if both else value  # type: ignore[dict-item]
+        tree[name] = value if whole else _laid_over(tree.get(name), value)
     made = config.parse(cls, tree, where=f"foveate.{job}")
     for (*path, last), value in objects.items():
         place: Any = made
@@ -272,8 +272,8 @@ def _model(given: Any, scratch: bool) -> Any:
         name = str(given)
         if name == "demo" or Path(name).exists():
             return {"start": name}
-        if not timm.is_model(name) and name not in ("lvvit_s", "lvvit_m"):
-            raise ValueError(f"{name} is no file, no folder and no model that timm knows")
+        if name not in ("lvvit_s", "lvvit_m"):
+            check_name(name)
         return {"name": name} if scratch else {"name": name, "start": "pretrained"}
     return given
 
@@ -285,18 +285,26 @@ def _data(given: Any) -> Any:
     return {"train": str(given) if isinstance(given, Path) else given}
 
 
+def _laid_over(before: Any, value: Any) -> Any:
+    """Groups are changed key by key, all else as a whole."""
+    if not (isinstance(before, Mapping) and isinstance(value, Mapping)):
+        return value
+    return {**before, **{key: _laid_over(before.get(key), one) for key, one in value.items()}}
+
+
 def _leaves(value: Any, path: tuple[str, ...], objects: dict[tuple[str, ...], Any]) -> Any:
     """Plain data; objects that no file could hold are noted, and stand as words meanwhile."""
+    dataset = path[0] == "data" and path[-1] in ("train", "val", "test")
+    if dataset and not (value is None or isinstance(value, (str, Path))):
+        objects[path] = value  # whatever it is made of
+        return config.described(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, Reducer):
         fields = dataclasses.fields(value)
         value = {field.name: getattr(value, field.name) for field in fields}
     if isinstance(value, Mapping):
         return {key: _leaves(one, (*path, str(key)), objects) for key, one in value.items()}
-    dataset = path[0] == "data" and path[-1] in ("train", "val", "test")
-    if (
-        not dataset
-        and isinstance(value, (list, tuple))
-        and all(isinstance(one, (str, int, float)) for one in value)
+    if isinstance(value, (list, tuple)) and all(
+        isinstance(one, (str, int, float)) for one in value
     ):
         return list(value)
     if value is None or isinstance(value, (str, bool, int, float)):

@@ -154,10 +154,9 @@ def _trained_on(path: Path) -> dict[str, Any] | None:
     """Return the data of a run, if the path is in one."""
     for folder in (path, path.parent):
         if (folder / "recipe.yaml").is_file() and (folder / "result.json").is_file():
-            import yaml
+            from foveate import config
 
-            content = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-            return dict(content["data"])
+            return dict(config.load(folder / "recipe.yaml")["data"])
     return None
 
 

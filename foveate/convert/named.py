@@ -13,7 +13,7 @@ from foveate.backbones import set_class_names
 from foveate.convert.loading import Settings, open_model
 from foveate.data.demo import demo_vit
 
-__all__ = ["open_base"]
+__all__ = ["check_name", "open_base"]
 
 
 def open_base(name: str, *, untrained: bool = False) -> nn.Module:
@@ -28,12 +28,7 @@ def open_base(name: str, *, untrained: bool = False) -> nn.Module:
         return demo_vit()
     if Path(name).exists():
         return open_model(name, None, None, {}, Settings()).model.eval()
-    if ":" in name or not timm.is_model(name):
-        near = difflib.get_close_matches(
-            name, timm.list_models("*vit*") + timm.list_models("*dei*")
-        )
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise ValueError(f"{name} is no file, no folder and no model that timm knows{hint}")
+    check_name(name)
     if untrained:
         return timm.create_model(name, pretrained=False).eval()
     try:
@@ -45,6 +40,16 @@ def open_base(name: str, *, untrained: bool = False) -> nn.Module:
         ) from error
     _name_imagenet_classes(model)
     return model
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError for a name that timm does not know, with those that are like it."""
+    if ":" in name or not timm.is_model(name):
+        near = difflib.get_close_matches(
+            name, timm.list_models("*vit*") + timm.list_models("*dei*")
+        )
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise ValueError(f"{name} is no file, no folder and no model that timm knows{hint}")
 
 
 def _name_imagenet_classes(model: nn.Module) -> None:

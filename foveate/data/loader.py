@@ -177,7 +177,8 @@ class Loader:
         if not self.train:
             share = np.arange(self.rank, images, self.world)
             parts = [share[i * batch : (i + 1) * batch] for i in range(start, len(self))]
-            return [_Task(self._epoch, part, np.zeros_like(part)) for part in parts]
+            # Whatever is random in a data set's own transform is the same in every evaluation.
+            return [_Task(0, part, np.zeros_like(part)) for part in parts]
         # This generator of numpy is frozen: the order is the same with every version of it.
         stream = np.random.MT19937(np.random.SeedSequence([self.seed, self._epoch]))
         order = np.random.RandomState(stream).permutation(images)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from foveate import config
 from foveate.measure.curves import curve
 from foveate.measure.figures import Line, lines_figure
 from foveate.measure.sheets import Sheet
@@ -288,13 +289,9 @@ def _recipe(run: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        import yaml
-    except ImportError as error:
-        raise ValueError("recipes need: pip install 'foveate[train]'") from error
-    try:
-        tree: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = config.load(path)
         int(tree["loop"]["epochs"])
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path} is no recipe of a run: expected a number loop.epochs") from None
     return tree
 

@@ -119,7 +119,8 @@ def make_finetune(recipe: recipes.Finetune, classes: int) -> FinetuneTask:
 def make_reduce(recipe: recipes.Reduce, classes: int) -> ReduceTask:
     """The model with its method, and the dense teacher of its losses."""
     model, new = _started(recipe.model, classes)
-    reduced = api.apply(model, str(recipe.method))
+    method: Any = recipe.method  # in Python also an object, which keeps its parameters
+    reduced = api.apply(model, method)
     task = ReduceTask(
         reduced,
         classes,

@@ -47,7 +47,7 @@ class Module(LightningModule):
     ) -> None:
         super().__init__()
         self.task, self.optim, self.loop = task, optim, loop
-        fix_parameters(task, optim)  # before processes agree on what has gradients
+        fix_parameters(task, optim)
         self.mean: ModelEmaV3 | None = None
         if loop.ema is not None:
             self.mean = ModelEmaV3(

@@ -44,7 +44,6 @@ def parameter_groups(task: Task, optim: Optim) -> list[dict[str, Any]]:
     ``frozen_epochs``; everything else, such as gates or a head beside it, at the full rate from the
     start. Groups say which they are in ``new``.
     """
-    fix_parameters(task, optim)
     backbone: Any = task.backbone
     if optim.layer_decay != 1 and not hasattr(backbone, "group_matcher"):
         raise ValueError(
@@ -161,7 +160,10 @@ def updates_of(epochs: float, batches: int, accumulate: int) -> int:
 
 
 def fix_parameters(task: Task, optim: Optim) -> None:
-    """Take parameters out of training by the last part of their name."""
+    """Take parameters out of training by the last part of their name.
+
+    It comes before everything else: processes agree once on which parameters have gradients.
+    """
     named = dict(task.model.named_parameters())
     for wanted in optim.fixed:
         found = [p for name, p in named.items() if name == wanted or name.endswith("." + wanted)]

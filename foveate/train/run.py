@@ -117,7 +117,7 @@ def fit(
     torch.manual_seed(loop.seed)  # of new weights
     try:
         task, splits = build(recipe)
-        loaders = make_loaders(recipe, task, splits, rank, world)
+        loaders = make_loaders(recipe, task, splits, rank, world, trainer.num_devices)
         _check_space(out, task, loop.keep_last)
         module = Module(
             task,
@@ -188,12 +188,16 @@ class Loaders:
 
 
 def make_loaders(
-    recipe: recipes.Recipe, task: Task, splits: Splits, rank: int = 0, world: int = 1
+    recipe: recipes.Recipe,
+    task: Task,
+    splits: Splits,
+    rank: int = 0,
+    world: int = 1,
+    here: int = 1,
 ) -> Loaders:
-    """Batches as the task makes them, for one of several processes."""
+    """Batches as the task makes them, for one of several processes, of which some are here."""
     data = recipe.data
     training, evaluation = task.transforms()
-    here, _ = processes(recipe.loop, _device(recipe.loop))
 
     def load(source: Source, transform: Transform, batch: int, **options: Any) -> Loader:
         if source.finished:  # what does not fit is said before the first step
@@ -264,11 +268,12 @@ def _best(
     about: dict[str, Any] = {"score": round(best.value, 4), "update": best.update}
     if best.update == trainer.global_step:
         return about | {"model": found["model"]}
-    if not best.restore(module.exported):
+    restored = copy.deepcopy(module.exported)  # which holds the last weights, and keeps them
+    if not best.restore(restored):
         _log.warning("%s is gone, so the best weights are not exported", best.file)
         return about
     (out / "best").mkdir()
-    return about | {"model": f"best/{module.task.export(module.exported, out / 'best').name}"}
+    return about | {"model": f"best/{module.task.export(restored, out / 'best').name}"}
 
 
 def _prepare_folder(recipe: Any, out: Path, resume: bool, rank: int) -> Path | None:

@@ -39,6 +39,8 @@ def test_the_best_weights_are_exported_beside_the_last(tmp_path: Path, scores: l
         same = all(torch.equal(found[key], state[f"task.model.{key}"]) for key in found)
         assert same is equal
     assert not torch.equal(found["head.weight"], exported(tmp_path)["head.weight"])
+    # What the result holds is what its scores are of.
+    assert torch.equal(result.model.head.weight, exported(tmp_path)["head.weight"])
     assert isinstance(foveate.load(tmp_path / "best"), torch.nn.Module)
 
 

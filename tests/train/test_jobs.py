@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from runs import DATA, LOOP, MODEL, checkpoint, exported, finetune, run, small_m
 from torch.utils.data import Dataset
 
 import foveate
-from foveate.data import DatasetSource, fashion_mnist_mini, normalise
+from foveate.data import DatasetSource, Loader, fashion_mnist_mini, normalise
 from foveate.measure import select
 from foveate.train import recipe as recipes
 
@@ -203,6 +204,71 @@ def test_a_model_with_its_method_and_a_method_in_parts() -> None:
     assert repr(found.model.reducer) == "tome(r=2)"
 
 
+def test_what_a_call_says_changes_single_keys_of_a_recipe() -> None:
+    """In groups of groups too; a class, or a model that is given, stands for its whole group."""
+    tree = {"model": MODEL, "data": DATA, "optim": {"lr": 0.5, "clip": 1.0}}
+    Path("mine.yaml").write_text(yaml.safe_dump({**tree, "loop": {**LOOP, "max_steps": 1}}))
+
+    def said(**call: Any) -> Any:
+        done = foveate.finetune(recipe="mine.yaml", **call, **QUIET)
+        return yaml.safe_load((done.path / "recipe.yaml").read_text())
+
+    found = said(data={"augment": {"flip": 0.0}}, optim={"lr": 0.25})
+    assert found["data"]["augment"]["crop"] == "pad" and found["data"]["augment"]["flip"] == 0
+    assert found["optim"]["clip"] == 1.0 and found["optim"]["lr"] == 0.25
+    found = said(optim=recipes.Optim(lr=0.25), model=small_model())
+    assert found["optim"]["clip"] is None
+    assert found["model"]["name"] is None and found["model"]["options"] == {}
+
+
+def test_gates_that_were_trained_go_on() -> None:
+    model = foveate.apply(small_model(), "svit(keep=0.5)", check=False)
+    for parameter in model.reducer.parameters():
+        torch.nn.init.constant_(parameter, 0.125)
+    optim, weights = {"lr": 1e-9, "weight_decay": 0.0}, {"kl": 0.0}
+    loop = {**LOOP, "max_steps": 1}
+    done = foveate.reduce(model, data=DATA, optim=optim, loop=loop, weights=weights, **QUIET)
+    for parameter in done.model.reducer.parameters():
+        assert torch.allclose(parameter, torch.tensor(0.125), atol=1e-6)
+
+
+def test_a_model_may_teach_itself() -> None:
+    model = small_model()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    loop = {**LOOP, "max_steps": 1}
+    foveate.reduce(model, "dynamicvit(keep=0.5)", DATA, teacher=model, loop=loop, **QUIET)
+    assert any(not torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_data_set_that_is_a_dataclass() -> None:
+    @dataclass
+    class Small:
+        count: int
+
+        def __len__(self) -> int:
+            return self.count
+
+        def __getitem__(self, index: int) -> Any:
+            return Clothes(0, self.count)[index]
+
+    data = {**DATA, "train": Small(64), "val": Clothes(64, 32)}
+    loop = {**LOOP, "max_steps": 1}
+    assert foveate.finetune(small_model(), data, loop=loop, **QUIET)["updates"] == 1
+
+
+def test_every_evaluation_of_random_images_is_the_same() -> None:
+    class Noisy(Clothes):
+        def __getitem__(self, index: int) -> Any:
+            image, label = super().__getitem__(index)
+            return image + torch.rand(1, 28, 28), label
+
+    plain = lambda sample: sample  # noqa: E731
+    loader = Loader(DatasetSource(Noisy(0, 20, "floats"), "val"), plain, batch=8, train=False)
+    first, second = ([batch["image"] for batch in loader] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def test_unknown_names() -> None:
     with pytest.raises(
         ValueError, match="foveate.finetune: unknown setting 'optim.lrr'; did you m"
@@ -248,6 +314,11 @@ def test_pretrain_and_probe() -> None:
         **QUIET,
     )
     assert done["updates"] == 4 and (done.path / "model.safetensors").is_file()
+    own = small_model(num_classes=0)
+    data = {"train": images, "val": "none", "batch": 16}
+    options = {"decoder_width": 32, "decoder_depth": 1}
+    again = foveate.pretrain(own, data, options=options, loop={**LOOP, "epochs": 1}, **QUIET)
+    assert again.model is not None and again.model.vit is own
     read = foveate.probe(
         done.path,
         {"train": Clothes(0, 200), "val": Clothes(200, 100), "batch": 50},

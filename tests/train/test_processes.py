@@ -36,7 +36,10 @@ from foveate.train.logs import read_metrics
 # No mixing, no stochastic depth and gates that do not draw: noise is each process's own. Momentum
 # instead of Adam, whose first steps are signs and would hide a wrong scale.
 SETTINGS: dict[str, Any] = {
-    "optim": {"name": "sgd", "lr": 0.05, "warmup_epochs": 0.5, "clip": 1.0},
+    "optim": {
+        **{"name": "sgd", "lr": 0.05, "warmup_epochs": 0.5, "clip": 1.0},
+        "fixed": ["pos_embed"],  # which no process may wait for
+    },
     "data": {**DATA, "val_limit": 33, "val_batch": 8},
     "loop": {**LOOP, "epochs": 1},
 }

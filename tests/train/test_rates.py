@@ -16,7 +16,14 @@ from torch import nn
 import foveate
 from foveate.train.finetune import FinetuneTask
 from foveate.train.logs import read_metrics
-from foveate.train.optim import Rates, make_optimiser, parameter_groups, scaled, updates_of
+from foveate.train.optim import (
+    Rates,
+    fix_parameters,
+    make_optimiser,
+    parameter_groups,
+    scaled,
+    updates_of,
+)
 from foveate.train.recipe import Optim
 from foveate.train.reduce import ReduceTask
 from foveate.train.task import Task
@@ -102,10 +109,15 @@ def names_of(task: Task) -> dict[int, str]:
     return {id(p): name for name, p in task.model.named_parameters()}
 
 
+def groups_of(task: Task, optim: Optim) -> list[dict[str, Any]]:
+    fix_parameters(task, optim)
+    return parameter_groups(task, optim)
+
+
 def by_name(task: Task, optim: Optim) -> dict[str, dict[str, Any]]:
     """Each parameter's group; every trainable one is in exactly one."""
     names, found = names_of(task), {}
-    for group in parameter_groups(task, optim):
+    for group in groups_of(task, optim):
         for parameter in group["params"]:
             name = names[id(parameter)]
             assert name not in found
@@ -182,10 +194,10 @@ def test_fixed_parameters_are_in_no_group() -> None:
     assert "pos_embed" not in found and "blocks.0.attn.qkv.weight" not in found
     assert "blocks.1.attn.qkv.weight" in found and not task.model.pos_embed.requires_grad
     with pytest.raises(ValueError, match="optim.fixed names embed, which no parameter"):
-        parameter_groups(plain(), Optim(fixed=("embed",)))
+        groups_of(plain(), Optim(fixed=("embed",)))
     every = tuple(dict(small_model().named_parameters()))
     with pytest.raises(ValueError, match="optim.fixed leaves nothing to train"):
-        parameter_groups(plain(), Optim(fixed=every))
+        groups_of(plain(), Optim(fixed=every))
 
 
 def test_an_unknown_optimiser() -> None:

@@ -45,7 +45,7 @@ class DatasetSource(Source):
         if self.finished:
             self.channels = image.shape[0]
         else:
-            self.channels = 1 if np.asarray(image).ndim == 2 else 3
+            self.channels = 1 if np.asarray(image).shape[2:] in ((), (1,)) else 3
         self.classes = None
         if labels and "label" in first:
             self.classes = self._names()
