@@ -92,9 +92,12 @@ def physical_cores() -> int:
 
 
 def commit() -> str | None:
-    """The commit that is measured, marked where the working tree differs; None if unknown."""
+    """The commit that is measured, marked where the working tree differs; None if unknown.
+
+    Where the code was copied without its history, FOVEATE_COMMIT may say it.
+    """
     if not (_ROOT / ".git").exists():  # installed, perhaps into somebody else's repository
-        return None
+        return os.environ.get("FOVEATE_COMMIT")
     try:
         head = _git("rev-parse", "HEAD")
         changed = _git("status", "--porcelain", "--", "foveate", "benchmarks")

@@ -50,6 +50,7 @@ from foveate.train.result import Result
 from foveate.train.screens import first_screen
 from foveate.train.sharded import Sharded, gathered
 from foveate.train.task import Task
+from foveate.train.throughput import Throughput
 
 __all__ = ["Loaders", "fit", "make_loaders", "train"]
 
@@ -138,7 +139,8 @@ def fit(
         own = [*own, best]
     # In front of progress bars; checkpoints after what may change the model at a step's end.
     checkpoints = Checkpoints(out / "checkpoints", loop.save_every, loop.keep_last)
-    trainer.callbacks[:0] = [*own, checkpoints]  # type: ignore[attr-defined]
+    throughput = Throughput()
+    trainer.callbacks[:0] = [throughput, *own, checkpoints]  # type: ignore[attr-defined]
     resumed = None if checkpoint is None else int(checkpoint.stem.split("-")[1])
     with _quiet():
         trainer.loggers = [MetricsFile(out / _METRICS, resumed), *_loggers(loop, out)]
@@ -166,6 +168,7 @@ def fit(
             trainer.validate(module, loaders.val, verbose=False)
     module.check_losses()
     found = _result(recipe, trainer, module, loaders, time.monotonic() - started)
+    found["throughput"] = throughput.facts(recipe.data.batch * world)
     exported = module.exported
     if plain is not None:
         exported = gathered(exported, plain)
