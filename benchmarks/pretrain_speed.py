@@ -55,7 +55,7 @@ def make_step(
     spec = model.backbone.spec
     images = torch.randn(batch, 3, *(n * p for n, p in zip(spec.grid, spec.patch, strict=True)))
     images = images.to(options.device)
-    hiding = Hiding().filled(model.mask_kind, model.mask_ratio)
+    hiding = Hiding().filled(model.hiding)
     mask = hiding.draw(batch, spec.grid, spec.patch, Draws(0, 0, 0, device=options.device))
 
     def step() -> Tensor:

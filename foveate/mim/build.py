@@ -66,7 +66,10 @@ def build(recipe: Pretrain) -> tuple[PretrainTask, Splits]:
     """The task and its images; labels are not asked for."""
     splits = open_data(recipe.data, labels=False)
     model = make_masked_model(recipe)
-    return PretrainTask(model, recipe.mask, recipe.mto, recipe.loop.seed, recipe.data), splits
+    task = PretrainTask(
+        *(model, recipe.mask, recipe.mto, recipe.loop.seed, recipe.data, recipe.loop.epochs)
+    )
+    return task, splits
 
 
 def open_watched(recipe: Pretrain, vit: nn.Module) -> Watched | None:

@@ -72,9 +72,10 @@ def test_a_hair_above_a_whole_number_of_units_is_that_number() -> None:
 
 
 def test_the_mask_of_every_method_where_none_is_chosen() -> None:
-    assert Hiding().filled("unit", 0.6) == Hiding(kind="unit", ratio=0.6)
+    own = Hiding(kind="unit", ratio=0.6)
+    assert Hiding().filled(own) == own
     mine = Hiding(kind="block", ratio=0.5, unit=8)
-    assert mine.filled("random", 0.75) == mine
+    assert mine.filled(own) == mine
 
 
 @pytest.mark.parametrize("kind", ["random", "unit", "block"])

@@ -577,8 +577,8 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "units": (("mask.kind=unit",), "mask.unit=32 pixels must divide images of 28 x 28"),
     "kind": (("mask.kind=blocks",), "mask.kind"),
     "shallow": (
-        ("options.decoder_depth=1", "mto.preset=default"),
-        "1 of a network of depth 1 is too few: give the decoder at least 2 blocks",
+        ("options.decoder_depth=2", "mto.preset=default", "mto.layers=3"),
+        "0 of a network of depth 2 is too few: lower mto.layers, or set mto.r=0",
     ),
     "size": (("model.options.img_size=30",), "images of 30 x 30 are not whole patches of 4 x 4"),
     "null": (("probe.every=null",), "probe.every needs a value, and null is none"),
