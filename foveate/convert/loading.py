@@ -81,8 +81,8 @@ def load(
 
     A checkpoint is the folder of a Hugging Face model, or a ``.pth``, ``.pt`` or ``.safetensors``
     file of a plain ViT (timm, DeiT, MAE, BootMAE), BEiT, SimMIM's or ConMIM's ViT, LV-ViT,
-    DynamicViT, EViT, Evo-ViT (DeiT) or SViT classifier. Sizes are inferred from its tensors. No code in
-    a file is run.
+    DynamicViT, EViT, Evo-ViT (DeiT) or SViT classifier. Sizes are inferred from its tensors. No
+    code in a file is run.
 
     The path may also be the folder of a training run. The result is a reduced model if there is a
     method, otherwise the plain model.

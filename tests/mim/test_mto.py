@@ -587,7 +587,7 @@ def losses_and_grads(found: PretrainTask, progress: float) -> tuple[Tensor, dict
     return loss.detach(), {key: p.grad for key, p in named if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", ["mae", "simmim"])
+@pytest.mark.parametrize("name", ["mae", "simmim", "bootmae", "conmim"])
 def test_weights_of_zero_are_no_optimisation_at_all(name: str) -> None:
     """T6: to the bit, and also while weights have not grown yet."""
     wanted, plain = losses_and_grads(task(name, None), 0.5)
