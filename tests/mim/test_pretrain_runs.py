@@ -569,6 +569,26 @@ def test_two_processes(tmp_path: Path) -> None:
             assert names_of_snapshots(one) == names_of_snapshots(two)
 
 
+def test_shared_out_students_and_their_teachers(tmp_path: Path) -> None:
+    """With fsdp the teacher is whole on every process, and follows as on one."""
+    jobs = []
+    for name, changes in TAUGHT.items():
+        mine = recipe("loop.epochs=1", optim=SGD, **changes)
+        run(mine, tmp_path / f"{name}-one")
+        mine.data.batch //= 2
+        mine.loop.strategy = "fsdp"
+        (tmp_path / f"{name}.yaml").write_text(config.dump(mine))
+        two = str(tmp_path / f"{name}-two")
+        jobs.append(["pretrain", str(tmp_path / f"{name}.yaml"), "--out", two])
+    assert together(jobs, tmp_path) == [0, 0]
+    for name in TAUGHT:
+        for file in ("model.safetensors", "teacher.safetensors"):
+            one, two = (load_file(tmp_path / f"{name}-{kind}" / file) for kind in ("one", "two"))
+            assert one.keys() == two.keys()
+            for key, value in one.items():
+                torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5, msg=key)
+
+
 # The command -------------------------------------------------------------------------------------
 
 
@@ -653,6 +673,10 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "momentum": (
         ("method=conmim", "options={momentum: 1.0}"),
         "momentum must lie in [0, 1), got 1.0",
+    ),
+    "eval mode": (
+        ("method=conmim", "options={}", "loop.eval_mode=true"),
+        "loop.eval_mode=true keeps the batch norms of conmim from seeing the batch",
     ),
     "one hidden patch": (
         ("method=conmim", "options={}", "mask.ratio=0.01"),
