@@ -139,8 +139,10 @@ def test_a_recipe_runs(name: str, tmp_path: Path) -> None:
     assert ("probe/linear" in result) == (found.probe.data is not None)
     rows = [row for row in read_metrics(tmp_path / "metrics.csv") if "train/loss" in row]
     # The hidden patches' spread, or what is left of it: neither learnt in two steps nor exploding.
+    # BootMAE weighs it by up to 2, and ConMIM begins above log N, 16 numbers telling little apart.
     own = "train/contrast" if found.method == "conmim" else "train/pixel"
-    assert len(rows) == 2 and all(0.1 < float(row[own]) < 5 for row in rows)
+    most = 8 if found.method in TAUGHT else 5
+    assert len(rows) == 2 and all(0.1 < float(row[own]) < most for row in rows)
     assert ("train/feature" in rows[0]) == (found.method == "bootmae")
     assert (tmp_path / "teacher.safetensors").exists() == (found.method in TAUGHT)
     assert ("train/mto_r" in rows[1]) == (found.mto is not None)
