@@ -55,6 +55,8 @@ class PretrainTask(ImageTask):
             self.mto.check_depth(model.depth)
         if isinstance(model, TaughtModel):
             teacher = make_teacher(model, teacher)
+        elif teacher is not None:
+            raise ValueError(f"{model.name} has no teacher: leave it out")
         super().__init__(model, data, vit=model.vit, teacher=teacher)
         self.masking = (masking or Hiding()).filled(model.hiding)
         spec = model.backbone.spec

@@ -93,7 +93,7 @@ class SecondView:
 
 
 def make_teacher(model: TaughtModel, given: TaughtModel | None = None) -> TaughtModel:
-    """Return the student's copy, or a given teacher if it fits."""
+    """Return a copy of the student, or of a given teacher if it fits."""
     wanted = model.slow_copy()
     if given is None:
         return wanted
@@ -104,7 +104,7 @@ def make_teacher(model: TaughtModel, given: TaughtModel | None = None) -> Taught
                 f"the teacher does not fit its student: {name} is {its.get(name, 'missing')} in "
                 f"the teacher and {mine.get(name, 'missing')} in the student"
             )
-    return given
+    return copy.deepcopy(given)  # which may be the student itself
 
 
 @torch.no_grad()

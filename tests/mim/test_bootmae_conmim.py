@@ -420,9 +420,16 @@ def test_teachers_that_do_not_fit() -> None:
         ValueError, match=r"projector.6.weight is \[8, 24\] in .* and \[12, 24\] in"
     ):
         make_teacher(student, wide)
+    with pytest.raises(ValueError, match="^simmim has no teacher: leave it out$"):
+        PretrainTask(method("simmim"), Hiding(kind="random"), teacher=wide)
     fitting = method("conmim").slow_copy()
+    with torch.no_grad():
+        fitting.projector[0].weight.zero_()
     found = PretrainTask(student, Hiding(kind="random"), teacher=fitting)
-    assert found.teacher is fitting and not any(p.requires_grad for p in fitting.parameters())
+    assert not found.teacher.projector[0].weight.any()
+    assert not any(p.requires_grad for p in found.teacher.parameters())
+    own = PretrainTask(student, Hiding(kind="random"), teacher=student)
+    assert own.model.mask_token.requires_grad and not own.teacher.mask_token.requires_grad
 
 
 def test_following_weighs_two_models() -> None:
