@@ -31,7 +31,7 @@ class Means(MaskedImageModel):
     """Predicts the mean brightness of every hidden patch."""
 
     paper = "none"
-    mask_kind, mask_ratio = "random", 0.5
+    hiding = Hiding(kind="random", ratio=0.5)
 
     def __init__(self, vit: nn.Module) -> None:
         super().__init__(vit)
@@ -75,7 +75,7 @@ def main() -> None:
     model = Means(vit)
     model.initialise()
     images = normalise(fashion_mnist_mini("train")[0])
-    hiding, choices, steps = Hiding().filled(model.mask_kind, model.mask_ratio), Mto(), 60
+    hiding, choices, steps = Hiding().filled(model.hiding), Mto(), 60
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for step in range(steps):
         batch = images[torch.randint(len(images), (64,))]

@@ -148,7 +148,7 @@ def pretrain(
         model: a name of timm, which begins with new weights; a module of one's own; a path to
             weights to go on from; or the group "model".
         data: as in ``finetune``; labels are not looked at.
-        method: "mae" or "simmim".
+        method: "mae", "simmim", "bootmae" or "conmim".
         options: what the method is made with, such as {"decoder_depth": 4}.
         mask: the group of that name, as a dictionary or its class; so are the next ones.
         mto: likewise; {} is masked token optimisation with its default choices.

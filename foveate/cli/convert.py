@@ -2,8 +2,9 @@
 
 The origin is inferred from the checkpoint's keys; EViT's must be given. A model with a method
 becomes a folder that foveate.load reads without a model; one without a method becomes a
-.safetensors file with timm's keys. With --pretraining the decoder or head of MAE or SimMIM is kept
-too, in OUT.pretrain.safetensors, so that pre-training can go on. No code in the checkpoint is run.
+.safetensors file with timm's keys. With --pretraining the rest of MAE, SimMIM, BootMAE or ConMIM (a
+decoder, head or projector) is kept too, in OUT.pretrain.safetensors, so that pre-training can go
+on. No code in the checkpoint is run.
 
 In a terminal:
   foveate convert dynamic-vit_384_r0.7.pth dynamicvit/ keep=0.7
@@ -44,12 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--pretraining",
         action="store_true",
-        help="keep the decoder or head of MAE or SimMIM; options are then norm_pix and "
-        "decoder_heads",
+        help="keep the decoder, head or projector of MAE, SimMIM, BootMAE or ConMIM; options are "
+        "then the method's, such as norm_pix and decoder_heads",
     )
     add(
         "--origin",
-        help="vit, mae, simmim, beit, lvvit, dynamicvit, evit, evovit or svit (default: inferred)",
+        help="vit, mae, simmim, bootmae, conmim, beit, lvvit, dynamicvit, evit, evovit or svit "
+        "(default: inferred)",
     )
     add("--method", help='method for a plain model, such as "tome(r=13)"')
     add("--num-heads", type=int, metavar="N", help="number of heads (default: heads of width 64)")

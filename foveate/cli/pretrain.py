@@ -7,6 +7,7 @@ In a terminal:
   foveate pretrain --list
   foveate pretrain fashion_part_mae
   foveate pretrain fashion_part_simmim mto.preset=default --out runs/simmim-mto
+  foveate pretrain fashion_part_conmim options.momentum=0.98
   foveate pretrain folder_mae data.train=folder:photos model.name=vit_small_patch16_224
   foveate pretrain --resume runs/pretrain-fashion_part_mae
   foveate finetune fashion_part_full model.start=runs/pretrain-fashion_part_mae

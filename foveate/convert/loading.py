@@ -80,8 +80,9 @@ def load(
     """Load a model in eval mode from a folder that ``save`` wrote or a checkpoint of others.
 
     A checkpoint is the folder of a Hugging Face model, or a ``.pth``, ``.pt`` or ``.safetensors``
-    file of a plain ViT (timm, DeiT, MAE), BEiT, SimMIM's ViT, LV-ViT, DynamicViT, EViT, Evo-ViT
-    (DeiT) or SViT classifier. Sizes are inferred from its tensors. No code in a file is run.
+    file of a plain ViT (timm, DeiT, MAE, BootMAE), BEiT, SimMIM's or ConMIM's ViT, LV-ViT,
+    DynamicViT, EViT, Evo-ViT (DeiT) or SViT classifier. Sizes are inferred from its tensors. No
+    code in a file is run.
 
     The path may also be the folder of a training run. The result is a reduced model if there is a
     method, otherwise the plain model.
@@ -91,8 +92,9 @@ def load(
         model: model that gets the weights, instead of a new one. Folders that hold only the
             method's own part need it. For files it can have what tensors do not show, such as an
             activation.
-        origin: "vit", "mae", "simmim", "beit", "lvvit", "dynamicvit", "evit", "evovit" or "svit".
-            None infers it from the keys; EViT must be given, as its keys are a plain ViT's.
+        origin: "vit", "mae", "simmim", "bootmae", "conmim", "beit", "lvvit", "dynamicvit", "evit",
+            "evovit" or "svit". None infers it from the keys; EViT must be given, as its keys are a
+            plain ViT's.
         method: method to run a plain model with, as ``apply`` takes it.
         num_heads: number of heads; None assumes heads of width 64.
         image_size: image size to make the model for; its positions are resized.

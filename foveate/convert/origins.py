@@ -27,7 +27,8 @@ class Origin:
         marks: a pattern; a key that it finds identifies the origin.
         renames: patterns in keys and their replacements, all applied in this order. Keys that
             begin with "reducer." afterwards belong to the method.
-        joins: tensors of a block that are concatenated, and the key of the result.
+        joins: tensors of a block that are concatenated, and the key of the result; None is zeros
+            like the first.
         splits: tensors that are two halves here, and along which dimension.
         unused: patterns of keys that are left out, and the reason.
         method: the method that such a model runs with.
@@ -43,7 +44,7 @@ class Origin:
     title: str
     marks: str | None = None
     renames: tuple[tuple[str, str], ...] = ()
-    joins: tuple[tuple[tuple[str, ...], str], ...] = ()
+    joins: tuple[tuple[tuple[str | None, ...], str], ...] = ()
     splits: tuple[tuple[str, int, tuple[str, ...]], ...] = ()
     unused: tuple[tuple[str, str], ...] = ()
     method: str | None = None
@@ -131,6 +132,32 @@ _ALL = (
         same_keys=("vit",),
     ),
     Origin(
+        name="bootmae",
+        title="BootMAE, encoder only",
+        marks=r"^decode_blocks(_1)?\.",
+        # Keys have no bias there, which changes no attention.
+        joins=((("attn.q_bias", None, "attn.v_bias"), "attn.qkv.bias"),),
+        unused=(
+            (
+                r"^(decode_|down|lm_head|de_pos_embed|mask_token_1)",
+                "the two regressors, used in pre-training only",
+            ),
+        ),
+        same_keys=("vit",),
+    ),
+    Origin(
+        name="conmim",
+        title="ConMIM encoder",
+        marks=r"^projectors\.\d",
+        unused=(
+            (r"^(projectors|lm_head)\.", "the projector, used in pre-training only"),
+            _INDEX,
+        ),
+        form="beit",
+        expand=True,
+        same_keys=("beit",),
+    ),
+    Origin(
         name="simmim",
         title="SimMIM ViT encoder",
         marks=r"^decoder\.0\.(weight|bias)$",
@@ -201,10 +228,13 @@ def find_origin(checkpoint: Checkpoint, name: str | None) -> Origin:
     if name is None and checkpoint.metadata.get(FAMILY) == TimmBeit.family:
         name = "beit"
     biased = [key for key in keys if key.endswith(".attn.q_bias")]
-    if found.form == "vit" and biased and ORIGINS[name or found.name].form == "vit":
+    wanted = name or found.name
+    plain = found.form == ORIGINS[wanted].form == "vit" and wanted != "bootmae"
+    if biased and plain:
         raise ValueError(
             f"{path} looks like EVA, or BEiT without relative positions: it has keys such as "
-            f"{shorten(biased, 2)}; give origin='beit' if it is BEiT, otherwise {EXPECTED}"
+            f"{shorten(biased, 2)}; give origin='beit' if it is BEiT, origin='bootmae' if it is "
+            f"BootMAE's encoder, otherwise {EXPECTED}"
         )
     if name is None or name == found.name:
         return found
@@ -234,10 +264,12 @@ def translate(
             key = re.sub(pattern, replacement, key)
         state[key] = value
     for parts, whole in origin.joins:
-        for key in [key for key in state if key.endswith("." + parts[0])]:
-            block = key.removesuffix(parts[0])
-            if all(block + part in state for part in parts):
-                state[block + whole] = torch.cat([state.pop(block + part) for part in parts])
+        for key in [key for key in state if key.endswith(f".{parts[0]}")]:
+            block = key.removesuffix(str(parts[0]))
+            if all(part is None or block + part in state for part in parts):
+                zeros = torch.zeros_like(state[key])
+                found = [zeros if part is None else state.pop(block + part) for part in parts]
+                state[block + whole] = torch.cat(found)
     for whole, dim, parts in origin.splits:
         for key in [key for key in state if key.endswith("." + whole)]:
             halves = state.pop(key).chunk(len(parts), dim)

@@ -18,8 +18,8 @@ from foveate.core import check_choice
 __all__ = ["PATCH_KEY", "EXPECTED", "Checkpoint", "read", "shorten"]
 
 EXPECTED = (
-    "expected the weights of a plain ViT, DeiT, BEiT, MAE or SimMIM encoder, LV-ViT, DynamicViT, "
-    "EViT, Evo-ViT (DeiT) or SViT classifier"
+    "expected the weights of a plain ViT, DeiT, BEiT, encoder of MAE, SimMIM, BootMAE or ConMIM, "
+    "LV-ViT, DynamicViT, EViT, Evo-ViT (DeiT) or SViT classifier"
 )
 PATCH_KEY = "patch_embed.proj.weight"  # every supported model has this tensor
 _FILES = "expected a .pth, .pt or .safetensors file"

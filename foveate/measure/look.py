@@ -298,7 +298,7 @@ def _look(
         )
     layers = _columns(name, model.depth, choices.layers)
     images = images.to(choices.device)
-    masking = recipe.mask.filled(model.mask_kind, model.mask_ratio)
+    masking = recipe.mask.filled(model.hiding)
     mask = fixed_mask(model, images, masking, choices.seed)
     logged = _losses(folder, recipe)
 

@@ -1,5 +1,7 @@
-"""Pre-training by masked image modelling: MAE and SimMIM, with masked token optimisation."""
+"""Pre-training by masked image modelling: MAE, SimMIM, BootMAE and ConMIM, with MTO."""
 
+from foveate.mim.bootmae import BootMAE
+from foveate.mim.conmim import ConMIM
 from foveate.mim.mae import Mae
 from foveate.mim.masks import Hiding, Mask
 from foveate.mim.method import (
@@ -11,8 +13,11 @@ from foveate.mim.method import (
 )
 from foveate.mim.mto import Mto, mto_losses
 from foveate.mim.simmim import Simmim
+from foveate.mim.teacher import TaughtModel
 
 __all__ = [
+    "BootMAE",
+    "ConMIM",
     "Mae",
     "Mask",
     "MaskedImageModel",
@@ -21,6 +26,7 @@ __all__ = [
     "Prediction",
     "Simmim",
     "States",
+    "TaughtModel",
     "make_method",
     "mto_losses",
     "register",

@@ -14,6 +14,7 @@ from foveate.data import Splits
 from foveate.mim.method import MaskedImageModel, make_method
 from foveate.mim.recipe import Pretrain
 from foveate.mim.task import PretrainTask
+from foveate.mim.teacher import TaughtModel
 from foveate.mim.weights import load_rest, load_weights, method_of, rest_path
 from foveate.train.build import make_model, open_data
 from foveate.train.probe import Watched
@@ -66,7 +67,15 @@ def build(recipe: Pretrain) -> tuple[PretrainTask, Splits]:
     """The task and its images; labels are not asked for."""
     splits = open_data(recipe.data, labels=False)
     model = make_masked_model(recipe)
-    return PretrainTask(model, recipe.mask, recipe.mto, recipe.loop.seed, recipe.data), splits
+    if recipe.loop.eval_mode and isinstance(model, TaughtModel) and model.teacher_trains:
+        raise ValueError(
+            f"loop.eval_mode=true keeps the batch norms of {model.name} from seeing the batch: "
+            "leave it false"
+        )
+    task = PretrainTask(
+        *(model, recipe.mask, recipe.mto, recipe.loop.seed, recipe.data, recipe.loop.epochs)
+    )
+    return task, splits
 
 
 def open_watched(recipe: Pretrain, vit: nn.Module) -> Watched | None:

@@ -20,7 +20,7 @@ from foveate.mim.method import MaskedImageModel
 from foveate.mim.recipe import Pretrain
 from foveate.mim.reconstructions import picture, some_images
 from foveate.mim.task import PretrainTask, fixed_mask
-from foveate.mim.weights import save_model
+from foveate.mim.weights import save_model, save_vit
 from foveate.train.module import Module
 from foveate.train.probe import Watched, read
 from foveate.train.run import Loaders
@@ -49,6 +49,8 @@ def own_callbacks(recipe: Pretrain, task: Task, loaders: Loaders, out: Path) -> 
     if recipe.loop.pictures_every is not None:
         found.append(Reconstructions(recipe, task, shown, out / "pictures"))
     found.append(Snapshots(recipe, out / "snapshots"))
+    if task.teacher is not None:
+        found.append(TeacherFile(task.teacher, out / "teacher.safetensors"))
     return found
 
 
@@ -185,3 +187,15 @@ class Snapshots(_AtEpochs):
         """Write backbone and the rest; an epoch that loop.max_steps cuts short is none."""
         if module.trainer.global_step * self.recipe.loop.epochs == module.updates * epoch:
             save_model(model, self.folder / f"epoch-{epoch:04d}.safetensors")
+
+
+class TeacherFile(Callback):
+    """Writes a teacher's ViT beside what is exported: some authors fine-tune that one."""
+
+    def __init__(self, teacher: MaskedImageModel, path: Path) -> None:
+        self.teacher, self.path = teacher, path
+
+    def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """As the run ends, also where it was resumed after its last update."""
+        if trainer.is_global_zero:
+            save_vit(self.teacher, self.path)

@@ -13,18 +13,12 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from foveate.mim.masks import Mask
-from foveate.mim.method import (
-    MaskedImageModel,
-    Prediction,
-    States,
-    register,
-    sincos_positions,
-    xavier,
-)
-from foveate.mim.targets import gathered, normalised, patchify, statistics
+from foveate.mim.encoders import VisibleEncoder, sincos_positions
+from foveate.mim.masks import Hiding, Mask
+from foveate.mim.method import Prediction, States, register
+from foveate.mim.targets import normalised, patchify, statistics
 
-__all__ = ["Decoder", "Mae"]
+__all__ = ["Decoder", "Mae", "checked_heads"]
 
 
 class Decoder(nn.Module):
@@ -72,32 +66,43 @@ class Decoder(nn.Module):
         *,
         states: bool = False,
         checkpointing: bool = False,
-    ) -> tuple[Tensor, States | None]:
+    ) -> tuple[Tensor, tuple[States, ...]]:
         """From encoded prefix and visible tokens to all patches; and the tokens of every layer."""
+        front, patches = self.laid_out(encoded, mask)
+        x = torch.cat([front, patches], 1) + self.positions(grid)
+        return self.through(x, patches, states=states, checkpointing=checkpointing)
+
+    def laid_out(self, encoded: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
+        """Return prefix tokens, and patches in raster order, of which the hidden ones are alike."""
         x = self.embed(encoded)
         front, seen = x[:, : self.prefix], x[:, self.prefix :]
         assert mask.visible is not None
         patches = self.mask_token.to(x.dtype).expand(len(x), mask.hidden.shape[1], -1)
-        patches = patches.scatter(1, mask.visible[..., None].expand_as(seen), seen)
-        places = self.pos_embed
-        if grid != self.grid:
-            places = sincos_positions(grid, self.width, self.prefix, x.device)
-        x = torch.cat([front, patches], 1) + places
+        return front, patches.scatter(1, mask.visible[..., None].expand_as(seen), seen)
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """Return positions of all tokens, for images of any size."""
+        if grid == self.grid:
+            return self.pos_embed
+        return sincos_positions(grid, self.width, self.prefix, self.pos_embed.device)
+
+    def through(
+        self, x: Tensor, initial: Tensor, *context: Tensor, states: bool, checkpointing: bool
+    ) -> tuple[Tensor, tuple[States, ...]]:
+        """Run the blocks, which may look at a context too, and predict."""
         layers = [x]
         for block in self.blocks:
             if checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, *context, use_reentrant=False)
             else:
-                x = block(x)
+                x = block(x, *context)
             layers.append(x)
-        kept = None
-        if states:
-            kept = States([layer[:, self.prefix :] for layer in layers], patches)
-        return self.pred(self.norm(x[:, self.prefix :])), kept
+        kept = States([layer[:, self.prefix :] for layer in layers], initial)
+        return self.pred(self.norm(x[:, self.prefix :])), (kept,) if states else ()
 
 
 @register("mae")
-class Mae(MaskedImageModel):
+class Mae(VisibleEncoder):
     """Masked autoencoder.
 
     Args:
@@ -110,8 +115,7 @@ class Mae(MaskedImageModel):
     """
 
     paper = "He et al., CVPR 2022"
-    mask_kind = "random"
-    mask_ratio = 0.75
+    hiding = Hiding(kind="random", ratio=0.75)
 
     def __init__(
         self,
@@ -131,24 +135,15 @@ class Mae(MaskedImageModel):
             learned_positions=learned_positions,
         )
         spec = self.backbone.spec
-        if self.backbone.model.pos_embed is None or self.backbone.needs_every_token:
+        heads = checked_heads(decoder_width, decoder_depth, decoder_heads)
+        if decoder_width % heads:
             raise ValueError(
-                f"MAE leaves patches out, which needs absolute positions: this {spec.family} has "
-                "none; simmim takes it"
-            )
-        heads = decoder_heads or max(1, decoder_width // 32)
-        for name, value in (("width", decoder_width), ("depth", decoder_depth), ("heads", heads)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"decoder_{name} must be at least 1, got {value}")
-        if decoder_width % heads or decoder_width % 4:
-            raise ValueError(
-                f"decoder_width={decoder_width} must be a multiple of 4 and of its {heads} heads"
+                f"decoder_width={decoder_width} must be a multiple of its {heads} heads"
             )
         self.norm_pix = norm_pix
         self.decoder = Decoder(
             spec.width, decoder_width, decoder_depth, heads, self.values, spec.grid, spec.prefix
         )
-        self.backbone.model.pos_embed.requires_grad_(learned_positions)
 
     @property
     def depth(self) -> int:
@@ -157,29 +152,26 @@ class Mae(MaskedImageModel):
 
     def forward(self, images: Tensor, mask: Mask, *, states: bool = False) -> Prediction:
         """Mean squared error over hidden patches, under "pixel"."""
-        grid = self._checked(images, mask)
-        if mask.visible is None:
-            raise ValueError("MAE needs masks that hide as many patches in every image")
-        backbone = self.backbone
-        encoded = self.encode(images, mask)
+        grid, backbone = self._checked(images, mask), self.backbone
         patches, kept = self.decoder(
-            encoded, mask, grid, states=states, checkpointing=backbone.checkpointing
+            self.encode(images, mask),
+            mask,
+            grid,
+            states=states,
+            checkpointing=backbone.checkpointing,
         )
         target = patchify(images, backbone.spec.patch)
         if self.norm_pix:
             target = normalised(target)
         error = (patches.float() - target).square().mean(-1)
         loss = (error * mask.hidden).sum() / mask.hidden.sum()
-        return Prediction({"pixel": loss}, patches, mask, () if kept is None else (kept,))
+        return Prediction({"pixel": loss}, patches, mask, kept)
 
     def encode(self, images: Tensor, mask: Mask) -> Tensor:
         """Normed prefix and visible tokens ``[B, prefix + V, C]``."""
-        backbone, prefix = self.backbone, self.backbone.spec.prefix
-        embedded = backbone.embed(images)
-        assert mask.visible is not None
-        seen = gathered(embedded.x[:, prefix:], mask.visible)
-        x = torch.cat([embedded.x[:, :prefix], seen], 1)
-        return backbone.norm(backbone.through(x, embedded.grid))
+        backbone = self.backbone
+        x = backbone.through(self.visible(images, mask), backbone.grid_of(images))
+        return backbone.norm(x)
 
     def pixels(self, images: Tensor, patches: Tensor) -> Tensor:
         """Normalised patches are put back with the mean and spread of the true ones."""
@@ -188,16 +180,14 @@ class Mae(MaskedImageModel):
         mean, spread = statistics(patchify(images, self.backbone.spec.patch))
         return patches * spread + mean
 
-    def initialise(self) -> None:
-        """Xavier's, tokens of spread 0.02, sine-cosine positions."""
-        xavier(self)
-        vit, spec = self.backbone.model, self.backbone.spec
-        for token in (
-            getattr(vit, name, None) for name in ("cls_token", "dist_token", "reg_token")
-        ):
-            if token is not None:
-                nn.init.normal_(token, std=0.02)
-        nn.init.normal_(self.decoder.mask_token, std=0.02)
-        prefix = vit.pos_embed.shape[1] - spec.grid[0] * spec.grid[1]
-        with torch.no_grad():
-            vit.pos_embed.copy_(sincos_positions(spec.grid, spec.width, prefix))
+
+def checked_heads(width: int, depth: int, heads: int | None) -> int:
+    """Check a decoder's size, and return its heads, by default as many as are 32 wide."""
+    heads = max(1, width // 32) if heads is None and isinstance(width, int) else heads
+    for name, value in (("width", width), ("depth", depth), ("heads", heads)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"decoder_{name} must be at least 1, got {value}")
+    if width % 4:
+        raise ValueError(f"decoder_width={width} must be a multiple of 4, for its positions")
+    assert heads is not None
+    return heads

@@ -77,11 +77,14 @@ class Hiding:
             rectangles, placed until the share is reached.
         ratio: share of the patches that is hidden; None is the method's own.
         unit: side of a "unit" in pixels.
+        blocks: share of the hidden patches that lie in rectangles, for "block"; the others are
+            hidden one by one. None is the method's own.
     """
 
     kind: str | None = None
     ratio: float | None = None
     unit: int = 32
+    blocks: float | None = None
 
     def __post_init__(self) -> None:
         check_choice("mask.kind", self.kind, (None, *KINDS))
@@ -92,11 +95,19 @@ class Hiding:
             )
         if self.unit < 1:
             raise ValueError(f"mask.unit must be at least 1 pixel, got {self.unit}")
+        if self.blocks is not None and not 0 < self.blocks <= 1:
+            raise ValueError(f"mask.blocks must lie in (0, 1], got {self.blocks}")
 
-    def filled(self, kind: str, ratio: float) -> Hiding:
+    def filled(self, own: Hiding) -> Hiding:
         """With a method's own choices where none were made."""
-        mine = self.ratio if self.ratio is not None else ratio
-        return Hiding(kind=self.kind or kind, ratio=mine, unit=self.unit)
+        kind = self.kind or own.kind
+        return Hiding(
+            kind=kind,
+            ratio=own.ratio if self.ratio is None else self.ratio,
+            unit=self.unit,
+            # What a method says of its blocks is no word on those that somebody else wants.
+            blocks=own.blocks if self.blocks is None and kind == own.kind else self.blocks,
+        )
 
     def count(self, grid: tuple[int, int], patch: tuple[int, int]) -> int:
         """Hidden patches of an image; ValueError where the grid does not fit."""
@@ -124,7 +135,7 @@ class Hiding:
         if self.kind == "random":
             return Mask.from_noise(draws.uniform(batch, rows * columns), count)
         if self.kind == "block":
-            return _blocks(batch, grid, count, draws)
+            return _blocks(batch, grid, count, round((self.blocks or 1.0) * count), draws)
         down, across = self._units(grid, patch)
         each = (rows // down) * (columns // across)
         units = Mask.from_noise(draws.uniform(batch, down * across), count // each).hidden
@@ -143,20 +154,22 @@ class Hiding:
         return size[0] // self.unit, size[1] // self.unit
 
 
-def _blocks(batch: int, grid: tuple[int, int], count: int, draws: Draws) -> Mask:
-    """Rectangles until so many patches are hidden; a loop on the CPU, image by image."""
+def _blocks(batch: int, grid: tuple[int, int], count: int, inside: int, draws: Draws) -> Mask:
+    """Rectangles until ``inside`` patches are hidden, then patches; on the CPU, image by image."""
     seeds = (draws.uniform(batch, 2).double() * 2**24).long().tolist()
-    hidden = [_block_mask(np.random.default_rng(seed), grid, count) for seed in seeds]
+    hidden = [_block_mask(np.random.default_rng(seed), grid, count, inside) for seed in seeds]
     flat = torch.from_numpy(np.stack(hidden)).flatten(1).to(draws.device)
     return Mask.even(flat, count)
 
 
-def _block_mask(random: np.random.Generator, grid: tuple[int, int], count: int) -> np.ndarray:
+def _block_mask(
+    random: np.random.Generator, grid: tuple[int, int], count: int, inside: int
+) -> np.ndarray:
     rows, columns = grid
     hidden = np.zeros(grid, dtype=bool)
     smallest, largest = _SMALLEST * rows * columns, _LARGEST * rows * columns
     tries = 0
-    while (left := count - int(hidden.sum())) and tries < _TRIES:
+    while (left := inside - int(hidden.sum())) and tries < _TRIES:
         tries += 1
         area = random.uniform(smallest, max(smallest, min(largest, left)))
         shape = math.exp(random.uniform(math.log(_SHAPE), -math.log(_SHAPE)))

@@ -11,11 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from foveate.backbones import TimmBeit, TimmViT, backbone_for
-from foveate.mim.masks import Mask
+from foveate.mim.masks import Hiding, Mask
 from foveate.mim.targets import unpatchify
 from foveate.registry import suggest
 
@@ -62,16 +61,16 @@ class MaskedImageModel(nn.Module):
     Attributes:
         name: in recipes.
         paper: where it is from.
-        mask_kind: of the paper.
-        mask_ratio: of the paper.
+        hiding: how the paper hides patches.
+        fewest_hidden: patches that must be hidden in an image for there to be a loss.
         vit: the model that is pre-trained; the only thing that is left in the end.
         options: what the method was made with, to make it again.
     """
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
-    mask_kind: ClassVar[str] = "random"
-    mask_ratio: ClassVar[float] = 0.75
+    hiding: ClassVar[Hiding] = Hiding(kind="random", ratio=0.75)
+    fewest_hidden: ClassVar[int] = 1
 
     def __init__(self, vit: nn.Module, **options: Any) -> None:
         super().__init__()
@@ -190,41 +189,3 @@ def make_method(
             names = [known for known in legal if known != "vit"]
             raise ValueError(suggest(f"option of {name}", option, names))
     return cls(vit, **options)
-
-
-def xavier(module: nn.Module) -> None:
-    """Weights as MAE draws them: linear layers, and the patch projection seen as one."""
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            nn.init.xavier_uniform_(part.weight)
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
-        elif isinstance(part, nn.Conv2d):
-            nn.init.xavier_uniform_(part.weight.view(len(part.weight), -1))
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
-        elif isinstance(part, nn.LayerNorm):
-            nn.init.ones_(part.weight)
-            nn.init.zeros_(part.bias)
-
-
-def sincos_positions(
-    grid: tuple[int, int], width: int, prefix: int, device: torch.device | None = None
-) -> Tensor:
-    """Sines and cosines of x in one half of the channels and of y in the other.
-
-    ``[1, prefix + N, width]``; prefix tokens get zeros.
-    """
-    if width % 4:
-        raise ValueError(f"sine-cosine positions need a width that 4 divides, got {width}")
-    quarter = width // 4
-    rates = 10000 ** (-torch.arange(quarter, dtype=torch.float64, device=device) / quarter)
-    y, x = torch.meshgrid(
-        *(torch.arange(n, dtype=torch.float64, device=device) for n in grid), indexing="ij"
-    )
-    parts = []
-    for place in (x, y):
-        angle = place.reshape(-1, 1) * rates
-        parts += [angle.sin(), angle.cos()]
-    rows = torch.cat(parts, 1).float()
-    return torch.cat([rows.new_zeros(prefix, width), rows])[None]

@@ -9,6 +9,7 @@ tokens: no attention maps.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from foveate.mim.method import States
 from foveate.mim.targets import gathered
 
 __all__ = ["PRESETS", "Mto", "mto_losses"]
+
+_log = logging.getLogger(__name__)
 
 # "default" is what makes the three comparable and alive at the start; "paper" what is printed.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -157,13 +160,21 @@ class Mto:
         return sorted(set(self.layers))
 
     def check_depth(self, depth: int) -> None:
-        """Refuse a network that is too shallow to have anything to rank."""
+        """Refuse what leaves nothing to rank, and warn of a network that leaves a single pair."""
+        if not self.r:
+            return
         chosen = self.chosen(depth)
-        if self.r and (depth < 2 or len(chosen) < 2):
-            way = "give the decoder at least 2 blocks" if depth < 2 else "lower mto.layers"
+        if len(chosen) < 2:
             raise ValueError(
                 f"masked token optimisation ranks layers, and {len(chosen) - (0 in chosen)} of a "
-                f"network of depth {depth} is too few: {way}, or set mto.r=0"
+                f"network of depth {depth} is too few: lower mto.layers, or set mto.r=0"
+            )
+        if depth < 2:
+            _log.warning(
+                "masked token optimisation ranks layers, and a network of %d block has a single "
+                "pair of them, with which the paper's models were worst: give it 2 or more, or "
+                "set mto.r=0",
+                depth,
             )
 
 

@@ -43,7 +43,7 @@ class Pretrain(Recipe):
 
     Attributes:
         model: which ViT, and from where.
-        method: "mae" or "simmim".
+        method: "mae", "simmim", "bootmae" or "conmim".
         options: what the method is made with, such as decoder_depth.
         mask: what is hidden; kind and ratio are the method's own if not given.
         mto: masked token optimisation; None is without it.

@@ -4,6 +4,7 @@ Beside what every run's folder has:
 snapshots/            weights after the epochs that the recipe names
 model.safetensors     the backbone, for timm, foveate.load and foveate finetune
 model.pretrain.safetensors  decoder, head, mask token
+teacher.safetensors   the backbone of a method's teacher, if it has one
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pre-training as a job of the engine: masks, the method's loss, and what MTO adds."""
+"""Pre-training as a job of the engine: masks, the method's loss, its teacher, and what MTO adds."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
+from foveate.data import Transform
 from foveate.mim.masks import Hiding, Mask
 from foveate.mim.method import MaskedImageModel
 from foveate.mim.mto import Mto, mto_losses
+from foveate.mim.teacher import SecondView, TaughtModel, follow, make_teacher
 from foveate.mim.weights import save_model
 from foveate.train.draws import Draws
 from foveate.train.images import ImageTask
@@ -25,13 +27,18 @@ _FIXED = 2**31  # steps that no run reaches: masks of evaluation are drawn as of
 class PretrainTask(ImageTask):
     """Losses of a method on masked images, and of MTO if there is any.
 
-    Attributes:
+    Args:
         model: the method with its ViT.
-        masking: how patches are hidden.
+        masking: how patches are hidden; None is the method's own way.
         mto: its choices; None is without.
+        seed: of the masks of evaluation.
+        data: what the recipe says of images.
+        epochs: of the run, for what changes with them.
+        teacher: of a method that has one; None makes it, a copy of the model.
     """
 
     model: MaskedImageModel
+    teacher: TaughtModel | None
 
     def __init__(
         self,
@@ -40,37 +47,73 @@ class PretrainTask(ImageTask):
         mto: Mto | None = None,
         seed: int = 0,
         data: Data | None = None,
+        epochs: int = 1,
+        teacher: TaughtModel | None = None,
     ) -> None:
         self.mto = mto if mto is not None and mto.active else None
         if self.mto is not None:
             self.mto.check_depth(model.depth)
-        weights = {} if self.mto is None else self.mto.weights_at(0.0)
-        super().__init__(model, data, vit=model.vit, weights=weights)
-        self.masking = (masking or Hiding()).filled(model.mask_kind, model.mask_ratio)
+        if isinstance(model, TaughtModel):
+            teacher = make_teacher(model, teacher)
+        elif teacher is not None:
+            raise ValueError(f"{model.name} has no teacher: leave it out")
+        super().__init__(model, data, vit=model.vit, teacher=teacher)
+        self.masking = (masking or Hiding()).filled(model.hiding)
         spec = model.backbone.spec
         hidden = self.masking.count(spec.grid, spec.patch)  # refuses what cannot be
+        if hidden < model.fewest_hidden:
+            raise ValueError(
+                f"{model.name} compares hidden patches of an image, and {hidden} is too few: raise "
+                "mask.ratio, or make images larger or patches smaller"
+            )
         if self.mto is not None and (seen := spec.grid[0] * spec.grid[1] - hidden) < 2:
             raise ValueError(
                 f"masked token optimisation compares visible patches, and {seen} is too few: lower "
                 "mask.ratio, or make images larger or patches smaller"
             )
-        self.seed = seed
+        self.seed, self.epochs = seed, epochs
+        self.set_progress(0.0, model)
+
+    def transforms(self) -> tuple[Transform, Transform]:
+        """The recipe's augmentation, and what the teacher alone sees of an image."""
+        training, evaluation = super().transforms()
+        view = self.model.view() if isinstance(self.model, TaughtModel) else None
+        return training if view is None else SecondView(training, view), evaluation
 
     def training_step(self, batch: dict[str, Any], draws: Draws) -> dict[str, Tensor]:
         """Losses of the method and of MTO; targets are not looked at."""
         images, backbone = self.pixels(batch), self.model.backbone
         grid = backbone.grid_of(images)
         mask = self.masking.draw(len(images), grid, backbone.spec.patch, draws)
-        found = self.model(images, mask, states=self.mto is not None)
+        whole = self.pixels({"image": batch["view"]}) if "view" in batch else images
+        found = self.model(images, mask, states=self.mto is not None, **self._taught(whole))
         losses = found.losses
         if self.mto is not None:
             losses = losses | mto_losses(found.states, mask, self.mto)
         return losses
 
+    def _taught(self, images: Tensor) -> dict[str, Tensor]:
+        """What the teacher says of whole images, for the model's forward pass."""
+        return {} if self.teacher is None else {"target": self.teacher.target(images)}
+
     def set_progress(self, progress: float, model: nn.Module) -> None:
-        """Let MTO's weights grow."""
-        if self.mto is not None:
-            self.weights = self.mto.weights_at(progress)
+        """Let weights of losses grow, and a teacher slow down."""
+        self.weights = {} if self.mto is None else self.mto.weights_at(progress)
+        if isinstance(self.model, TaughtModel):
+            self.weights |= self.model.weights_at(progress, self.epochs)
+            self._momentum = self.model.momentum_at(progress, self.epochs)
+
+    def after_update(self) -> None:
+        """Let a teacher follow."""
+        if self.teacher is not None:
+            follow(self.teacher, self.model, self._momentum)
+
+    def train(self, mode: bool = True) -> PretrainTask:
+        """Set the mode; some teachers are in training mode with their student."""
+        super().train(mode)
+        if self.teacher is not None and self.teacher.teacher_trains:
+            self.teacher.train(mode)
+        return self
 
     def metrics(self) -> dict[str, Metric]:
         """The method's own loss on evaluation images, with masks that stay the same."""
@@ -83,7 +126,8 @@ class PretrainTask(ImageTask):
         assert isinstance(model, MaskedImageModel)
         images = self.pixels(batch)
         mask = fixed_mask(model, images, self.masking, self.seed, number)
-        metrics["loss"].update(sum(model(images, mask).losses.values()), weight=len(images))
+        losses = model(images, mask, **self._taught(images)).losses
+        metrics["loss"].update(sum(losses.values()), weight=len(images))
 
     def export(self, model: nn.Module, folder: Path) -> Path:
         """Write the backbone for timm and everything else, and the rest beside it."""

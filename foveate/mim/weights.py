@@ -28,6 +28,7 @@ __all__ = [
     "options_of",
     "rest_path",
     "save_model",
+    "save_vit",
 ]
 
 
@@ -36,8 +37,8 @@ def rest_path(path: Path) -> Path:
     return path.with_suffix(".pretrain.safetensors")
 
 
-def save_model(model: MaskedImageModel, path: Path) -> None:
-    """Write both files.
+def save_vit(model: MaskedImageModel, path: Path) -> None:
+    """Write the backbone's file.
 
     A relative position bias that blocks share is written once for each of them: so timm's BEiT
     models have it, and so it is fine-tuned.
@@ -46,6 +47,11 @@ def save_model(model: MaskedImageModel, path: Path) -> None:
     if SHARED_BIAS in state:
         state = expand_position_bias(state, model.backbone.spec.depth)
     save_plain(model.vit, path, state)
+
+
+def save_model(model: MaskedImageModel, path: Path) -> None:
+    """Write both files."""
+    save_vit(model, path)
     rest = {
         name: value.contiguous()
         for name, value in model.state_dict().items()

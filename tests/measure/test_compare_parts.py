@@ -255,6 +255,19 @@ def test_the_comparisons_of_pretraining_ask_for_what_they_did(tmp_path: Path) ->
     assert comparison.root("mae_mto_raw") == "mae"
 
 
+def test_the_study_of_decoder_depth(tmp_path: Path) -> None:
+    """Each depth is compared with itself without masked token optimisation."""
+    comparison = configs.read(Comparison, configs.find_recipe("compare", "mto_depth"))
+    cells = make_cells(comparison, tmp_path)
+    assert len(cells) == 4 * 2 * 3 and {cell.work.job for cell in cells.values()} == {"pretrain"}
+    for depth in (1, 2, 4, 8):
+        assert comparison.root(f"depth_{depth}_mto") == f"depth_{depth}"
+        for name, mto in ((f"depth_{depth}", False), (f"depth_{depth}_mto", True)):
+            found = cells[f"models/{name}/seed1"].work.settings
+            assert found.options["decoder_depth"] == depth and (found.mto is not None) == mto
+            assert (found.loop.epochs, found.data.batch, found.method) == (16, 64, "mae")
+
+
 def test_several_processes_are_started_by_torchrun(tmp_path: Path) -> None:
     config = configs.read(Comparison, write_config(tmp_path), ["resources.processes=2"])
     cells = make_cells(config, tmp_path / "out")

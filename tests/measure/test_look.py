@@ -92,7 +92,7 @@ def test_the_numbers_are_those_of_a_direct_computation(runs: dict[str, Path], na
     places = [i * len(source) // 10 for i in range(10)]
     pixels = np.stack([transform(source.sample(place))["image"] for place in places])
     images = (torch.from_numpy(pixels).float() / 255 - 0.286) / 0.353
-    mask = fixed_mask(model, images, recipe.mask.filled(model.mask_kind, model.mask_ratio), 3)
+    mask = fixed_mask(model, images, recipe.mask.filled(model.hiding), 3)
     points = report.runs[0].points
     files = (run / "snapshots/epoch-0001.safetensors", run / "model.safetensors")
     assert tuple(point.file for point in points) == files

@@ -24,6 +24,10 @@ SMALL: dict[str, Any] = {
     **{"embed_dim": 32, "depth": 2, "num_heads": 2},
 }
 DECODER: dict[str, Any] = {"decoder_width": 32, "decoder_depth": 2}
+OPTIONS: dict[str, dict[str, Any]] = {
+    **{"mae": DECODER, "bootmae": DECODER, "simmim": {}},
+    "conmim": {"projector_width": 24, "projector_out": 12},
+}
 SHARED: dict[str, Any] = {
     **{"use_abs_pos_emb": False, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True},
     **{"init_values": 0.1, "global_pool": "token", "use_fc_norm": False},
@@ -52,8 +56,8 @@ FORMS: dict[str, Any] = {
 
 def method(name: str, model: nn.Module | None = None, **options: Any) -> MaskedImageModel:
     """A method on a tiny model in eval mode, all weights drawn at random and far from zero."""
-    defaults = DECODER if name == "mae" else {}
-    found = make_method(name, vit() if model is None else model, {**defaults, **options})
+    options = {**OPTIONS.get(name, {}), **options}
+    found = make_method(name, vit() if model is None else model, options)
     randomise(found)
     return found.eval()
 

@@ -32,8 +32,9 @@ from torch import Tensor, nn
 
 from foveate.convert import Settings
 from foveate.mim import Hiding, Mask, MaskedImageModel, make_method, register
+from foveate.mim.encoders import sincos_positions
 from foveate.mim.mae import Decoder
-from foveate.mim.method import METHODS, Prediction, sincos_positions
+from foveate.mim.method import METHODS, Prediction
 from foveate.mim.release import open_release
 from foveate.mim.targets import normalised, patchify, unpatchify
 from foveate.mim.task import PretrainTask
@@ -116,7 +117,7 @@ def test_the_reference_answers_of_simmim(tmp_path: Path) -> None:
 def test_a_release_without_its_decoder(tmp_path: Path) -> None:
     path = tmp_path / "encoder.safetensors"
     save_file(vit().state_dict(), path)
-    with pytest.raises(ValueError, match="has no decoder: expected a checkpoint of MAE or SimMIM"):
+    with pytest.raises(ValueError, match="has no decoder: expected a checkpoint of MAE, "):
         open_release(path, Settings(num_heads=2))
 
 
@@ -157,8 +158,7 @@ def test_the_decoder_puts_tokens_back_where_they_were() -> None:
     nn.init.zeros_(decoder.embed.bias)
     nn.init.constant_(decoder.mask_token, -1)
     names = torch.cat([torch.tensor([[500.0, 600.0]] * 2), hiding.visible.float()], 1)
-    _, states = decoder(names[..., None].expand(-1, -1, 32), hiding, GRID, states=True)
-    assert states is not None
+    _, (states,) = decoder(names[..., None].expand(-1, -1, 32), hiding, GRID, states=True)
     wanted = torch.arange(49.0).expand(2, -1).masked_fill(hiding.hidden, -1)
     assert torch.equal(states.initial, wanted[..., None].expand(-1, -1, 32))
     places = sincos_positions(GRID, 32, 0)
@@ -178,7 +178,7 @@ def test_masks_of_unequal_counts() -> None:
     share = hidden.sum(1) / hidden.sum()
     losses = torch.stack([one.losses["pixel"] for one in alone])
     close(found.losses["pixel"], (share * losses).sum())
-    with pytest.raises(ValueError, match="^MAE needs masks that hide as many patches in every im"):
+    with pytest.raises(ValueError, match="^mae needs masks that hide as many patches in every im"):
         method("mae")(x, ragged)
 
 
@@ -440,7 +440,7 @@ def test_models_that_cannot_be_pretrained(name: str) -> None:
     "options", [{}, {"use_abs_pos_emb": True}, {"use_shared_rel_pos_bias": False}]
 )
 def test_mae_leaves_patches_out_and_so_takes_no_beit(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="^MAE leaves patches out, which needs absolute positions"):
+    with pytest.raises(ValueError, match="^mae leaves patches out, which needs absolute positions"):
         make_method("mae", beit(**options))
 
 
@@ -463,8 +463,11 @@ def test_a_beit_has_one_size() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"decoder_width": 34}, "^decoder_width=34 must be a multiple of 4 and of its 1 heads$"),
-        ({"decoder_width": 32, "decoder_heads": 3}, "^decoder_width=32 must be .* its 3 heads$"),
+        ({"decoder_width": 34}, "^decoder_width=34 must be a multiple of 4, for its positions$"),
+        (
+            {"decoder_width": 32, "decoder_heads": 3},
+            "^decoder_width=32 must be a multiple of its 3 heads$",
+        ),
         ({"decoder_width": 0}, "^decoder_width must be at least 1, got 0$"),
         ({"decoder_depth": 0}, "^decoder_depth must be at least 1, got 0$"),
         ({"decoder_heads": -1}, "^decoder_heads must be at least 1, got -1$"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from foveate.mim import Hiding, Mask
+from foveate.mim import BootMAE, ConMIM, Hiding, Mask
 from foveate.train.draws import Draws
 
 P16 = (16, 16)
@@ -41,6 +42,8 @@ def check(mask: Mask, batch: int, patches: int, hidden: int) -> None:
         (Hiding(kind="unit", ratio=0.6), 120),
         (Hiding(kind="unit", ratio=0.75), 148),
         (Hiding(kind="block", ratio=0.75), 147),
+        (BootMAE.hiding, 147),
+        (ConMIM.hiding, 148),
         (Hiding(kind="block", ratio=120 / 196), 120),
         (Hiding(kind="block", ratio=0.4), 78),
     ],
@@ -72,9 +75,29 @@ def test_a_hair_above_a_whole_number_of_units_is_that_number() -> None:
 
 
 def test_the_mask_of_every_method_where_none_is_chosen() -> None:
-    assert Hiding().filled("unit", 0.6) == Hiding(kind="unit", ratio=0.6)
+    own = Hiding(kind="unit", ratio=0.6)
+    assert Hiding().filled(own) == own
     mine = Hiding(kind="block", ratio=0.5, unit=8)
-    assert mine.filled("random", 0.75) == mine
+    assert mine.filled(own) == mine
+    blocks = Hiding(kind="block", ratio=0.75, blocks=0.8)
+    assert Hiding(ratio=0.5).filled(blocks) == replace(blocks, ratio=0.5)
+    assert Hiding(blocks=0.5).filled(blocks) == replace(blocks, blocks=0.5)
+    assert Hiding(kind="random").filled(blocks) == Hiding(kind="random", ratio=0.75)
+
+
+def test_a_share_in_blocks() -> None:
+    """BootMAE: 120 of 147 in rectangles, the others anywhere; all patches are hidden alike."""
+    few, all_of_them = (
+        Hiding(kind="block", ratio=0.75, blocks=share).draw(16, (14, 14), P16, draws())
+        for share in (0.1, 1.0)
+    )
+    check(few, 16, 196, 147)
+    # Neighbours agree by chance where nearly all is hidden one by one, and more often in blocks.
+    assert alike(few.hidden.view(-1, 14, 14)) < alike(all_of_them.hidden.view(-1, 14, 14)) - 0.05
+    assert BootMAE.hiding.blocks == pytest.approx(120 / 147)
+    for wrong in (0, 1.1, -0.2):
+        with pytest.raises(ValueError, match=r"^mask.blocks must lie in \(0, 1\], got "):
+            Hiding(blocks=wrong)
 
 
 @pytest.mark.parametrize("kind", ["random", "unit", "block"])

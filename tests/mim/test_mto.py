@@ -550,15 +550,22 @@ def task(
     return PretrainTask(method(name, model, **options), Hiding(kind="random"), mto)
 
 
-def test_a_network_that_is_too_shallow() -> None:
-    """T10: one block leaves nothing to rank, and is refused."""
-    said = "^masked token optimisation ranks layers, and 1 of a network of depth {} is too few: "
-    with pytest.raises(ValueError, match=said.format(1) + "give the decoder at least 2 blocks, or"):
-        task("mae", Mto(), decoder_depth=1)
-    with pytest.raises(ValueError, match=said.format(1)):
-        task("simmim", Mto(), vit(depth=1))
+def test_a_network_that_is_too_shallow(caplog: pytest.LogCaptureFixture) -> None:
+    """T10: one block has one pair to rank, and that is said; nothing to rank is refused."""
+    for name, parts in (("mae", {"decoder_depth": 1}), ("simmim", {"model": vit(depth=1)})):
+        shallow = task(name, Mto(), **parts)
+        assert "a network of 1 block has a single pair of them" in caplog.text
+        caplog.clear()
+        found = shallow.training_step({"image": images()}, Draws(0, 0, 0))
+        assert found.keys() == {"pixel", "mto_spa", "mto_e", "mto_r"}
+    task("mae", Mto(r=0), decoder_depth=1)
+    task("mae", Mto())
+    assert not caplog.records
     task("mae", Mto(layers=2))  # the last against the first
-    with pytest.raises(ValueError, match="and 0 of a network of depth 2 is too few: lower mto.lay"):
+    with pytest.raises(
+        ValueError,
+        match="^masked token optimisation ranks layers, and 0 of a network of depth 2 is ",
+    ):
         task("mae", Mto(layers=3))
     with pytest.raises(ValueError, match=r"^mto.layers must lie in 0..2, got 3$"):
         task("mae", Mto(layers=(1, 3)))
@@ -580,7 +587,7 @@ def losses_and_grads(found: PretrainTask, progress: float) -> tuple[Tensor, dict
     return loss.detach(), {key: p.grad for key, p in named if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", ["mae", "simmim"])
+@pytest.mark.parametrize("name", ["mae", "simmim", "bootmae", "conmim"])
 def test_weights_of_zero_are_no_optimisation_at_all(name: str) -> None:
     """T6: to the bit, and also while weights have not grown yet."""
     wanted, plain = losses_and_grads(task(name, None), 0.5)
@@ -608,8 +615,7 @@ def test_the_sum_of_a_step() -> None:
 class Two(MaskedImageModel):
     """Two decoders, of which the second predicts what a network that does not learn says."""
 
-    mask_kind = "random"
-    mask_ratio = 0.5
+    hiding = Hiding(kind="random", ratio=0.5)
 
     def __init__(self, vit: nn.Module, width: int = 16) -> None:
         super().__init__(vit, width=width)
@@ -636,7 +642,7 @@ class Two(MaskedImageModel):
             "pixel": (found[0][0] - patchify(images, (4, 4))).square().mean(),
             "feature": (found[1][0] - features).square().mean(),
         }
-        kept = tuple(state for _, state in found if state is not None)
+        kept = tuple(state for _, some in found for state in some)
         return Prediction(losses, found[0][0], mask, kept)
 
     def initialise(self) -> None:

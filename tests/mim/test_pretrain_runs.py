@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 import yaml
-from masked_models import TREE, elsewhere, recipe, run
+from masked_models import OPTIONS, TREE, elsewhere, recipe, run
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -49,6 +49,14 @@ BEIT: dict[str, Any] = {
     "options": {
         **MODEL["options"],
         **{"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True, "init_values": 0.1},
+    },
+}
+
+TAUGHT: dict[str, dict[str, Any]] = {
+    "bootmae": {"method": "bootmae", "options": OPTIONS["bootmae"]},
+    "conmim": {
+        **{"method": "conmim", "options": OPTIONS["conmim"], "model": BEIT},
+        "mask": {"kind": "random"},
     },
 }
 
@@ -105,6 +113,7 @@ def shrunk(found: Pretrain) -> Pretrain:
     if "img_size" not in found.model.options:
         small |= {"img_size": 64, "patch_size": 8}
     options = {"decoder_width": 32, "decoder_depth": 2, "decoder_heads": 2}
+    options |= {"projector_width": 32, "projector_out": 16}
     data = {"train": "fashion-mnist", "batch": 8, "val_batch": 8, "workers": 0, "limit": 16}
     return dataclasses.replace(
         found,
@@ -130,7 +139,12 @@ def test_a_recipe_runs(name: str, tmp_path: Path) -> None:
     assert ("probe/linear" in result) == (found.probe.data is not None)
     rows = [row for row in read_metrics(tmp_path / "metrics.csv") if "train/loss" in row]
     # The hidden patches' spread, or what is left of it: neither learnt in two steps nor exploding.
-    assert len(rows) == 2 and all(0.1 < float(row["train/pixel"]) < 5 for row in rows)
+    # BootMAE weighs it by up to 2, and ConMIM begins above log N, 16 numbers telling little apart.
+    own = "train/contrast" if found.method == "conmim" else "train/pixel"
+    most = 8 if found.method in TAUGHT else 5
+    assert len(rows) == 2 and all(0.1 < float(row[own]) < most for row in rows)
+    assert ("train/feature" in rows[0]) == (found.method == "bootmae")
+    assert (tmp_path / "teacher.safetensors").exists() == (found.method in TAUGHT)
     assert ("train/mto_r" in rows[1]) == (found.mto is not None)
     assert all(bool(value.isfinite().all()) for value in whole_state(tmp_path).values())
 
@@ -286,6 +300,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "mae": {},
         "simmim": {**SIMMIM, "model": {**MODEL, "pool": "token"}},
         "beit": {**SIMMIM, "model": BEIT},
+        **TAUGHT,
     }
     for name, parts in trees.items():
         run(recipe("loop.max_steps=2", "snapshots=1", "data.limit=32", **parts), root / name)
@@ -294,13 +309,13 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def timms(name: str) -> Any:
     """The plain model that an export is for."""
-    if name != "beit":
+    if name not in ("beit", "conmim"):
         return timm.create_model(MODEL["name"], num_classes=0, **MODEL["options"])
     options = {**BEIT["options"], "use_rel_pos_bias": True, "use_shared_rel_pos_bias": False}
     return timm.create_model(BEIT["name"], num_classes=0, global_pool="token", **options)
 
 
-@pytest.mark.parametrize("name", ["mae", "simmim", "beit"])
+@pytest.mark.parametrize("name", ["mae", "simmim", "beit", *TAUGHT])
 def test_exports_are_timms(name: str, begun: dict[str, Path], tmp_path: Path) -> None:
     """To the key; and they compute what was pre-trained."""
     out, model = begun[name], timms(name)
@@ -315,7 +330,7 @@ def test_exports_are_timms(name: str, begun: dict[str, Path], tmp_path: Path) ->
         for plain in (model, loaded):
             found = plain.eval().forward_features(x)
             torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
-    if name == "beit":
+    if name in ("beit", "conmim"):
         assert ours.vit.rel_pos_bias is not None and loaded.rel_pos_bias is None
     result = train(
         finetune("loop.max_steps=2", model={"start": str(out)}), tmp_path, progress=False
@@ -328,7 +343,7 @@ def test_exports_are_timms(name: str, begun: dict[str, Path], tmp_path: Path) ->
     assert 0 < (tuned[key] - exported(out)[key]).abs().max() < 0.02
 
 
-@pytest.mark.parametrize("name", ["mae", "simmim", "beit"])
+@pytest.mark.parametrize("name", ["mae", "simmim", "beit", *TAUGHT])
 @pytest.mark.parametrize("part", ["", "model.safetensors", "snapshots/epoch-0001.safetensors"])
 def test_going_on_from_a_run(name: str, part: str, begun: dict[str, Path], tmp_path: Path) -> None:
     """Decoder, head and mask token come along."""
@@ -339,7 +354,7 @@ def test_going_on_from_a_run(name: str, part: str, begun: dict[str, Path], tmp_p
     vit = {key: value for key, value in exported(begun[name]).items() if "relative" not in key}
     assert all(torch.equal(state[f"vit.{key}"], value) for key, value in vit.items())
     assert state.keys() >= rest(begun[name]).keys() | {f"vit.{key}" for key in vit}
-    if name == "beit":
+    if name in ("beit", "conmim"):
         table = "relative_position_bias_table"
         shared = state[f"vit.rel_pos_bias.{table}"]
         assert torch.equal(shared, exported(begun[name])[f"blocks.1.attn.{table}"])
@@ -453,6 +468,44 @@ def test_killed_runs_go_on(
     assert not list(out.rglob("*.partial"))
 
 
+@pytest.mark.parametrize(
+    ("name", "kill"), [("bootmae", "1,2"), ("conmim", "1,2"), ("conmim", "end1")]
+)
+def test_teachers_go_on_where_they_were(name: str, kill: str, tmp_path: Path) -> None:
+    """To the bit, statistics of batch norms too; views come from workers."""
+    mine = recipe(
+        *("loop.save_every=1", "data.augment.crop=resized", "optim.warmup_share=0.25"),
+        *("data.workers=1", "loop.pictures_every=2", "layers_every=2"),
+        **{**TAUGHT[name], "mto": {"ramp": 0.6}},
+    )
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert elsewhere(mine, whole) == 0
+    assert elsewhere(mine, out, kill=kill) == -signal.SIGKILL
+    assert not (out / "result.json").exists()
+    assert elsewhere(mine, out, resume=True) == 0
+    assert same_run(whole, out) and same(rest(whole), rest(out))
+    states = [
+        torch.load(max((root / "checkpoints").iterdir()), weights_only=True)["state_dict"]
+        for root in (whole, out)
+    ]
+    assert same(*states)
+    teacher, student = (
+        {
+            key.removeprefix(start): value
+            for key, value in states[0].items()
+            if key.startswith(start)
+        }
+        for start in ("task.teacher.vit.", "task.model.vit.")
+    )
+    assert teacher.keys() == student.keys() and not same(teacher, student)
+    kept = [load_file(root / "teacher.safetensors") for root in (whole, out)]
+    assert same(*kept) and kept[0].keys() == exported(out).keys()
+    key = "blocks.0.mlp.fc1.weight"
+    assert torch.equal(kept[0][key], teacher[key])
+    results = [json.loads((root / "result.json").read_text())["loss"] for root in (whole, out)]
+    assert results[0] == results[1]
+
+
 def names_of_snapshots(out: Path) -> list[str]:
     return sorted(path.name for path in (out / "snapshots").iterdir())
 
@@ -479,6 +532,7 @@ def test_two_processes(tmp_path: Path) -> None:
     parts: dict[str, Any] = {
         "mae": {"mto": {"e": 0, "r": 0, "spa": 1.0}, "snapshots": 1},
         "simmim": {**SIMMIM, "model": BEIT, "probe": PROBE, "layers_every": 1},
+        **{name: {**changes, "snapshots": 1} for name, changes in TAUGHT.items()},
     }
     jobs, wanted = [], []
     for name, changes in parts.items():
@@ -499,6 +553,10 @@ def test_two_processes(tmp_path: Path) -> None:
         mine, theirs = whole_state(one), whole_state(two)
         for key, value in mine.items():
             torch.testing.assert_close(theirs[key], value, rtol=1e-3, atol=1e-5, msg=key)
+        if name in TAUGHT:
+            mine, theirs = (load_file(out / "teacher.safetensors") for out in (one, two))
+            for key, value in mine.items():
+                torch.testing.assert_close(theirs[key], value, rtol=1e-3, atol=1e-5, msg=key)
         found = json.loads((two / "result.json").read_text())
         # Masks of evaluation are drawn batch by batch, and batches are other images here.
         assert found["loss"] == pytest.approx(result["loss"], rel=0.1)
@@ -511,6 +569,26 @@ def test_two_processes(tmp_path: Path) -> None:
             assert {"probe/knn", "heterogeneity/03"} <= {key for row in logs[1] for key in row}
         else:
             assert names_of_snapshots(one) == names_of_snapshots(two)
+
+
+def test_shared_out_students_and_their_teachers(tmp_path: Path) -> None:
+    """With fsdp the teacher is whole on every process, and follows as on one."""
+    jobs = []
+    for name, changes in TAUGHT.items():
+        mine = recipe("loop.epochs=1", optim=SGD, **changes)
+        run(mine, tmp_path / f"{name}-one")
+        mine.data.batch //= 2
+        mine.loop.strategy = "fsdp"
+        (tmp_path / f"{name}.yaml").write_text(config.dump(mine))
+        two = str(tmp_path / f"{name}-two")
+        jobs.append(["pretrain", str(tmp_path / f"{name}.yaml"), "--out", two])
+    assert together(jobs, tmp_path) == [0, 0]
+    for name in TAUGHT:
+        for file in ("model.safetensors", "teacher.safetensors"):
+            one, two = (load_file(tmp_path / f"{name}-{kind}" / file) for kind in ("one", "two"))
+            assert one.keys() == two.keys()
+            for key, value in one.items():
+                torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5, msg=key)
 
 
 # The command -------------------------------------------------------------------------------------
@@ -577,8 +655,8 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "units": (("mask.kind=unit",), "mask.unit=32 pixels must divide images of 28 x 28"),
     "kind": (("mask.kind=blocks",), "mask.kind"),
     "shallow": (
-        ("options.decoder_depth=1", "mto.preset=default"),
-        "1 of a network of depth 1 is too few: give the decoder at least 2 blocks",
+        ("options.decoder_depth=2", "mto.preset=default", "mto.layers=3"),
+        "0 of a network of depth 2 is too few: lower mto.layers, or set mto.r=0",
     ),
     "size": (("model.options.img_size=30",), "images of 30 x 30 are not whole patches of 4 x 4"),
     "null": (("probe.every=null",), "probe.every needs a value, and null is none"),
@@ -594,6 +672,23 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "method": (("method=mea",), "'mea'; did you mean 'mae'?"),
     "option": (("options.decoder_dept=2",), "'decoder_dept'; did you mean 'decoder_depth'?"),
     "setting": (("mto.presett=paper",), "'mto.presett'; did you mean 'mto.preset'?"),
+    "momentum": (
+        ("method=conmim", "options={momentum: 1.0}"),
+        "momentum must lie in [0, 1), got 1.0",
+    ),
+    "eval mode": (
+        ("method=conmim", "options={}", "loop.eval_mode=true"),
+        "loop.eval_mode=true keeps the batch norms of conmim from seeing the batch",
+    ),
+    "one hidden patch": (
+        ("method=conmim", "options={}", "mask.ratio=0.01"),
+        "conmim compares hidden patches of an image, and 1 is too few",
+    ),
+    "one block": (
+        ("method=bootmae", "options={}", "model.options.depth=1"),
+        "an encoder of 1 block has no two: make it deeper",
+    ),
+    "blocks": (("mask.blocks=0",), "mask.blocks must lie in (0, 1], got 0"),
     "mix": (("mix.mixup=0.2",), "the command line: unknown setting 'mix'"),
     "snapshots": (("snapshots=0",), "snapshots are epochs from 1 on, got 0"),
     "a snapshot": (("snapshots=[5,0]",), "snapshots are epochs from 1 on, got (5, 0)"),

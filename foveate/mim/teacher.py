@@ -1,0 +1,128 @@
+"""Methods with a teacher: a slow copy of the model, which sees images whole and learns nothing.
+
+The task holds the copy and saves it; what is exported, and what the optimiser sees, is the student.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from foveate.data import Transform
+from foveate.mim.masks import Mask
+from foveate.mim.method import MaskedImageModel, Prediction
+
+__all__ = ["SecondView", "TaughtModel", "check_momentum", "follow", "make_teacher"]
+
+
+class TaughtModel(MaskedImageModel):
+    """Base of the methods whose target comes from a slow copy of the model itself.
+
+    Attributes:
+        teacher_trains: the copy is in training mode while the student is, so that its batch norms
+            use the statistics of the batch.
+    """
+
+    teacher_trains: ClassVar[bool] = False
+
+    def forward(
+        self, images: Tensor, mask: Mask, *, target: Tensor | None = None, states: bool = False
+    ) -> Prediction:
+        """Predict the hidden patches of normalised images and compare.
+
+        Args:
+            images: ``[B, C, H, W]``.
+            mask: for as many images and patches.
+            target: what ``target`` of the teacher gave for whole images; None takes this model's
+                own, which is how a model without its teacher is looked at.
+            states: collect the tokens of every layer.
+        """
+        raise NotImplementedError
+
+    def target(self, images: Tensor) -> Tensor:
+        """Return what a teacher says of whole images ``[B, N, values]``, without gradient."""
+        raise NotImplementedError
+
+    def momentum_at(self, progress: float, epochs: int) -> float:
+        """Return the share of itself that the teacher keeps in an update.
+
+        Args:
+            progress: how much of the run is done, 0 to 1.
+            epochs: of the whole run.
+        """
+        raise NotImplementedError
+
+    def weights_at(self, progress: float, epochs: int) -> dict[str, float]:
+        """Return factors of losses that change with the run; those that are not named have 1."""
+        return {}
+
+    def view(self) -> Callable[[Tensor], Tensor] | None:
+        """Return what is done to a training image ``[C, H, W]`` uint8 for the teacher alone."""
+        return None
+
+    def slow_copy(self) -> TaughtModel:
+        """Return a copy with all that ``target`` needs."""
+        return copy.deepcopy(self)
+
+
+@dataclass(frozen=True)
+class SecondView:
+    """Prepare a sample, and add its image as the teacher sees it, under "view".
+
+    Both have the same crop: patches of one are patches of the other.
+    """
+
+    first: Transform
+    second: Callable[[Tensor], Tensor]
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """Draw from the global generators, which a loader seeds for each image."""
+        found = self.first(sample)
+        image = found["image"]
+        if image.dtype != torch.uint8:
+            raise ValueError(
+                f"holds {image.dtype}: the teacher's view is made of images of uint8, before they "
+                "are normalised"
+            )
+        return {**found, "view": self.second(image)}
+
+
+def make_teacher(model: TaughtModel, given: TaughtModel | None = None) -> TaughtModel:
+    """Return a copy of the student, or of a given teacher if it fits."""
+    wanted = model.slow_copy()
+    if given is None:
+        return wanted
+    mine, its = ({k: list(v.shape) for k, v in m.state_dict().items()} for m in (wanted, given))
+    for name in sorted(mine.keys() | its.keys()):
+        if mine.get(name) != its.get(name):
+            raise ValueError(
+                f"the teacher does not fit its student: {name} is {its.get(name, 'missing')} in "
+                f"the teacher and {mine.get(name, 'missing')} in the student"
+            )
+    return copy.deepcopy(given)  # which may be the student itself
+
+
+@torch.no_grad()
+def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """Move a teacher's parameters towards its student's; buffers stay the teacher's own."""
+    learnt = dict(student.named_parameters())
+    mine = dict(teacher.named_parameters())
+    torch._foreach_lerp_(list(mine.values()), [_whole(learnt[name]) for name in mine], 1 - momentum)
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """A parameter whose parts may lie on several processes, which all must ask."""
+    full = getattr(parameter, "full_tensor", None)
+    return parameter if full is None else full()
+
+
+def check_momentum(*given: Any) -> None:
+    """Refuse what would make a teacher that never follows, or runs away."""
+    for value in given:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+            raise ValueError(f"momentum must lie in [0, 1), got {value}")
