@@ -108,8 +108,9 @@ def _measure(args: argparse.Namespace) -> None:
     from foveate.bench import machine
     from foveate.bench.progress import progress_bar
     from foveate.convert import open_base
-    from foveate.measure.benchmark import cell_sheet, closing, opening, plot, table_of
+    from foveate.measure.benchmark import cell_sheet, closing, figure, opening, table_of
     from foveate.measure.sheets import show, terminal
+    from foveate.measure.style import save
 
     model = open_base(args.model, untrained=args.untrained)
     batches = args.batch or ([1, 2] if args.quick else [1, 8, 32])
@@ -162,7 +163,7 @@ def _measure(args: argparse.Namespace) -> None:
     results = table_of(result)
     console.print("\n".join(closing(results)), markup=False)
     if args.plot is not None:
-        plot(results, args.plot)
+        save(figure(results), args.plot)
     for path in (args.out, args.plot):
         if path is not None:
             print(f"wrote    {path}")
