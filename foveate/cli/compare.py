@@ -23,7 +23,7 @@ In a terminal:
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from foveate.measure.state import State
 
 __all__ = ["add_arguments", "run"]
+
+_NAMED = 4  # cells beside the bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -132,6 +134,11 @@ def _work(
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.description}"), transient=True) as bar:
         task = bar.add_task("", total=len(todo))
+
+        def told(names: Sequence[str]) -> None:
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            bar.update(task, description=", ".join(names[:_NAMED]) + more)
+
         for outcome in run_cells(
             cells,
             todo,
@@ -139,7 +146,7 @@ def _work(
             parallel=args.parallel,
             resources=comparison.resources if args.launcher == "ray" else None,
             address=args.address,
-            told=lambda names: bar.update(task, description=", ".join(names)),
+            told=told,
         ):
             minutes = f", {outcome.seconds / 60:.1f} min" if outcome.seconds else ""
             why = f": {outcome.why}" if outcome.why else ""

@@ -11,7 +11,7 @@ paper's Table 2 do not follow from the accuracies beside them; the equation is w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,9 +183,7 @@ def compare(
         _inside(name, scores, at)
     if at <= 0:
         raise ValueError(f"the reference epoch must lie after the start of training, got {at:g}")
-    recipes = [_recipe(run) for run in every]
-    _same_data(names, recipes)
-    notes = [*_schedules(names, recipes)]
+    notes = [*_differences(names, every)]
     sides = [dict(enumerate(side)) for side in (curves[:n], curves[n:])]
     values, refusals = over_runs(sides[0], sides[1], metric, start, end, at)
     runs = {None: MEAN} | {seed: f"{names[n + seed]} over {names[seed]}" for seed in sides[0]}
@@ -274,40 +272,32 @@ def _scored(run: Path, metric: str) -> dict[float, float]:
     return scores
 
 
-def _recipe(run: Path) -> dict[str, Any]:
-    """Return the recipe of a run; nothing for a file, which has none."""
-    path = run / "recipe.yaml"
-    if not path.is_file():
-        return {}
-    try:
-        tree = config.load(path)
-        int(tree["loop"]["epochs"])
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{path} is no recipe of a run: expected a number loop.epochs") from None
-    return tree
-
-
-def _same_data(names: Sequence[str], recipes: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse runs that were trained or scored on different images."""
-    for group, key in (("data", "train"), ("probe", "data")):
-        found = {
-            name: str(tree[group][key])
-            for name, tree in zip(names, recipes, strict=True)
-            if key in tree.get(group, {})
-        }
+def _differences(names: Sequence[str], runs: Sequence[Path]) -> Iterator[str]:
+    """Refuse runs that were trained or scored on different images; warn of different lengths."""
+    settings: dict[str, dict[str, str]] = {"data.train": {}, "probe.data": {}, "loop.epochs": {}}
+    for name, run in zip(names, runs, strict=True):
+        path = run / "recipe.yaml"
+        if not path.is_file():  # a CSV file has none
+            continue
+        try:
+            tree = config.load(path)
+            int(tree["loop"]["epochs"])
+        except (KeyError, TypeError, ValueError):
+            wrong = f"{path} is no recipe of a run: expected a number loop.epochs"
+            raise ValueError(wrong) from None
+        for key, found in settings.items():
+            group, _, last = key.partition(".")
+            if last in tree.get(group, {}):
+                found[name] = str(tree[group][last])
+    for key, found in settings.items():
+        words = ", ".join(f"{name} {value}" for name, value in found.items())
+        if len(set(found.values())) > 1 and key != "loop.epochs":
+            raise ValueError(f"the runs differ in {key}, so RAUC means nothing: {words}")
         if len(set(found.values())) > 1:
-            words = ", ".join(f"{name} {value}" for name, value in found.items())
-            raise ValueError(f"the runs differ in {group}.{key}, so RAUC means nothing: {words}")
-
-
-def _schedules(names: Sequence[str], recipes: Sequence[Mapping[str, Any]]) -> Iterable[str]:
-    epochs = {n: t["loop"]["epochs"] for n, t in zip(names, recipes, strict=True) if t}
-    if len(set(epochs.values())) > 1:
-        lengths = ", ".join(f"{name} {number}" for name, number in epochs.items())
-        yield (
-            f"Warning: loop.epochs differ ({lengths}): separately annealed schedules, a different "
-            "experiment."
-        )
+            yield (
+                f"Warning: loop.epochs differ ({words}): separately annealed schedules, a "
+                "different experiment."
+            )
 
 
 def _together(curves: Sequence[Scores]) -> pd.DataFrame:
@@ -335,7 +325,9 @@ def sheet(results: Results) -> Sheet:
     for head, name in zip(heads, ends, strict=True):
         table[head] = formatted(wide[name], "#.4g")
     # As good at its first score, a run may have been so before.
-    most, least = (wide["at_once"].map({1.0: sign}).fillna("") for sign in ("<= ", ">= "))
+    most, least = (
+        wide["at_once"].map({1.0: sign}).astype(object).fillna("") for sign in ("<= ", ">= ")
+    )
     table["RAUC"] = formatted(wide["rauc"], ".3f")
     table["matches at"] = most + formatted(wide["match"], ".1f")
     table["saves"] = least + formatted(wide["saved"], ".0%")

@@ -18,6 +18,7 @@ from foveate.cli import main
 from foveate.data import eval_transform, open_images
 from foveate.measure import Results, one, select
 from foveate.measure import look as looking
+from foveate.measure.kept import choose, read_recipe, weights_kept
 from foveate.measure.look import Choices, Look, alarms, look
 from foveate.measure.style import evenly
 from foveate.mim.build import make_masked_model
@@ -179,12 +180,14 @@ def test_which_epochs(mae: Path) -> None:
     (mae / "result.json").write_text(json.dumps({"epochs": 10.0}))
 
     def epochs(chosen: tuple[float, ...] | None) -> list[float | None]:
-        about = look([mae], Choices(epochs=chosen, images=2)).about
-        return list(about["runs"]["mae"]["epochs"].values())
+        kept = weights_kept(mae, read_recipe(mae))
+        return [epoch for epoch, _ in choose(mae, kept, chosen).values()]
 
     assert epochs(()) == [1, 3, 4, 6, 7, 9, 10]
     assert epochs(None) == [1, *range(2, 11)]
     assert epochs((9, 2)) == [2, 9]
+    about = look([mae], Choices(epochs=(9, 2), images=2)).about
+    assert list(about["runs"]["mae"]["epochs"].values()) == [2, 9]
     (mae / "model.safetensors").unlink()  # still going on
     assert epochs((1,)) == [1]
     with pytest.raises(ValueError, match=r"no weights after epoch 10; those after epochs 1, 2, 3"):
