@@ -131,6 +131,8 @@ def test_the_page_stands_alone(
         *("dense", "evit(keep=0.5)", "tome(r=3)", "dense"),
         *("svit(keep=0.7)", "svit(keep=0.7, gate='topk')"),
     ]
+    timed_rows = [row for row in page.split("<tr")[2:] if 'class="slow"' in row]
+    assert all("<td>dense</td>" not in row for row in timed_rows)
     assert "1 (1)" not in page and not list(out.glob("**/*.partial"))
 
 
