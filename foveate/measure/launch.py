@@ -60,7 +60,7 @@ class Outcome:
 
 
 # Starts a cell; how many it takes at a time; and the exceptions that mean that a cell was lost.
-Place = tuple[Callable[["Cell"], "Future[Outcome]"], float, tuple[type[Exception], ...]]
+Place = tuple[Callable[[Cell], Future[Outcome]], float, tuple[type[Exception], ...]]
 
 
 def command_of(cell: Cell) -> list[str]:
