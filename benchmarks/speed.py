@@ -28,8 +28,9 @@ import foveate
 from foveate.bench import Result, explain, machine, speed
 from foveate.bench.progress import progress_bar
 from foveate.measure import Results, frame
-from foveate.measure.benchmark import cell_sheet, closing, opening, plot, table_of
+from foveate.measure.benchmark import cell_sheet, closing, figure, opening, table_of
 from foveate.measure.sheets import show, terminal
+from foveate.measure.style import save
 from foveate.measure.table import pd, rows
 
 MODELS = {
@@ -198,7 +199,7 @@ def main() -> None:
     results = judged(result)
     print(*closing(results), sep="\n")
     if args.plot is not None:
-        plot(results, args.plot)
+        save(figure(results), args.plot)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import re
 import textwrap
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -84,7 +85,7 @@ def parse(
     for text in sorted(overrides, key=lambda text: not text.partition("=")[0].endswith(".preset")):
         _override(tree, text)
     _check_keys(cls, tree, "", given)
-    parser = _parser(cls)
+    parser = _parser(cls)  # type: ignore[arg-type]  # mypy takes no class as hashable
     from jsonargparse import ArgumentError
 
     try:
@@ -174,6 +175,7 @@ def headers(job: str) -> dict[str, str]:
     return found
 
 
+@cache  # to make one takes three times as long as to parse with it
 def _parser(cls: type) -> Any:
     try:
         from jsonargparse import ArgumentParser

@@ -46,9 +46,6 @@ class Cell:
         again = self.timings.ratio(AGAIN, DENSE)
         return max(abs(again.low - 1), abs(again.high - 1))
 
-    def __str__(self) -> str:
-        return f"{self.setting}, batch {self.batch}"
-
 
 @dataclass
 class Result:

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,15 +91,14 @@ def speed(
         finished: given the result so far after every cell.
     """
     device = machine.device_of(device)
-    settings = _Settings(tuple(batches), tuple(dtypes), rounds, compile, quick)
-    settings.check()
+    _check(batches, dtypes, rounds, quick)
     if machine.malloc_untuned(device):
         _log.warning(
             "malloc is not tuned: times are longer and noisier than they need be; foveate bench "
             "tunes it, or start Python with the settings in foveate/bench/machine.py"
         )
     lineup = _Lineup(model, methods, device, compile, seed)
-    needed = max(settings.batches) + CALIBRATION_IMAGES
+    needed = max(batches) + CALIBRATION_IMAGES
     pictures = images_for(lineup.channels, lineup.size, needed, seed + 1000, images)
     name = name or type(lineup.given.vit if lineup.given else model).__name__
     result = Result(
@@ -118,10 +118,10 @@ def speed(
         },
         left_out=lineup.left_out,
     )
-    for dtype in settings.dtypes:
+    for dtype in dtypes:
         with torch.no_grad():
             lineup.prepare(dtype, pictures)
-        for batch in settings.batches:
+        for batch in batches:
             with ExitStack() as stack:
                 _modes(stack, compile, device)
                 cell = lineup.cell(pictures.take(batch), compile_mode)
@@ -137,7 +137,7 @@ def speed(
                     sample_ms=sample_ms,
                     device=device,
                     seed=seed,
-                    progress=None if progress is None else _told(progress, title),
+                    progress=None if progress is None else partial(progress, title),
                 )
                 memory = {key: peak_memory(call, device) for key, call in cell.calls.items()}
             result.cells.append(
@@ -174,7 +174,7 @@ def explain(
 ) -> str:
     """Where a method's time goes, operator by operator, next to its oracle; arguments as speed."""
     device = machine.device_of(device)
-    _Settings((batch,), (dtype,), LEAST_ROUNDS, False, False).check()
+    _check((batch,), (dtype,), LEAST_ROUNDS, quick=False)
     lineup = _Lineup(model, [method], device, False, seed)
     needed = batch + CALIBRATION_IMAGES
     pictures = images_for(lineup.channels, lineup.size, needed, seed + 1000, images)
@@ -188,10 +188,6 @@ def explain(
             f"{name} against its oracle: {dtype}, batch {batch}, {device}\n\n"
             f"{profiling.compare(ours, oracle, device)}\n\n{profiling.table(ours, device)}"
         )
-
-
-def _told(progress: Progress, title: str) -> Callable[[int, int], None]:
-    return lambda done, total: progress(title, done, total)
 
 
 def _modes(stack: ExitStack, compile: bool, device: str) -> None:
@@ -208,34 +204,23 @@ def _modes(stack: ExitStack, compile: bool, device: str) -> None:
     stack.enter_context(inductor.patch(freezing=device == "cpu"))
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """What a user may get wrong."""
-
-    batches: tuple[int, ...]
-    dtypes: tuple[str, ...]
-    rounds: int
-    compile: bool
-    quick: bool
-
-    def check(self) -> None:
-        """Refuse what cannot be measured, and what would not be a result."""
-        for what, values in (("batch", self.batches), ("dtype", self.dtypes)):
-            if not values or len(set(values)) != len(values):
-                raise ValueError(f"give at least one {what}, and each once; got {list(values)}")
-        for batch in self.batches:
-            if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-                raise ValueError(f"batches must be whole numbers from 1 on, got {batch!r}")
-        for dtype in self.dtypes:
-            check_choice("dtype", dtype, tuple(DTYPES))
-        least = 1 if self.quick else LEAST_ROUNDS
-        if self.rounds < least:
-            raise ValueError(
-                f"a result needs at least {LEAST_ROUNDS} rounds, got {self.rounds}; quick allows "
-                "fewer, for a trial"
-                if not self.quick
-                else f"rounds must be at least 1, got {self.rounds}"
-            )
+def _check(batches: Sequence[int], dtypes: Sequence[str], rounds: int, quick: bool) -> None:
+    """Refuse what cannot be measured, and what would not be a result."""
+    for what, values in (("batch", batches), ("dtype", dtypes)):
+        if not values or len(set(values)) != len(values):
+            raise ValueError(f"give at least one {what}, and each once; got {list(values)}")
+    for batch in batches:
+        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+            raise ValueError(f"batches must be whole numbers from 1 on, got {batch!r}")
+    for dtype in dtypes:
+        check_choice("dtype", dtype, tuple(DTYPES))
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    if rounds < LEAST_ROUNDS and not quick:
+        raise ValueError(
+            f"a result needs at least {LEAST_ROUNDS} rounds, got {rounds}; quick allows fewer, for "
+            "a trial"
+        )
 
 
 @dataclass

@@ -7,7 +7,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,10 +40,6 @@ class Interval:
     low: float
     high: float
     level: float
-
-    def rounded(self, digits: int = 4) -> dict[str, float]:
-        """As a dictionary for JSON."""
-        return {name: round(value, digits) for name, value in asdict(self).items()}
 
     def beyond(self, spread: float) -> str:
         """What a ratio says where so much strays by itself: "faster", "slower" or "no difference".

@@ -22,9 +22,7 @@ from typing import TYPE_CHECKING
 from foveate.cli.models import MODEL_HELP
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from foveate.bench import Images, Result
+    from foveate.bench import Result
 
 __all__ = ["add_arguments", "run"]
 
@@ -81,7 +79,12 @@ def run(args: argparse.Namespace) -> None:
     if args.compare:
         if args.model is not None:
             raise ValueError("--compare reads saved results; leave MODEL and METHOD out")
-        _compare(args.compare)
+        from foveate.measure.benchmark import load, pairs
+        from foveate.measure.sheets import show, terminal
+
+        console = terminal()
+        for sheet in pairs([load(Path(path)) for path in args.compare]):
+            show(sheet, console)
         return
     if args.model is None:
         raise ValueError("name a MODEL, or saved results with --compare")
@@ -107,13 +110,17 @@ def _measure(args: argparse.Namespace) -> None:
     from foveate import bench
     from foveate.bench import machine
     from foveate.bench.progress import progress_bar
+    from foveate.bench.run import CALIBRATION_IMAGES
     from foveate.convert import open_base
-    from foveate.measure.benchmark import cell_sheet, closing, opening, plot, table_of
+    from foveate.measure.benchmark import cell_sheet, closing, figure, opening, table_of
     from foveate.measure.sheets import show, terminal
+    from foveate.measure.style import save
 
     model = open_base(args.model, untrained=args.untrained)
     batches = args.batch or ([1, 2] if args.quick else [1, 8, 32])
-    images = _images(args, model, max(batches))
+    images = None
+    if args.images:
+        images = bench.read_images(model, args.images, max(batches) + CALIBRATION_IMAGES)
     if args.profile:
         if len(args.methods) != 1:
             raise ValueError("--profile explains one METHOD; name one")
@@ -162,26 +169,7 @@ def _measure(args: argparse.Namespace) -> None:
     results = table_of(result)
     console.print("\n".join(closing(results)), markup=False)
     if args.plot is not None:
-        plot(results, args.plot)
+        save(figure(results), args.plot)
     for path in (args.out, args.plot):
         if path is not None:
             print(f"wrote    {path}")
-
-
-def _images(args: argparse.Namespace, model: nn.Module, batch: int) -> Images | None:
-    """Read the user's images, as many as are needed."""
-    if not args.images:
-        return None
-    from foveate.bench.images import read_images
-    from foveate.bench.run import CALIBRATION_IMAGES
-
-    return read_images(model, args.images, batch + CALIBRATION_IMAGES)
-
-
-def _compare(paths: list[str]) -> None:
-    from foveate.measure.benchmark import load, pairs
-    from foveate.measure.sheets import show, terminal
-
-    console = terminal()
-    for sheet in pairs([load(Path(path)) for path in paths]):
-        show(sheet, console)

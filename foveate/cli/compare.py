@@ -23,22 +23,21 @@ In a terminal:
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from foveate.cli.training import show_recipes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from foveate.measure.cells import Cell
     from foveate.measure.comparison import Comparison
     from foveate.measure.launch import Outcome
     from foveate.measure.state import State
 
 __all__ = ["add_arguments", "run"]
+
+_NAMED = 4  # cells beside the bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -117,37 +116,6 @@ def _work(
     wanted: set[str],
 ) -> list[Outcome]:
     """Run what is to be done; gives what failed or was skipped."""
-    from foveate.measure.launch import run_local, run_ray
-    from foveate.measure.state import DONE
-
-    ready = [name for name, state in states.items() if state.kind == DONE]
-    todo = [name for name in cells if name in wanted and name not in ready]
-    print(f"{len(ready)} of {len(cells)} cells are done, {len(todo)} to do")
-    lost = []
-    with _progress(len(todo)) as (advance, told):
-        if args.launcher == "ray":
-            outcomes = run_ray(
-                cells,
-                todo,
-                ready,
-                resources=comparison.resources,
-                address=args.address,
-                parallel=args.parallel,
-            )
-        else:
-            outcomes = run_local(cells, todo, ready, parallel=args.parallel or 1, told=told)
-        for outcome in outcomes:
-            advance(outcome)
-            if outcome.kind != DONE:
-                lost.append(outcome)
-    return lost
-
-
-@contextmanager
-def _progress(
-    total: int,
-) -> Iterator[tuple[Callable[[Outcome], None], Callable[[Sequence[str]], None]]]:
-    """Show one bar for the whole, and print a line for each cell that is over."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -156,27 +124,38 @@ def _progress(
         TimeElapsedColumn,
     )
 
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[at]}"),
-    )
-    bar = Progress(*columns, transient=True)
-    task = bar.add_task("cells", total=total, at="")
+    from foveate.measure.launch import run_cells
+    from foveate.measure.state import DONE
 
-    def advance(outcome: Outcome) -> None:
-        minutes = f", {outcome.seconds / 60:.1f} min" if outcome.seconds else ""
-        why = f": {outcome.why}" if outcome.why else ""
-        words = f"{outcome.kind:8s} {outcome.name}{minutes}{why}"
-        bar.console.print(words, highlight=False, markup=False, soft_wrap=True)
-        bar.advance(task)
+    ready = [name for name, state in states.items() if state.kind == DONE]
+    todo = [name for name in cells if name in wanted and name not in ready]
+    print(f"{len(ready)} of {len(cells)} cells are done, {len(todo)} to do")
+    lost = []
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.description}"), transient=True) as bar:
+        task = bar.add_task("", total=len(todo))
 
-    def told(names: Sequence[str]) -> None:
-        bar.update(task, at=", ".join(names))
+        def told(names: Sequence[str]) -> None:
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            bar.update(task, description=", ".join(names[:_NAMED]) + more)
 
-    with bar:
-        yield advance, told
+        for outcome in run_cells(
+            cells,
+            todo,
+            ready,
+            parallel=args.parallel,
+            resources=comparison.resources if args.launcher == "ray" else None,
+            address=args.address,
+            told=told,
+        ):
+            minutes = f", {outcome.seconds / 60:.1f} min" if outcome.seconds else ""
+            why = f": {outcome.why}" if outcome.why else ""
+            words = f"{outcome.kind:8s} {outcome.name}{minutes}{why}"
+            bar.console.print(words, highlight=False, markup=False, soft_wrap=True)
+            bar.advance(task)
+            if outcome.kind != DONE:
+                lost.append(outcome)
+    return lost
 
 
 def _list(states: Mapping[str, State], wanted: set[str]) -> None:

@@ -17,14 +17,6 @@ from pathlib import Path
 __all__ = ["add_arguments", "run"]
 
 
-_REMARK = """\
-demo is a ViT of 12 blocks, 96 channels and 49 patches, fine-tuned on masked images of
-Fashion-MNIST; its methods work on it as it is. demo_dynamicvit and demo_svit were trained with
-their method at keep 0.7, demo_spvit and demo_static are demo with gates that were trained alone.
-Compare with random: what a method is worth is what it keeps beyond. At batch 1 much of a tiny
-model's time goes into starting operations."""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     add = parser.add_argument
@@ -46,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
     machine.tune_malloc(device)
     from foveate.bench.progress import progress_bar
     from foveate.measure.demo import run_demo
+    from foveate.measure.page import REMARK
     from foveate.measure.sheets import sheets, show, terminal
 
     rounds = 3 if args.quick else args.rounds
@@ -58,5 +51,5 @@ def run(args: argparse.Namespace) -> None:
     console = terminal()
     for sheet in sheets(results, blocks=False):
         show(sheet, console)
-    console.print(_REMARK, soft_wrap=True)
+    console.print(REMARK, soft_wrap=True)
     print(f"The page with plots and pictures: {written[-1]}")

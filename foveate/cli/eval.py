@@ -95,23 +95,16 @@ def run(args: argparse.Namespace) -> None:
     from foveate.measure import RATES, RATIOS, Plan, evaluate, write
     from foveate.measure.sheets import sheets, show, terminal
 
+    plain = ("mask_seeds", "statistics", "rounds", "batch", "workers", "limit", "precision")
     plan = Plan(
         **images,
+        **{name: getattr(args, name) for name in (*plain, "strict", "seed")},
         methods=tuple(args.methods),
         rates=tuple(args.rates),
         occlusion=_chosen(args.occlusion, RATIOS),
         pruning=_chosen(args.pruning, RATES),
-        mask_seeds=args.mask_seeds,
-        statistics=args.statistics,
         speed=_chosen(args.speed, (args.batch,)),
-        rounds=args.rounds,
-        batch=args.batch,
-        workers=args.workers,
-        limit=args.limit,
         device=device,
-        precision=args.precision,
-        strict=args.strict,
-        seed=args.seed,
     )
     models = {
         label: open_base(name, untrained=args.untrained)

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure, print, and write."""
     epochs = _epochs(args.epochs)
     from foveate.bench import machine
-    from foveate.measure.look import Choices, look, sheet, write
+    from foveate.measure.look import Choices, alarms, look, sheet, write
     from foveate.measure.sheets import show, terminal
     from foveate.mim.heterogeneity import Similarity
 
@@ -74,11 +74,11 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.out is not None:  # an unwritable place is said before the work
         args.out.mkdir(parents=True, exist_ok=True)
-    report = look(args.runs, choices)
-    show(sheet(report), terminal())
-    for text in report.alarms():
+    found = look(args.runs, choices, command=machine.command("foveate"))
+    show(sheet(found), terminal())
+    for text in alarms(found):
         print(text)
-    for path in write(report, args.out or _folder(args.runs), command=machine.command("foveate")):
+    for path in write(found, args.out or _folder(args.runs)):
         print(f"wrote    {path}")
 
 

@@ -60,9 +60,6 @@ def run(args: argparse.Namespace) -> None:
         return
     found.about["command"] = machine.command("foveate")
     written = found.save(args.out / "rauc.json")
-    drawn = figure(found)
-    for path in (args.out / "rauc.svg", args.out / "rauc.png"):
-        save(drawn, path)
-        written.append(path)
+    written += save(figure(found), args.out / "rauc.svg", args.out / "rauc.png")
     for path in written:
         print(f"wrote    {path}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from foveate import facts
-from foveate.core import ReducedViT, Trace
+from foveate.core import ReducedViT
 from foveate.core.evaluation import answering, logits_of
 from foveate.measure.table import frame, pd, rows, select
 
@@ -179,49 +180,33 @@ class _Meter:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.images = 0
-        self.macs = self.tokens = 0.0
-        self.last: facts.Count | None = None
+        self.varies = isinstance(model, ReducedViT) and not model.reducer.fixed_count
+        self.counts: list[tuple[int, facts.Count]] = []  # images, and what each of them costs
 
     def answer(self, images: Tensor) -> Tensor:
-        """Return logits; where counts depend on the image, those of these images are added up."""
-        model = self.model
-        if isinstance(model, ReducedViT) and not model.reducer.fixed_count:
-            trace = model.trace(images)
-            self._add(_measured(model, trace, images), len(images))
+        """Return logits; where counts depend on the image, those of these images are counted."""
+        if isinstance(self.model, ReducedViT) and self.varies:
+            trace = self.model.trace(images)
+            try:
+                counted = facts.count(self.model, trace=trace)
+            except ValueError:  # a method that does not work out its own cost is counted by running
+                counted = facts.count(self.model, images=images)
+            self.counts.append((len(images), counted))
             return trace.logits
-        if self.last is None and self.images == 0:
-            self._add(_counted(model, (images.shape[2], images.shape[3])), len(images))
-        return logits_of(model(images))
-
-    def _add(self, counted: facts.Count | None, images: int) -> None:
-        self.last = counted
-        self.images += images
-        if counted is not None:
-            self.macs += images * counted.macs
-            self.tokens += images * counted.tokens[-1]
+        if not self.counts:
+            # One that is no plain ViT has an accuracy all the same.
+            with suppress(ValueError):
+                self.counts.append((1, facts.count(self.model, (images.shape[2], images.shape[3]))))
+        return logits_of(self.model(images))
 
     def result(self) -> dict[str, Any]:
         """Return what an image costs."""
-        if self.last is None:
+        if not self.counts:
             return {}
+        images = sum(n for n, _ in self.counts)
         return {
-            "macs": self.macs / self.images,
-            "dense_macs": self.last.dense_macs,
-            "tokens": self.tokens / self.images,
-            "measured": 1 if self.last.how == "measured" else None,
+            "macs": sum(n * counted.macs for n, counted in self.counts) / images,
+            "dense_macs": self.counts[-1][1].dense_macs,
+            "tokens": sum(n * counted.tokens[-1] for n, counted in self.counts) / images,
+            "measured": 1 if self.counts[-1][1].how == "measured" else None,
         }
-
-
-def _measured(model: ReducedViT, trace: Trace, images: Tensor) -> facts.Count:
-    try:
-        return facts.count(model, trace=trace)
-    except ValueError:  # a method that does not work out its own cost is counted by running
-        return facts.count(model, images=images)
-
-
-def _counted(model: nn.Module, size: tuple[int, int]) -> facts.Count | None:
-    try:
-        return facts.count(model, size)
-    except ValueError:  # no plain ViT, which has an accuracy all the same
-        return None

@@ -19,21 +19,24 @@ dense model spread (how far its A/A interval reaches from 1), rounds and calls (
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import combinations, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from foveate.bench import machine
 from foveate.bench.result import Cell, Result
 from foveate.bench.timing import AGAIN, DENSE, LEAST_ROUNDS, UNFUSED, Interval, paired_ratio
 from foveate.measure.sheets import Sheet
-from foveate.measure.style import new_figure, save
-from foveate.measure.table import Results, frame, pd, rows, select
+from foveate.measure.style import new_figure
+from foveate.measure.table import Results, formatted, frame, grid, pd, rows, select
 from foveate.registry import suggest
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["break_even", "cell_sheet", "closing", "figure", "opening", "pairs", "plot", "table_of"]
+__all__ = ["break_even", "cell_sheet", "closing", "figure", "opening", "pairs", "table_of"]
 
 _PROGRAM = "foveate bench"
 # Okabe and Ito's colours, told apart with any kind of sight; markers say the same again.
@@ -122,15 +125,10 @@ def _interval(name: str, found: Interval) -> dict[str, float]:
 # Reading it off ----------------------------------------------------------------------------------
 
 
-def _wide(results: Results, run: str, at: float) -> pd.DataFrame:
-    """Return one cell: a line for each variant, a column for each metric."""
-    own = select(results.table, part="speed", run=run, at=at)
-    return own.pivot_table(index="method", columns="metric", values="value", sort=False)
-
-
-def _cells(results: Results) -> list[tuple[str, float]]:
+def _cells(results: Results) -> dict[tuple[str, float], pd.DataFrame]:
+    """Return what was measured of each variant, by run and batch."""
     speed = select(results.table, part="speed")
-    return list(dict.fromkeys(zip(speed["run"], speed["at"], strict=True)))
+    return {key: grid(own, "method") for key, own in speed.groupby(["run", "at"], sort=False)}
 
 
 def _ratio(line: pd.Series, name: str = "times") -> Interval:
@@ -139,7 +137,7 @@ def _ratio(line: pd.Series, name: str = "times") -> Interval:
 
 def _methods(wide: pd.DataFrame) -> list[str]:
     """Return the names of the methods: variants that have an oracle."""
-    return [name for name in wide.index if pd.notna(wide.loc[name].get("share"))]
+    return list(wide.index[wide["share"].notna()]) if "share" in wide else []
 
 
 def break_even(results: Results) -> dict[tuple[str, str], tuple[float | None, tuple[float, ...]]]:
@@ -149,18 +147,15 @@ def break_even(results: Results) -> dict[tuple[str, str], tuple[float | None, tu
     where it is at none.
     """
     found: dict[tuple[str, str], tuple[float | None, tuple[float, ...]]] = {}
-    for run in dict.fromkeys(run for run, _ in _cells(results)):
-        batches = sorted(at for own, at in _cells(results) if own == run)
-        wide = {at: _wide(results, run, at) for at in batches}
-        for method in dict.fromkeys(name for one in wide.values() for name in _methods(one)):
-            there = tuple(at for at in batches if method in wide[at].index)
-            first = None
-            for at in reversed(there):
-                spread = wide[at].loc["", "spread"]
-                if _ratio(wide[at].loc[method]).beyond(spread) != "faster":
-                    break
-                first = at
-            found[run, method] = first, there
+    pays: dict[tuple[str, str], dict[float, bool]] = {}
+    for (run, at), wide in _cells(results).items():
+        for method in _methods(wide):
+            verdict = _ratio(wide.loc[method]).beyond(wide.loc["", "spread"])
+            pays.setdefault((run, method), {})[at] = verdict == "faster"
+    for key, by_batch in pays.items():
+        batches = tuple(sorted(by_batch))
+        late = list(takewhile(by_batch.get, reversed(batches)))
+        found[key] = late[-1] if late else None, batches
     return found
 
 
@@ -182,15 +177,13 @@ def pairs(several: Sequence[Results]) -> Iterator[Sheet]:
         if cell["run"] not in common:
             continue
         run, at = cell["setting"], cell["batch"]
-        wide = _wide(first, run, at)
-        body = []
-        methods = _methods(wide)
-        for place, one in enumerate(methods):
-            for other in methods[place + 1 :]:
-                ratio = compare(first, one, other, run=run, at=at)
-                body.append((one, ratio.beyond(wide.loc["", "spread"]), other, str(ratio)))
-        title = f"{run}, batch {at}: A/A spread {wide.loc['', 'spread']:.1%}"
-        yield Sheet(title, ("<method", "<", "<than", "<times as fast [95 %]"), body)
+        wide = _cells(first)[run, at]
+        spread, body = wide.loc["", "spread"], []
+        for one, other in combinations(_methods(wide), 2):
+            ratio = compare(first, one, other, run=run, at=at)
+            body.append((one, ratio.beyond(spread), other, str(ratio)))
+        table = pd.DataFrame(body, columns=["method", "", "than", "times as fast [95 %]"])
+        yield Sheet(f"{run}, batch {at}: A/A spread {spread:.1%}", table, [*table])
 
 
 def compare(
@@ -235,46 +228,49 @@ def opening(results: Results) -> list[str]:
 
 def cell_sheet(results: Results, run: str | None = None, at: float | None = None) -> Sheet:
     """Return one cell as a table, the newest unless another one is named."""
+    cells = _cells(results)
     if run is None or at is None:
-        run, at = _cells(results)[-1]
-    wide = _wide(results, run, at)
+        run, at = list(cells)[-1]
+    wide = cells[run, at]
     dense = wide.loc[""]
-    lines = [name for name in (DENSE, UNFUSED) if _method(name) in wide.index]
-    lines += _methods(wide)
-    goals = any(name in wide for name in _WORDS)
-    body = []
-    for name in lines:
-        line = wide.loc[_method(name)]
-        verdict = "A/A" if name == DENSE else _ratio(line).beyond(dense["spread"])
-        method = name not in (DENSE, UNFUSED)
-        cells = [name, f"{line['ms']:.2f}", f"{1e3 * at / line['ms']:.4g}"]
-        cells += [str(_ratio(line)), verdict]
-        cells += [str(_ratio(line, "share")) if method else ""]
-        cells += [_share(line, "extra", ".1%"), _tokens(line), _share(line, "macs", ".2f")]
-        cells += [_share(line, "memory", ".2f"), *[_goals(line, dense["spread"])] * goals]
-        body.append(tuple(cells))
-    head = (
-        *("<method", "ms", "images/s", "<over dense [95 %]", "<", "<of oracle [95 %]"),
-        *("extra", "tokens", "MACs", "peak", *["<goal"] * goals),
-    )
+    known = next(c for c in results.about["cells"] if (c["setting"], c["batch"]) == (run, at))
+    shown = ["", *[UNFUSED] * (UNFUSED in wide.index), *_methods(wide)]
+    metrics = [*("ms", "extra", "tokens_first", "macs", "memory"), *_WORDS]
+    found = wide.reindex(index=shown, columns=[*wide, *(m for m in metrics if m not in wide)])
+    lines = [line for _, line in found.iterrows()]
+    own = [method in known["methods"] for method in shown]
+    table = pd.DataFrame(
+        {
+            "method": [method or DENSE for method in shown],
+            "ms": formatted(found["ms"], ".2f"),
+            "images/s": formatted(1e3 * at / found["ms"], ".4g"),
+            "over dense [95 %]": [str(_ratio(line)) for line in lines],
+            "": ["A/A", *(_ratio(line).beyond(dense["spread"]) for line in lines[1:])],
+            "of oracle [95 %]": [
+                str(_ratio(line, "share")) * there for line, there in zip(lines, own, strict=True)
+            ],
+            "extra": formatted(found["extra"], ".1%"),
+            "tokens": [_tokens(line) for line in lines],
+            "MACs": formatted(found["macs"], ".2f"),
+            "peak": formatted(found["memory"], ".2f"),
+            "goal": [_goals(line, dense["spread"]) for line in lines],
+        }
+    ).fillna("")
+    if not set(_WORDS) & set(wide):
+        table = table.drop(columns="goal")
     title = (
         f"{run}, batch {at:g}: {dense['rounds']:.0f} rounds of {dense['calls']:.0f} calls, A/A "
         f"spread {dense['spread']:.1%}"
     )
-    known = next(c for c in results.about["cells"] if (c["setting"], c["batch"]) == (run, at))
     notes = [f"No un-fused model: {known['unfused']}"] if known["unfused"] else []
-    return Sheet(
-        title, head, body, notes, ("extra", "MACs", "images/s", "tokens", "peak", "goal", "ms")
-    )
-
-
-def _share(line: pd.Series, name: str, form: str) -> str:
-    return "" if pd.isna(line.get(name)) else format(line[name], form)
+    words = ("method", "over dense [95 %]", "", "of oracle [95 %]", "goal")
+    spare = ("extra", "MACs", "images/s", "tokens", "peak", "goal", "ms")
+    return Sheet(title, table, words, notes, spare)
 
 
 def _tokens(line: pd.Series) -> str:
     """Say how many from the first block to the last; the extremes where images differ."""
-    if pd.isna(line.get("tokens_first")):
+    if pd.isna(line["tokens_first"]):
         return ""
     first, least, most = (line[f"tokens_{end}"] for end in ("first", "least", "most"))
     last = f"{least:.0f}" if least == most else f"{least:.0f}-{most:.0f}"
@@ -336,18 +332,12 @@ def _trial(results: Results) -> bool:
 # The picture -------------------------------------------------------------------------------------
 
 
-def plot(results: Results, path: Path) -> None:
-    """Write the picture: every method's speed over the dense model, with its interval."""
-    save(figure(results), path)
-
-
 def figure(results: Results) -> Figure:
-    """Draw a panel for each cell and a line for each method; dtypes below each other."""
-    cells = _cells(results)
-    if not cells:
+    """Draw every method's speed over the dense model: a panel for each cell, dtypes in rows."""
+    wide = _cells(results)
+    if not wide:
         raise ValueError("nothing was measured, so there is nothing to draw")
-    runs, batches = list(dict.fromkeys(run for run, _ in cells)), sorted({at for _, at in cells})
-    wide = {cell: _wide(results, *cell) for cell in cells}
+    runs, batches = list(dict.fromkeys(run for run, _ in wide)), sorted({at for _, at in wide})
     names = dict.fromkeys(name for one in wide.values() for name in _methods(one))
     fused = any(UNFUSED in one.index for one in wide.values())
     shown = [*[UNFUSED] * fused, *names]
@@ -358,15 +348,16 @@ def figure(results: Results) -> Figure:
         len(runs),
         len(batches),
     )
-    drawn_at = [one.reindex(shown)[["times_low", "times_high", "oracle"]] for one in wide.values()]
-    left = min(float(ends.min(axis=None)) for ends in drawn_at) - 0.05
-    right = max(float(ends.max(axis=None)) for ends in drawn_at) + 0.05
+    ends = ["times_low", "times_high", "oracle"]
+    across = pd.concat([one.reindex(index=shown, columns=ends) for one in wide.values()])
+    left, right = across.min(axis=None) - 0.05, across.max(axis=None) + 0.05
     for run, line in zip(runs, panels, strict=True):
         for place, (batch, panel) in enumerate(zip(batches, line, strict=True)):
             if (run, batch) not in wide:
                 panel.set_axis_off()
                 continue
             _draw(panel, wide[run, batch], shown)
+            handles = panel.get_legend_handles_labels()
             panel.set_title(f"{run.partition(', ')[2]}, batch {batch:g}", fontsize="medium")
             panel.set_yticks(range(len(shown)), shown if place == 0 else [""] * len(shown))
             panel.set_ylim(len(shown) - 0.4, -0.6)
@@ -381,7 +372,7 @@ def figure(results: Results) -> Figure:
         fontsize="small",
     )
     drawn.legend(
-        handles=_legend(),
+        *handles,
         loc="outside upper center",
         ncols=5,
         frameon=False,
@@ -394,31 +385,18 @@ def figure(results: Results) -> Figure:
 
 def _draw(panel: Any, wide: pd.DataFrame, names: Sequence[str]) -> None:
     spread = wide.loc["", "spread"]
-    panel.axvspan(1 - spread, 1 + spread, color=_SPREAD, linewidth=0, zorder=0)
+    found = wide.reindex(index=names, columns=["times", "times_low", "times_high", "oracle"])
+    places = np.arange(len(names))
+    verdicts = np.array([_ratio(line).beyond(spread) for _, line in found.iterrows()])
     panel.axvline(1, color="#666666", linewidth=0.8, zorder=1)
-    for place, name in enumerate(names):
-        if name not in wide.index:
-            continue
-        speed, oracle = _ratio(wide.loc[name]), wide.loc[name].get("oracle")
-        colour, marker = _LOOKS[speed.beyond(spread)]
-        panel.plot([speed.low, speed.high], [place, place], color=colour, linewidth=2, zorder=2)
-        panel.plot(speed.median, place, marker, color=colour, markersize=6, zorder=3)
-        if pd.notna(oracle):
-            panel.plot(oracle, place, "|", color="black", markersize=11, zorder=2)
+    for verdict, (colour, marker) in _LOOKS.items():
+        own, y = found[verdicts == verdict], places[verdicts == verdict]
+        panel.hlines(y, own["times_low"], own["times_high"], color=colour, linewidth=2, zorder=2)
+        panel.plot(own["times"], y, marker, color=colour, markersize=6, zorder=3, label=verdict)
+    ticks = {"color": "black", "markersize": 11, "zorder": 2, "label": "its oracle"}
+    panel.plot(found["oracle"], places, "|", **ticks)
+    noise = {"color": _SPREAD, "linewidth": 0, "zorder": 0, "label": "noise (A/A)"}
+    panel.axvspan(1 - spread, 1 + spread, **noise)
     panel.grid(axis="y", visible=False)
     panel.spines["left"].set_visible(False)
     panel.tick_params(axis="y", length=0)
-
-
-def _legend() -> list[Any]:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    looks: list[Any] = [
-        Line2D([], [], color=colour, marker=marker, linewidth=2, label=verdict)
-        for verdict, (colour, marker) in _LOOKS.items()
-    ]
-    oracle = Line2D(
-        [], [], color="black", marker="|", linestyle="none", markersize=11, label="its oracle"
-    )
-    return [*looks, oracle, Patch(color=_SPREAD, label="noise (A/A)")]

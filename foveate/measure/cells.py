@@ -22,7 +22,7 @@ from typing import Any
 
 from foveate import config
 from foveate.data import final_images
-from foveate.measure.comparison import SEED, Comparison, Entry, Trained, at_rate
+from foveate.measure.comparison import CLASSLESS, SEED, Comparison, Entry, Trained, at_rate
 from foveate.measure.shipped import SHIPPED
 
 __all__ = ["EVALUATE", "Cell", "Key", "Work", "chosen", "make_cells", "plain", "read_work"]
@@ -96,9 +96,8 @@ class Cell:
         work: what to do.
         name: for people and in ``--only``.
         folder: where.
-        start: folder of the trained model that it begins with, below the comparison's folder; None
-            if that is from elsewhere.
-        needs: the names of the cells that come before it.
+        needs: the names of the cells that come before it. A training is called as its folder below
+            the comparison's, and needs at most the one that it begins with.
         processes: that do it together.
     """
 
@@ -106,7 +105,6 @@ class Cell:
     work: Work
     name: str
     folder: Path
-    start: str | None = None
     needs: tuple[str, ...] = ()
     processes: int = 1
 
@@ -136,7 +134,7 @@ def make_cells(comparison: Comparison, out: Path) -> dict[str, Cell]:
     """Return all cells by name, each after those that it needs. Recipes are read and checked."""
     out = out.resolve()
     trainings = [*_of_models(comparison, out), *_of_methods(comparison, out)]
-    judged = [cell for cell in trainings if _classifies(comparison, cell)]
+    judged = [cell for cell in trainings if cell.work.job not in CLASSLESS]
     data = _one_data(comparison, judged)
     found: dict[str, Cell] = {}
     for cell in trainings:
@@ -173,10 +171,6 @@ def plain(settings: Any) -> dict[str, Any]:
     """Return a dataclass as JSON would have it."""
     found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings)))
     return found
-
-
-def _classifies(comparison: Comparison, cell: Cell) -> bool:
-    return cell.key.method is not None or comparison.entry(cell.key.model).classifies
 
 
 def _of_models(comparison: Comparison, out: Path) -> Iterator[Cell]:
@@ -220,7 +214,6 @@ def _training(
 ) -> Cell:
     """Return a training, from the model of the same seed that comes before it."""
     start: str | None = None
-    below: str | None = None
     needs: tuple[str, ...] = ()
     before = key.model if key.method is not None else comparison.entry(key.model).start
     if before is not None:
@@ -230,8 +223,8 @@ def _training(
         elif key.seed not in comparison.seeds_of(before):
             raise ValueError(f"{key.folder} starts from {before}, which has no seed {key.seed}")
         else:
-            below = Key(before, seed=key.seed).folder
-            start, needs = str(out / below), (below,)
+            needs = (Key(before, seed=key.seed).folder,)
+            start = str(out / needs[0])
     probes = job == "probe"
     settings = [*([] if probes else comparison.settings), *own]
     settings.append(f"seed={key.seed}" if probes else f"loop.seed={key.seed}")
@@ -243,7 +236,7 @@ def _training(
         raise ValueError(f"{key.folder}: {error}") from None
     together = 1 if probes else processes or comparison.resources.processes
     work = Work(job=job, recipe=plain(read))
-    return Cell({"": key}, work, key.folder, out / key.folder, below, needs, together)
+    return Cell({"": key}, work, key.folder, out / key.folder, needs, together)
 
 
 def _opened(entry: Entry, seed: int | None) -> str:
@@ -314,4 +307,4 @@ def _evaluation(
     for one in ("device", "workers"):
         del work.asked[one]
     needs = tuple(cell.name for cell in cells if cell.work.job)
-    return Cell(keys, work, f"{name}/eval", folder, None, needs)
+    return Cell(keys, work, f"{name}/eval", folder, needs)

@@ -17,6 +17,7 @@ __all__ = ["Asked", "Comparison", "Entry", "Resources", "Trained", "at_rate"]
 _T = TypeVar("_T")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
 JOBS = ("finetune", "reduce", "pretrain", "probe")
+CLASSLESS = ("pretrain", "probe")  # jobs whose models have no accuracy
 RATE = "{rate}"
 SEED = "{seed}"
 
@@ -61,7 +62,7 @@ class Entry:
         check_choice("job", self.job, (None, *JOBS))
         for text in self.variants:
             parse(text)
-        if self.variants and self.job in ("pretrain", "probe"):
+        if self.variants and self.job in CLASSLESS:
             raise ValueError(f"a model of job={self.job} has no classes: leave variants out")
 
     @property
@@ -72,7 +73,7 @@ class Entry:
     @property
     def classifies(self) -> bool:
         """Whether it has an accuracy."""
-        return self.job not in ("pretrain", "probe")
+        return self.job not in CLASSLESS
 
     def over(self, base: Entry) -> Entry:
         """Return the entry with what another one adds to it."""

@@ -13,7 +13,6 @@ from foveate.measure.cell import judge
 from foveate.measure.cells import make_cells
 from foveate.measure.comparison import Comparison
 from foveate.measure.gather import collect
-from foveate.measure.launch import prepare
 from foveate.measure.page import page
 from foveate.measure.report import write
 from foveate.measure.run import Progress
@@ -55,7 +54,6 @@ def run_demo(
     comparison = config.read(Comparison, config.find_recipe("compare", "demo"), settings)
     cells = make_cells(comparison, out)
     (cell,) = cells.values()
-    prepare(cell)
     judge(cell.work, cell.folder, command, progress)
     results = collect(comparison, cells, states_of(cells), command)
     written = write(results, out, "demo", title="The demo", kinds=(".svg",))

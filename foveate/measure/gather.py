@@ -21,7 +21,6 @@ from foveate.registry import parse
 __all__ = ["collect"]
 
 _SCORES = ("probe/linear", "probe/knn")
-_LAYER = "heterogeneity/"
 
 
 def collect(
@@ -101,23 +100,22 @@ def _trained(cell: Cell) -> pd.DataFrame:
 
 
 def _logged(log: Path) -> list[dict[str, Any]]:
-    names = columns(log)
+    """Return scores by epoch, and what was measured of layers last."""
     found: list[dict[str, Any]] = []
-    for name in ("val/accuracy", "val/loss"):
-        if name in names:
-            for epoch, value in curve(log, name).items():
-                found += rows("training", {name: value}, at=epoch)
-    for name in _SCORES:
-        if name in names:
-            for epoch, value in curve(log, name).items():
-                found += rows("probe", {name.removeprefix("probe/"): value}, at=epoch)
-    for name in names:
-        if name.startswith(_LAYER):
-            *_, last = curve(log, name).values()
-            found += rows("layers", {"heterogeneity": last}, at=int(name.removeprefix(_LAYER)))
-    if "cosine/visible" in names:
-        *_, last = curve(log, "cosine/visible").values()
-        found += rows("layers", {"cosine": last}, at=0)
+    for name in columns(log):
+        kind, _, what = name.partition("/")
+        if name in ("val/accuracy", "val/loss"):
+            part, metric, values = "training", name, curve(log, name)
+        elif name in _SCORES:
+            part, metric, values = "probe", what, curve(log, name)
+        elif kind == "heterogeneity":
+            part, metric, values = "layers", kind, {float(what): [*curve(log, name).values()][-1]}
+        elif name == "cosine/visible":
+            part, metric, values = "layers", kind, {0.0: [*curve(log, name).values()][-1]}
+        else:
+            continue
+        for at, value in values.items():
+            found += rows(part, {metric: value}, at=at)
     return found
 
 
@@ -152,9 +150,11 @@ def _like(comparison: Comparison) -> dict[str, str]:
 
 def _efficiency(table: pd.DataFrame, like: Mapping[str, str]) -> tuple[pd.DataFrame, list[str]]:
     """Return RAUC and epochs to match of pre-trained models, and where they mean nothing."""
-    found: list[pd.DataFrame] = []
+    found = [frame([])]
     notes = []
     for run, base in like.items():
+        own = select(table, run=run)
+        shared = {column: ", ".join(own[column].unique()) for column in ("commit", "machine")}
         for score in _SCORES:
             metric = score.removeprefix("probe/")
             ours, theirs = (_curves(table, one, metric) for one in (base, run))
@@ -162,15 +162,11 @@ def _efficiency(table: pd.DataFrame, like: Mapping[str, str]) -> tuple[pd.DataFr
             for seed, text in refusals.items():
                 which = "means of the curves" if seed is None else f"seed {seed}"
                 notes.append(f"{run} over {base}, {score}, {which}: {text}.")
-            own = select(table, run=run)
-            shared = {"run": run, "method": score}
-            for column in ("commit", "machine"):
-                shared[column] = ", ".join(own[column].unique())
             for seed, known in values.items():
-                if seed is None:
-                    known = {"mean_curves": known.get("rauc")}
-                found.append(frame(rows("rauc", known, seed=seed), **shared))
-    return (pd.concat(found, ignore_index=True) if found else frame([])), notes
+                numbers = {"mean_curves": known.get("rauc")} if seed is None else known
+                lines = rows("rauc", numbers, run=run, method=score, seed=seed)
+                found.append(frame(lines, **shared))
+    return pd.concat(found, ignore_index=True), notes
 
 
 def _curves(table: pd.DataFrame, run: str, metric: str) -> dict[int, dict[float, float]]:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from foveate import config
 from foveate.files import read_json
+from foveate.measure.style import evenly
 from foveate.mim.recipe import Pretrain
 from foveate.mim.weights import method_of, options_of, rest_path
 from foveate.train.recipe import Model
 
-__all__ = ["choose", "evenly", "locate", "name_files", "read_recipe", "weights_kept"]
+__all__ = ["choose", "locate", "name_files", "read_recipe", "weights_kept"]
 
 _RECIPE, _FINAL, _RESULT = "recipe.yaml", "model.safetensors", "result.json"
 _KIND, _REST = ".safetensors", ".pretrain.safetensors"
@@ -110,12 +109,3 @@ def name_files(files: list[Path], kept: dict[float, Path]) -> dict[str, tuple[fl
         epoch = by_file.get(file.absolute())
         found[file.stem if epoch is None else f"epoch {epoch:g}"] = (epoch, file)
     return dict(sorted(found.items(), key=lambda one: (one[1][0] is None, one[1][0] or 0.0)))
-
-
-def evenly(values: Sequence[Any], most: int) -> list[Any]:
-    """Return at most so many values, evenly spaced, with the first and the last."""
-    if len(values) <= most:
-        return list(values)
-    if most == 1:
-        return [values[-1]]
-    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]

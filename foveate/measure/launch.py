@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import math
 import os
 import re
 import socket
@@ -20,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,17 +32,7 @@ from foveate.files import write_text
 from foveate.measure.cells import Cell
 from foveate.measure.comparison import Resources
 
-__all__ = [
-    "DONE",
-    "FAILED",
-    "SKIPPED",
-    "Outcome",
-    "Process",
-    "Told",
-    "prepare",
-    "run_local",
-    "run_ray",
-]
+__all__ = ["DONE", "FAILED", "SKIPPED", "Outcome", "Told", "command_of", "run_cell", "run_cells"]
 
 DONE, FAILED, SKIPPED = "done", "failed", "skipped"
 _TORCHRUN = re.compile(r"[WE]\d{4} \S+ \d+ torch/distributed/")  # how its report begins
@@ -67,120 +59,107 @@ class Outcome:
     seconds: float = 0.0
 
 
-@dataclass(frozen=True)
-class Process:
-    """What starts a cell, wherever it runs: plain values that can be sent to another machine.
+# Starts a cell; how many it takes at a time; and the exceptions that mean that a cell was lost.
+Place = tuple[Callable[[Cell], Future[Outcome]], float, tuple[type[Exception], ...]]
 
-    Attributes:
-        name: of the cell.
-        file: that says what to do.
-        log: where output goes.
+
+def command_of(cell: Cell) -> list[str]:
+    """Return the words that start a cell."""
+    words = ["-m", "foveate.measure.cell", str(cell.file)]
+    if cell.processes == 1:
+        return [sys.executable, *words]
+    torchrun = ["-m", "torch.distributed.run", "--standalone"]
+    return [sys.executable, *torchrun, f"--nproc-per-node={cell.processes}", *words]
+
+
+def run_cell(cell: Cell, place: Path, threads: int | None = None) -> Outcome:
+    """Run a cell to its end in a fresh process, on whatever machine this is.
+
+    Args:
+        cell: whose file was written.
         place: the folder to start in, for paths in recipes.
-        processes: that do it together.
-        environment: variables that are set where they are not yet.
+        threads: of the process; None leaves that to torch.
     """
-
-    name: str
-    file: Path
-    log: Path
-    place: Path
-    processes: int = 1
-    environment: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def command(self) -> list[str]:
-        """The words that start it."""
-        words = ["-m", "foveate.measure.cell", str(self.file)]
-        if self.processes == 1:
-            return [sys.executable, *words]
-        torchrun = ["-m", "torch.distributed.run", "--standalone"]
-        return [sys.executable, *torchrun, f"--nproc-per-node={self.processes}", *words]
-
-    def run(self) -> Outcome:
-        """Run to the end."""
-        if not (self.file.is_file() and self.place.is_dir()):
-            missing = self.place if self.file.is_file() else self.file
-            return Outcome(self.name, FAILED, f"{missing} is not there: the folder must be shared")
-        started = time.monotonic()
-        environment = {**dict(self.environment), **os.environ}
-        with self.log.open("a", encoding="utf-8") as log:
-            before = log.tell()
-            process = subprocess.Popen(
-                self.command, cwd=self.place, env=environment, stdout=log, stderr=subprocess.STDOUT
-            )
-            try:
-                code = process.wait()
-            finally:  # an interrupted launcher leaves no cell behind
-                if process.poll() is None:
-                    process.terminate()
-                    process.wait()
-        seconds = time.monotonic() - started
-        if code == 0:
-            return Outcome(self.name, DONE, seconds=seconds)
-        return Outcome(self.name, FAILED, _last_words(self.log, before, code), seconds)
-
-
-def prepare(cell: Cell, threads: int | None = None) -> Process:
-    """Write what a cell has to do, and return what does it."""
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    write_text(cell.file, config.dump(cell.work))
-    environment = machine.malloc_untuned("cpu")
+    for path in (cell.file, place):
+        if not path.exists():
+            return Outcome(cell.name, FAILED, f"{path} is not there: the folder must be shared")
+    started = time.monotonic()
+    environment = {**machine.malloc_untuned("cpu"), **os.environ}
     if threads is not None:
-        environment["OMP_NUM_THREADS"] = str(threads)
-    return Process(
-        cell.name, cell.file, cell.log, Path.cwd(), cell.processes, tuple(environment.items())
-    )
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
+    with cell.log.open("a", encoding="utf-8") as log:
+        before = log.tell()
+        process = subprocess.Popen(
+            command_of(cell), cwd=place, env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            code = process.wait()
+        finally:  # an interrupted launcher leaves no cell behind
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    seconds = time.monotonic() - started
+    if code == 0:
+        return Outcome(cell.name, DONE, seconds=seconds)
+    return Outcome(cell.name, FAILED, _last_words(cell.log, before, code), seconds)
 
 
-def run_local(
+def run_cells(
     cells: Mapping[str, Cell],
     todo: Collection[str],
     ready: Collection[str],
     *,
-    parallel: int = 1,
+    parallel: int | None = None,
+    resources: Resources | None = None,
+    address: str | None = None,
     told: Told | None = None,
 ) -> Iterator[Outcome]:
-    """Run cells on this machine, each as soon as those that it needs are done.
+    """Run cells, each as soon as those that it needs are done.
 
     Args:
         cells: by name, each after those that it needs.
         todo: the ones to run.
         ready: the ones that are done already.
-        parallel: cells at a time; they share the processor's cores.
-        told: told which cells run.
+        parallel: cells at a time on this machine; None is one, or with Ray as many as fit.
+        resources: what each process takes of Ray, which then decides what runs where and when.
+            None starts cells without Ray; they share the processor's cores.
+        address: of a cluster of Ray, or "auto"; None starts Ray here and stops it afterwards.
+        told: told which cells run, or were handed to Ray.
     """
     waiting = [name for name in cells if name in todo]
     done, lost = set(ready), dict[str, str]()
     running: dict[Future[Outcome], str] = {}
-    with ThreadPoolExecutor(parallel) as pool:
+    most = max((cells[name].processes for name in todo), default=1)
+    place = _here(parallel or 1) if resources is None else _ray(resources, most, address, parallel)
+    with place as (start, room, losses):
         while waiting or running:
             for name in list(waiting):
-                needs = cells[name].needs
-                lacking = [n for n in needs if n not in done and n not in waiting]
-                lacking = [n for n in lacking if n not in running.values()]
+                cell = cells[name]
+                coming = {*done, *waiting, *running.values()}
+                lacking = [need for need in cell.needs if need not in coming]
                 if lacking:
                     waiting.remove(name)
                     lost[name] = lost.get(lacking[0], f"{lacking[0]} is not there")
                     yield Outcome(name, SKIPPED, lost[name])
-                elif len(running) < parallel and all(n in done for n in needs):
+                elif done.issuperset(cell.needs) and len(running) < room:
                     waiting.remove(name)
-                    threads = _threads(parallel * cells[name].processes)
-                    running[pool.submit(prepare(cells[name], threads).run)] = name
+                    cell.folder.mkdir(parents=True, exist_ok=True)
+                    write_text(cell.file, config.dump(cell.work))
+                    running[start(cell)] = name
                     if told is not None:
                         told(tuple(running.values()))
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
-                name, outcome = running.pop(future), future.result()
+                name = running.pop(future)
+                try:
+                    outcome = future.result()
+                except losses as error:
+                    outcome = Outcome(name, FAILED, str(error).strip().splitlines()[-1])
                 if outcome.kind == DONE:
                     done.add(name)
                 else:
                     lost[name] = f"{name} failed"
                 yield outcome
-
-
-def _threads(processes: int) -> int | None:
-    """Return the threads of each of several processes; None leaves that to torch."""
-    return max(1, machine.physical_cores() // processes) if processes > 1 else None
 
 
 def _last_words(log: Path, start: int, code: int) -> str:
@@ -194,74 +173,40 @@ def _last_words(log: Path, start: int, code: int) -> str:
     return f"{lines[-1]} ({how})" if lines else how
 
 
-# Ray ---------------------------------------------------------------------------------------------
+@contextmanager
+def _here(parallel: int) -> Iterator[Place]:
+    """Start cells in processes of this machine."""
+
+    def start(cell: Cell) -> Future[Outcome]:
+        sharing = parallel * cell.processes
+        threads = max(1, machine.physical_cores() // sharing) if sharing > 1 else None
+        return pool.submit(run_cell, cell, Path.cwd(), threads)
+
+    with ThreadPoolExecutor(parallel) as pool:
+        yield start, parallel, ()
 
 
-def run_ray(
-    cells: Mapping[str, Cell],
-    todo: Collection[str],
-    ready: Collection[str],
-    *,
-    resources: Resources,
-    address: str | None = None,
-    parallel: int | None = None,
-) -> Iterator[Outcome]:
-    """Run cells as tasks of Ray, which decides what runs where and when.
-
-    Args:
-        cells: by name, each after those that it needs.
-        todo: the ones to run.
-        ready: the ones that are done already.
-        resources: what each process takes.
-        address: of a cluster, or "auto"; None starts Ray on this machine and stops it afterwards.
-        parallel: cells at a time on this machine; None is as many as its cores allow.
-    """
-    ray = _ray()
-    most = max((cells[name].processes for name in todo), default=1)
+@contextmanager
+def _ray(
+    resources: Resources, processes: int, address: str | None, parallel: int | None
+) -> Iterator[Place]:
+    """Hand cells to Ray as tasks; it starts the task of a machine that is lost again elsewhere."""
     try:
-        _connect(ray, resources, most, address, parallel)
-        task = ray.remote(_task)
-        names: dict[Any, str] = {}  # by what Ray will give
-        promised: dict[str, Any] = {}
-        for name, cell in cells.items():
-            if name not in todo:
-                continue
-            absent = [n for n in cell.needs if n not in ready and n not in promised]
-            if absent:
-                yield Outcome(name, SKIPPED, f"{absent[0]} is not there")
-                continue
-            before = [promised[n] for n in cell.needs if n in promised]
-            takes = {
-                "num_cpus": resources.cpus * cell.processes,
-                "num_gpus": resources.gpus * cell.processes,
-            }
-            promised[name] = task.options(name=name, **takes).remote(prepare(cell), *before)
-            names[promised[name]] = name
-        while names:
-            (one,), _ = ray.wait(list(names), num_returns=1)
-            name = names.pop(one)
-            try:
-                yield ray.get(one)
-            except ray.exceptions.RayError as error:  # the machine is lost, out of memory, ...
-                yield Outcome(name, FAILED, str(error).strip().splitlines()[-1])
-    finally:
-        ray.shutdown()
-
-
-def _task(process: Process, *before: Outcome) -> Outcome:
-    """Do a cell. A machine that is lost makes Ray start it again elsewhere, and it resumes."""
-    for outcome in before:
-        if outcome.kind != DONE:
-            lost = outcome.why if outcome.kind == SKIPPED else f"{outcome.name} failed"
-            return Outcome(process.name, SKIPPED, lost)
-    return process.run()
-
-
-def _ray() -> Any:
-    try:
-        return importlib.import_module("ray")
+        ray = importlib.import_module("ray")
     except ImportError as error:
         raise ValueError("--launcher ray needs: pip install 'foveate[cluster]'") from error
+
+    def start(cell: Cell) -> Any:
+        takes = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}
+        takes = {kind: each * cell.processes for kind, each in takes.items()}
+        return task.options(name=cell.name, **takes).remote(cell, Path.cwd()).future()
+
+    try:
+        _connect(ray, resources, processes, address, parallel)
+        task = ray.remote(run_cell)
+        yield start, math.inf, (ray.exceptions.RayError,)
+    finally:
+        ray.shutdown()
 
 
 def _connect(
@@ -271,7 +216,9 @@ def _connect(
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
     if address is not None:
         try:
-            _knock(address)
+            found = re.fullmatch(r"\[?(.+?)\]?:(\d+)", address)
+            if found:  # whether anybody is there; Ray itself would ask again for many minutes
+                socket.create_connection((found[1], int(found[2])), _SECONDS).close()
             ray.init(address=address, **options)
         except OSError as error:  # a ConnectionError is one
             reason = " ".join(str(error).split())
@@ -289,10 +236,3 @@ def _connect(
                 f"a cell takes {wanted:g} {kind}s and this machine has {there.get(kind, 0):g}: "
                 "change resources, or give the --address of a cluster"
             )
-
-
-def _knock(address: str) -> None:
-    """See whether anybody is there; Ray itself would ask again for many minutes."""
-    found = re.fullmatch(r"\[?(.+?)\]?:(\d+)", address)
-    if found:
-        socket.create_connection((found[1], int(found[2])), _SECONDS).close()

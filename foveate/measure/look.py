@@ -7,9 +7,7 @@ differ by the weights alone. Nothing is trained, and where a run began its weigh
 from __future__ import annotations
 
 import logging
-import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,10 +23,10 @@ from foveate.data import Source, open_first, open_images
 from foveate.data.splits import NONE
 from foveate.files import write_whole
 from foveate.measure.curves import columns, curve
-from foveate.measure.kept import choose, evenly, locate, name_files, read_recipe, weights_kept
+from foveate.measure.kept import choose, locate, name_files, read_recipe, weights_kept
 from foveate.measure.sheets import Sheet
-from foveate.measure.style import save
-from foveate.measure.table import Results, frame, rows
+from foveate.measure.style import evenly, save, stems
+from foveate.measure.table import Results, frame, pd, rows, select
 from foveate.mim.build import make_masked_model
 from foveate.mim.heterogeneity import Similarity
 from foveate.mim.layers import ALARM, affinity, collapsing, measure_images, tokens_of
@@ -41,17 +39,7 @@ from foveate.mim.weights import load_weights
 from foveate.train.build import open_start
 from foveate.train.images import image_inputs
 
-__all__ = [
-    "Choices",
-    "Network",
-    "Point",
-    "Report",
-    "RunLook",
-    "look",
-    "sheet",
-    "words",
-    "write",
-]
+__all__ = ["Choices", "Look", "alarms", "look", "sheet", "words", "write"]
 
 _log = logging.getLogger(__name__)
 _COLUMNS = 4  # affinity maps in a row, where nobody says which
@@ -95,180 +83,94 @@ class Choices:
 
 
 @dataclass(eq=False)
-class Network:
-    """A network in which hidden and visible tokens meet; layer 0 is before the first block.
+class Look(Results):
+    """What was found of all runs.
+
+    The column "method" says which weights, "draw" which of the networks in which hidden and visible
+    tokens meet. The part "layers" has heterogeneity by layer ("at"; 0 is before the first block),
+    normalised to [0, 1]: mean and std over images, and cosine, the mean cosine between visible
+    tokens. The part "loss" has the method's own loss on these images, and val_loss as the run
+    logged it.
 
     Attributes:
-        mean: heterogeneity by layer, normalised to [0, 1], mean over images, ``[layers]``.
-        std: its standard deviation over images; NaN of a single one.
-        cosine: mean cosine between visible tokens.
-        maps: affinities ``[N, N]`` of one image by layer, hidden tokens first.
+        maps: affinities ``[N, N]`` of one image by layer, hidden tokens first; by run, weights and
+            network.
+        pictures: some images with what the last weights make of them, by run.
     """
 
-    mean: np.ndarray
-    std: np.ndarray
-    cosine: np.ndarray
-    maps: dict[int, np.ndarray]
+    maps: dict[tuple[str, str, int], dict[int, np.ndarray]] = field(default_factory=dict)
+    pictures: dict[str, Image.Image] = field(default_factory=dict)
 
 
-@dataclass(eq=False)
-class Point:
-    """One set of weights of a run.
-
-    Attributes:
-        label: for tables and pictures.
-        epoch: epochs of training; 0 is none, None where the file does not say.
-        file: where the weights lie; None of new ones.
-        loss: the method's own on the images that are looked at.
-        val_loss: what the run logged; None if nothing.
-        networks: what was measured.
-    """
-
-    label: str
-    epoch: float | None
-    file: Path | None
-    loss: float
-    val_loss: float | None
-    networks: list[Network]
-
-
-@dataclass(eq=False)
-class RunLook:
-    """What was found of a run.
-
-    Attributes:
-        name: for tables and pictures.
-        folder: with its recipe; a file of weights that has none.
-        method: of the recipe.
-        data: where the images are from.
-        images: how many there are.
-        mask: kind, ratio, and how many patches are hidden of how many.
-        points: by epoch; the last are the weights that the run ended with, if it has ended.
-        sheet: some images with what the last weights make of them.
-    """
-
-    name: str
-    folder: Path
-    method: str
-    data: str
-    images: int
-    mask: dict[str, Any]
-    points: list[Point]
-    sheet: Image.Image
-
-    @property
-    def hidden(self) -> int:
-        """Hidden patches of an image."""
-        return int(self.mask["hidden"])
-
-
-@dataclass(eq=False)
-class Report:
-    """What was found of all runs."""
-
-    choices: Choices
-    runs: list[RunLook]
-
-    def alarms(self) -> Iterator[str]:
-        """Say for which weights the visible tokens are, and stay, nearly the same."""
-        for run in self.runs:
-            before: dict[int, float] = {}  # by network, of the weights of an earlier epoch
-            for point in run.points:
-                for number, network in enumerate(point.networks):
-                    cosine = float(network.cosine[0])
-                    alarming = collapsing(cosine, before.get(number))
-                    before[number] = cosine
-                    if alarming:
-                        yield (
-                            f"alarm: {run.name}, {point.label}: visible tokens have a mean cosine "
-                            f"of {cosine:.3f} before the first block, above {ALARM:.2f}: nearly "
-                            "all are the same"
-                        )
-
-    def results(self, command: str = "") -> Results:
-        """Return all numbers as a table; "method" says which weights, "draw" which network.
-
-        The part "layers" has mean, std and cosine by layer ("at"), the part "loss" the loss on
-        these images and val_loss, which the run logged.
-        """
-        found: list[dict[str, Any]] = []
-        for run in self.runs:
-            for point in run.points:
-                shared: dict[str, Any] = {"run": run.name, "method": point.label}
-                for number, one in enumerate(point.networks):
-                    columns = zip(one.mean, one.std, one.cosine, strict=True)
-                    for layer, (mean, std, cosine) in enumerate(columns):
-                        values = {"mean": mean, "std": None if np.isnan(std) else std}
-                        values["cosine"] = cosine
-                        found += rows("layers", values, at=layer, draw=number, **shared)
-                loss = {"loss": point.loss, "val_loss": point.val_loss}
-                found += rows("loss", loss, **shared)
-        kind = self.choices.similarity
-        about = {
-            "command": command,
-            "similarity": kind.kind,
-            "temperature": kind.temperature if kind.kind == "cosine" else None,
-            "mask_seed": self.choices.seed,
-            "image": self.choices.image,
-            "runs": {
-                run.name: {
-                    **{"folder": str(run.folder), "method": run.method, "data": run.data},
-                    **{"images": run.images, "mask": run.mask},
-                    "weights": {p.label: p.file and str(p.file) for p in run.points},
-                    "epochs": {p.label: p.epoch for p in run.points},
-                }
-                for run in self.runs
-            },
-        }
-        here = machine.facts(torch.device(self.choices.device).type)
-        shared = {"commit": machine.commit() or "unknown", "machine": machine.name(here)}
-        return Results(frame(found, **shared), about)
-
-
-def look(runs: Sequence[Path], choices: Choices | None = None) -> Report:
+def look(runs: Sequence[Path], choices: Choices | None = None, *, command: str = "") -> Look:
     """Measure what pre-training runs have kept.
 
     Args:
         runs: folders of runs, single files of their weights, or files of foveate convert.
         choices: the usual ones if not given.
+        command: what was typed, for the record.
     """
     choices = choices or Choices()
     if not runs:
         raise ValueError("no run was given: name the folder of at least one")
-    found: dict[Path, list[Path]] = {}
+    named: dict[Path, list[Path]] = {}
     for path in map(Path, runs):
         folder, file = locate(path)
         if folder.is_file() and choices.data is None:
             raise ValueError(f"{path} has no recipe that names images: name them with --data")
-        found.setdefault(folder, []).extend([] if file is None else [file])
-    names = [folder.absolute().name for folder in found]
+        named.setdefault(folder, []).extend([] if file is None else [file])
+    names = [folder.absolute().name for folder in named]
     opened = []
     # All files are found before the work begins.
-    for name, (folder, files) in zip(names, found.items(), strict=True):
+    for name, (folder, files) in zip(names, named.items(), strict=True):
         recipe = read_recipe(folder)
         kept = weights_kept(folder, recipe)
         chosen = name_files(files, kept) if files else choose(folder, kept, choices.epochs)
         label = name if name and names.count(name) == 1 else str(folder)
         opened.append((label, folder, recipe, chosen))
-    return Report(choices, [_look(*one, choices) for one in opened])
+    kind = choices.similarity
+    about: dict[str, Any] = {
+        "command": command,
+        "similarity": kind.kind,
+        "temperature": kind.temperature if kind.kind == "cosine" else None,
+        "mask_seed": choices.seed,
+        "image": choices.image,
+        "runs": {},
+    }
+    found = Look(frame([]), about)
+    tables = [table for run in opened for table in _look(found, *run, choices)]
+    facts = machine.facts(torch.device(choices.device).type)
+    shared = {"commit": machine.commit() or "unknown", "machine": machine.name(facts)}
+    found.table = frame(pd.concat(tables, ignore_index=True), **shared)
+    return found
 
 
-def write(report: Report, folder: Path, *, command: str = "") -> list[Path]:
+def alarms(found: Look) -> Iterator[str]:
+    """Say for which weights the visible tokens are, and stay, nearly the same."""
+    cosines = select(found.table, part="layers", metric="cosine", at=0)
+    for (run, _), own in cosines.groupby(["run", "draw"], sort=False):
+        before: float | None = None  # of the weights of an earlier epoch
+        for weights, cosine in zip(own["method"], own["value"], strict=True):
+            if collapsing(cosine, before):
+                yield (
+                    f"alarm: {run}, {weights}: visible tokens have a mean cosine of {cosine:.3f} "
+                    f"before the first block, above {ALARM:.2f}: nearly all are the same"
+                )
+            before = cosine
+
+
+def write(found: Look, folder: Path) -> list[Path]:
     """Write the table and the pictures into a folder, and name what was written."""
     from foveate.measure.look_figures import affinity_figure, layers_figure
 
-    folder.mkdir(parents=True, exist_ok=True)
-    written = report.results(command).save(folder / "look.json")
-    drawn = layers_figure(report)
-    for kind in (".svg", ".png"):
-        written.append(folder / f"heterogeneity{kind}")
-        save(drawn, written[-1])
-    written.append(folder / "affinity.png")
-    save(affinity_figure(report), written[-1])
-    for stem, run in zip(_stems(report.runs), report.runs, strict=True):
-        path = folder / f"reconstructions{stem}.png"
-        write_whole(path, partial(_save_png, run.sheet))
-        written.append(path)
+    written = found.save(folder / "look.json")
+    kinds = (folder / "heterogeneity.svg", folder / "heterogeneity.png")
+    written += save(layers_figure(found), *kinds)
+    written += save(affinity_figure(found), folder / "affinity.png")
+    ends = [f"-{stem}" for stem in stems(found.pictures)] if len(found.pictures) > 1 else [""]
+    for end, drawing in zip(ends, found.pictures.values(), strict=True):
+        written.append(folder / f"reconstructions{end}.png")
+        write_whole(written[-1], partial(drawing.save, format="png"))
     return written
 
 
@@ -276,47 +178,56 @@ def write(report: Report, folder: Path, *, command: str = "") -> list[Path]:
 
 
 def _look(
+    found: Look,
     name: str,
     folder: Path,
     recipe: Pretrain,
     chosen: dict[str, tuple[float | None, Path]],
     choices: Choices,
-) -> RunLook:
+) -> Iterator[pd.DataFrame]:
+    """Measure one run: return its numbers, and put what is no number into ``found``."""
     model = _new_model(recipe, next(iter(chosen.values()))[1]).eval().to(choices.device)
-    data = recipe.data
-    inputs = image_inputs(model.vit, data)
-    mean, std = inputs.mean, inputs.std
+    inputs = image_inputs(model.vit, recipe.data)
     source = _images(recipe, choices)
-    spec, split = source.spec, source.split
     images, wrong = some_images(inputs, source, choices.images)
     for reason in wrong:
         _log.warning("skipped %s", reason)
     if not 0 <= choices.image < len(images):
         raise ValueError(
             f"image must lie in 0..{len(images) - 1}, got {choices.image}: so many images of "
-            f"{spec} are looked at"
+            f"{source.spec} are looked at"
         )
     layers = _columns(name, model.depth, choices.layers)
     images = images.to(choices.device)
     masking = recipe.mask.filled(model.hiding)
     mask = fixed_mask(model, images, masking, choices.seed)
     logged = _losses(folder, recipe)
-
-    def point(label: str, epoch: float | None, file: Path | None) -> Point:
+    points: dict[str, tuple[float | None, Path | None]] = {**chosen}
+    if choices.untrained:
+        points = {"untrained": (0.0, None), **points}
+    for label, (epoch, file) in points.items():
+        if file is not None:
+            load_weights(model, file)
         loss, networks = _measured(model, images, mask, choices, layers)
-        val_loss = logged.get(epoch) if epoch else None
-        return Point(label, epoch, file, loss, val_loss, networks)
-
-    points = [point("untrained", 0.0, None)] if choices.untrained else []
-    for label, (epoch, file) in chosen.items():
-        load_weights(model, file)
-        points.append(point(label, epoch, file))
-    shown = slice(0, _SHOWN)
-    drawn = picture(model, images[shown], _part(mask, shown), mean, std)
-    about = {"kind": masking.kind, "ratio": masking.ratio}
-    about |= {"hidden": int(mask.hidden[0].sum()), "patches": mask.hidden.shape[1]}
-    where = f"{spec} ({split})"
-    return RunLook(name, folder, recipe.method, where, len(images), about, points, drawn)
+        values = {"loss": loss, "val_loss": logged.get(epoch) if epoch else None}
+        yield frame(rows("loss", values), run=name, method=label)
+        for number, (levels, maps) in enumerate(networks):
+            yield frame(levels, part="layers", run=name, method=label, draw=number)
+            found.maps[name, label, number] = maps
+    found.pictures[name] = picture(
+        model, images[:_SHOWN], _part(mask, slice(_SHOWN)), inputs.mean, inputs.std
+    )
+    hidden, patches = int(mask.hidden[0].sum()), mask.hidden.shape[1]
+    found.about["runs"][name] = {
+        **{"folder": str(folder), "method": recipe.method},
+        **{"data": f"{source.spec} ({source.split})", "images": len(images)},
+        "mask": {
+            **{"kind": masking.kind, "ratio": masking.ratio},
+            **{"hidden": hidden, "patches": patches},
+        },
+        "weights": {label: file and str(file) for label, (_, file) in points.items()},
+        "epochs": {label: epoch for label, (epoch, _) in points.items()},
+    }
 
 
 def _losses(folder: Path, recipe: Pretrain) -> dict[float, float]:
@@ -361,8 +272,8 @@ def _columns(name: str, depth: int, layers: tuple[int, ...]) -> list[int]:
 @torch.no_grad()
 def _measured(
     model: MaskedImageModel, images: Tensor, mask: Mask, choices: Choices, layers: Sequence[int]
-) -> tuple[float, list[Network]]:
-    """Measure the loss and all networks, some images at a time."""
+) -> tuple[float, list[tuple[pd.DataFrame, dict[int, np.ndarray]]]]:
+    """Return the loss, and of each network its numbers by layer and its maps."""
     loss = 0.0
     each: list[list[tuple[Tensor, Tensor]]] = []  # by chunk and network
     maps: list[dict[int, np.ndarray]] = []
@@ -377,12 +288,13 @@ def _measured(
             maps = [_maps(one, part, place, choices, layers) for one in answer.states]
     networks = []
     for number, own in enumerate(maps):
-        levels, cosines = (torch.cat([row[number][i] for row in each], 1).cpu() for i in (0, 1))
-        spread = levels.std(1) if levels.shape[1] > 1 else torch.full((len(levels),), math.nan)
-        mean, std, cosine = (
-            part.double().numpy() for part in (levels.mean(1), spread, cosines.mean(1))
+        levels, cosines = (
+            pd.DataFrame(torch.cat([chunk[number][i] for chunk in each], 1).double().T.cpu())
+            for i in (0, 1)
         )
-        networks.append(Network(mean, std, cosine, own))
+        table = levels.agg(["mean", "std"]).T.assign(cosine=cosines.mean())
+        table = table.rename_axis("at").reset_index().melt("at", var_name="metric")
+        networks.append((table.dropna(), own))  # one image has no deviation
     return loss, networks
 
 
@@ -403,58 +315,42 @@ def _part(mask: Mask, part: slice) -> Mask:
     return Mask(mask.hidden[part], *index)
 
 
-def _save_png(picture: Image.Image, path: str) -> None:
-    picture.save(path, format="png")
-
-
-def _stems(runs: Sequence[RunLook]) -> list[str]:
-    """Return name endings that tell the files of several runs apart."""
-    if len(runs) == 1:
-        return [""]
-    stems: list[str] = []
-    for number, run in enumerate(runs):
-        stem = "-" + re.sub(r"[^A-Za-z0-9.=+-]+", "_", run.name).strip("_")
-        stems.append(f"{stem}-{number}" if stem in stems else stem)
-    return stems
-
-
 # The table in words ------------------------------------------------------------------------------
 
 
-def words(similarity: Similarity) -> str:
+def words(about: Mapping[str, Any]) -> str:
     """Say what the numbers depend on, for titles."""
     known = {
-        "cosine": f"cosine similarity, temperature {similarity.temperature:g}",
+        "cosine": f"cosine similarity, temperature {about['temperature']}",
         "layernorm": "dot products of normalised tokens",
         "scaled": "scaled dot products",
         "raw": "raw dot products",
     }
-    return known[similarity.kind]
+    return known[about["similarity"]]
 
 
-def sheet(report: Report) -> Sheet:
+def sheet(found: Look) -> Sheet:
     """Return a line for each set of weights, a column for each layer."""
-    lines = [
-        (run, point, number, network.mean)
-        for run in report.runs
-        for point in run.points
-        for number, network in enumerate(point.networks)
-    ]
-    most = max(len(means) for *_, means in lines)
-    digits = 3 if most <= 13 else 2  # what there is room for: changes are small
-    several = any(number for _, _, number, _ in lines)
-    head = ["<run", "<weights", *["network"] * several, *map(str, range(most))]
-    body = []
-    for run, point, number, means in lines:
-        cells = [run.name, point.label, *[str(number)] * several]
-        cells += [f"{mean:.{digits}f}" for mean in means] + [""] * (most - len(means))
-        cells += [f"{point.loss:.4f}"]
-        cells += ["" if point.val_loss is None else f"{point.val_loss:.4f}"]
-        body.append(tuple(cells))
-    images = sorted({run.images for run in report.runs})
+    keys = ["run", "method", "draw"]
+    means = select(found.table, part="layers", metric="mean")
+    wide = means.pivot(index=keys, columns="at", values="value")
+    wide = wide.reindex(means.set_index(keys).index.unique())
+    digits = 3 if len(wide.columns) <= 13 else 2  # what there is room for: changes are small
+    table = wide.map(lambda mean: "" if pd.isna(mean) else f"{mean:.{digits}f}")
+    table.columns = [f"{layer:g}" for layer in wide]
+    losses = select(found.table, part="loss").pivot(
+        index=keys[:2], columns="metric", values="value"
+    )
+    losses = losses.reindex(columns=["loss", "val_loss"]).rename(columns={"val_loss": "val loss"})
+    losses = losses.map(lambda loss: "" if pd.isna(loss) else f"{loss:.4f}")
+    table = table.join(losses, on=keys[:2]).reset_index().astype(str)
+    table = table.rename(columns={"method": "weights", "draw": "network"})
+    if table["network"].nunique() == 1:
+        table = table.drop(columns="network")
+    images = sorted({run["images"] for run in found.about["runs"].values()})
     notes = [
         f"Means over {' or '.join(map(str, images))} images, layer 0 is before the first block; "
         "loss: on these images; val loss: as the run logged it."
     ]
-    title = f"heterogeneity by layer, {words(report.choices.similarity)}"
-    return Sheet(title, (*head, "loss", "val loss"), body, notes, ("val loss", "loss"))
+    title = f"heterogeneity by layer, {words(found.about)}"
+    return Sheet(title, table, ("run", "weights"), notes, ("val loss", "loss"))

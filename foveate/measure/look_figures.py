@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from foveate.measure.kept import evenly
-from foveate.measure.look import Network, Point, Report, RunLook, words
-from foveate.measure.style import QUIET, new_figure
+from foveate.measure.look import Look, words
+from foveate.measure.style import QUIET, evenly, new_figure
+from foveate.measure.table import select
 from foveate.viz.colours import matplotlib
 
 if TYPE_CHECKING:
@@ -23,40 +23,41 @@ _ROWS = 6  # of maps
 _BRIGHTEST = 99  # per cent of a map's values are below its brightest colour
 
 
-def layers_figure(report: Report) -> Figure:
+def layers_figure(found: Look) -> Figure:
     """Draw heterogeneity by layer: a panel for each run, a line for each set of weights."""
-    panels = [(run, number) for run in report.runs for number in _networks(run)]
+    panels = list(select(found.table, part="layers").groupby(["run", "draw"], sort=False))
     across = min(len(panels), _ACROSS)
     down = -(-len(panels) // across)
     figure, grid = new_figure(1.5 + _WIDE * across, 0.9 + _HIGH * down, down, across)
     places = [place for line in grid for place in line]
-    colours = _colours(report)
-    lines: dict[str, Any] = {}
-    for (run, number), panel in zip(panels, places, strict=False):
-        for point in run.points:
-            network = point.networks[number]
-            x, y = range(len(network.mean)), network.mean
-            style = {"color": colours[point.label], "marker": "o", "markersize": 3.5}
-            if point.file is None:
-                style |= {"linestyle": "--", "marker": "s"}
-            (lines[point.label],) = panel.plot(x, y, linewidth=1.5, **style)
-        # Of the last weights alone: those of all would cover each other.
-        spread = np.nan_to_num(network.std)
-        low, high = np.clip(y - spread, 0, 1), np.clip(y + spread, 0, 1)
-        panel.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
-        panel.set_title(_title(run, number), fontsize="medium")
-        panel.set_xlabel("layer (0: initial embedding)")
-        panel.set_xticks(_ticks(len(run.points[0].networks[number].mean)))
     for panel in places[len(panels) :]:
         panel.set_visible(False)
-    limits = [panel.get_ylim() for panel in places[: len(panels)]]
-    low, high = min(low for low, _ in limits), max(high for _, high in limits)
+    colours = _colours(found)
+    lines: dict[str, Any] = {}
+    for ((run, number), own), panel in zip(panels, places, strict=False):
+        for label, group in own.groupby("method", sort=False):
+            values = group.pivot(index="at", columns="metric", values="value")
+            x, mean = values.index, values["mean"]
+            style = {"color": colours[label], "marker": "o", "markersize": 3.5}
+            if label == "untrained":
+                style |= {"linestyle": "--", "marker": "s"}
+            (lines[label],) = panel.plot(x, mean, linewidth=1.5, **style)
+        if "std" in values:  # of the last weights alone: those of all would cover each other
+            low, high = ((mean + sign * values["std"]).clip(0, 1) for sign in (-1, 1))
+            panel.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        about = found.about["runs"][run]
+        share = about["mask"]["hidden"] / about["mask"]["patches"]
+        title = f"{run}{_which(found, run, number)} ({about['method']}, {share:.0%} hidden)"
+        panel.set_title(title, fontsize="medium")
+        panel.set_xlabel("layer (0: initial embedding)")
+        panel.set_xticks(range(0, len(x), max(1, -(-len(x) // 13))))
+    limits = [limit for panel in places[: len(panels)] for limit in panel.get_ylim()]
     for number, panel in enumerate(places[: len(panels)]):
-        panel.set_ylim(low, high)
+        panel.set_ylim(min(limits), max(limits))
         panel.ticklabel_format(axis="y", useOffset=False)
         if number % across == 0:
             panel.set_ylabel("heterogeneity, share of its maximum")
-    order = sorted(lines, key=list(colours).index)
+    order = [label for label in colours if label in lines]
     figure.legend(
         [lines[label] for label in order],
         order,
@@ -64,35 +65,33 @@ def layers_figure(report: Report) -> Figure:
         frameon=False,
         fontsize="small",
     )
-    figure.suptitle(
-        f"Heterogeneity of hidden tokens\n{words(report.choices.similarity)}", fontsize="medium"
-    )
-    figure.supxlabel(_caption(report), fontsize="small", color=QUIET)
+    figure.suptitle(f"Heterogeneity of hidden tokens\n{words(found.about)}", fontsize="medium")
+    figure.supxlabel(_caption(found), fontsize="small", color=QUIET)
     return figure
 
 
-def affinity_figure(report: Report) -> Figure:
+def affinity_figure(found: Look) -> Figure:
     """Draw affinity maps of one image: a row for each set of weights, a column a layer."""
-    rows = _rows(report)
-    across = max(len(network.maps) for _, _, network in rows)
+    rows = _rows(found)
+    across = max(len(found.maps[key]) for key in rows)
     figure, grid = new_figure(
         0.6 + across * (_SIDE + 0.2), 1.0 + len(rows) * (_SIDE + 0.3), len(rows), across
     )
     above: list[int] = []
-    for (run, name, network), line in zip(rows, grid, strict=True):
-        for panel in line[len(network.maps) :]:
+    for (run, label, network), line in zip(rows, grid, strict=True):
+        maps = found.maps[run, label, network]
+        hidden = found.about["runs"][run]["mask"]["hidden"]
+        for panel in line[len(maps) :]:
             panel.set_axis_off()
-        for number, ((layer, values), panel) in enumerate(
-            zip(network.maps.items(), line, strict=False)
-        ):
-            _map(panel, values, run.hidden, named=number == 0)
-            if list(network.maps) != above:
+        for (layer, values), panel in zip(maps.items(), line, strict=False):
+            _map(panel, values, hidden, named=panel is line[0])
+            if list(maps) != above:
                 panel.set_title(f"layer {layer}", fontsize="small")
-        line[0].set_ylabel(name, fontsize="small", labelpad=8)
-        above = list(network.maps)
-    choices = report.choices
+        name = f"{run}\n{label}" if len(found.about["runs"]) > 1 else label
+        line[0].set_ylabel(name + _which(found, run, network), fontsize="small", labelpad=8)
+        above = list(maps)
     figure.suptitle(
-        f"Affinities of one image, number {choices.image}: softmax of {words(choices.similarity)}",
+        f"Affinities of one image, number {found.about['image']}: softmax of {words(found.about)}",
         fontsize="medium",
     )
     figure.supxlabel(
@@ -125,60 +124,42 @@ def _map(panel: Any, values: np.ndarray, hidden: int, named: bool) -> None:
     panel.tick_params(length=0, labelsize="x-small")
 
 
-def _rows(report: Report) -> list[tuple[RunLook, str, Network]]:
+def _rows(found: Look) -> list[tuple[str, str, int]]:
     """Return a few weights of each run, the first and the last among them."""
-    several = len(report.runs) > 1
-    each = max(1, min(3, _ROWS // len(report.runs)))
+    each = max(1, min(3, _ROWS // len(found.about["runs"])))
     rows = []
-    for run in report.runs:
-        for point in evenly(run.points, each):
-            for number in _networks(run):
-                name = f"{run.name}\n{point.label}" if several else point.label
-                rows.append((run, name + _which(run, number), point.networks[number]))
+    for run, about in found.about["runs"].items():
+        for label in evenly(list(about["epochs"]), each):
+            rows += [key for key in found.maps if key[:2] == (run, label)]
     return rows[:_ROWS]
 
 
-def _networks(run: RunLook) -> range:
-    return range(len(run.points[0].networks))
+def _which(found: Look, run: str, number: int) -> str:
+    """Name a network where the run has several."""
+    several = any(name == run and other > 0 for name, _, other in found.maps)
+    return f", network {number}" if several else ""
 
 
-def _which(run: RunLook, number: int) -> str:
-    return f", network {number}" if len(_networks(run)) > 1 else ""
-
-
-def _title(run: RunLook, number: int) -> str:
-    share = run.hidden / run.mask["patches"]
-    return f"{run.name}{_which(run, number)} ({run.method}, {share:.0%} hidden)"
-
-
-def _caption(report: Report) -> str:
-    images = sorted({run.images for run in report.runs})
-    counted = " or ".join(map(str, images))
-    parts = [f"{counted} images, masks of seed {report.choices.seed}"]
+def _caption(found: Look) -> str:
+    images = sorted({run["images"] for run in found.about["runs"].values()})
+    said = f"{' or '.join(map(str, images))} images, masks of seed {found.about['mask_seed']}"
     if any(count > 1 for count in images):
-        parts.append("band: standard deviation over images, of the last weights")
-    said = "; ".join(parts)
-    if report.choices.similarity.kind in ("raw", "scaled"):
+        said += "; band: standard deviation over images, of the last weights"
+    if found.about["similarity"] in ("raw", "scaled"):
         said += (
             "\nheterogeneity also sinks where norms grow with depth: compare with untrained weights"
         )
     return said
 
 
-def _colours(report: Report) -> dict[str, Any]:
+def _colours(found: Look) -> dict[str, Any]:
     """Return colours from light to dark by epoch, the same in all panels; grey if untrained."""
-    points: dict[str, Point] = {}
-    for run in report.runs:
-        for point in run.points:
-            points.setdefault(point.label, point)
-    order = sorted(points.values(), key=lambda p: (p.epoch is None, p.epoch or 0.0, p.label))
-    trained = [point for point in order if point.file is not None]
+    epochs: dict[str, float | None] = {}
+    for run in found.about["runs"].values():
+        epochs = run["epochs"] | epochs
+    order = sorted(epochs, key=lambda label: (epochs[label] is None, epochs[label] or 0.0, label))
+    trained = [label for label in order if label != "untrained"]
     scale = matplotlib().colormaps["viridis_r"]
     steps = np.linspace(0.15, 0.95, len(trained)) if len(trained) > 1 else [0.75]
-    found = {p.label: scale(step) for p, step in zip(trained, steps, strict=True)}
-    return {p.label: found.get(p.label, QUIET) for p in order}
-
-
-def _ticks(layers: int) -> list[int]:
-    step = max(1, -(-layers // 13))
-    return list(range(0, layers, step))
+    shades = {label: scale(step) for label, step in zip(trained, steps, strict=True)}
+    return {label: shades.get(label, QUIET) for label in order}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from foveate.measure.style import COLOURS, new_figure
+from foveate.measure.style import COLOURS, evenly, new_figure
 from foveate.measure.tokens import TokenStatistics
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ def maps_figure(found: TokenStatistics, title: str = "") -> Figure:
     A second row appears where tokens merge: how many patches the token stands for that carries
     each position. The last map counts the blocks that use each position.
     """
-    stages = _thinned(found.stages)
+    stages = evenly(found.stages, _MOST)
     keep, group = found.keep[stages], found.group[stages]
     most = float(group.max(initial=1.0))
     rows: list[tuple[str, np.ndarray, float, float]] = []
@@ -51,13 +50,6 @@ def maps_figure(found: TokenStatistics, title: str = "") -> Figure:
     some = f", {len(stages)} of {len(found.stages)} stages" * (len(stages) < len(found.stages))
     figure.suptitle(f"{title or found.method}, {found.images} images{some}", fontsize="medium")
     return figure
-
-
-def _thinned(stages: Sequence[int]) -> list[int]:
-    """Return the stages, or as many as fit, the first and the last among them."""
-    if len(stages) <= _MOST:
-        return list(stages)
-    return [stages[round(i * (len(stages) - 1) / (_MOST - 1))] for i in range(_MOST)]
 
 
 def _map(panel: Any, grid: np.ndarray, low: float, high: float, title: str) -> Any:

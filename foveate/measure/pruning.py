@@ -18,9 +18,9 @@ curve; what a later stage keeps is a part of what an earlier one kept.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -131,43 +131,42 @@ def pruning(
     rates, seeds = check_rates(rates), check_seeds(seeds)
     reading = {rate: prune(model, "attention", rate) for rate in rates}
     backbone = backbone_for(model)
-    chance = {(rate, seed): Tally(classes) for rate in rates for seed in seeds}
-    attention = {rate: Tally(classes) for rate in rates}
+    draws = [*(("random", seed) for seed in seeds), ("attention", None)]
+    tallies = {(*draw, rate): Tally(classes) for draw in draws for rate in rates}
     with answering(*reading.values(), precision=precision):
         for images, labels, indices in batches():
-            for rate, reduced in reading.items():
-                attention[rate].add(reduced.run(images).logits, labels)
-            for (rate, seed), tally in chance.items():
-                drawn = _by_chance(backbone, rate, seed, indices.tolist())
-                tally.add(drawn.run(images).logits, labels)
+            for (_, seed, rate), tally in tallies.items():
+                reduced = reading[rate]
+                if seed is not None:
+                    reduced = _by_chance(backbone, rate, seed, indices.tolist())
+                tally.add(reduced.run(images).logits, labels)
     found = []
-    for rate in rates:
-        # As many patches at the same blocks, and no images that it would be for.
-        same = api.apply(
-            model, "random", keep=rate, blocks=stage_blocks(backbone.spec.depth), check=False
-        )
-        top1: dict[int | None, float] = {seed: chance[rate, seed].result().top1 for seed in seeds}
-        found += _rows(same, rate, top1, attention[rate])
-    for rate, reduced in reading.items():
-        found += _rows(reduced, rate, {None: attention[rate].result().top1}, attention[rate])
+    for (method, seed, rate), tally in tallies.items():
+        result, shared = tally.result(), {"method": method, "rate": rate}
+        found += rows("pruning", {"top1": result.top1}, draw=seed, **shared)
+        if seed not in (None, seeds[0]):
+            continue
+        reduced = reading[rate]
+        if seed is not None:
+            # As many patches at the same blocks, and no images that it would be for.
+            stages = stage_blocks(backbone.spec.depth)
+            reduced = api.apply(model, "random", keep=rate, blocks=stages, check=False)
+        for block, kept in _kept(reduced).items():
+            found += rows("pruning", {"kept": kept}, at=block, **shared)
+        counted = {"macs": facts.count(reduced).macs, "images": result.images}
+        found += rows("pruning", counted, **shared)
     return frame(found)
 
 
-def _rows(
-    model: ReducedViT, rate: float, top1: Mapping[int | None, float], tally: Tally
-) -> list[dict[str, Any]]:
+def _kept(model: ReducedViT) -> dict[int, int]:
+    """Return the patches that enter each of the three blocks."""
     reducer, spec = model.reducer, model.backbone.spec
     assert isinstance(reducer, ScoreReducer)
-    shared = {"method": reducer.name, "rate": rate}
-    found = []
-    for seed, value in top1.items():
-        found += rows("pruning", {"top1": value}, draw=seed, **shared)
     patches = now = spec.grid[0] * spec.grid[1]
+    found = {}
     for stage, block in enumerate(stage_blocks(spec.depth)):
-        now = reducer.schedule.count(stage, patches, now)
-        found += rows("pruning", {"kept": now}, at=block, **shared)
-    counted = {"macs": facts.count(model).macs, "images": tally.result().images}
-    return found + rows("pruning", counted, **shared)
+        now = found[block] = reducer.schedule.count(stage, patches, now)
+    return found
 
 
 def check_rates(rates: Sequence[float]) -> tuple[float, ...]:

@@ -11,7 +11,7 @@ paper's Table 2 do not follow from the accuracies beside them; the equation is w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,10 @@ import numpy as np
 
 from foveate import config
 from foveate.measure.curves import curve
-from foveate.measure.figures import Line, lines_figure
+from foveate.measure.figures import lines_figure
 from foveate.measure.sheets import Sheet
 from foveate.measure.style import QUIET, line_look
-from foveate.measure.table import Results, frame, over_seeds, pd, rows, select
+from foveate.measure.table import Results, formatted, frame, grid, pd, rows, select
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -183,9 +183,7 @@ def compare(
         _inside(name, scores, at)
     if at <= 0:
         raise ValueError(f"the reference epoch must lie after the start of training, got {at:g}")
-    recipes = [_recipe(run) for run in every]
-    _same_data(names, recipes)
-    notes = [*_schedules(names, recipes)]
+    notes = [*_differences(names, every)]
     sides = [dict(enumerate(side)) for side in (curves[:n], curves[n:])]
     values, refusals = over_runs(sides[0], sides[1], metric, start, end, at)
     runs = {None: MEAN} | {seed: f"{names[n + seed]} over {names[seed]}" for seed in sides[0]}
@@ -210,7 +208,7 @@ def over_runs(
     start: float | None = None,
     end: float | None = None,
     at: float | None = None,
-) -> tuple[dict[int | None, dict[str, float | None]], dict[int | None, str]]:
+) -> tuple[dict[int | None, dict[str, float]], dict[int | None, str]]:
     """Return what the curves of each seed that both have say, and why some have no RAUC.
 
     The seed None is of the means of the curves: not the mean of the ratios, to which a base that
@@ -223,44 +221,35 @@ def over_runs(
         at: reference epoch of epochs to match; None is the end of the range.
     """
     seeds = [seed for seed in other if seed in base]
-    pairs: dict[int | None, tuple[Scores, Scores]] = {s: (base[s], other[s]) for s in seeds}
+    pairs: dict[int | None, list[Scores]] = {seed: [base[seed], other[seed]] for seed in seeds}
     if seeds:
-        pairs[None] = _mean([base[s] for s in seeds]), _mean([other[s] for s in seeds])
-    found: dict[int | None, dict[str, float | None]] = {}
+        pairs[None] = [
+            _together([side[seed] for seed in seeds]).mean(axis=1).to_dict()
+            for side in (base, other)
+        ]
+    found: dict[int | None, dict[str, float]] = {seed: {} for seed in pairs}
     refusals: dict[int | None, str] = {}
     for seed, (ours, theirs) in pairs.items():
+        values = found[seed]
         try:
             first, last = _range({"base": ours, "other": theirs}, start, end)
-        except ValueError as error:
+            goal = last if at is None else at
+            values |= {"base_start": _at(ours, first), "base_end": _at(ours, last)}
+            values |= {"other_start": _at(theirs, first), "other_end": _at(theirs, last)}
+            values["goal"] = _at(ours, goal)
+            before, after = (
+                {epoch: _sign(metric) * score for epoch, score in side.items()}
+                for side in (ours, theirs)
+            )
+            values["rauc"] = rauc(before, after, first, last)
+            match = epochs_to_match(before, goal, after)
+        except ValueError as error:  # and to be as good as a run that gains nothing is no feat
             refusals[seed] = str(error)
             continue
-        found[seed], why = _pair(ours, theirs, metric, first, last, last if at is None else at)
-        if why:
-            refusals[seed] = why
+        if match is not None:
+            values |= {"match": match, "saved": 1 - match / goal}
+            values |= {"at_once": 1.0} if match == min(theirs) else {}
     return found, refusals
-
-
-def _pair(
-    ours: Scores, theirs: Scores, metric: str, start: float, end: float, at: float
-) -> tuple[dict[str, float | None], str]:
-    """Return what two curves say of each other, and why there is no RAUC where there is none."""
-    values: dict[str, float | None] = {
-        **{"base_start": float(_at(ours, start)), "base_end": float(_at(ours, end))},
-        **{"other_start": float(_at(theirs, start)), "other_end": float(_at(theirs, end))},
-        "goal": float(_at(ours, at)),
-    }
-    base, other = (
-        {epoch: _sign(metric) * score for epoch, score in side.items()} for side in (ours, theirs)
-    )
-    try:
-        values["rauc"] = rauc(base, other, start, end)
-    except ValueError as error:
-        return values, str(error)  # and to be as good as a run that gains nothing is no feat
-    match = epochs_to_match(base, at, other)
-    if match is not None:
-        at_once = 1.0 if match == min(theirs) else None
-        values |= {"match": match, "saved": 1 - match / at, "at_once": at_once}
-    return values, ""
 
 
 def _scored(run: Path, metric: str) -> dict[float, float]:
@@ -283,47 +272,38 @@ def _scored(run: Path, metric: str) -> dict[float, float]:
     return scores
 
 
-def _recipe(run: Path) -> dict[str, Any]:
-    """Return the recipe of a run; nothing for a file, which has none."""
-    path = run / "recipe.yaml"
-    if not path.is_file():
-        return {}
-    try:
-        tree = config.load(path)
-        int(tree["loop"]["epochs"])
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{path} is no recipe of a run: expected a number loop.epochs") from None
-    return tree
-
-
-def _same_data(names: Sequence[str], recipes: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse runs that were trained or scored on different images."""
-    for group, key in (("data", "train"), ("probe", "data")):
-        found = {
-            name: str(tree[group][key])
-            for name, tree in zip(names, recipes, strict=True)
-            if key in tree.get(group, {})
-        }
+def _differences(names: Sequence[str], runs: Sequence[Path]) -> Iterator[str]:
+    """Refuse runs that were trained or scored on different images; warn of different lengths."""
+    settings: dict[str, dict[str, str]] = {"data.train": {}, "probe.data": {}, "loop.epochs": {}}
+    for name, run in zip(names, runs, strict=True):
+        path = run / "recipe.yaml"
+        if not path.is_file():  # a CSV file has none
+            continue
+        try:
+            tree = config.load(path)
+            int(tree["loop"]["epochs"])
+        except (KeyError, TypeError, ValueError):
+            wrong = f"{path} is no recipe of a run: expected a number loop.epochs"
+            raise ValueError(wrong) from None
+        for key, found in settings.items():
+            group, _, last = key.partition(".")
+            if last in tree.get(group, {}):
+                found[name] = str(tree[group][last])
+    for key, found in settings.items():
+        words = ", ".join(f"{name} {value}" for name, value in found.items())
+        if len(set(found.values())) > 1 and key != "loop.epochs":
+            raise ValueError(f"the runs differ in {key}, so RAUC means nothing: {words}")
         if len(set(found.values())) > 1:
-            words = ", ".join(f"{name} {value}" for name, value in found.items())
-            raise ValueError(f"the runs differ in {group}.{key}, so RAUC means nothing: {words}")
+            yield (
+                f"Warning: loop.epochs differ ({words}): separately annealed schedules, a "
+                "different experiment."
+            )
 
 
-def _schedules(names: Sequence[str], recipes: Sequence[Mapping[str, Any]]) -> Iterable[str]:
-    epochs = {n: t["loop"]["epochs"] for n, t in zip(names, recipes, strict=True) if t}
-    if len(set(epochs.values())) > 1:
-        lengths = ", ".join(f"{name} {number}" for name, number in epochs.items())
-        yield (
-            f"Warning: loop.epochs differ ({lengths}): separately annealed schedules, a different "
-            "experiment."
-        )
-
-
-def _mean(curves: Sequence[Scores]) -> dict[float, float]:
-    """Return the mean of curves where all of them are, at every corner of any."""
-    first, last = max(map(min, curves)), min(map(max, curves))
-    epochs = sorted({epoch for scores in curves for epoch in scores if first <= epoch <= last})
-    return {epoch: float(np.mean([_at(scores, epoch) for scores in curves])) for epoch in epochs}
+def _together(curves: Sequence[Scores]) -> pd.DataFrame:
+    """Return curves as columns, where all of them are, at every corner of any."""
+    found = pd.DataFrame({number: pd.Series(scores) for number, scores in enumerate(curves)})
+    return found.sort_index().interpolate(method="index", limit_area="inside").dropna()
 
 
 def _sign(metric: str) -> int:
@@ -335,51 +315,55 @@ def _sign(metric: str) -> int:
 
 def sheet(results: Results) -> Sheet:
     """Return a line for each pair; with several seeds also their mean, and that of the curves."""
-    about, table = results.about, select(results.table, part="rauc")
-    wide = table.pivot_table(index="run", columns="metric", values="value", sort=False)
-    pairs = [run for run in wide.index if run != MEAN]
-    ends = [f"{side} @{about[e]:g}" for side in ("base", "other") for e in ("from", "to")]
-    body = [_line(run, wide.loc[run]) for run in pairs]
+    about = results.about
+    found = select(results.table, part="rauc").drop_duplicates(["run", "metric"])
+    once = "at_once" in set(found["metric"])
+    ends = ("base_start", "base_end", "other_start", "other_end")
+    wide = grid(found, "run").reindex(columns=[*ends, "rauc", "match", "saved", "at_once"])
+    heads = [f"{side} @{about[end]:g}" for side in ("base", "other") for end in ("from", "to")]
+    table = pd.DataFrame({"runs": wide.index}, index=wide.index)
+    for head, name in zip(heads, ends, strict=True):
+        table[head] = formatted(wide[name], "#.4g")
+    # As good at its first score, a run may have been so before.
+    most, least = (
+        wide["at_once"].map({1.0: sign}).astype(object).fillna("") for sign in ("<= ", ">= ")
+    )
+    table["RAUC"] = formatted(wide["rauc"], ".3f")
+    table["matches at"] = most + formatted(wide["match"], ".1f")
+    table["saves"] = least + formatted(wide["saved"], ".0%")
+    never = table["matches at"].isna() & wide["rauc"].notna()
+    table.loc[never, "matches at"] = "never"
+    table["saves"] = table["saves"].fillna("")
+    table = table.fillna("undefined")
+    pairs = wide.drop(index=MEAN)
     if len(pairs) > 1:
-        seeds = over_seeds(table[table["run"] != MEAN], ["metric"]).set_index("metric")
-        over = [_over(seeds, name, form, len(pairs)) for name, form in _FORMS.items()]
-        body += [(f"mean ± std (n {len(pairs)})", "", "", "", "", *over)]
-        body += [_line(MEAN, wide.loc[MEAN])]
+        over = pd.DataFrame([[f"mean ± std (n {len(pairs)})", *[""] * 4]], columns=["runs", *heads])
+        for head, (name, form) in _FORMS.items():
+            over[head] = _over(pairs[name], form)
+        table = pd.concat([table.loc[pairs.index], over, table.loc[[MEAN]]])
+    else:
+        table = table.loc[pairs.index]
     notes = [
         f"Matches at: first epoch of the other run that is as good as the base at epoch "
         f"{about['at']:g}."
     ]
-    if "at_once" in wide:
+    if once:
         notes.append("<=, >=: as good at its first score, and maybe before it.")
     title = f"{about['metric']}, epochs {about['from']:g} to {about['to']:g}"
-    head = ("<runs", *ends, "RAUC", "matches at", "saves")
-    return Sheet(title, head, body, [*notes, *about["notes"]], (*ends[::2], *ends[1::2]))
+    spare = (*heads[::2], *heads[1::2])
+    return Sheet(title, table, ("runs",), [*notes, *about["notes"]], spare)
 
 
-_FORMS = {"rauc": ".3f", "match": ".1f", "saved": ".0%"}
+_FORMS = {"RAUC": ("rauc", ".3f"), "matches at": ("match", ".1f"), "saves": ("saved", ".0%")}
 
 
-def _line(name: str, found: pd.Series) -> tuple[str, ...]:
-    scores = [found[end] for end in ("base_start", "base_end", "other_start", "other_end")]
-    most, least = ("<= ", ">= ") if found.get("at_once") == 1 else ("", "")
-    words = [f"{score:#.4g}" for score in scores]
-    if pd.isna(found.get("rauc")):
-        return (name, *words, "undefined", "undefined", "")
-    if pd.isna(found.get("match")):
-        return (name, *words, f"{found['rauc']:.3f}", "never", "")
-    return (
-        *(name, *words, f"{found['rauc']:.3f}"),
-        *(f"{most}{found['match']:.1f}", f"{least}{found['saved']:.0%}"),
-    )
-
-
-def _over(seeds: pd.DataFrame, name: str, form: str, wanted: int) -> str:
+def _over(values: pd.Series, form: str) -> str:
     """Return mean and standard deviation over the pairs, and of how many if some have none."""
-    if name not in seeds.index:
+    n = values.count()
+    if n == 0:
         return ""
-    mean, std, n = seeds.loc[name, ["mean", "std", "count"]]
-    text = format(mean, form) + ("" if pd.isna(std) else f" ± {format(std, form)}")
-    return text if n == wanted else f"{text} ({n:.0f} of {wanted})"
+    text = format(values.mean(), form) + (f" ± {format(values.std(), form)}" if n > 1 else "")
+    return text if n == len(values) else f"{text} ({n} of {len(values)})"
 
 
 def figure(results: Results) -> Figure:
@@ -392,24 +376,23 @@ def figure(results: Results) -> Figure:
     about, table = results.about, results.table
     start, end, at, metric = (about[name] for name in ("from", "to", "at", "metric"))
     mean = select(table, part="rauc", run=MEAN).set_index("metric")["value"]
-    lines = []
+    lines = {}
     for side in ("base", "other"):
         own = select(table, part="curve", method=side)
-        runs = {run: dict(zip(g["at"], g["value"], strict=True)) for run, g in own.groupby("run")}
-        means = _mean(list(runs.values()))
-        x, y = tuple(means), np.array(list(means.values()))
-        label = own["run"].iloc[0] + f" (n {len(runs)})" * (len(runs) > 1)
-        std = np.std([_at(scores, np.array(x)) for scores in runs.values()], 0, ddof=len(runs) > 1)
-        band = (tuple(y - std), tuple(y + std)) if len(runs) > 1 else ((), ())
-        lines.append(Line(label, x, tuple(y), *band))
-    several = "\nband: standard deviation over seeds" * bool(lines[0].low)
+        runs = [dict(zip(g["at"], g["value"], strict=True)) for _, g in own.groupby("seed")]
+        curves = _together(runs)
+        label = f"{side}: {own['run'].iloc[0]}" + f" (n {len(runs)})" * (len(runs) > 1)
+        values = {"at": curves.index, "mean": curves.mean(axis=1), "std": curves.std(axis=1)}
+        lines[label] = pd.DataFrame(values)
+    several = "\nband: standard deviation over seeds" * (len(runs) > 1)
     up = metric + ", %" * metric.startswith("probe/")
     drawn = lines_figure(lines, across=f"epochs of pre-training{several}", up=up)
     axes, level = drawn.axes[0], mean["base_start"]
     axes.axvspan(start, end, color=QUIET, alpha=0.06, linewidth=0, zorder=0)
     # The lesser area covers the greater one: what stands out beyond it is the lead.
     for number in (0, 1) if mean.get("rauc", 1) < 1 else (1, 0):
-        scores = dict(zip(lines[number].x, lines[number].y, strict=True))
+        line = list(lines.values())[number]
+        scores = dict(zip(line["at"], line["mean"], strict=True))
         within = [start, *(epoch for epoch in scores if start < epoch < end), end]
         light = [0.8 + 0.2 * part for part in to_rgb(line_look(number)["color"])]
         axes.fill_between(within, _at(scores, within), level, color=light, linewidth=0, zorder=0.8)

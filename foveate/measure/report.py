@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ from foveate.measure.figures import figures
 from foveate.measure.maps import maps_figure, usage_figure
 from foveate.measure.run import Evaluation
 from foveate.measure.sheets import markdown
-from foveate.measure.style import save
+from foveate.measure.style import save, stems
 from foveate.measure.table import Results
 
 if TYPE_CHECKING:
@@ -42,9 +41,7 @@ def write(
     written = results.save(folder / f"{name}.json")
     pictures = []
     for stem, figure in (*figures(results), *_maps(results)):
-        for kind in kinds:
-            save(figure, folder / f"{stem}{kind}")
-            written.append(folder / f"{stem}{kind}")
+        written += save(figure, *(folder / f"{stem}{kind}" for kind in kinds))
         pictures.append(f"{stem}{kinds[0]}")
     write_text(folder / f"{name}.md", markdown(results, pictures, title))
     return [*written, folder / f"{name}.md"]
@@ -55,11 +52,7 @@ def _maps(results: Results) -> Iterator[tuple[str, Figure]]:
     if not isinstance(results, Evaluation):
         return
     several = len(results.about["models"]) > 1
-    seen: dict[str, int] = {}
-    for (run, method), found in results.tokens.items():
-        words = f"{run}, {method}" if several else method
-        stem = re.sub(r"[^A-Za-z0-9.=+-]+", "_", words).strip("_")
-        seen[stem] = seen.get(stem, 0) + 1  # two names may differ in what files may not have
-        stem = stem if seen[stem] == 1 else f"{stem}-{seen[stem]}"
-        yield f"tokens-{stem}", usage_figure(found, words)
-        yield f"map-{stem}", maps_figure(found, words)
+    words = [f"{run}, {method}" if several else method for run, method in results.tokens]
+    for stem, title, found in zip(stems(words), words, results.tokens.values(), strict=True):
+        yield f"tokens-{stem}", usage_figure(found, title)
+        yield f"map-{stem}", maps_figure(found, title)

@@ -87,9 +87,8 @@ class Plan:
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, PRECISIONS)
         check_seeds(self.mask_seeds)
-        for ratio in self.occlusion:
-            if not 0 <= ratio <= 1:
-                raise ValueError(f"occlusion ratios must lie in [0, 1], got {ratio!r}")
+        if self.occlusion:
+            check_ratios(self.occlusion)
         if self.pruning:
             check_rates(self.pruning)
         if any(batch < 1 for batch in self.speed):

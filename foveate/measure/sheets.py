@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from foveate.bench.timing import LEAST_ROUNDS
 from foveate.measure.figures import label_of, macs_unit
-from foveate.measure.table import MISSING, Results, over_seeds, pd, said, select
+from foveate.measure.table import MISSING, Results, formatted, grid, over_seeds, pd, said, select
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,8 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Sheet", "markdown", "markdown_table", "sheets", "show", "terminal"]
 
-Subject = tuple[str, str, float | None]  # run, method, rate
 _SPLITS = {"train": "training ", "val": "validation ", "test": "test "}
+_DIGITS = {"occlusion": 1, "pruning": 1, "tokens": 1, "probe": 1}  # of a part; others have two
+_SHARES = ("used", "used_last", "usage", "usage_deviation", "reactivation", "at_once")
 
 
 @dataclass(frozen=True)
@@ -27,27 +27,17 @@ class Sheet:
 
     Attributes:
         title: above it.
-        head: columns; those whose name begins with "<" hold text, the others numbers.
-        body: lines.
+        table: text in every cell; the names of the columns are the head.
+        words: columns that hold words and stand left; the others hold numbers.
         notes: sentences below it.
         spare: columns that a narrow terminal does without, the first one first.
     """
 
     title: str
-    head: tuple[str, ...]
-    body: Sequence[tuple[str, ...]]
+    table: pd.DataFrame
+    words: Sequence[str] = ("model", "method")
     notes: Sequence[str] = ()
-    spare: tuple[str, ...] = ()
-
-    def without(self, name: str) -> Sheet:
-        """Return the sheet without a column."""
-        kept = [place for place, one in enumerate(self.head) if one.lstrip("<") != name]
-        return Sheet(
-            self.title,
-            tuple(self.head[place] for place in kept),
-            [tuple(line[place] for place in kept) for line in self.body],
-            self.notes,
-        )
+    spare: Sequence[str] = ()
 
 
 # Writing -----------------------------------------------------------------------------------------
@@ -65,47 +55,32 @@ def show(sheet: Sheet, console: Console) -> None:
     """Print a sheet: its title, the table, its notes; without spare columns if it is too wide."""
     from rich.text import Text
 
+    found = sheet.table
     for name in (*sheet.spare, None):
-        table = _printed(sheet)
+        table = _printed(found, sheet.words)
         wide = console.measure(table, options=console.options.update(width=10_000)).maximum
         if name is None or wide <= console.width:
             break
-        sheet = sheet.without(name)
-    console.print(Text(sheet.title, style="bold"))
-    console.print(table)
-    for note in sheet.notes:
-        console.print(Text(note))
-    console.print()
+        found = found.drop(columns=name, errors="ignore")
+    console.print(Text(sheet.title, style="bold"), table, *map(Text, sheet.notes), "", sep="\n")
 
 
-def _printed(sheet: Sheet) -> Table:
+def _printed(found: pd.DataFrame, words: Sequence[str]) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in sheet.head:
-        words = name.startswith("<")
+    for name in found:
         table.add_column(
-            name.lstrip("<"),
-            justify="left" if words else "right",
-            no_wrap=not words or name == "<" or "[" in name,  # intervals stay in one piece
+            name,
+            justify="left" if name in words else "right",
+            no_wrap=name not in words or not name or "[" in name,  # intervals stay in one piece
             overflow="fold",
         )
-    for line in sheet.body:
+    for line in found.itertuples(index=False):
         table.add_row(*map(Text, line))
     return table
-
-
-def text_of(several: Sequence[Sheet], width: int) -> str:
-    """Return sheets as plain text of a width."""
-    from rich.console import Console
-
-    file = io.StringIO()
-    console = Console(file=file, width=width, color_system=None, highlight=False)
-    for sheet in several:
-        show(sheet, console)
-    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
 
 def markdown(results: Results, pictures: Sequence[str] = (), title: str = "Evaluation") -> str:
@@ -146,9 +121,8 @@ def markdown_table(sheet: Sheet) -> list[str]:
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
-    marks = ["---" if name.startswith("<") else "---:" for name in sheet.head]
-    head = [name.lstrip("<") for name in sheet.head]
-    return [line(head), line(marks), *map(line, sheet.body)]
+    marks = ["---" if name in sheet.words else "---:" for name in sheet.table]
+    return [line([*sheet.table]), line(marks), *map(line, sheet.table.itertuples(index=False))]
 
 
 def _said(value: object) -> str:
@@ -162,62 +136,54 @@ def _said(value: object) -> str:
 # Numbers -----------------------------------------------------------------------------------------
 
 
-@dataclass
 class _Numbers:
-    """Means over seeds, looked up by key; each is said with its deviation and number of seeds."""
+    """Means over seeds, each with its text: deviation and number of seeds included.
 
-    results: Results
-    found: dict[tuple[Any, ...], tuple[float, float, int]] = field(default_factory=dict)
+    Attributes:
+        table: every number as it was measured.
+        over: a line for each mean, with the method as tables call it, and the text as its value.
+        seeded: whether models were trained with seeds.
+        expected: for how many seeds a comparison wants the accuracy of a subject.
+    """
 
-    def __post_init__(self) -> None:
-        table = self.results.table
-        self.expected: list[list[Any]] = self.results.about.get("expected", [])
-        self.counted = bool(table["seed"].notna().any())
-        for row in over_seeds(table).itertuples(index=False):
-            rate, at = (None if pd.isna(x) else float(x) for x in (row.rate, row.at))
-            key = (row.part, row.run, row.method, rate, at, row.metric)
-            self.found[key] = (row.mean, row.std, row.count)
-        self.seeds = {(run, method, rate): n for run, method, rate, n in self.expected}
-        logged: dict[str, int] = self.results.about.get("without_accuracy", {})
-        self.seeds |= {(run, "", None): n for run, n in logged.items()}
+    def __init__(self, results: Results) -> None:
+        self.table, self.about = results.table, results.about
+        self.seeded = bool(self.table["seed"].notna().any())
+        named = self.about.get("expected", [])
+        self.expected = {(run, label_of(method, rate)): n for run, method, rate, n in named}
+        logged: dict[str, int] = self.about.get("without_accuracy", {})
+        self.wanted = self.expected | {(run, label_of("", None)): n for run, n in logged.items()}
+        self.unit, scale = macs_unit(self.table)
+        over = over_seeds(self.table)
+        over["method"] = list(map(label_of, over["method"], over["rate"]))
+        over.loc[over["metric"].isin(("macs", "dense_macs")), ["mean", "std"]] /= scale
+        over.loc[over["metric"].isin(_SHARES), ["mean", "std"]] *= 100
+        self.over = over.assign(value=[self._text(line) for line in over.itertuples(index=False)])
 
-    def subjects(self, part: str) -> list[Subject]:
-        """Return what a part is about, in order; in a comparison also what is missing."""
-        there = [key[1:4] for key in self.found if key[0] == part]
-        wanted = [(run, method, rate) for run, method, rate, _ in self.expected]
-        return list(dict.fromkeys([*wanted, *there] if part == "accuracy" else there))
-
-    def get(
-        self, part: str, subject: Subject, metric: str, at: float | None = None
-    ) -> tuple[float, float, int]:
-        """Return mean, deviation and number of seeds; NaN where there is nothing."""
-        return self.found.get((part, *subject, at, metric), (float("nan"), float("nan"), 0))
-
-    def said(
-        self,
-        part: str,
-        subject: Subject,
-        metric: str,
-        digits: int = 2,
-        *,
-        at: float | None = None,
-        scale: float = 1.0,
-        spread: bool = True,
-    ) -> str:
-        """Return a number in words."""
-        mean, std, n = self.get(part, subject, metric, at)
-        if not n:
-            return MISSING if self.seeds.get(subject) else "-"
-        text = said(mean / scale, std / scale if spread else float("nan"), digits)
-        if not self.counted:
+    def _text(self, line: Any) -> str:
+        if line.metric == "kept":
+            return f"{line.mean:.0f}"
+        counts = line.part == "tokens" or line.metric in ("macs", "tokens")
+        rounding = counts and not line.std > 1e-3 * abs(line.mean)
+        digits = 1 if line.metric == "tokens" else _DIGITS.get(line.part, 2)
+        text = said(line.mean, float("nan") if rounding else line.std, digits)
+        if not self.seeded:
             return text
-        wanted = self.seeds.get(subject, n)
-        return f"{text} ({n})" if n >= wanted else f"{text} ({n} of {wanted})"
+        wanted = self.wanted.get((line.run, line.method), line.count)
+        return f"{text} ({line.count}{f' of {wanted}' * (line.count < wanted)})"
 
-    def varies(self, part: str, subject: Subject, metric: str) -> bool:
-        """Tell whether a count differs between seeds by more than rounding."""
-        mean, std, _ = self.get(part, subject, metric)
-        return bool(std > 1e-3 * abs(mean))
+    def part(self, part: str) -> pd.DataFrame:
+        """Return the means of a part."""
+        return select(self.over, part=part)
+
+
+_SUBJECT = ["run", "method"]
+
+
+def _titled(found: pd.DataFrame) -> pd.DataFrame:
+    """Return a grid by subject as it is shown: the model is named where there are several."""
+    found = found.rename_axis(["model", "method"]).reset_index()
+    return found if found["model"].nunique() > 1 else found.drop(columns="model")
 
 
 def sheets(results: Results, *, blocks: bool = True) -> Iterator[Sheet]:
@@ -228,134 +194,113 @@ def sheets(results: Results, *, blocks: bool = True) -> Iterator[Sheet]:
         blocks: also those of the tokens of single models, block by block.
     """
     numbers = _Numbers(results)
-    makers = (_accuracy, _occlusion, _pruning, _tokens, _probe, _efficiency, _layers, _absent)
-    for maker in makers:
-        yield from maker(numbers)
-    if blocks and not numbers.counted:
-        for subject in numbers.subjects("tokens"):
-            yield _per_block(numbers, subject)
+    for part, maker in _MAKERS.items():
+        own = numbers.part(part)
+        if len(own) or (part == "accuracy" and numbers.expected):
+            yield from maker(numbers, own)
+    cells = results.about.get("cells", {})
+    absent = [(n, one["kind"], one["why"]) for n, one in cells.items() if one["kind"] != "done"]
+    if absent:
+        table = pd.DataFrame(absent, columns=["cell", "state", "why"])
+        yield Sheet(f"Cells that are not there: {len(absent)} of {len(cells)}", table, [*table])
+    if blocks and not numbers.seeded:
+        yield from _per_block(numbers.part("tokens"))
 
 
 # The sheets --------------------------------------------------------------------------------------
 
 
-def _several(subjects: Sequence[Subject]) -> bool:
-    return len({run for run, *_ in subjects}) > 1
+def _accuracy(numbers: _Numbers, own: pd.DataFrame) -> Iterator[Sheet]:
+    subjects = pd.MultiIndex.from_tuples(
+        dict.fromkeys([*numbers.expected, *zip(own["run"], own["method"], strict=True)])
+    )
+    text = grid(own, _SUBJECT).reindex(subjects)
+    means = grid(own, _SUBJECT, values="mean").reindex(subjects)
+    table = pd.DataFrame(index=subjects)
+    for head, metric in (("top-1 %", "top1"), ("top-5 %", "top5"), ("drop", "drop")):
+        if metric in text or metric == "top1":
+            table[head] = text.get(metric)
+    if "macs" in text:
+        table[numbers.unit] = text["macs"]
+        table["of dense"] = formatted(means["macs"] / means["dense_macs"], ".0%")
+        table["tokens left"] = text["tokens"]
+    speed = numbers.part("speed")
+    batches = sorted(speed["at"].unique(), reverse=True)
+    timed = [f"× dense, batch {batch:g}" for batch in batches]
+    for head, batch in zip(timed, batches, strict=True):
+        table[head] = _times(numbers, speed[speed["at"] == batch])
+    if len(batches) == 1:
+        table["images/s"] = formatted(grid(speed, _SUBJECT, values="mean")["per_second"], ".4g")
+    absent = [MISSING if subject in numbers.expected else "-" for subject in subjects]
+    table = table.apply(lambda column: column.fillna(pd.Series(absent, subjects)))
+    if "drop" in table:
+        table.loc[table.index.get_level_values(1) == label_of("", None), "drop"] = ""
+    table = _titled(table)
+    if "untrained" in text:
+        table["method"] += [" *" * there for there in text["untrained"].notna()]
+    images = select(numbers.table, part="accuracy", metric="images")["value"]
+    kind = _SPLITS.get(str(numbers.about.get("settings", {}).get("split")), "")
+    counts = " or ".join(f"{count:.0f}" for count in sorted(images.unique()))
+    yield Sheet(
+        f"Accuracy on {counts} {kind}images" if counts else "Accuracy",
+        table,
+        notes=[*_notes(numbers, set(own["metric"]))],
+        spare=("top-5 %", "images/s", "of dense", "tokens left", "drop", *timed[1:]),
+    )
 
 
-def _accuracy(numbers: _Numbers) -> Iterator[Sheet]:
-    subjects = numbers.subjects("accuracy")
-    if not subjects:
-        return
-    table = numbers.results.table
-    several, part = _several(subjects), "accuracy"
-    there = set(select(table, part=part)["metric"])
-    unit, scale = macs_unit(table)
-    batches = sorted(select(table, part="speed", metric="times")["at"].unique(), reverse=True)
-    head = [*["<model"] * several, "<method", "top-1 %"]
-    head += ["top-5 %"] * ("top5" in there) + ["drop"] * ("drop" in there)
-    head += [unit, "of dense", "tokens left"] * ("macs" in there)
-    head += [f"× dense, batch {batch:g}" for batch in batches]
-    head += ["images/s"] * (len(batches) == 1)
-    body, marked = [], False
-    for subject in subjects:
-        run, method, rate = subject
-        untrained = bool(numbers.get(part, subject, "untrained")[2])
-        marked |= untrained
-        line = [*[run] * several, label_of(method, rate) + " *" * untrained]
-        line += [numbers.said(part, subject, "top1")]
-        line += [numbers.said(part, subject, "top5")] * ("top5" in there)
-        if "drop" in there:
-            line += [numbers.said(part, subject, "drop") if method else ""]
-        if "macs" in there:
-            line += _cost(numbers, subject, scale)
-        for batch in batches:
-            line += [_times(numbers, subject, batch)]
-        if len(batches) == 1:
-            mean, _, n = numbers.get("speed", subject, "per_second", batches[0])
-            line += [f"{mean:.4g}" if n else "-"]
-        body.append(tuple(line))
-    notes = []
-    if marked:
-        notes.append("* new parameters that nobody trained: what it keeps is arbitrary.")
-    if numbers.counted:
+def _notes(numbers: _Numbers, there: set[str]) -> Iterator[str]:
+    if "untrained" in there:
+        yield "* new parameters that nobody trained: what it keeps is arbitrary."
+    if numbers.seeded:
         words = "Mean ± standard deviation over seeds of training, with their number in brackets."
         if "drop" in there:
             words += (
                 " A method without options was trained with the model, one with options runs on "
                 "the model as it is. Drop: points below the dense model of the same seed."
             )
-        notes.append(words)
+        yield words
     if "measured" in there:
-        notes.append("Multiply-adds and tokens are means over the images where counts differ.")
-    notes += _on_speed(table) if batches else []
-    images = sorted({int(n) for n in select(table, part=part, metric="images")["value"]})
-    kind = _SPLITS.get(str(numbers.results.about.get("settings", {}).get("split")), "")
-    title = f"Accuracy on {' or '.join(map(str, images))} {kind}images" if images else "Accuracy"
-    spare = ["top-5 %", "images/s", "of dense", "tokens left", "drop"]
-    spare += [f"× dense, batch {batch:g}" for batch in batches[1:]]
-    yield Sheet(title, tuple(head), body, notes, tuple(spare))
+        yield "Multiply-adds and tokens are means over the images where counts differ."
+    speed = select(numbers.table, part="speed")
+    if len(speed):
+        rounds = select(speed, metric="rounds")["value"].min()
+        trial = " (a trial, not a result)" * bool(rounds < LEAST_ROUNDS)
+        spread = select(speed, metric="spread")["value"].max()
+        yield (
+            f"Speed: {rounds:.0f} interleaved rounds{trial}, median ratio with its 95 % interval; "
+            f"a dense model is compared with itself. That strays by up to {spread:.0%}, and less "
+            "is no difference."
+        )
 
 
-def _cost(numbers: _Numbers, subject: Subject, scale: float) -> list[str]:
-    mean, _, n = numbers.get("accuracy", subject, "macs")
-    if not n:
-        return [MISSING if numbers.seeds.get(subject) else "-"] * 3
-    dense, *_ = numbers.get("accuracy", subject, "dense_macs")
-    varies = numbers.varies("accuracy", subject, "macs")
-    return [
-        numbers.said("accuracy", subject, "macs", scale=scale, spread=varies),
-        f"{mean / dense:.0%}",
-        numbers.said("accuracy", subject, "tokens", 1, spread=varies),
-    ]
+def _times(numbers: _Numbers, speed: pd.DataFrame) -> pd.Series:
+    """Return ratios with their interval; over several seeds, with their deviation."""
+    if numbers.seeded:
+        return grid(speed, _SUBJECT)["times"]
+    means = grid(speed, _SUBJECT, values="mean")
+    ends = [formatted(means[name], ".2f") for name in ("times", "low", "high")]
+    return ends[0] + " [" + ends[1] + ", " + ends[2] + "]"
 
 
-def _times(numbers: _Numbers, subject: Subject, batch: float) -> str:
-    """Return the ratio with its interval; over several seeds, with its deviation."""
-    if numbers.get("speed", subject, "times", batch)[2] != 1 or numbers.counted:
-        return numbers.said("speed", subject, "times", at=batch)
-    ratio, low, high = (
-        numbers.get("speed", subject, name, batch)[0] for name in ("times", "low", "high")
+def _occlusion(numbers: _Numbers, own: pd.DataFrame) -> Iterator[Sheet]:
+    own = own.sort_values("at", kind="stable")
+    top1, kept = (
+        grid(select(own, metric=name), "at", "run").fillna("-") for name in ("top1", "kept")
     )
-    return f"{ratio:.2f} [{low:.2f}, {high:.2f}]"
-
-
-def _on_speed(table: pd.DataFrame) -> list[str]:
-    speed = select(table, part="speed")
-    rounds = int(select(speed, metric="rounds")["value"].min())
-    trial = " (a trial, not a result)" if rounds < LEAST_ROUNDS else ""
-    spread = select(speed, metric="spread")["value"].max()
-    return [
-        f"Speed: {rounds} interleaved rounds{trial}, median ratio with its 95 % interval; a dense "
-        f"model is compared with itself. That strays by up to {spread:.0%}, and less is no "
-        "difference."
-    ]
-
-
-def _occlusion(numbers: _Numbers) -> Iterator[Sheet]:
-    subjects = numbers.subjects("occlusion")
-    if not subjects:
-        return
-    table = select(numbers.results.table, part="occlusion")
-    body = []
-    for ratio in sorted(table["at"].unique()):
-        line = [f"{ratio:g}"]
-        for subject in subjects:
-            kept, _, n = numbers.get("occlusion", subject, "kept", ratio)
-            line += [f"{kept:.0f}" if n else "-"]
-            line += [numbers.said("occlusion", subject, "top1", 1, at=ratio)]
-        body.append(tuple(line))
-    head = ["dropped", *(name for run, *_ in subjects for name in ("kept", run))]
-    if len({line[1::2] for line in body if len(set(line[1::2])) > 1}) == 0:  # all keep the same
-        head = [head[0], "kept", *head[2::2]]
-        body = [(line[0], line[1], *line[2::2]) for line in body]
+    table = pd.DataFrame({"dropped": [f"{ratio:g}" for ratio in top1.index]}, index=top1.index)
+    same = kept.nunique(axis=1).max() == 1
+    for place, run in enumerate(top1):
+        if place == 0 or not same:
+            table["kept" if same else f"kept of {run}"] = kept[run]
+        table[run] = top1[run]
     title = "Top-1 % with patches of the image dropped at random"
-    yield Sheet(title, tuple(head), body, [_over_masks(numbers, table)])
+    yield Sheet(title, table, (), [_over_masks(numbers, "occlusion")])
 
 
-def _over_masks(numbers: _Numbers, table: pd.DataFrame) -> str:
-    draws = table["draw"].nunique()
-    if numbers.counted:
+def _over_masks(numbers: _Numbers, part: str) -> str:
+    draws = select(numbers.table, part=part)["draw"].nunique()
+    if numbers.seeded:
         return (
             f"Each seed of training is a mean over {draws} mask seeds; ± and the number in "
             "brackets are of training."
@@ -363,167 +308,109 @@ def _over_masks(numbers: _Numbers, table: pd.DataFrame) -> str:
     return f"Mean ± standard deviation over {draws} mask seeds."
 
 
-def _pruning(numbers: _Numbers) -> Iterator[Sheet]:
-    table = select(numbers.results.table, part="pruning")
-    if not len(table):
-        return
-    kept = select(table, metric="kept", method="random")
-    random = select(table, metric="top1", method="random")
+def _pruning(numbers: _Numbers, own: pd.DataFrame) -> Iterator[Sheet]:
     keys = ["run", "rate"]
-    masks = random.groupby([*keys, "seed"], dropna=False)["value"].std().groupby(keys).mean()
-    several = random["run"].nunique() > 1
-    body = []
-    for run, rate in dict.fromkeys(zip(random["run"], random["rate"], strict=True)):
-        own = select(kept, run=run, rate=rate).drop_duplicates("at")
-        line = [*[run] * several, f"{rate:g}", " ".join(f"{n:.0f}" for n in own["value"])]
-        line += [numbers.said("pruning", (run, "random", rate), "top1", 1)]
-        line += [f"{masks[run, rate]:.1f}"] * numbers.counted
-        line += [numbers.said("pruning", (run, "attention", rate), "top1", 1)]
-        body.append(tuple(line))
-    blocks = {tuple(own.drop_duplicates("at")["at"]) for _, own in kept.groupby("run")}
+    own = own.assign(method=own["method"].str.partition("-")[0])
+    text = grid(select(own, metric="top1"), keys, "method")
+    kept = select(own, metric="kept", method="random")
+    table = pd.DataFrame(index=text.index)
+    table["kept"] = kept.groupby(keys)["value"].agg(" ".join)
+    table["random"] = text["random"]
+    if numbers.seeded:
+        random = select(numbers.table, part="pruning", method="random", metric="top1")
+        masks = random.groupby([*keys, "seed"], dropna=False)["value"].std()
+        table["± of masks"] = formatted(masks.groupby(keys).mean(), ".1f")
+    table["class attention"] = text["attention"]
+    table = table.rename_axis(["model", "rate"]).reset_index()
+    table["rate"] = formatted(table["rate"], "g")
+    if table["model"].nunique() == 1:
+        table = table.drop(columns="model")
+    blocks = {tuple(one["at"].unique()) for _, one in kept.groupby("run")}
     where = "three blocks"  # models of different depth have different ones
     if len(blocks) == 1:
-        (own,) = blocks
-        where = f"block{'s' * (len(own) > 1)} " + ", ".join(f"{block:g}" for block in own)
-    yield Sheet(
-        f"Top-1 % pruned before {where}, without training",
-        (
-            *["<model"] * several,
-            *("rate", "kept", "random", *["± of masks"] * numbers.counted, "class attention"),
-        ),
-        body,
-        [_over_masks(numbers, random)],
-    )
+        (found,) = blocks
+        where = f"block{'s' * (len(found) > 1)} " + ", ".join(f"{block:g}" for block in found)
+    title = f"Top-1 % pruned before {where}, without training"
+    yield Sheet(title, table, notes=[_over_masks(numbers, "pruning")])
 
 
-def _tokens(numbers: _Numbers) -> Iterator[Sheet]:
-    subjects = numbers.subjects("tokens")
-    if not subjects:
-        return
-    several = _several(subjects)
-    body = []
-    for subject in subjects:
-        run, method, rate = subject
-        found = {
-            name: numbers.said(
-                *("tokens", subject, name, 1),
-                scale=0.01 if name.startswith("used") else 1.0,
-                spread=numbers.varies("tokens", subject, name),
-            )
-            for name in ("mean", "deviation", "last", "used", "used_last")
-        }
-        low, high = (numbers.get("tokens", subject, name)[0] for name in ("low", "high"))
-        line = [*[run] * several, label_of(method, rate), found["mean"], found["deviation"]]
-        line += [f"{low:.1f}-{high:.1f}", found["last"], found["used"], found["used_last"]]
-        body.append(tuple(line))
-    yield Sheet(
-        "Tokens of an image, mean over its blocks, and patches used",
-        (
-            *["<model"] * several,
-            *("<method", "tokens", "± of images", "5-95 %", "last block", "used %", "last %"),
-        ),
-        body,
-        spare=("5-95 %", "± of images"),
-    )
+def _tokens(numbers: _Numbers, own: pd.DataFrame) -> Iterator[Sheet]:
+    whole = own[own["at"].isna()]
+    text, means = (grid(whole, _SUBJECT, values=values) for values in ("value", "mean"))
+    heads = {"mean": "tokens", "deviation": "± of images", "last": "last block"}
+    table = text.rename(columns=heads | {"used": "used %", "used_last": "last %"})
+    table["5-95 %"] = formatted(means["low"], ".1f") + "-" + formatted(means["high"], ".1f")
+    shown = ["tokens", "± of images", "5-95 %", "last block", "used %", "last %"]
+    title = "Tokens of an image, mean over its blocks, and patches used"
+    yield Sheet(title, _titled(table[shown]), spare=("5-95 %", "± of images"))
 
 
-def _per_block(numbers: _Numbers, subject: Subject) -> Sheet:
-    run, method, rate = subject
-
-    def share(metric: str, block: float) -> str:
-        mean, _, n = numbers.get("tokens", subject, metric, block)
-        return f"{100 * mean:.1f}" if n else "-"
-
-    table = select(numbers.results.table, part="tokens", run=run, method=method)
-    body = [
-        (
-            f"{block:g}",
-            numbers.said("tokens", subject, "tokens", 1, at=block),
-            f"{share('usage', block)} ± {share('usage_deviation', block)}",
-            share("reactivation", block),
-            share("at_once", block),
+def _per_block(own: pd.DataFrame) -> Iterator[Sheet]:
+    for (run, method), found in own.groupby(_SUBJECT, sort=False):
+        text = grid(found[found["at"].notna()], "at").sort_index()
+        wanted = ["tokens", "usage", "usage_deviation", "reactivation", "at_once"]
+        text = text.reindex(columns=wanted).astype(object).fillna("-")
+        table = pd.DataFrame(
+            {
+                "block": [f"{block:g}" for block in text.index],
+                "tokens": text["tokens"],
+                "patches used %": text["usage"] + " ± " + text["usage_deviation"],
+                "of unused, used later %": text["reactivation"],
+                "of those, at once %": text["at_once"],
+            },
         )
-        for block in sorted(table["at"].dropna().unique())
-    ]
-    images = numbers.get("tokens", subject, "images")[0]
-    return Sheet(
-        f"{run}, {label_of(method, rate)}: tokens block by block",
-        ("block", "tokens", "patches used %", "of unused, used later %", "of those, at once %"),
-        body,
-        [f"over {images:.0f} images; ± is the standard deviation over images"],
-    )
+        images = select(found, metric="images")["mean"].iloc[0]
+        note = f"over {images:.0f} images; ± is the standard deviation over images"
+        yield Sheet(f"{run}, {method}: tokens block by block", table, (), [note])
 
 
-def _probe(numbers: _Numbers) -> Iterator[Sheet]:
+def _probe(_: _Numbers, own: pd.DataFrame) -> Iterator[Sheet]:
     """Return scores of frozen features: by epoch, or of models that were probed once."""
-    table = select(numbers.results.table, part="probe")
     for metric, words in (("linear", "Linear probe"), ("knn", "Nearest neighbours")):
-        own = select(table, metric=metric)
-        epochs = [*sorted(own["at"].dropna().unique()), *[None] * bool(own["at"].isna().any())]
-        runs = list(dict.fromkeys(own["run"]))
-        body = [
-            (run, *(numbers.said("probe", (run, "", None), metric, 1, at=at) for at in epochs))
-            for run in runs
-        ]
-        if body:
-            head = ["at the end" if epoch is None else f"epoch {epoch:g}" for epoch in epochs]
-            yield Sheet(f"{words} on frozen features, %", ("<model", *head), body)
+        yield from _by_run(own, metric, "epoch", f"{words} on frozen features, %")
 
 
-def _efficiency(numbers: _Numbers) -> Iterator[Sheet]:
+def _layers(_: _Numbers, own: pd.DataFrame) -> Iterator[Sheet]:
+    title = "Heterogeneity of hidden tokens by layer at the end"
+    yield from _by_run(own, "heterogeneity", "layer", title)
+
+
+def _by_run(own: pd.DataFrame, metric: str, head: str, title: str) -> Iterator[Sheet]:
+    """Return a line for each run and a column for each value of ``at``; none is the end."""
+    table = grid(select(own, metric=metric), "run", "at").fillna("-")
+    table = table[sorted(table, key=lambda at: (pd.isna(at), at))]
+    table.columns = ["at the end" if pd.isna(at) else f"{head} {at:g}" for at in table]
+    if len(table):
+        yield Sheet(title, table.rename_axis("model").reset_index())
+
+
+def _efficiency(numbers: _Numbers, own: pd.DataFrame) -> Iterator[Sheet]:
     """Return RAUC and epochs to match, of each run over the one that it is compared with."""
-    table = select(numbers.results.table, part="rauc")
-    if not len(table):
-        return
-    like = numbers.results.about.get("like", {})
-    body = []
-    for run, score in dict.fromkeys(zip(table["run"], table["method"], strict=True)):
-        subject = (run, score, None)
-        line = [run, str(like.get(run, "")), score, numbers.said("rauc", subject, "rauc")]
-        line += [_plain(numbers, subject, "mean_curves", ".2f")]
-        saved = select(table, run=run, method=score, metric="saved")
-        words = [f"{value:.0%}" for value in saved.sort_values("seed")["value"]]
-        body.append((*line, ", ".join(words) or "-"))
-    yield Sheet(
-        "RAUC and epochs to match",
-        ("<model", "<over", "<score", "RAUC", "of the mean curves", "<saved, seed by seed"),
-        body,
-        [
-            "Saved: share of the epochs after which the model is as good as the other at its end.",
-            *numbers.results.about.get("notes", []),
-        ],
+    wanted = ["rauc", "mean_curves"]
+    text, means = (
+        grid(own, _SUBJECT, values=values).reindex(columns=wanted) for values in ("value", "mean")
     )
+    saved = select(numbers.table, part="rauc", metric="saved").sort_values("seed")
+    saved = saved.assign(value=formatted(saved["value"], ".0%")).groupby(_SUBJECT)["value"]
+    like = numbers.about.get("like", {})
+    table = pd.DataFrame(index=text.index)
+    table["over"] = [str(like.get(run, "")) for run, _ in text.index]
+    table["RAUC"] = text["rauc"]
+    table["of the mean curves"] = formatted(means["mean_curves"], ".2f")
+    table["saved, seed by seed"] = saved.agg(", ".join)
+    table = table.astype(object).fillna("-").rename_axis(["model", "score"]).reset_index()
+    words = ("model", "score", "over", "saved, seed by seed")
+    note = "Saved: share of the epochs after which the model is as good as the other at its end."
+    notes = [note, *numbers.about.get("notes", [])]
+    yield Sheet("RAUC and epochs to match", table, words, notes)
 
 
-def _plain(numbers: _Numbers, subject: Subject, metric: str, form: str) -> str:
-    mean, _, n = numbers.get("rauc", subject, metric)
-    return format(mean, form) if n else "-"
-
-
-def _layers(numbers: _Numbers) -> Iterator[Sheet]:
-    table = select(numbers.results.table, part="layers", metric="heterogeneity")
-    layers = sorted(table["at"].unique())
-    body = [
-        (
-            run,
-            *(
-                numbers.said("layers", (run, "", None), "heterogeneity", at=at)
-                if numbers.get("layers", (run, "", None), "heterogeneity", at)[2]
-                else ""
-                for at in layers
-            ),
-        )
-        for run in dict.fromkeys(table["run"])
-    ]
-    if body:
-        head = ("<model", *(f"layer {layer:g}" for layer in layers))
-        yield Sheet("Heterogeneity of hidden tokens by layer at the end", head, body)
-
-
-def _absent(numbers: _Numbers) -> Iterator[Sheet]:
-    """Return the cells of a comparison that are not done."""
-    cells = numbers.results.about.get("cells", {})
-    body = [(n, one["kind"], one["why"]) for n, one in cells.items() if one["kind"] != "done"]
-    if body:
-        title = f"Cells that are not there: {len(body)} of {len(cells)}"
-        yield Sheet(title, ("<cell", "<state", "<why"), body)
+_MAKERS = {
+    "accuracy": _accuracy,
+    "occlusion": _occlusion,
+    "pruning": _pruning,
+    "tokens": _tokens,
+    "probe": _probe,
+    "rauc": _efficiency,
+    "layers": _layers,
+}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def _trained(cell: Cell) -> State:
     # Both ways through the dataclass: a default that a recipe gained since is no difference.
     wanted = dict(_leaves(plain(cell.work.settings)))
     found = dict(_leaves(plain(there)))
-    if _same_start(found.get(_START), wanted.get(_START), cell.start):
+    if _same_start(found.get(_START), wanted.get(_START), cell.needs):
         found[_START] = wanted.get(_START)
     for key in dict.fromkeys((*wanted, *found)):
         old, new = found.get(key), wanted.get(key)
@@ -130,11 +130,11 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + key, value
 
 
-def _same_start(found: Any, wanted: Any, below: str | None) -> bool:
+def _same_start(found: Any, wanted: Any, needs: Sequence[str]) -> bool:
     """Tell whether two starts are one, written absolutely or not."""
     if found is None or wanted is None:
         return False
     if Path(found).resolve() == Path(wanted).resolve():
         return True
     # The whole comparison was moved or copied: the start still lies at the same place in it.
-    return below is not None and Path(found).as_posix().endswith(f"/{below}")
+    return any(Path(found).as_posix().endswith(f"/{name}") for name in needs)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +14,7 @@ from foveate.viz.colours import OKABE_ITO, matplotlib
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "QUIET", "line_look", "new_figure", "save"]
+__all__ = ["COLOURS", "QUIET", "evenly", "line_look", "new_figure", "save", "stems"]
 
 # Yellow is too light for a line on white; markers and dashes say the same again.
 COLOURS = [f"#{r:02X}{g:02X}{b:02X}" for r, g, b in (OKABE_ITO[i] for i in (4, 5, 2, 6, 0, 1))]
@@ -32,6 +35,15 @@ def line_look(number: int) -> dict[str, Any]:
     }
 
 
+def evenly(values: Sequence[Any], most: int) -> list[Any]:
+    """Return at most so many values, evenly spaced, with the first and the last."""
+    if len(values) <= most:
+        return list(values)
+    if most == 1:
+        return [values[-1]]
+    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
+
+
 def new_figure(
     width: float, height: float, rows: int = 1, columns: int = 1
 ) -> tuple[Figure, list[list[Any]]]:
@@ -50,9 +62,20 @@ def new_figure(
     return figure, [list(line) for line in panels]
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a picture whole: .svg, .png or .pdf."""
-    kind = path.suffix.removeprefix(".")
-    options: dict[str, Any] = {"metadata": {"Date": None}} if kind == "svg" else {"dpi": 150}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda partial: figure.savefig(partial, format=kind, **options))
+def save(figure: Figure, *paths: Path) -> list[Path]:
+    """Write a picture whole, as each of some files: .svg, .png or .pdf; name them."""
+    for path in paths:
+        kind = path.suffix.removeprefix(".")
+        options: dict[str, Any] = {"metadata": {"Date": None}} if kind == "svg" else {"dpi": 150}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, partial(figure.savefig, format=kind, **options))
+    return list(paths)
+
+
+def stems(names: Iterable[str]) -> list[str]:
+    """Return names as files may have them, each its own."""
+    found: list[str] = []
+    for name in names:
+        stem = re.sub(r"[^A-Za-z0-9.=+-]+", "_", name).strip("_")
+        found.append(f"{stem}-{len(found) + 1}" if stem in found else stem)
+    return found

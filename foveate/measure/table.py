@@ -29,7 +29,10 @@ try:
 except ImportError as error:
     raise ValueError(f"tables need pandas ({error}): pip install 'foveate[train]'") from error
 
-__all__ = ["COLUMNS", "KEYS", "Results", "frame", "one", "over_seeds", "rows", "said", "select"]
+__all__ = [
+    *("COLUMNS", "KEYS", "Results", "formatted", "frame", "grid", "one", "over_seeds", "rows"),
+    *("said", "select"),
+]
 
 FORMAT = 2  # 1 was JSON alone, of what foveate.evaluate was
 _WORDS = ("run", "part", "method", "metric", "commit", "machine")
@@ -115,6 +118,27 @@ def over_seeds(table: pd.DataFrame, by: Sequence[str] = KEYS) -> pd.DataFrame:
         table = table.groupby(again, dropna=False, sort=False)["value"].mean().reset_index()
     grouped = table.groupby(keys, dropna=False, sort=False)["value"]
     return grouped.agg(["mean", "std", "count"]).reset_index()
+
+
+def grid(
+    table: pd.DataFrame, rows: str | list[str], columns: str = "metric", values: str = "value"
+) -> pd.DataFrame:
+    """Return one number, or its text, by row and column, both in the table's order; NaN for none.
+
+    Args:
+        table: rows of a table, of which no two have the same place.
+        rows: the columns of the table that name a row.
+        columns: the one that names a column.
+        values: what stands in the grid.
+    """
+    found = table.pivot(index=rows, columns=columns, values=values)
+    order = table.set_index(rows).index.unique()
+    return found.reindex(index=order, columns=table[columns].unique())
+
+
+def formatted(values: pd.Series, form: str) -> pd.Series:
+    """Return numbers in words; what is not there stays NaN."""
+    return values.map(lambda value: format(value, form), na_action="ignore").astype(object)
 
 
 def said(mean: float, std: float = float("nan"), digits: int = 2) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from small import vit
+from text import text_of
 
 import foveate
 from foveate import bench
@@ -21,10 +22,9 @@ from foveate.measure.benchmark import (
     load,
     opening,
     pairs,
-    plot,
     table_of,
 )
-from foveate.measure.sheets import text_of
+from foveate.measure.style import save
 from foveate.measure.table import pd, rows
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -134,7 +134,7 @@ def test_other_comparisons_are_refused() -> None:
     with pytest.raises(ValueError, match="the files hold no run in common"):
         list(pairs([table_of(result(cell(1, 1.5, run=run))) for run in "ab"]))
     (sheet,) = pairs([both, table_of(result(cell(8, 1.5, run="b")))])
-    assert sheet.title.startswith("m, fp32, batch 8") and sheet.body == []  # there is one method
+    assert sheet.title.startswith("m, fp32, batch 8") and sheet.table.empty  # there is one method
 
 
 def test_the_file_comes_back_the_same(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_committed_results_stay_readable(path: Path) -> None:
     assert found.about["commit"] and break_even(found)
     for known in found.about["cells"]:
         sheet = cell_sheet(found, known["setting"], known["batch"])
-        shown = [line[0] for line in sheet.body]
+        shown = list(sheet.table["method"])
         assert set(known["methods"]) < set(shown) and shown[0] == DENSE
     whole = "rounds" in set(found.table["part"])
     if not whole:
@@ -201,7 +201,7 @@ def test_goals_are_held_within_the_noise() -> None:
     ):
         more = frame(rows("speed", goals, run="m, fp32", at=1, method="evit"))
         held = Results(pd.concat([made.table, more], ignore_index=True), made.about)
-        assert cell_sheet(held).body[-1][-1] == said and "A goal holds" in words(held)
+        assert cell_sheet(held).table["goal"].iloc[-1] == said and "A goal holds" in words(held)
 
 
 def test_the_table_says_what_is_missing() -> None:
@@ -221,7 +221,7 @@ def test_the_table_says_what_is_missing() -> None:
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_the_plot_is_written(suffix: str, tmp_path: Path) -> None:
     cells = (cell(1, 0.8), cell(8, 1.5), cell(8, 1.2, dtype="bf16", unfused="none"))
-    plot(table_of(result(*cells)), tmp_path / "new" / f"x.{suffix}")
+    save(figure(table_of(result(*cells))), tmp_path / "new" / f"x.{suffix}")
     data = (tmp_path / "new" / f"x.{suffix}").read_bytes()
     assert data.startswith(b"\x89PNG" if suffix == "png" else b"<?xml")
     with pytest.raises(ValueError, match="nothing was measured"):

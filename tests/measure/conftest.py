@@ -9,7 +9,7 @@ import pytest
 from quick_runs import on_the_cpu, quick
 from tiny import Here, compare, write_config
 
-from foveate.measure.launch import Process
+from foveate.measure import launch
 
 __all__ = ["on_the_cpu", "quick"]
 
@@ -19,7 +19,7 @@ def _finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compare")
     here = Here()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Process, "run", lambda self: here.run(self))
+        patch.setattr(launch, "run_cell", here.run)
         assert compare(write_config(folder), "--out", folder / "out") == 0
     return folder
 
@@ -27,6 +27,12 @@ def _finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config(_finished: Path) -> Path:
     return _finished / "tiny.yaml"
+
+
+@pytest.fixture
+def finished(_finished: Path) -> Path:
+    """The comparison itself with its report, for tests that change nothing."""
+    return _finished / "out"
 
 
 @pytest.fixture
@@ -39,5 +45,5 @@ def out(_finished: Path, tmp_path: Path) -> Path:
 def here(monkeypatch: pytest.MonkeyPatch) -> Here:
     """What runs cells in this process."""
     found = Here()
-    monkeypatch.setattr(Process, "run", lambda self: found.run(self))
+    monkeypatch.setattr(launch, "run_cell", found.run)
     return found

@@ -38,8 +38,8 @@ def test_a_finished_comparison_runs_nothing(config: Path, out: Path, here: Here)
     assert _states(out) == dict.fromkeys(CELLS, "done")
 
 
-def test_the_numbers_are_those_of_the_cells(config: Path, out: Path) -> None:
-    assert compare(config, "--out", out, "--report") == 0
+def test_the_numbers_are_those_of_the_cells(finished: Path) -> None:
+    out = finished
     cells = {}
     for folder in ("models/base", "models/masked", METHOD):
         for seed in (0, 1):
@@ -81,8 +81,8 @@ def test_the_numbers_are_those_of_the_cells(config: Path, out: Path) -> None:
     assert f"{mean:.1f} ± {std:.1f} (2) | {masks:.1f} |" in page
 
 
-def test_the_report_has_its_files(config: Path, out: Path) -> None:
-    assert compare(config, "--out", out, "--report") == 0
+def test_the_report_has_its_files(finished: Path) -> None:
+    out = finished
     page = (out / "report.md").read_text()
     for words in ("## Accuracy on 64 test images", "dropped at random", "- commit:", "(2) |"):
         assert words in page

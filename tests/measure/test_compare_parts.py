@@ -14,9 +14,9 @@ from tiny import METHOD, Here, compare, write_config
 
 from foveate import config as configs
 from foveate.measure import Results, cell, launch, one, select
-from foveate.measure.cells import make_cells
-from foveate.measure.comparison import Comparison
-from foveate.measure.launch import FAILED, Outcome, Process, run_local
+from foveate.measure.cells import Cell, make_cells
+from foveate.measure.comparison import Comparison, Resources
+from foveate.measure.launch import FAILED, Outcome, command_of, run_cell, run_cells
 from foveate.measure.rauc import rauc
 from foveate.train.logs import read_metrics
 
@@ -97,19 +97,19 @@ def test_cells_go_in_order_and_past_failures(
     cells = make_cells(configs.read(Comparison, write_config(tmp_path)), tmp_path / "out")
     lock, now, most, order = Lock(), [], [], []
 
-    def run(self: Process) -> Outcome:
+    def run(one: Cell, *_: object) -> Outcome:
         with lock:
-            now.append(self.name)
+            now.append(one.name)
             most.append(len(now))
         time.sleep(0.01)
         with lock:
-            now.remove(self.name)
-            order.append(self.name)
-        failed = self.name == "models/masked/seed1"
-        return Outcome(self.name, FAILED if failed else "done")
+            now.remove(one.name)
+            order.append(one.name)
+        failed = one.name == "models/masked/seed1"
+        return Outcome(one.name, FAILED if failed else "done")
 
-    monkeypatch.setattr(Process, "run", run)
-    found = {o.name: o for o in run_local(cells, list(cells), [], parallel=2)}
+    monkeypatch.setattr(launch, "run_cell", run)
+    found = {o.name: o for o in run_cells(cells, list(cells), [], parallel=2)}
     assert found.keys() == cells.keys() and max(most) == 2
     for name in order:
         assert all(order.index(need) < order.index(name) for need in cells[name].needs)
@@ -119,7 +119,7 @@ def test_cells_go_in_order_and_past_failures(
     }
     assert found[f"{METHOD}/seed1/eval"].why == "models/masked/seed1 failed"
     # What --only leaves out is not there for others.
-    (one,) = run_local(cells, [f"{METHOD}/seed0"], [])
+    (one,) = run_cells(cells, [f"{METHOD}/seed0"], [])
     assert (one.kind, one.why) == ("skipped", "models/masked/seed0 is not there")
 
 
@@ -128,7 +128,7 @@ def test_without_ray_the_command_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(ValueError, match=r"pip install 'foveate\[cluster\]'"):
-        launch._ray()
+        list(run_cells({}, [], [], resources=Resources()))
 
 
 def test_an_address_where_nobody_is(
@@ -154,13 +154,10 @@ def test_cells_are_tasks_of_ray(
     assert path.with_suffix(".csv").read_text() == before
 
 
-def test_tasks_after_a_failure_are_skipped(tmp_path: Path) -> None:
-    task = Process("b", tmp_path / "b.yaml", tmp_path / "log.txt", tmp_path)
-    found = launch._task(task, Outcome("x", "done"), Outcome("a", FAILED, "no space"))
-    assert (found.kind, found.why) == ("skipped", "a failed")
-    assert launch._task(task, Outcome("b", "skipped", "a failed")).why == "a failed"
-    found = launch._task(task, Outcome("x", "done"))
-    assert found.kind == FAILED and "b.yaml is not there" in found.why
+def test_a_machine_that_does_not_see_the_folder(tmp_path: Path) -> None:
+    cells = make_cells(configs.read(Comparison, write_config(tmp_path)), tmp_path / "out")
+    found = run_cell(cells["models/base/seed0"], tmp_path)
+    assert found.kind == FAILED and "cell.yaml is not there: the folder must be" in found.why
 
 
 def test_a_cell_is_done_by_one_process_at_a_time(
@@ -177,13 +174,13 @@ def test_a_cell_is_done_by_one_process_at_a_time(
 SMALL = "{img_size: 28, patch_size: 7, in_chans: 1, embed_dim: 32, depth: 2, num_heads: 2}"
 PRETRAINING = f"""
 seeds: [0, 1]
-settings: [data.limit=64, data.val_limit=64, data.batch=32, "loop.loggers=[]",
+settings: [data.limit=32, data.val_limit=32, data.batch=16, "loop.loggers=[]",
   "model.options={SMALL}"]
 models:
   mae:
     job: pretrain
     recipe: fashion_part_mae
-    settings: [loop.epochs=3, probe.every=1, probe.limit=64, probe.val_limit=64, layers_every=1,
+    settings: [loop.epochs=2, probe.every=1, probe.limit=32, probe.val_limit=32, layers_every=1,
       "options={{decoder_width: 32, decoder_depth: 2, decoder_heads: 2}}", "snapshots=[]"]
   mae_mto: {{like: mae, settings: [mto.preset=default], seeds: [1]}}
   labels: {{recipe: fashion_part_full, settings: [loop.epochs=1, optim.warmup_epochs=0]}}
@@ -193,7 +190,7 @@ models:
     recipe: fashion_part
     start: mae
     seeds: [0]
-    settings: [data.limit=64, data.val_limit=64, epochs=2, batch=32]
+    settings: [data.limit=32, data.val_limit=32, epochs=1, batch=16]
 evaluate: {{together: true, statistics: false, batch: 64}}
 """
 
@@ -214,7 +211,7 @@ def test_any_job_is_a_cell(tmp_path: Path, here: Here) -> None:
     curve = select(table, part="probe", metric="linear", run="mae", seed=1)
     logged = read_metrics(out / "models/mae/seed1/metrics.csv")
     scores = [float(line["probe/linear"]) for line in logged if line.get("probe/linear")]
-    assert curve["at"].tolist() == [1, 2, 3] and curve["value"].tolist() == scores
+    assert curve["at"].tolist() == [1, 2] and curve["value"].tolist() == scores
     layers = select(table, part="layers", metric="heterogeneity", run="mae_mto")
     assert layers["at"].tolist() == [0, 1, 2]  # of a decoder of two blocks
     read = json.loads((out / "models/read/seed0/result.json").read_text())
@@ -274,10 +271,10 @@ def test_several_processes_are_started_by_torchrun(tmp_path: Path) -> None:
     together = {name: cell.processes for name, cell in cells.items()}
     assert set(together.values()) == {1, 2}
     assert all(number == (1 if name.endswith("/eval") else 2) for name, number in together.items())
-    words = launch.prepare(cells["models/base/seed0"]).command
+    words = command_of(cells["models/base/seed0"])
     assert words[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     assert words[5:7] == ["-m", "foveate.measure.cell"]
-    alone = launch.prepare(cells["models/base/seed0/eval"]).command
+    alone = command_of(cells["models/base/seed0/eval"])
     assert alone[1:3] == ["-m", "foveate.measure.cell"]
     log = tmp_path / "log.txt"
     log.write_text(

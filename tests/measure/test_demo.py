@@ -125,11 +125,14 @@ def test_the_page_stands_alone(
     assert all(value.startswith(("data:image/png;base64,", "#")) for value in seen.fetched)
     assert "script" not in seen.tags and "link" not in seen.tags
     assert "{{" not in page and seen.tags.count("svg") == 2 and seen.tags.count("table") == 1
-    shown = [html.unescape(name) for name in re.findall(r"<code>(.*?)</code>", page)]
+    rows = [re.findall("<td[^>]*>(.*?)</td>", row) for row in page.split("<tr")[2:]]
+    shown = [html.unescape(method) for _, method, *_ in rows]
     assert shown == [
         *("dense", "evit(keep=0.5)", "tome(r=3)", "dense"),
         *("svit(keep=0.7)", "svit(keep=0.7, gate='topk')"),
     ]
+    timed_rows = [row for row in page.split("<tr")[2:] if 'class="slow"' in row]
+    assert all("<td>dense</td>" not in row for row in timed_rows)
     assert "1 (1)" not in page and not list(out.glob("**/*.partial"))
 
 

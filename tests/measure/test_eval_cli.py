@@ -31,7 +31,7 @@ def test_everything_on_the_demo_model(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["foveate", "eval", "demo", "--limit", "30"])
     run(
-        f"demo evit 'tome(r=3)' 'ats(K=20)' --rates .5 .7 --limit 30 --batch 16 --occlusion .5 .95 "
+        f"demo evit 'ats(K=20)' --rates .5 .7 --limit 30 --batch 16 --occlusion .5 .95 "
         f"--mask-seeds 2 --pruning .3 --statistics --speed 4 2 --rounds 2 --out {tmp_path}"
     )
     out = capsys.readouterr().out
@@ -51,10 +51,10 @@ def test_everything_on_the_demo_model(
     assert about["settings"]["data"] == "fashion-mnist"
     assert about["settings"]["mask_seeds"] == [0, 1]
     assert about["machine"]["torch"] and set(table["machine"]) == {machine.name(about["machine"])}
-    methods = ["", "evit(keep=0.5)", "evit(keep=0.7)", "tome(r=3)", "ats(K=20)"]
+    methods = ["", "evit(keep=0.5)", "evit(keep=0.7)", "ats(K=20)"]
     for part, wanted in (("accuracy", methods), ("speed", methods), ("tokens", methods[1:])):
         assert list(select(table, part=part)["method"].unique()) == wanted
-    assert sorted(select(table, part="speed", metric="times")["at"]) == [2.0] * 5 + [4.0] * 5
+    assert sorted(select(table, part="speed", metric="times")["at"]) == [2.0] * 4 + [4.0] * 4
     for method in methods:
         low, ratio, high = (
             one(table, name, part="speed", method=method, at=4) for name in ("low", "times", "high")
@@ -70,7 +70,7 @@ def test_everything_on_the_demo_model(
     known = about["models"]["demo"]
     assert known["unreadable"] == 0 and known["inputs"]["size"] == [28, 28]
     shown = re.findall(r"^!\[.*\]\((.*)\)$", (tmp_path / "eval.md").read_text(), re.MULTILINE)
-    assert len(shown) == 5 + 2 * 4 and all((tmp_path / name).is_file() for name in shown)
+    assert len(shown) == 5 + 2 * 3 and all((tmp_path / name).is_file() for name in shown)
 
 
 def test_the_shipped_images_give_the_known_accuracy() -> None:

@@ -18,8 +18,9 @@ from foveate.cli import main
 from foveate.data import eval_transform, open_images
 from foveate.measure import Results, one, select
 from foveate.measure import look as looking
-from foveate.measure.kept import evenly
-from foveate.measure.look import Choices, Report, look
+from foveate.measure.kept import choose, read_recipe, weights_kept
+from foveate.measure.look import Choices, Look, alarms, look
+from foveate.measure.style import evenly
 from foveate.mim.build import make_masked_model
 from foveate.mim.heterogeneity import Similarity, heterogeneity, visible_cosine
 from foveate.mim.layers import ALARM, affinity
@@ -74,8 +75,14 @@ def command(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> s
     return err if code else out
 
 
-def levels(report: Report, point: int, what: str = "mean", run: int = 0) -> list[float]:
-    return getattr(report.runs[run].points[point].networks[0], what).tolist()
+def levels(found: Look, point: int, what: str = "mean", run: int = 0) -> list[float]:
+    name, about = list(found.about["runs"].items())[run]
+    keys = {"run": name, "method": list(about["epochs"])[point], "draw": 0, "part": "layers"}
+    return select(found.table, metric=what, **keys)["value"].tolist()
+
+
+def losses(found: Look, metric: str = "loss") -> list[float]:
+    return select(found.table, part="loss", metric=metric)["value"].tolist()
 
 
 # The numbers -------------------------------------------------------------------------------------
@@ -93,10 +100,9 @@ def test_the_numbers_are_those_of_a_direct_computation(runs: dict[str, Path], na
     pixels = np.stack([transform(source.sample(place))["image"] for place in places])
     images = (torch.from_numpy(pixels).float() / 255 - 0.286) / 0.353
     mask = fixed_mask(model, images, recipe.mask.filled(model.hiding), 3)
-    points = report.runs[0].points
     files = (run / "snapshots/epoch-0001.safetensors", run / "model.safetensors")
-    assert tuple(point.file for point in points) == files
-    assert [point.label for point in points] == ["epoch 1", "epoch 2"]
+    weights = dict(zip(("epoch 1", "epoch 2"), map(str, files), strict=True))
+    assert report.about["runs"][name]["weights"] == weights
     for number, file in enumerate(files):
         load_weights(model, file)
         with torch.no_grad():
@@ -109,8 +115,8 @@ def test_the_numbers_are_those_of_a_direct_computation(runs: dict[str, Path], na
         assert levels(got, number) == pytest.approx(each.mean(1).tolist(), abs=1e-6)
         assert levels(got, number, "std") == pytest.approx(each.std(1).tolist(), abs=1e-6)
         assert levels(got, number, "cosine") == pytest.approx(cosines.mean(1).tolist(), abs=1e-6)
-        assert points[number].loss == pytest.approx(float(found.losses["pixel"]), rel=1e-5)
-        maps = report.runs[0].points[number].networks[0].maps
+        assert losses(got)[number] == pytest.approx(float(found.losses["pixel"]), rel=1e-5)
+        maps = report.maps[name, f"epoch {number + 1}", 0]
         assert list(maps) == [0, 1]
         assert np.allclose(maps[1], affinity(tokens[1], mask, kind)[2], atol=1e-6)
 
@@ -121,8 +127,8 @@ def test_they_are_what_the_run_logged(runs: dict[str, Path]) -> None:
     names = [f"heterogeneity/{layer:02d}" for layer in range(3)]
     last = [line for line in logged if line.get(names[0])][-1]
     assert levels(found, -1) == pytest.approx([float(last[name]) for name in names], abs=1e-6)
-    losses = [float(line["val/loss"]) for line in logged if line.get("val/loss")]
-    assert [point.val_loss for point in found.runs[0].points] == pytest.approx(losses)
+    wanted = [float(line["val/loss"]) for line in logged if line.get("val/loss")]
+    assert losses(found, "val_loss") == pytest.approx(wanted)
 
 
 def test_images_are_measured_in_pieces(
@@ -135,9 +141,9 @@ def test_images_are_measured_in_pieces(
     for what in ("mean", "std", "cosine"):
         one, other = (levels(found, 0, what) for found in (whole, pieces))
         assert one == pytest.approx(other, abs=1e-6)
-    one, other = (found.runs[0].points[0] for found in (whole, pieces))
-    assert one.loss == pytest.approx(other.loss, rel=1e-5)
-    assert np.allclose(one.networks[0].maps[3], other.networks[0].maps[3], atol=1e-6)
+    assert losses(whole) == pytest.approx(losses(pieces), rel=1e-5)
+    one, other = (found.maps["simmim", "epoch 1", 0][3] for found in (whole, pieces))
+    assert np.allclose(one, other, atol=1e-6)
 
 
 def test_untrained_weights_are_those_that_the_run_began_with(
@@ -146,7 +152,7 @@ def test_untrained_weights_are_those_that_the_run_began_with(
     before = torch.get_rng_state()
     found = look([runs["mae"]], Choices(untrained=True, epochs=(2,), images=8))
     assert torch.equal(torch.get_rng_state(), before)
-    assert [point.epoch for point in found.runs[0].points] == [0, 2]
+    assert list(found.about["runs"]["mae"]["epochs"].values()) == [0, 2]
     recipe = config.read(Pretrain, runs["mae"] / "recipe.yaml", ["optim.lr=1e-12", "loop.epochs=1"])
     pretrain(recipe, tmp_path / "idle", progress=False)
     idle = look([tmp_path / "idle"], Choices(images=8))
@@ -155,8 +161,7 @@ def test_untrained_weights_are_those_that_the_run_began_with(
 
 def test_one_image_has_no_spread(runs: dict[str, Path]) -> None:
     found = look([runs["mae"]], Choices(images=1))
-    assert np.isnan(levels(found, 0, "std")).tolist() == [True] * 3
-    assert "std" not in set(found.results().table["metric"])
+    assert len(levels(found, 0)) == 3 and "std" not in set(found.table["metric"])
 
 
 # What is looked at -------------------------------------------------------------------------------
@@ -175,11 +180,14 @@ def test_which_epochs(mae: Path) -> None:
     (mae / "result.json").write_text(json.dumps({"epochs": 10.0}))
 
     def epochs(chosen: tuple[float, ...] | None) -> list[float | None]:
-        return [p.epoch for p in look([mae], Choices(epochs=chosen, images=2)).runs[0].points]
+        kept = weights_kept(mae, read_recipe(mae))
+        return [epoch for epoch, _ in choose(mae, kept, chosen).values()]
 
     assert epochs(()) == [1, 3, 4, 6, 7, 9, 10]
     assert epochs(None) == [1, *range(2, 11)]
     assert epochs((9, 2)) == [2, 9]
+    about = look([mae], Choices(epochs=(9, 2), images=2)).about
+    assert list(about["runs"]["mae"]["epochs"].values()) == [2, 9]
     (mae / "model.safetensors").unlink()  # still going on
     assert epochs((1,)) == [1]
     with pytest.raises(ValueError, match=r"no weights after epoch 10; those after epochs 1, 2, 3"):
@@ -189,8 +197,8 @@ def test_which_epochs(mae: Path) -> None:
 def test_files_of_weights(runs: dict[str, Path], tmp_path: Path) -> None:
     snapshot = runs["mae"] / "snapshots" / "epoch-0001.pretrain.safetensors"
     report = look([runs["mae"] / "model.safetensors", snapshot], Choices(images=2))
-    (run,) = report.runs
-    assert run.name == "mae" and [point.label for point in run.points] == ["epoch 1", "epoch 2"]
+    runs_ = report.about["runs"]
+    assert list(runs_) == ["mae"] and list(runs_["mae"]["epochs"]) == ["epoch 1", "epoch 2"]
     alone = Path(shutil.copy(snapshot, tmp_path / "some.safetensors"))
     with pytest.raises(ValueError, match=r"some.safetensors has no recipe.yaml in the folders"):
         look([alone])
@@ -205,9 +213,10 @@ def test_files_without_a_run(runs: dict[str, Path], tmp_path: Path) -> None:
         look([file])
     choices = Choices(images=3, data="fashion-mnist")
     found = look([file, runs["mae"]], choices)
-    alone, run = found.runs
-    assert alone.method == "mae" and [point.label for point in alone.points] == ["released"]
-    assert alone.points[-1].loss == run.points[-1].loss
+    alone, _ = found.about["runs"].values()
+    assert alone["method"] == "mae" and list(alone["epochs"]) == ["released"]
+    first, *_, last = losses(found)
+    assert first == last
     assert levels(found, -1) == levels(found, -1, run=1)
     arguments = ["look", str(file), "--data", "fashion-mnist", "--images", "2"]
     assert main(arguments) == 0
@@ -236,8 +245,8 @@ def test_other_images_some_of_them_broken(
         pixels = random.integers(0, 256, (40, 50, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
     (tmp_path / "2.png").write_bytes(b"no image")
-    (run,) = look([runs["simmim"]], Choices(data=f"folder:{tmp_path}")).runs
-    assert run.images == 5 and run.data == f"folder:{tmp_path} (all)"
+    run = look([runs["simmim"]], Choices(data=f"folder:{tmp_path}")).about["runs"]["simmim"]
+    assert run["images"] == 5 and run["data"] == f"folder:{tmp_path} (all)"
     assert "2.png" in caplog.text
     for number in range(6):
         (tmp_path / f"{number}.png").write_bytes(b"no image")
@@ -247,13 +256,11 @@ def test_other_images_some_of_them_broken(
 
 def test_alarms(runs: dict[str, Path]) -> None:
     report = look([runs["mae"]], Choices(images=4, epochs=(2,)))
-    network = report.runs[0].points[0].networks[0]
-    for cosine, alarms in ((0.949, 0), (0.96, 1)):
-        network.cosine[0] = cosine
-        assert [text.startswith("alarm: mae, epoch 2: ") for text in report.alarms()] == [
-            *[True] * alarms
-        ]
-        assert alarms == (cosine > ALARM)
+    table = report.table
+    for cosine, wanted in ((0.949, 0), (0.96, 1)):
+        table.loc[(table["metric"] == "cosine") & (table["at"] == 0), "value"] = cosine
+        found = [text.startswith("alarm: mae, epoch 2: ") for text in alarms(report)]
+        assert found == [True] * wanted and wanted == (cosine > ALARM)
 
 
 # Refusals ----------------------------------------------------------------------------------------
@@ -271,7 +278,7 @@ def test_runs_that_cannot_be_looked_at(mae: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model.pretrain.safetensors does not exist"):
         look([mae])
     (mae / "model.safetensors").unlink()
-    assert [point.label for point in look([mae]).runs[0].points] == ["epoch 1", "epoch 2"]
+    assert list(look([mae]).about["runs"]["mae"]["epochs"]) == ["epoch 1", "epoch 2"]
     shutil.rmtree(mae / "snapshots")
     with pytest.raises(ValueError, match="holds no weights yet: the run has not ended"):
         look([mae])

@@ -67,7 +67,7 @@ def test_chance_is_of_seed_and_image_alone_and_as_in_the_occlusion_curve() -> No
 
 
 def test_rows() -> None:
-    model, batches = demo_vit(), demo_batches()
+    model, batches = demo_vit(), demo_batches(30, 12)
     found = pruning(model, batches, rates=[0.7, 0.3], seeds=[2, 5], classes=10)
     pairs = list(dict.fromkeys(zip(found["method"], found["rate"], strict=True)))
     assert pairs == [*(("random", 0.3), ("random", 0.7), ("attention", 0.3), ("attention", 0.7))]
@@ -78,13 +78,13 @@ def test_rows() -> None:
         assert kept["value"].tolist() == [int(49 * rate**stage) for stage in (1, 2, 3)]
         for seed in (2, 5) if method == "random" else (None,):
             right = 0
-            for images, labels, indices in demo_batches(batch=1)():
+            for images, labels, indices in demo_batches(30, 1)():
                 alone = prune(model, method, rate, seed=seed or 0, images=indices.tolist())
                 with torch.no_grad():
                     right += int(alone.eval()(images).argmax(1) == labels)
-            assert one(own, "top1", draw=seed) == 100 * right / 60
+            assert one(own, "top1", draw=seed) == 100 * right / 30
         assert len(select(own, metric="top1")) == (2 if method == "random" else 1)
-        assert one(own, "macs") == foveate.count(alone).macs and one(own, "images") == 60
+        assert one(own, "macs") == foveate.count(alone).macs and one(own, "images") == 30
 
 
 def test_what_is_refused() -> None:

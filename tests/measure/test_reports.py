@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from batches import demo_batches
+from text import text_of
 
 from foveate.bench.machine import facts
 from foveate.data.demo import demo_vit
@@ -29,8 +30,8 @@ from foveate.measure import (
 )
 from foveate.measure.accuracy import drops
 from foveate.measure.curves import columns, curve
-from foveate.measure.figures import Line, figures, lines_figure, tradeoff_figure
-from foveate.measure.sheets import markdown, sheets, text_of
+from foveate.measure.figures import figures, lines_figure, tradeoff_figure
+from foveate.measure.sheets import markdown, sheets
 from foveate.measure.table import rows, said
 
 
@@ -248,7 +249,10 @@ def test_bands_are_the_spread_over_seeds(report: Evaluation) -> None:
 
 
 def test_many_lines_stay_apart() -> None:
-    lines = [Line(f"a name that is long enough {n}", (0.0, 1.0), (n, n)) for n in range(14)]
+    def line(height: int) -> pd.DataFrame:
+        return pd.DataFrame({"at": [0.0, 1.0], "mean": [height, height], "std": float("nan")})
+
+    lines = {f"a name that is long enough {n}": line(n) for n in range(14)}
     figure = lines_figure(lines, across="x", up="y")
     looks = {
         (line.get_color(), line.get_linestyle(), line.get_marker()) for line in figure.axes[0].lines

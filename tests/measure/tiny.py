@@ -9,7 +9,8 @@ import yaml
 
 from foveate import cli
 from foveate.measure import cell
-from foveate.measure.launch import DONE, FAILED, Outcome, Process
+from foveate.measure.cells import Cell
+from foveate.measure.launch import DONE, FAILED, Outcome
 
 RECIPE = (
     "model: {name: vit_tiny_patch16_224, options: {img_size: 28, patch_size: 7, in_chans: 1,"
@@ -73,9 +74,9 @@ class Here:
     def __init__(self) -> None:
         self.names: list[str] = []
 
-    def run(self, process: Process) -> Outcome:
-        self.names.append(process.name)
+    def run(self, one: Cell, *_: object) -> Outcome:
+        self.names.append(one.name)
         before = sys.stderr
-        code = cell.main([str(process.file)])
+        code = cell.main([str(one.file)])
         sys.stderr = before
-        return Outcome(process.name, DONE if code == 0 else FAILED, f"exit code {code}" * code)
+        return Outcome(one.name, DONE if code == 0 else FAILED, f"exit code {code}" * code)
