@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from foveate.data.images import to_rgb
+from foveate.data.images import Unreadable, to_rgb
 from foveate.data.seeds import seeded
 from foveate.data.sources.base import NO_LABEL, Source
 
 __all__ = ["DatasetSource", "describe"]
+
+_log = logging.getLogger(__name__)
+# What Pillow and the file system raise; anything else is a mistake in the data set.
+_UNREADABLE = (OSError, Image.DecompressionBombError, SyntaxError)
+_LOOKED_AT = 8  # items whose labels are compared with what the data set says of itself
 
 
 class DatasetSource(Source):
@@ -27,11 +32,12 @@ class DatasetSource(Source):
     Args:
         dataset: the object.
         split: what its items are used for.
-        labels: without them items need none.
+        labels: without them items need none, and nothing but the image is taken of them.
     """
 
     def __init__(self, dataset: Any, split: str, labels: bool = True) -> None:
         self.dataset, self.split, self.spec = dataset, split, describe(dataset)
+        self._images_alone = not labels
         if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
             raise ValueError(
                 f"{self.spec} has no __len__ and __getitem__: images are read by their number, "
@@ -39,7 +45,8 @@ class DatasetSource(Source):
             )
         if not len(dataset):
             raise ValueError(f"{self.spec} is empty")
-        first = self.sample(0)
+        with seeded((0, 0)):  # a transform of its own may be random
+            first = self.sample(0)
         image = first["image"]
         self.finished = isinstance(image, Tensor)
         if self.finished:
@@ -47,8 +54,9 @@ class DatasetSource(Source):
         else:
             self.channels = 1 if np.asarray(image).shape[2:] in ((), (1,)) else 3
         self.classes = None
-        if labels and "label" in first:
-            self.classes = self._names()
+        if "label" in first:
+            self._labels, named = self._read_labels()
+            self.classes = self._names(named)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -56,8 +64,8 @@ class DatasetSource(Source):
     def sample(self, index: int) -> dict[str, Any]:
         try:
             item = self.dataset[index]
-        except OSError as error:  # an image that cannot be read; anything else is a mistake
-            raise ValueError(f"{self.name(index)}: {error}") from error
+        except _UNREADABLE as error:
+            raise Unreadable(f"{self.name(index)}: {error}") from error
         return self._as_sample(item, index)
 
     def image(self, index: int) -> Any:
@@ -77,19 +85,55 @@ class DatasetSource(Source):
         pixels = image.numpy() if isinstance(image, Tensor) else np.asarray(image)
         return repr(pixels.shape).encode() + pixels.tobytes()
 
-    @cached_property
-    def _labels(self) -> np.ndarray:
-        """The class of every item: what the data set says of itself, or what its items say."""
+    def random(self) -> bool:
+        """Whether an image comes out differently each time, as a training transform has it."""
+        seen = set()
+        for seed in range(_LOOKED_AT):
+            with seeded((seed, 0)):
+                image = self.image(0)
+            seen.add(np.asarray(image).tobytes())
+        return len(seen) > 1
+
+    def _read_labels(self) -> tuple[np.ndarray, bool]:
+        """The class of every item, and whether the data set's own names are of these classes."""
+        stated, change = self._stated(), getattr(self.dataset, "target_transform", None)
+        if stated is not None:
+            found = stated
+            if change is not None:
+                changed = [
+                    _whole(change(one), f"a target of {self.spec}") for one in stated.tolist()
+                ]
+                found = np.array(changed)
+            if self._agrees(found):
+                return found, np.array_equal(found, stated)
+            _log.info("the items of %s have other labels than it states: all are read", self.spec)
+        found = np.array([self.sample(index)["label"] for index in range(len(self))])
+        return found, change is None if stated is None else np.array_equal(found, stated)
+
+    def _stated(self) -> np.ndarray | None:
+        """What the data set says of its labels, before any transform."""
         for attribute in ("targets", "labels"):
             found = getattr(self.dataset, attribute, None)
             if found is not None and len(found) == len(self):
                 values = np.asarray(found)
                 if values.ndim == 1 and np.issubdtype(values.dtype, np.integer):
                     return values
-        return np.array([_whole(self.sample(i)["label"], self.name(i)) for i in range(len(self))])
+        return None
 
-    def _names(self) -> tuple[str, ...]:
-        names = getattr(self.dataset, "classes", None) or ()
+    def _agrees(self, labels: np.ndarray) -> bool:
+        """Whether some items, evenly spaced, have these labels."""
+        for index in np.linspace(0, len(self) - 1, min(_LOOKED_AT, len(self)), dtype=int).tolist():
+            try:
+                with seeded((0, index)):
+                    label = self.sample(index)["label"]
+            except Unreadable:
+                continue
+            if label != labels[index]:
+                return False
+        return True
+
+    def _names(self, own: bool) -> tuple[str, ...]:
+        names = (getattr(self.dataset, "classes", None) or ()) if own else ()
         most = int(self._labels.max())
         if self._labels.min() < 0:
             raise ValueError(f"{self.spec} has labels below 0: classes are counted from 0")
@@ -100,6 +144,8 @@ class DatasetSource(Source):
     def _as_sample(self, item: Any, index: int) -> dict[str, Any]:
         if isinstance(item, Mapping):
             found = dict(item)
+        elif isinstance(item, (tuple, list)) and item and self._images_alone:
+            found = {"image": item[0]}
         elif isinstance(item, (tuple, list)) and len(item) == 2:
             image, target = item
             more = target if isinstance(target, Mapping) else {"label": target}
@@ -119,6 +165,8 @@ class DatasetSource(Source):
                 f"{self.name(index)} gives {kind}: an image of Pillow, a uint8 array [H, W, C] or "
                 "a tensor [C, H, W] is needed, alone, with a label, or as the 'image' of a dict"
             )
+        if self._images_alone:
+            return {"image": found["image"]}
         if "label" in found:
             found["label"] = _whole(found["label"], self.name(index))
         return found
