@@ -122,6 +122,7 @@ def explain(cls: type, width: int = 96) -> str:
             )
             about |= {p.arg_name: p.description or "" for p in more if p.arg_name not in about}
         inner: list[tuple[type, str]] = []
+        preset = any(field.name == "preset" for field in dataclasses.fields(kind))
         for field in sorted(dataclasses.fields(kind), key=_needed, reverse=True):
             key, said = prefix + field.name, " ".join(about.get(field.name, "").split())
             part = _dataclass(hints[field.name])
@@ -130,6 +131,8 @@ def explain(cls: type, width: int = 96) -> str:
                 continue
             value = _shown(field)
             head = f"{key} (needed)" if value is None else f"{key}={value}"
+            if preset and value == "null":
+                head = f"{key} (as the preset has it)"
             lines.append(f"  {head}   ({_type_words(hints[field.name])})")
             indent = " " * 6
             lines.extend(
@@ -317,25 +320,31 @@ def _shown(field: dataclasses.Field[Any]) -> str | None:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-_WORDS = {bool: "true or false", int: "whole number", float: "number", str: "text", dict: "keys"}
+_WORDS = {
+    **{bool: "true, false", int: "whole number", float: "number", str: "text"},
+    dict: "keys and values",
+}
 
 
 def _type_words(hint: Any) -> str:
+    words = list(dict.fromkeys(_each_type(hint)))
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _each_type(hint: Any) -> Iterator[str]:
+    """What a value may be; null comes last."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_each_type(parts)))
-    if origin is tuple:
-        of = _type_words(parts[0])
-        return f"{of}s" if len(parts) == 2 and parts[1] is ... else f"{len(parts)} {of}s"
-    if origin in (dict, list):
-        return _WORDS.get(origin, "list")
-    return _WORDS.get(hint, "any")
-
-
-def _each_type(parts: Sequence[Any]) -> Iterator[str]:
-    yield from (_type_words(part) for part in parts if part is not type(None))
-    if type(None) in parts:
+        for part in sorted(parts, key=lambda part: part is type(None)):
+            yield from _each_type(part)
+    elif hint is type(None):
         yield "null"
+    elif origin is tuple:
+        of = _type_words(parts[0])
+        each = of if of == "text" else f"{of}s"
+        yield f"list of {each}" if parts[1] is ... else f"{len(parts)} {each}"
+    else:
+        yield from _WORDS.get(origin or hint, "any").split(", ")
 
 
 def _typed(said: str) -> str:

@@ -64,13 +64,18 @@ class Checkpoints(Callback):
     ) -> None:
         """Save inside an epoch, between updates; its last batch is left to the epoch's end."""
         step = trainer.global_step
-        last = index + 1 >= int(trainer.num_training_batches)
-        if self.every and step and step % self.every == 0 and not last and step != self._saved:
+        due = step == trainer.max_steps or (self.every and step and step % self.every == 0)
+        if due and step != self._saved and not self._epoch_over(trainer):
             self.save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Save after the epoch's evaluation."""
-        self.save(trainer)
+        """Save after the epoch's evaluation; one that the last step broke off is not over."""
+        if self._epoch_over(trainer):
+            self.save(trainer)
+
+    @staticmethod
+    def _epoch_over(trainer: Trainer) -> bool:
+        return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
     def save(self, trainer: Trainer) -> None:
         """Write one and remove the oldest beyond those that stay."""

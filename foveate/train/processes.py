@@ -7,9 +7,15 @@ import os
 import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
+from foveate.bench import machine
 from foveate.train.recipe import Loop
 
-__all__ = ["processes"]
+__all__ = ["device_of", "processes"]
+
+
+def device_of(loop: Loop) -> str:
+    """The device that a run's settings stand for."""
+    return machine.device_of("auto") if loop.device == "auto" else loop.device
 
 
 def processes(loop: Loop, device: str) -> tuple[int, int]:

@@ -126,4 +126,9 @@ def total(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     terms = [
         weights.get(name, 1.0) * value for name, value in losses.items() if weights.get(name, 1.0)
     ]
+    if not terms:
+        raise ValueError(
+            f"the losses {', '.join(losses)} all have the weight 0, so that nothing is learnt: "
+            "give one of them another"
+        )
     return torch.stack(terms).sum()

@@ -145,6 +145,22 @@ def test_steps_that_are_cut_short(tmp_path: Path) -> None:
     assert all(torch.equal(value, before[key]) for key, value in exported(tmp_path).items())
 
 
+@pytest.mark.parametrize("settings", [[], ["loop.accumulate=3", "loop.ema=0.5"]])
+def test_a_trial_becomes_a_whole_run(settings: list[str], tmp_path: Path) -> None:
+    """What a trial looked at in the end leaves no trace in the best weights of the longer run."""
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    settings = ["data.limit=80", *settings]  # 5 batches an epoch
+    result = run(finetune(*settings), whole)
+    for steps in (1, 3):
+        trial = run(finetune(*settings, f"loop.max_steps={steps}"), out, resume=steps > 1)
+        assert trial["updates"] == steps
+    assert len(files(out)) == 2
+    again = run(finetune(*settings), out, resume=True)
+    assert same_run(whole, out) and again["best"] == result["best"]
+    best = [torch.load(folder / "best.pt", weights_only=True) for folder in (whole, out)]
+    assert all(torch.equal(best[1][key], value) for key, value in best[0].items())
+
+
 def test_other_processes_on_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(finetune("loop.epochs=1"), tmp_path)
     path = tmp_path / "checkpoints" / "update-00000004.ckpt"
