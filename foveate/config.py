@@ -236,7 +236,7 @@ def _check_keys(cls: type, tree: Mapping[str, Any], prefix: str, where: str) -> 
             near = suggest("setting", prefix + str(key), [prefix + name for name in hints])
             raise ValueError(f"{where}: {near}")
         if value is None and type(None) not in get_args(hints[key]) and hints[key] is not Any:
-            raise ValueError(f"{where}: {prefix}{key} needs a value, and null is none")
+            raise ValueError(f"{where}: {prefix}{key} needs a value, got null")
         inner = _dataclass(hints[key])
         if inner is not None and isinstance(value, Mapping):
             _check_keys(inner, value, f"{prefix}{key}.", where)
@@ -263,6 +263,14 @@ def _dataclass(hint: Any) -> type | None:
     return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
 
 
+_EXPECTED = {
+    "int": "expected a whole number",
+    "float": "expected a number",
+    "bool": "expected true or false",
+    "str": "expected text",
+}
+
+
 def _sentence(error: Exception) -> str:
     """Shorten jsonargparse's message of several lines."""
     text = " ".join(str(error).split())
@@ -271,6 +279,7 @@ def _sentence(error: Exception) -> str:
         text = re.sub(r"Does not validate against any of the Union \S+ Subtypes: .*? - ", "", text)
         text = re.sub(r"Problem with given class_path '\S+': ", "", text)
         text = re.split(" - Expected a NoneType| Given value type", text)[0]
+    text = re.sub(r"Expected an? (int|float|bool|str)\b", lambda kind: _EXPECTED[kind[1]], text)
     return re.sub(r'Parser key "([^"]+)":', r"\1:", text)
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from foveate.core import ReducedViT
-from foveate.files import write_whole
+from foveate.train.checkpoints import save_whole
 from foveate.train.module import Module
 from foveate.train.sharded import whole_state
 
@@ -73,7 +73,7 @@ class Best(Callback):
             return
         state = whole_state(model)  # all processes have to ask
         if trainer.is_global_zero:
-            write_whole(self.file, lambda partial: torch.save(state, partial))
+            save_whole(state, self.file)
 
     def state_dict(self) -> dict[str, Any]:
         """The score and where it was reached."""

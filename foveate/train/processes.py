@@ -34,6 +34,11 @@ def processes(loop: Loop, device: str) -> tuple[int, int]:
             )
         return here, machines
     there = torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1
+    if loop.num_nodes > 1 and "MASTER_ADDR" not in os.environ:  # else it would wait for minutes
+        raise ValueError(
+            f"loop.num_nodes={loop.num_nodes}, and MASTER_ADDR, MASTER_PORT and NODE_RANK do not "
+            "say where the first machine is and which this is: set them on each, or use torchrun"
+        )
     asked = loop.devices or (there if device == "cuda" else 1)
     if asked > there:
         what = "GPUs" if device == "cuda" else "processor cores"

@@ -270,7 +270,8 @@ class Loop:
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
         devices: number of processes on this machine; None is one for each GPU, or a single one
             without any. Leave it out under torchrun and SLURM, which start the processes.
-        num_nodes: number of machines; torchrun or SLURM starts the run on each of them.
+        num_nodes: number of machines, where the command is started on each by hand with
+            MASTER_ADDR, MASTER_PORT and NODE_RANK set; torchrun and SLURM know it themselves.
         strategy: "auto", "ddp" (each process holds all weights), or "fsdp", which shares the
             weights out among the processes.
         ema: decay of a running mean of the weights, which is evaluated and exported; None keeps

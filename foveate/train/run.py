@@ -14,6 +14,7 @@ result.json        accuracy, duration, what it ran on; written last
 from __future__ import annotations
 
 import copy
+import errno
 import importlib
 import json
 import logging
@@ -237,8 +238,8 @@ def make_loaders(
         source = limited(splits.val, data.val_limit, balanced=False)
         if len(source) < world:
             raise ValueError(
-                f"there are {len(source)} validation images for {world} processes, and each needs "
-                "one at least: train with fewer processes, or give more validation images"
+                f"{world} processes need a validation image each, and the data have {len(source)}: "
+                "train with fewer processes, or give more validation images"
             )
         val = load(source, evaluation, data.val_batch or data.batch, train=False)
     return Loaders(splits, train, val)
@@ -439,10 +440,10 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _stoppable(out: Path) -> Iterator[None]:
-    """Let Ctrl-C be Python's KeyboardInterrupt again, and SIGTERM end with its usual code.
+    """Say how a run that is stopped, or whose disk is full, goes on.
 
-    Lightning's trainer makes a SystemExit of both, and is deaf to Ctrl-C from then on: a notebook
-    would be too.
+    Ctrl-C is Python's KeyboardInterrupt again, and SIGTERM ends with its usual code: Lightning's
+    trainer makes a SystemExit of both, and is deaf to Ctrl-C from then on. A notebook would be too.
     """
     handler = signal.getsignal(signal.SIGINT)
     try:
@@ -455,6 +456,13 @@ def _stoppable(out: Path) -> Iterator[None]:
         if terminated:
             raise SystemExit(143) from None
         raise KeyboardInterrupt from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        raise OSError(
+            f"{out} cannot be written to: {error.strerror}; once that is mended, --resume {out} "
+            "goes on from its last checkpoint"
+        ) from error
     finally:
         if handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, handler)

@@ -129,9 +129,13 @@ def test_what_is_random_in_a_data_set_resumes() -> None:
     [
         (iter([]), "list_iterator has no __len__ and __getitem__: images are read by their number"),
         ([], r"list \(0 items\) is empty"),
+        (Clothes, "the class Clothes is no data set: give an object of it"),
         ([(Image.new("L", (28, 28)), 0.5)] * 40, "has the label 0.5: a whole number is needed"),
         ([("no image", 1)] * 40, "gives str: an image of Pillow, a uint8 array .* is needed"),
-        ([(np.zeros((28, 28)), 1)] * 40, r"is no uint8 array \[H, W, C\]"),
+        (
+            [(np.zeros((28, 28)), 1)] * 40,
+            r"item 0 of list .* gives an array of float64 \[28, 28\]: an image",
+        ),
         (
             [(torch.rand(1, 27, 27), i % 2) for i in range(40)],
             r"is \[1, 27, 27\], and the model t",
@@ -304,7 +308,7 @@ def test_an_object_among_the_options_of_a_model() -> None:
     model = {"name": MODEL["name"], "options": options}
     result = foveate.finetune(model, DATA, loop={**LOOP, "max_steps": 1}, **QUIET)
     assert isinstance(result.model.blocks[0].norm1, torch.nn.Identity)
-    with pytest.raises(ValueError, match="foveate.reduce: weights: Expected a float"):
+    with pytest.raises(ValueError, match="foveate.reduce: weights: expected a number"):
         foveate.reduce(small_model(), "evit", DATA, weights={"class": torch.nn.Identity()}, **QUIET)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -75,6 +76,39 @@ def test_a_run_that_is_stopped_says_so(
     assert getattr(stop.value, "code", 143) == 143
     assert f"stopped; --resume {tmp_path / 'run'} goes on" in caplog.text
     assert not (tmp_path / "run" / "result.json").exists() and saved(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (
+            RuntimeError("[enforce fail at writer.cc] pos"),
+            r"writing update-00000002.ckpt failed \(.*",
+        ),
+    ],
+)
+def test_a_disk_that_is_full(
+    error: Exception, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint before is whole, nothing of the one that failed stays, and the run goes on."""
+    original, written = torch.save, iter(range(1000))
+
+    def save(content: Any, path: str) -> None:
+        original(content, path)
+        if next(written) == 1:
+            raise error
+
+    recipe = finetune("loop.save_every=1", "loop.epochs=1", "loop.keep_last=9")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        words = (
+            f"{tmp_path} cannot be written to: {reason}; once that is mended, --resume {tmp_path} "
+        )
+        with pytest.raises(OSError, match=words):
+            run(recipe, tmp_path)
+    assert saved(tmp_path) == [1] and not list(tmp_path.rglob("*.partial"))
+    assert run(recipe, tmp_path, resume=True)["updates"] == 4
 
 
 # Numbers that are none ---------------------------------------------------------------------------
@@ -220,6 +254,8 @@ def test_a_start_that_came_to_nothing_is_no_run(tmp_path: Path) -> None:
         ("data.batch=65", "a batch of 65 needs as many images; the training data have 64"),
         ("data.mean=[.1, .2, .3] data.std=[1, 1, 1]", "need one value for each of the model's 1"),
         ("data.batch=15 mix.mixup=.1", "mixing pairs images: data.batch must be even, got 15"),
+        ("loop.num_nodes=2", "loop.num_nodes=2, and MASTER_ADDR, MASTER_PORT and NODE_RANK do not"),
+        ("loop.devices=9999", "loop.devices=9999 is more than the .* processor cores of this mach"),
         ("loop.precision=16-mixed", "16-mixed needs a GPU: on a CPU take 32 or bf16-mixed"),
     ],
 )
@@ -231,7 +267,9 @@ def test_data(setting: str, words: str, tmp_path: Path) -> None:
 def test_fewer_validation_images_than_processes() -> None:
     recipe = finetune("data.val_limit=2", "data.batch=2")
     task = make_finetune(recipe, 10)
-    with pytest.raises(ValueError, match="there are 2 validation images for 3 processes"):
+    with pytest.raises(
+        ValueError, match="3 processes need a validation image each, and the data have 2"
+    ):
         make_loaders(recipe, task, open_data(recipe.data), rank=0, world=3, here=3)
 
 

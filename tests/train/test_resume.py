@@ -65,11 +65,11 @@ def test_gates_that_are_sampled(tmp_path: Path) -> None:
     model = {"start": start, "drop_path": 0.2}
     recipe = reduce("dynamicvit(keep=0.5)", *LOOP, "data.workers=2", **ALL, model=model)
     assert elsewhere(recipe, tmp_path / "whole") == 0
-    for kill in ("0,5", "end0"):
-        out = tmp_path / kill
-        assert elsewhere(recipe, out, kill=kill) == -signal.SIGKILL
-        assert elsewhere(recipe, out, resume=True) == 0
-        assert same_run(tmp_path / "whole", out)
+    out = tmp_path / "run"
+    assert elsewhere(recipe, out, kill="0,5") == -signal.SIGKILL
+    assert elsewhere(recipe, out, resume=True, kill="end0") == -signal.SIGKILL
+    assert elsewhere(recipe, out, resume=True) == 0
+    assert same_run(tmp_path / "whole", out)
 
 
 def test_a_damaged_checkpoint(

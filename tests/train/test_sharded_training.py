@@ -26,7 +26,7 @@ from foveate import config
 
 SETTINGS: dict[str, Any] = {
     "optim": {"name": "sgd", "lr": 0.05, "warmup_epochs": 0.5, "clip": 1.0},
-    "data": {**DATA, "val_limit": 33, "val_batch": 8},
+    "data": {**DATA, "limit": 32, "val_limit": 17, "val_batch": 8},
     "loop": {**LOOP, "epochs": 2, "save_every": 1, "keep_last": 9},
 }
 
@@ -45,11 +45,11 @@ def test_sharded_processes_are_one(tmp_path: Path) -> None:
         path = tmp_path / f"{job}.yaml"
         path.write_text(config.dump(recipe))
         words.append([job, str(path), "--out", str(tmp_path / f"{job}-two")])
-    # The last one is stopped after its fifth update and goes on.
+    # The last one is stopped in its second epoch and goes on.
     stopped = tmp_path / "stopped"
     words.append([*words[1][:2], "--out", str(stopped)])
     words.append(["reduce", "--resume", str(stopped)])
-    assert together(words, tmp_path, stop=(2, 5)) == [0, 0]
+    assert together(words, tmp_path, stop=(2, 3)) == [0, 0]
     for job, result in results.items():
         one, two = exported(tmp_path / f"{job}-one"), exported(tmp_path / f"{job}-two")
         assert one.keys() == two.keys()
@@ -65,7 +65,7 @@ def test_sharded_processes_are_one(tmp_path: Path) -> None:
         assert best[0].keys() == best[1].keys()
         for key, value in best[0].items():
             torch.testing.assert_close(best[1][key], value, rtol=1e-3, atol=1e-5, msg=key)
-        saved = torch.load(tmp_path / f"{job}-two/checkpoints/update-00000008.ckpt")
+        saved = torch.load(tmp_path / f"{job}-two/checkpoints/update-00000004.ckpt")
         weights = saved["state_dict"]
         head = "task.model.head.weight" if job == "finetune" else "task.model.vit.head.weight"
         assert all(type(value) is torch.Tensor for value in weights.values())

@@ -37,6 +37,8 @@ class DatasetSource(Source):
 
     def __init__(self, dataset: Any, split: str, labels: bool = True) -> None:
         self.dataset, self.split, self.spec = dataset, split, describe(dataset)
+        if isinstance(dataset, type):
+            raise ValueError(f"{self.spec} is no data set: give an object of it")
         self._images_alone = not labels
         if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
             raise ValueError(
@@ -66,7 +68,14 @@ class DatasetSource(Source):
             item = self.dataset[index]
         except _UNREADABLE as error:
             raise Unreadable(f"{self.name(index)}: {error}") from error
+        except ValueError as error:
+            if isinstance(error, Unreadable):  # as ``read_image`` raises it
+                raise
+            raise ValueError(f"{self.name(index)}: {error}") from error
         return self._as_sample(item, index)
+
+    def name(self, index: int) -> str:
+        return f"item {index} of {self.spec}"
 
     def image(self, index: int) -> Any:
         return self.sample(index)["image"]
@@ -107,7 +116,7 @@ class DatasetSource(Source):
             if self._agrees(found):
                 return found, np.array_equal(found, stated)
             _log.info("the items of %s have other labels than it states: all are read", self.spec)
-        found = np.array([self.sample(index)["label"] for index in range(len(self))])
+        found = np.array([self._label_of(index) for index in range(len(self))])
         return found, change is None if stated is None else np.array_equal(found, stated)
 
     def _stated(self) -> np.ndarray | None:
@@ -125,12 +134,18 @@ class DatasetSource(Source):
         for index in np.linspace(0, len(self) - 1, min(_LOOKED_AT, len(self)), dtype=int).tolist():
             try:
                 with seeded((0, index)):
-                    label = self.sample(index)["label"]
+                    label = self._label_of(index)
             except Unreadable:
                 continue
             if label != labels[index]:
                 return False
         return True
+
+    def _label_of(self, index: int) -> int:
+        sample = self.sample(index)
+        if "label" not in sample:
+            raise ValueError(f"{self.name(index)} has no label, though the first item has one")
+        return int(sample["label"])
 
     def _names(self, own: bool) -> tuple[str, ...]:
         names = (getattr(self.dataset, "classes", None) or ()) if own else ()
@@ -156,9 +171,13 @@ class DatasetSource(Source):
         if isinstance(image, Image.Image):
             found["image"] = image if image.mode == "L" else to_rgb(image)
         elif isinstance(image, np.ndarray):
-            if image.dtype != np.uint8 or image.ndim not in (2, 3):
-                raise ValueError(f"{self.name(index)} is no uint8 array [H, W, C]")
-            found["image"] = image if image.ndim == 3 else image[..., None]
+            array = image if image.ndim == 3 else image[..., None]
+            if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] not in (1, 3):
+                raise ValueError(
+                    f"{self.name(index)} gives an array of {image.dtype} {list(image.shape)}: an "
+                    "image is uint8, [H, W] or [H, W, C] with 1 or 3 channels"
+                )
+            found["image"] = array
         elif not (isinstance(image, Tensor) and image.ndim == 3):
             kind = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
             raise ValueError(
@@ -174,6 +193,8 @@ class DatasetSource(Source):
 
 def describe(dataset: Any) -> str:
     """What a data set is called in messages and in the record of a run."""
+    if isinstance(dataset, type):
+        return f"the class {dataset.__name__}"
     size = f" ({len(dataset)} items)" if hasattr(dataset, "__len__") else ""
     return f"{type(dataset).__name__}{size}"
 
