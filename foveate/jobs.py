@@ -9,6 +9,7 @@ stands for a whole group, and so does a model that is named or given.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -332,7 +333,7 @@ def _folder(job: str, out: str | Path | None, loop: recipes.Loop, resume: bool =
         return Path(out)
     if resume:
         raise ValueError("resume=True goes on with the run in out: name its folder")
-    if processes(loop, device_of(loop)) != (1, 1):
+    if math.prod(processes(loop, device_of(loop))) > 1:
         raise ValueError(
             f"several processes train together and would choose a folder each: name one, such as "
             f"out='runs/{job}'"

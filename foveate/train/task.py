@@ -82,7 +82,11 @@ class Task(nn.Module):
     # Evaluation -----------------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, Metric]:
-        """What is counted in evaluation, by name. Each evaluated model gets a set of its own."""
+        """What is counted in evaluation, by name. Each evaluated model gets a set of its own.
+
+        ``MeanMetric(nan_strategy=float("nan"))`` gives NaN where one value is; the default of
+        torchmetrics is the mean of the others.
+        """
         raise NotImplementedError
 
     def validation_step(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -294,8 +295,11 @@ def test_folders_are_not_written_over() -> None:
 
 
 def test_several_processes_need_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
     with pytest.raises(ValueError, match="would choose a folder each: name one, such as out='run"):
         foveate.finetune(small_model(), DATA, loop={**LOOP, "devices": 2}, **QUIET)
+    with pytest.raises(ValueError, match="this machine has no GPU that torch can use"):
+        foveate.finetune(small_model(), DATA, loop={**LOOP, "device": "cuda"}, **QUIET)
     for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2"), ("RANK", "1")):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="would choose a folder each: name one, such as out='run"):
