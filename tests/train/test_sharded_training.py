@@ -27,7 +27,7 @@ from foveate import config
 SETTINGS: dict[str, Any] = {
     "optim": {"name": "sgd", "lr": 0.05, "warmup_epochs": 0.5, "clip": 1.0},
     "data": {**DATA, "limit": 32, "val_limit": 17, "val_batch": 8},
-    "loop": {**LOOP, "epochs": 2, "save_every": 1, "keep_last": 9},
+    "loop": {**LOOP, "epochs": 2},
 }
 
 
@@ -47,7 +47,7 @@ def test_sharded_processes_are_one(tmp_path: Path) -> None:
         words.append([job, str(path), "--out", str(tmp_path / f"{job}-two")])
     # The last one is stopped in its second epoch and goes on.
     stopped = tmp_path / "stopped"
-    words.append([*words[1][:2], "--out", str(stopped)])
+    words.append([*words[1][:2], "loop.save_every=1", "--out", str(stopped)])
     words.append(["reduce", "--resume", str(stopped)])
     assert together(words, tmp_path, stop=(2, 3)) == [0, 0]
     for job, result in results.items():
