@@ -123,6 +123,7 @@ def explain(cls: type, width: int = 96) -> str:
             )
             about |= {p.arg_name: p.description or "" for p in more if p.arg_name not in about}
         inner: list[tuple[type, str]] = []
+        preset = any(field.name == "preset" for field in dataclasses.fields(kind))
         for field in sorted(dataclasses.fields(kind), key=_needed, reverse=True):
             key, said = prefix + field.name, " ".join(about.get(field.name, "").split())
             part = _dataclass(hints[field.name])
@@ -131,6 +132,8 @@ def explain(cls: type, width: int = 96) -> str:
                 continue
             value = _shown(field)
             head = f"{key} (needed)" if value is None else f"{key}={value}"
+            if preset and value == "null":
+                head = f"{key} (as the preset has it)"
             lines.append(f"  {head}   ({_type_words(hints[field.name])})")
             indent = " " * 6
             lines.extend(
@@ -235,7 +238,7 @@ def _check_keys(cls: type, tree: Mapping[str, Any], prefix: str, where: str) -> 
             near = suggest("setting", prefix + str(key), [prefix + name for name in hints])
             raise ValueError(f"{where}: {near}")
         if value is None and type(None) not in get_args(hints[key]) and hints[key] is not Any:
-            raise ValueError(f"{where}: {prefix}{key} needs a value, and null is none")
+            raise ValueError(f"{where}: {prefix}{key} needs a value, got null")
         inner = _dataclass(hints[key])
         if inner is not None and isinstance(value, Mapping):
             _check_keys(inner, value, f"{prefix}{key}.", where)
@@ -262,6 +265,14 @@ def _dataclass(hint: Any) -> type | None:
     return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
 
 
+_EXPECTED = {
+    "int": "expected a whole number",
+    "float": "expected a number",
+    "bool": "expected true or false",
+    "str": "expected text",
+}
+
+
 def _sentence(error: Exception) -> str:
     """Shorten jsonargparse's message of several lines."""
     text = " ".join(str(error).split())
@@ -270,6 +281,7 @@ def _sentence(error: Exception) -> str:
         text = re.sub(r"Does not validate against any of the Union \S+ Subtypes: .*? - ", "", text)
         text = re.sub(r"Problem with given class_path '\S+': ", "", text)
         text = re.split(" - Expected a NoneType| Given value type", text)[0]
+    text = re.sub(r"Expected an? (int|float|bool|str)\b", lambda kind: _EXPECTED[kind[1]], text)
     return re.sub(r'Parser key "([^"]+)":', r"\1:", text)
 
 
@@ -319,25 +331,31 @@ def _shown(field: dataclasses.Field[Any]) -> str | None:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-_WORDS = {bool: "true or false", int: "whole number", float: "number", str: "text", dict: "keys"}
+_WORDS = {
+    **{bool: "true, false", int: "whole number", float: "number", str: "text"},
+    dict: "keys and values",
+}
 
 
 def _type_words(hint: Any) -> str:
+    words = list(dict.fromkeys(_each_type(hint)))
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _each_type(hint: Any) -> Iterator[str]:
+    """What a value may be; null comes last."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_each_type(parts)))
-    if origin is tuple:
-        of = _type_words(parts[0])
-        return f"{of}s" if len(parts) == 2 and parts[1] is ... else f"{len(parts)} {of}s"
-    if origin in (dict, list):
-        return _WORDS.get(origin, "list")
-    return _WORDS.get(hint, "any")
-
-
-def _each_type(parts: Sequence[Any]) -> Iterator[str]:
-    yield from (_type_words(part) for part in parts if part is not type(None))
-    if type(None) in parts:
+        for part in sorted(parts, key=lambda part: part is type(None)):
+            yield from _each_type(part)
+    elif hint is type(None):
         yield "null"
+    elif origin is tuple:
+        of = _type_words(parts[0])
+        each = of if of == "text" else f"{of}s"
+        yield f"list of {each}" if parts[1] is ... else f"{len(parts)} {each}"
+    else:
+        yield from _WORDS.get(origin or hint, "any").split(", ")
 
 
 def _typed(said: str) -> str:

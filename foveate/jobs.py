@@ -9,6 +9,7 @@ stands for a whole group, and so does a model that is named or given.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from foveate import config
 from foveate.convert import open_base
 from foveate.convert.named import check_name
 from foveate.core import ReducedViT, Reducer
+from foveate.core.evaluation import evaluating
 from foveate.measure import Evaluation, Plan
 from foveate.measure import evaluate as run_evaluation
 from foveate.mim.masks import Hiding
@@ -28,6 +30,7 @@ from foveate.mim.run import pretrain as run_pretrain
 from foveate.registry import suggest
 from foveate.train import recipe as recipes
 from foveate.train.probe import probe as run_probe
+from foveate.train.processes import device_of, processes
 from foveate.train.result import Result
 from foveate.train.run import train
 
@@ -53,7 +56,7 @@ def finetune(
     progress: bool = True,
     say: Say = print,
 ) -> Result:
-    """Fine-tune a plain ViT, on whole images or on what random masks leave of them.
+    """Fine-tune a plain ViT, on whole images or with random patches hidden.
 
     Args:
         model: a name of timm, whose pretrained weights are taken; a path to weights; a module of
@@ -73,7 +76,9 @@ def finetune(
     """
     groups = {"mix": mix, "optim": optim, "loop": loop, "masking": masking, "distill": distill}
     made = _recipe(recipes.Finetune, "finetune", recipe, model, data, groups)
-    return train(made, _folder("finetune", out), resume=resume, progress=progress, say=say)
+    return train(
+        made, _folder("finetune", out, made.loop, resume), resume=resume, progress=progress, say=say
+    )
 
 
 def reduce(
@@ -120,7 +125,9 @@ def reduce(
         **{"teacher": teacher, "weights": weights, "token_loss": token_loss},
     }
     made = _recipe(recipes.Reduce, "reduce", recipe, model, data, groups)
-    return train(made, _folder("reduce", out), resume=resume, progress=progress, say=say)
+    return train(
+        made, _folder("reduce", out, made.loop, resume), resume=resume, progress=progress, say=say
+    )
 
 
 def pretrain(
@@ -168,7 +175,8 @@ def pretrain(
         **{"loop": loop, "probe": watch, "snapshots": snapshots, "layers_every": layers_every},
     }
     made = _recipe(Pretrain, "pretrain", recipe, model, data, groups, scratch=True)
-    return run_pretrain(made, _folder("pretrain", out), resume=resume, progress=progress, say=say)
+    folder = _folder("pretrain", out, made.loop, resume)
+    return run_pretrain(made, folder, resume=resume, progress=progress, say=say)
 
 
 def probe(
@@ -189,7 +197,7 @@ def probe(
         **reading: settings of ``foveate.train.recipe.Probe``, such as feature="avg", epochs=50.
     """
     made = _recipe(recipes.Probe, "probe", recipe, model, data, reading)
-    return run_probe(made, _folder("probe", out))
+    return run_probe(made, _folder("probe", out, recipes.Loop(device="cpu")))
 
 
 def evaluate(
@@ -214,7 +222,7 @@ def evaluate(
     """
     given = model if isinstance(model, Mapping) else {_label(model): model}
     models = {
-        name: one.eval() if isinstance(one, nn.Module) else open_base(str(one))
+        name: one if isinstance(one, nn.Module) else open_base(str(one))
         for name, one in given.items()
     }
     names = (methods,) if isinstance(methods, str) else tuple(methods)
@@ -223,7 +231,8 @@ def evaluate(
         if name not in known:
             raise ValueError(suggest("part of foveate.evaluate", name, sorted(known)))
     spec = "fashion-mnist" if data is None else data
-    return run_evaluation(models, Plan(data=spec, methods=names, **asked))
+    with evaluating(*models.values()):
+        return run_evaluation(models, Plan(data=spec, methods=names, **asked))
 
 
 def _label(model: str | Path | nn.Module) -> str:
@@ -259,8 +268,11 @@ def _recipe(
     for (*path, last), value in objects.items():
         place: Any = made
         for step in path:
-            place = getattr(place, step)
-        setattr(place, last, value)
+            place = place[step] if isinstance(place, dict) else getattr(place, step)
+        if isinstance(place, dict):  # options are for whoever takes them
+            place[last] = value
+        else:
+            setattr(place, last, value)
     return made
 
 
@@ -315,10 +327,17 @@ def _leaves(value: Any, path: tuple[str, ...], objects: dict[tuple[str, ...], An
     return config.described(value)
 
 
-def _folder(job: str, out: str | Path | None) -> Path:
+def _folder(job: str, out: str | Path | None, loop: recipes.Loop, resume: bool = False) -> Path:
     """The folder of a run; without a name the first that is free."""
     if out is not None:
         return Path(out)
+    if resume:
+        raise ValueError("resume=True goes on with the run in out: name its folder")
+    if math.prod(processes(loop, device_of(loop))) > 1:
+        raise ValueError(
+            f"several processes train together and would choose a folder each: name one, such as "
+            f"out='runs/{job}'"
+        )
     found, number = Path("runs", job), 1
     while found.exists():
         number += 1

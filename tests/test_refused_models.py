@@ -81,7 +81,27 @@ def test_other_blocks(block: type[nn.Module], word: str) -> None:
 
 
 class OwnVit(VisionTransformer):
-    """Whoever subclasses may have changed anything."""
+    """Whoever overrides may have changed anything."""
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward_features(x)
+
+
+class OwnHead(VisionTransformer):
+    """A class attribute that hides the submodule of that name."""
+
+    norm = staticmethod(torch.tanh)
+
+
+class Constructed(VisionTransformer):
+    """Another constructor and a method that timm's has not change nothing of what is computed."""
+
+    def __init__(self, width: int = 48, **arguments: object) -> None:
+        super().__init__(**{**arguments, "embed_dim": width})
+        self.note = "mine"
+
+    def describe(self) -> str:
+        return self.note
 
 
 def changed(part: str) -> nn.Module:
@@ -98,7 +118,8 @@ def changed(part: str) -> nn.Module:
         (lambda: vit(global_pool="prr"), "'prr' pooling"),
         (lambda: vit(patch_drop_rate=0.5), "patch dropout"),
         (lambda: eva(patch_drop_rate=0.5), "patch dropout"),
-        (lambda: vit(OwnVit), "OwnVit with a class of its own"),
+        (lambda: vit(OwnVit), "OwnVit with a class of its own, which overrides forward_features"),
+        (lambda: vit(OwnHead), "OwnHead with a class of its own, which overrides norm"),
         (lambda: changed("block"), "Own blocks"),
         (lambda: changed("attention"), "Own attention"),
         (lambda: nn.Sequential(vit()), "Sequential"),
@@ -106,7 +127,7 @@ def changed(part: str) -> nn.Module:
         (lambda: nn.Identity(), "Identity"),
         (lambda: "vit", "str"),
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_everything_else_that_cannot_be_driven(model: object, word: str) -> None:
     refused(model(), word)
@@ -120,6 +141,7 @@ def test_a_reduced_model_is_refused_too() -> None:
 @pytest.mark.parametrize(
     "model",
     [
+        lambda: vit(Constructed),
         lambda: vit(final_norm=False),
         lambda: vit(pos_embed="none"),
         lambda: vit(drop_rate=0.2, pos_drop_rate=0.2, attn_drop_rate=0.2, proj_drop_rate=0.2),
@@ -134,7 +156,7 @@ def test_a_reduced_model_is_refused_too() -> None:
         lambda: eva(scale_attn_inner=True, swiglu_mlp=True, use_rot_pos_emb=True),
         lambda: eva(use_rot_pos_emb=True, rope_grid_offset=0.5, rope_grid_indexing="xy"),
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_plain_models_in_unusual_clothes_are_driven(model: object) -> None:
     """The self-check passes, other methods run, and nothing changes where nothing is reduced."""

@@ -13,6 +13,7 @@ from foveate.core.hooks import is_sharded
 from foveate.files import read_json
 
 __all__ = [
+    "check_class",
     "folder_settings",
     "image_settings",
     "named_classes",
@@ -70,6 +71,29 @@ def plain_class(module: nn.Module) -> type:
     if is_sharded(module):
         return kind.__mro__[2]  # fully_shard puts a class of its own and FSDPModule in front
     return kind
+
+
+# What a subclass may have of its own without computing anything else than its base.
+_CONSTRUCTION = {
+    *("__init__", "__new__", "__init_subclass__", "init_weights", "_init_weights"),
+    *("__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__annotations__"),
+    *("__annotate__", "__annotate_func__", "__annotations_cache__"),
+    *("__firstlineno__", "__static_attributes__", "__orig_bases__", "__parameters__"),
+}
+
+
+def check_class(model: nn.Module, *stock: type) -> None:
+    """Refuse a model that is none of the stock classes, nor a subclass that only constructs."""
+    kind = plain_class(model)
+    base = next((one for one in kind.__mro__ if one in stock), None)
+    if base is None:
+        raise refuse(model, "a class of its own")
+    own = {name for one in kind.__mro__ if one not in base.__mro__ for name in vars(one)}
+    # A class attribute comes before a submodule of the same name.
+    held = {*vars(model), *model._modules, *model._parameters, *model._buffers}
+    changed = sorted(n for n in own - _CONSTRUCTION if n in held or hasattr(base, n))
+    if changed:
+        raise refuse(model, f"a class of its own, which overrides {', '.join(changed[:3])},")
 
 
 # Preprocessing settings of timm models; the size comes from the patches.

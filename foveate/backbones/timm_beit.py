@@ -14,7 +14,7 @@ from timm.models.beit import Attention, Beit, Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from foveate.backbones._shared import refuse
+from foveate.backbones._shared import check_class, refuse
 from foveate.backbones._timm import TimmBackbone, spec_of
 from foveate.core import Context, Embedded, TokenState
 
@@ -38,8 +38,7 @@ class TimmBeit(TimmBackbone):
         return isinstance(model, Beit)
 
     def __init__(self, model: Any) -> None:
-        if type(model) is not Beit:
-            raise refuse(model, "a class of its own")
+        check_class(model, Beit)
         for block in model.blocks:
             if type(block) is not Block:
                 raise refuse(model, f"{type(block).__name__} blocks")

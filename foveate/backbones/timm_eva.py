@@ -11,7 +11,7 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveate.backbones._shared import plain_class, refuse
+from foveate.backbones._shared import check_class, plain_class, refuse
 from foveate.backbones._timm import TimmBackbone, spec_of
 from foveate.core import Embedded, Heads
 
@@ -29,8 +29,7 @@ class TimmEva(TimmBackbone):
         return isinstance(model, Eva)
 
     def __init__(self, model: Any) -> None:
-        if plain_class(model) is not Eva:
-            raise refuse(model, "a class of its own")
+        check_class(model, Eva)
         for block in model.blocks:
             if plain_class(block) is not EvaBlock:
                 kind = type(block).__name__

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from foveate.backbones._shared import plain_class, refuse, same_modules
+from foveate.backbones._shared import check_class, plain_class, refuse, same_modules
 from foveate.backbones._timm import TimmBackbone, spec_of
 from foveate.core import Embedded, Heads
 
@@ -31,8 +31,7 @@ class TimmViT(TimmBackbone):
         return isinstance(model, VisionTransformer)
 
     def __init__(self, model: Any) -> None:
-        if plain_class(model) not in (VisionTransformer, VisionTransformerDistilled):
-            raise refuse(model, "a class of its own")
+        check_class(model, VisionTransformer, VisionTransformerDistilled)
         check_blocks_plain(model)
         spec = spec_of(
             self.family,

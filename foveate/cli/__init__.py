@@ -10,6 +10,7 @@ import argparse
 import difflib
 import importlib
 import importlib.metadata
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -51,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"foveate {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        if argv is None:  # the process ends now: a second Ctrl-C would only print a traceback
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         return 130
     return code or 0
 

@@ -1,4 +1,4 @@
-"""Fine-tune a plain ViT, on whole images or on what random masks leave of them.
+"""Fine-tune a plain ViT, on whole images or with random patches hidden.
 
 In a terminal:
   foveate finetune --list

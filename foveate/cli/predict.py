@@ -1,4 +1,4 @@
-"""Predict labels for images: a table, a CSV or JSON file, pictures of what the model used.
+"""Predict labels for images, as a table, a CSV or JSON file, and pictures of what was used.
 
 Images are prepared as evaluation prepares them. METHODs are applied to a plain model without
 training. Labels are numbers where the model does not carry the names of its classes. The exit
@@ -39,17 +39,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     add = parser.add_argument
     add("model", help=f"{MODEL_HELP}; the folder of a training run works too")
-    add("methods", nargs="*", default=[], metavar="METHOD", help='such as "evit(keep=0.7)"')
+    add(
+        "methods",
+        nargs="*",
+        default=[],
+        metavar="METHOD",
+        help='method to apply, such as "evit(keep=0.7)"',
+    )
     parser.set_defaults(more="methods")
-    add("--images", nargs="+", required=True, metavar="PATH", help="image files and folders")
-    add("--top", type=int, default=3, metavar="K", help="number of answers for each image (3)")
-    add("--out", type=Path, metavar="FILE", help="a .csv or .json file for all answers")
+    add(
+        "--images",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="image files, and folders of them",
+    )
+    add(
+        "--top",
+        type=int,
+        default=3,
+        metavar="K",
+        help="number of answers for each image (default: 3)",
+    )
+    add("--out", type=Path, metavar="FILE", help=".csv or .json file for all answers")
     add("--pictures", type=Path, metavar="DIR", help="folder for one picture of each image")
-    add("--batch", type=int, default=32, metavar="N", help="number of images in a call (32)")
-    add("--device", default="auto", help="auto, cpu or cuda (auto: a GPU if there is one)")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: mixed (fp32)")
+    add(
+        "--batch",
+        type=int,
+        default=32,
+        metavar="N",
+        help="number of images in one pass (default: 32)",
+    )
+    add("--device", default="auto", help="cpu, cuda, or auto for a GPU if there is one (default)")
+    add(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="fp32 (default), or bf16 for automatic mixed precision",
+    )
     add("--strict", action="store_true", help="stop at the first image that cannot be read")
-    add("--untrained", action="store_true", help="a timm model with random weights")
+    add(
+        "--untrained",
+        action="store_true",
+        help="give a timm model random weights, not pretrained ones",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

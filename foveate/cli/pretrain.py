@@ -1,7 +1,7 @@
 """Pre-train a ViT on images without labels: masked image modelling, with or without MTO.
 
-The result is a plain timm checkpoint, and where the next stage begins. Snapshots inside the run
-and its progress curve are what foveate look and foveate rauc read.
+The result is a plain timm checkpoint, from which fine-tuning starts. foveate look and foveate rauc
+read the snapshots and the progress curve in the run's folder.
 
 In a terminal:
   foveate pretrain --list

@@ -13,21 +13,36 @@ def add_recipe_arguments(parser: Any, job: str, *, resumable: bool) -> None:
     """Describe the command line of a job; its settings are listed when help is asked for."""
     parser.more_help = lambda: _settings(job)
     add = parser.add_argument
-    add("recipe", nargs="?", metavar="RECIPE", help="name of a recipe that ships, or a YAML file")
+    add(
+        "recipe",
+        nargs="?",
+        metavar="RECIPE",
+        help="name of a recipe that ships (see --list), or a YAML file",
+    )
     add(
         "settings",
         nargs="*",
         default=[],
         metavar="key=value",
-        help="changes of the recipe, such as optim.lr=1e-4 or data.train=folder:photos; all "
-        "settings are listed below",
+        help="settings that differ from the recipe's, such as optim.lr=1e-4 or "
+        "data.train=folder:photos; all settings are listed below",
     )
     parser.set_defaults(more="settings")
-    add("--out", type=Path, metavar="FOLDER", help="folder of the run (runs/JOB-RECIPE)")
-    add("--list", action="store_true", help="list the recipes that ship and stop")
+    add(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help=f"folder for the run's files (default: runs/{job}-RECIPE)",
+    )
+    add("--list", action="store_true", help="list the recipes that ship, and stop")
     if resumable:
-        add("--resume", action="store_true", help="go on with the run in the folder")
-    add("--print", action="store_true", help="print the resolved recipe and stop")
+        add(
+            "--resume",
+            action="store_true",
+            help=f"go on with a stopped run: foveate {job} --resume FOLDER; a larger loop.epochs, "
+            "loop.max_steps or loop.patience makes a finished run longer",
+        )
+    add("--print", action="store_true", help="print the recipe with all its settings, and stop")
 
 
 def show_recipes(job: str) -> None:
@@ -52,10 +67,13 @@ def _open_recipe(job: str, cls: type, args: argparse.Namespace) -> tuple[Any, Pa
         if args.out is None and args.recipe:
             args.out, args.recipe = Path(args.recipe), None
         settings = [*([args.recipe] if args.recipe else []), *args.settings]
-        if args.out is None or not all(text.startswith("loop.epochs=") for text in settings):
+        from foveate.train.recipe import LENGTHS
+
+        lengths = tuple(f"loop.{name}=" for name in LENGTHS)
+        if args.out is None or not all(text.startswith(lengths) for text in settings):
             raise ValueError(
                 f"a run goes on with its own recipe: foveate {job} --resume FOLDER, and at most "
-                "loop.epochs=N to make it longer"
+                "loop.epochs, loop.max_steps or loop.patience to make it longer"
             )
         path = args.out / "recipe.yaml"
         if not path.is_file():
@@ -74,8 +92,8 @@ def _settings(job: str) -> str:
     from foveate import config
 
     return (
-        "settings, each with its default; a recipe writes them as YAML, a command line as "
-        f"key=value:\n{config.explain(config.recipe_class(job))}\n"
+        "Settings and their defaults, as key=value on the command line and as YAML in a recipe:\n"
+        f"{config.explain(config.recipe_class(job))}\n"
     )
 
 

@@ -9,7 +9,7 @@ from foveate.data.fashion import (
     find_fashion_mnist,
     normalise,
 )
-from foveate.data.images import SUFFIXES, ImageFiles, find_images, read_image, to_rgb
+from foveate.data.images import SUFFIXES, ImageFiles, Unreadable, find_images, read_image, to_rgb
 from foveate.data.inputs import Inputs
 from foveate.data.loader import Loader, device_batches, stacked, usual_workers
 from foveate.data.preprocess import FITS, Prepared, Preprocessing
@@ -41,6 +41,7 @@ __all__ = [
     "Source",
     "Splits",
     "Transform",
+    "Unreadable",
     "device_batches",
     "eval_transform",
     "fashion_mnist",

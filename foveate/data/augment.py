@@ -49,10 +49,10 @@ class Augment:
     Attributes:
         crop: "resized" cuts a part of random area and shape and resizes it; "pad" adds ``pad``
             black pixels on every side and cuts the size out of that; "none" takes the middle.
-        scale: least and most area of a resized crop, as fractions of the image.
-        ratio: least and most width / height of a resized crop.
-        pad: pixels that are added on every side where ``crop`` is "pad".
-        flip: how often the image is mirrored, 0 to 1.
+        scale: smallest and largest area of a resized crop, as shares of the image.
+        ratio: smallest and largest width / height of a resized crop.
+        pad: number of pixels that are added on every side where ``crop`` is "pad".
+        flip: probability that the image is mirrored.
         colour: strength of the jitter of brightness, contrast and saturation; 0 for none.
         auto: a policy of timm, such as "rand-m9-mstd0.5-inc1", "3a" or "original"; None for none.
         interpolation: how images are resized and turned: "nearest", "bilinear" or "bicubic".

@@ -13,7 +13,15 @@ import numpy as np
 from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
-__all__ = ["SUFFIXES", "ImageFiles", "decode_image", "find_images", "read_image", "to_rgb"]
+__all__ = [
+    "SUFFIXES",
+    "ImageFiles",
+    "Unreadable",
+    "decode_image",
+    "find_images",
+    "read_image",
+    "to_rgb",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -26,6 +34,10 @@ SUFFIXES = (
 _MOST_PIXELS = 89_000_000
 _REFUSED_PIXELS = 2 * _MOST_PIXELS
 _SIXTEEN_BITS = 65535
+
+
+class Unreadable(ValueError):
+    """An image that cannot be read or decoded; training may go on without it."""
 
 
 def find_images(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
@@ -114,7 +126,7 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     path = Path(path)
     if not path.is_file():
         kind = "is a folder" if path.is_dir() else "does not exist"
-        raise ValueError(f"{path} {kind}; one image file is needed")
+        raise Unreadable(f"{path} {kind}; one image file is needed")
     return decode_image(path, str(path))
 
 
@@ -126,9 +138,9 @@ def decode_image(file: Path | BinaryIO, name: str) -> Image.Image:
             warnings.simplefilter("ignore")
             return _read(file, name)
     except MemoryError:
-        raise ValueError(f"{name}: too large for the memory there is") from None
+        raise Unreadable(f"{name}: too large for the memory there is") from None
     except Exception as error:  # decoders raise many kinds, some of them on damaged files alone
-        raise ValueError(f"{name}: {_reason(error)}") from error
+        raise Unreadable(f"{name}: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from foveate.core.schedule import check_choice
 from foveate.data.augment import Transform
+from foveate.data.images import Unreadable
 from foveate.data.seeds import seeded
 from foveate.data.sources import ArraySource, Source
 
@@ -291,7 +292,7 @@ class _Reader(Dataset):
             index = (place + step) % len(self.source)
             try:
                 return index, self.source.sample(index)
-            except ValueError as error:
+            except Unreadable as error:
                 if self.corrupt == "fail":
                     raise
                 reasons.append(str(error))

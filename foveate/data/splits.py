@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from foveate.data.sources import WHOLE, NoSplit, Source, open_first, open_source
+from foveate.data.sources import WHOLE, DatasetSource, NoSplit, Source, open_first, open_source
 from foveate.data.sources.datasets import describe
 
 __all__ = [
@@ -164,6 +164,12 @@ def open_splits(
     elif (own := _own_split(train, "val", labels)) is not None:
         held = own
     else:
+        if isinstance(training, DatasetSource) and training.random():
+            _log.warning(
+                "%s changes its images at random, also those that are now held out of it for "
+                "validation: give data.val a set of its own, without that transform",
+                training.spec,
+            )
         kept, out = divide(training, share, seed)
         training, held = Part(training, kept, "train"), Part(training, out, "val")
         divided = (share, seed)

@@ -74,20 +74,22 @@ class Mto:
         r: weight of the loss that ranks heterogeneity from layer to layer.
         ramp: share of the run over which the weights grow from 0.
         similarity: how tokens are compared: "cosine", "layernorm", "scaled" or "raw".
-        temperature: divides cosines before the softmax; a low one makes near tokens count more.
-        initial: the tokens of layer 0: "pre_pos", before positions are added, or "post_pos".
-        normalise: take entropies as shares of the most that they can be.
+        temperature: number that divides cosines before the softmax; the lower it is, the more near
+            tokens count.
+        initial: tokens that count as layer 0: "pre_pos", before positions are added, or "post_pos".
+        normalise: divide entropies by the largest value that they can have.
         reduction: "mean" or "sum" over visible tokens ("spa") and over layers ("r").
         include_self: let a visible token's similarity to itself count in "spa".
-        direction: "decreasing" asks for heterogeneity that sinks with depth, as the text and the
-            figures say; "as_printed" is the formula, which asks for the contrary.
-        eps: is added to the heterogeneity that "e" divides by.
-        form: what "spa" measures: "entropy" of a visible token's row, or "mass" that it leaves to
-            visible tokens, which says the aim directly and is not in the paper.
-        margin: how much heterogeneity has to sink from layer to layer.
-        layers: compare every so many layers, beginning before the first, or these alone.
-        detach_visible: let heterogeneity teach hidden tokens alone.
-        detach_prev: let the ranking teach the later layer of a pair alone.
+        direction: "decreasing" asks for heterogeneity that sinks with depth, as the paper's text
+            and figures say; "as_printed" is its formula, which asks for the contrary.
+        eps: small number that is added to the heterogeneity that the loss "e" divides by.
+        form: what the loss "spa" measures: the "entropy" of a visible token's row, or the "mass"
+            that it leaves to visible tokens, which says the aim directly and is not in the paper.
+        margin: amount by which heterogeneity has to sink from layer to layer.
+        layers: layers to compare: one number for every so many, beginning before the first, or a
+            list of them.
+        detach_visible: let the gradient of heterogeneity reach hidden tokens alone.
+        detach_prev: let the gradient of the ranking reach the later layer of each pair alone.
     """
 
     preset: str = "default"

@@ -18,11 +18,11 @@ class Watch(Reading):
     """Frozen features read every so many epochs: how good the backbone is by now.
 
     Attributes:
-        data: a labelled data set, as ``foveate.data.open_source`` takes it; None watches nothing.
-        every: epochs between readings; at the end there is one in any case.
-        limit: take the features of so many training images only.
-        val_limit: take the features of so many validation images only.
-        image_batch: images in a step of the backbone.
+        data: labelled data set to read, in the form of data.train; None reads none.
+        every: number of epochs from one reading to the next; the end is always read.
+        limit: number of training images whose features are taken; None takes all.
+        val_limit: number of validation images whose features are taken; None takes all.
+        image_batch: number of images in one step of the backbone.
     """
 
     data: str | None = None
@@ -48,8 +48,10 @@ class Pretrain(Recipe):
         mask: what is hidden; kind and ratio are the method's own if not given.
         mto: masked token optimisation; None is without it.
         probe: the progress curve.
-        snapshots: epochs after which the weights are kept: every so many, or these.
-        layers_every: epochs between measurements of heterogeneity, layer by layer; None is never.
+        snapshots: epochs after which the weights are kept: one number for every so many epochs, or
+            a list of epochs.
+        layers_every: number of epochs between measurements of heterogeneity, layer by layer; None
+            measures none.
     """
 
     model: Model

@@ -117,7 +117,7 @@ class PretrainTask(ImageTask):
 
     def metrics(self) -> dict[str, Metric]:
         """The method's own loss on evaluation images, with masks that stay the same."""
-        return {"loss": MeanMetric()}
+        return {"loss": MeanMetric(nan_strategy=float("nan"))}  # the default leaves them out
 
     def validation_step(
         self, model: nn.Module, batch: dict[str, Any], metrics: Mapping[str, Metric], number: int

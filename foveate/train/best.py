@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from foveate.core import ReducedViT
-from foveate.files import write_whole
+from foveate.train.checkpoints import save_whole
 from foveate.train.module import Module
+from foveate.train.sharded import whole_state
 
 __all__ = ["Best"]
+
+_log = logging.getLogger(__name__)
 
 
 class Best(Callback):
@@ -33,6 +39,21 @@ class Best(Callback):
         self.update = -1
         self._since = 0
 
+    @property
+    def _over(self) -> bool:
+        return self.patience is not None and self._since >= self.patience
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Let a run that the patience ended stay ended when it is resumed."""
+        if self._over:
+            trainer.should_stop = True
+            if trainer.is_global_zero:
+                _log.warning(
+                    "the run ended at update %d because loop.patience=%d was used up, and stays "
+                    "ended: --resume FOLDER loop.patience=null, or a larger number, trains on",
+                    *(trainer.global_step, self.patience),
+                )
+
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Compare the newest score with the best."""
         assert isinstance(module, Module)
@@ -40,16 +61,19 @@ class Best(Callback):
         if isinstance(model, ReducedViT) and not model.reducer.settled:
             return
         value, higher = module.judged()
-        worse = self.value is not None and (value <= self.value if higher else value >= self.value)
-        if worse:
+        better = self.value is None or (value > self.value if higher else value < self.value)
+        if math.isnan(value) or not better:
             self._since += 1
-            if self.patience is not None and self._since >= self.patience:
-                trainer.should_stop = True
+            trainer.should_stop |= self._over
             return
         self.value, self.update, self._since = value, trainer.global_step, 0
+        if trainer.state.fn != TrainerFn.FITTING:
+            # After the last step: these weights are exported anyway, and the file has to stay
+            # what the last checkpoint says of it.
+            return
+        state = whole_state(model)  # all processes have to ask
         if trainer.is_global_zero:
-            state = {name: v.detach().cpu() for name, v in model.state_dict().items()}
-            write_whole(self.file, lambda partial: torch.save(state, partial))
+            save_whole(state, self.file)
 
     def state_dict(self) -> dict[str, Any]:
         """The score and where it was reached."""

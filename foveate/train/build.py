@@ -156,7 +156,11 @@ def _teacher(
         # A given module may be the model itself, and stays as it is.
         teacher = copy.deepcopy(open_start(path))
     if isinstance(teacher, ReducedViT):
-        raise ValueError(f"the teacher {path} has a method of its own; a dense model is needed")
+        name = "that was given" if isinstance(path, nn.Module) else path
+        raise ValueError(
+            f"the teacher {name} has the method {teacher.reducer!r}: a dense model is needed, such "
+            "as the vit of a reduced one"
+        )
     mine, its = backbone_for(model), backbone_for(teacher)
     facts = (
         ("classes", classes, its.spec.classes),

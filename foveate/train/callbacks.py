@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from foveate.core import ReducedViT
-from foveate.data import Source
+from foveate.data import Source, Unreadable
 from foveate.files import write_whole
 from foveate.train.images import ImageTask
 from foveate.train.module import Module
@@ -82,7 +82,7 @@ class Pictures(Callback):
             if source.label(index) not in labels:
                 try:
                     self._images[source.name(index)] = _picture(source.image(index))
-                except ValueError:  # unreadable; evaluation says so, if it is to
+                except Unreadable:  # evaluation says so, if it is to
                     continue
                 labels.add(source.label(index))
 

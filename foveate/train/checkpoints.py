@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -14,10 +15,25 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from foveate.files import write_whole
 
-__all__ = ["Checkpoints", "WholeFiles", "any_checkpoint", "newest"]
+__all__ = ["Checkpoints", "WholeFiles", "any_checkpoint", "newest", "save_whole"]
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"update-(\d+)\.ckpt")
+
+
+def save_whole(content: dict[str, Any], path: Path) -> None:
+    """Save weights beside their place, to the disk, and rename the file."""
+
+    def write(partial: str) -> None:
+        torch.save(content, partial)
+        with open(partial, "rb+") as file:  # the name must not reach the disk before the data
+            os.fsync(file.fileno())
+
+    try:
+        write_whole(path, write)
+    except RuntimeError as error:  # torch's writer has no other word for a disk that is full
+        reason = str(error).split("\n", 1)[0]
+        raise OSError(errno.EIO, f"writing {path.name} failed ({reason})") from error
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -27,14 +43,8 @@ class WholeFiles(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
         """Write; a process killed meanwhile leaves the older files alone."""
-
-        def write(partial: str) -> None:
-            torch.save(checkpoint, partial)
-            with open(partial, "rb+") as file:  # the name must not reach the disk before the data
-                os.fsync(file.fileno())
-
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(Path(path), write)
+        save_whole(checkpoint, Path(path))
 
 
 class Checkpoints(Callback):
@@ -64,13 +74,18 @@ class Checkpoints(Callback):
     ) -> None:
         """Save inside an epoch, between updates; its last batch is left to the epoch's end."""
         step = trainer.global_step
-        last = index + 1 >= int(trainer.num_training_batches)
-        if self.every and step and step % self.every == 0 and not last and step != self._saved:
+        due = step == trainer.max_steps or (self.every and step and step % self.every == 0)
+        if due and step != self._saved and not self._epoch_over(trainer):
             self.save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Save after the epoch's evaluation."""
-        self.save(trainer)
+        """Save after the epoch's evaluation; one that the last step broke off is not over."""
+        if self._epoch_over(trainer):
+            self.save(trainer)
+
+    @staticmethod
+    def _epoch_over(trainer: Trainer) -> bool:
+        return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
     def save(self, trainer: Trainer) -> None:
         """Write one and remove the oldest beyond those that stay."""

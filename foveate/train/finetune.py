@@ -1,4 +1,4 @@
-"""Fine-tuning a plain ViT, on whole images or on what random masks leave of them.
+"""Fine-tuning a plain ViT, on whole images or with random patches hidden.
 
 Masked fine-tuning: Shi and Wang, "Bridging The Gaps Between Token Pruning and Full Pre-training via
 Masked Fine-tuning". Every image draws a share of patches to hide; the model classifies from the

@@ -163,7 +163,9 @@ class ClassificationTask(ImageTask):
 
     def metrics(self) -> dict[str, Metric]:
         """Loss, and accuracies in per cent."""
-        kinds: dict[str, Callable[[], Metric]] = {"loss": MeanMetric}
+        # By default the mean would be that of the other images.
+        seen = partial(MeanMetric, nan_strategy=float("nan"))
+        kinds: dict[str, Callable[[], Metric]] = {"loss": seen}
         for name, k in (("accuracy", 1), ("top5", 5)):
             if k == 1 or self.classes > k:
                 kinds[name] = partial(_PerCent, self.classes, top_k=k, average="micro")

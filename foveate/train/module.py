@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -88,7 +89,10 @@ class Module(LightningModule):
         if not isinstance(self.trainer.strategy, Sharded) or self._shared:
             return
         self._shared = True  # it is called for each of fit and validate
-        shard(self.task, self.trainer.strategy.device_mesh["data_parallel"])
+        names = {id(part): name for name, part in self.task.model.named_modules()}
+        units = [names[id(unit)] for unit in self.task.units()]
+        for _, model in self._evaluated():
+            shard(model, units, self.trainer.strategy.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Make the optimiser; rates are set before each step."""
@@ -224,13 +228,16 @@ class Module(LightningModule):
 
     def on_validation_start(self) -> None:
         """Processes may have different numbers of batches, and must not wait for each other's."""
-        if self._shared:
-            hold_whole(self.task.model, True)
+        self._hold_whole(True)
 
     def on_validation_end(self) -> None:
         """Share the weights out again."""
+        self._hold_whole(False)
+
+    def _hold_whole(self, whole: bool) -> None:
         if self._shared:
-            hold_whole(self.task.model, False)
+            for _, model in self._evaluated():
+                hold_whole(model, whole)
 
     def on_validation_epoch_start(self) -> None:
         """Evaluate at the rate of the moment, and after the end as the model is exported."""
@@ -262,6 +269,12 @@ class Module(LightningModule):
                 metric.reset()
         self.results, self.evaluated = found, self.trainer.global_step
         for name, value in found.items():
+            if math.isnan(value) and self.trainer.is_global_zero:
+                _log.warning(
+                    "%s is NaN at update %d: the answer to an image of the evaluation, or more, "
+                    "is no number",
+                    *(name, self.evaluated),
+                )
             self.log(name, value, prog_bar=name == f"val/{self.task.score}", rank_zero_only=True)
 
 

@@ -7,9 +7,15 @@ import os
 import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
+from foveate.bench import machine
 from foveate.train.recipe import Loop
 
-__all__ = ["processes"]
+__all__ = ["device_of", "processes"]
+
+
+def device_of(loop: Loop) -> str:
+    """The device that a run's settings stand for."""
+    return machine.device_of("auto") if loop.device == "auto" else loop.device
 
 
 def processes(loop: Loop, device: str) -> tuple[int, int]:
@@ -28,6 +34,11 @@ def processes(loop: Loop, device: str) -> tuple[int, int]:
             )
         return here, machines
     there = torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1
+    if loop.num_nodes > 1 and "MASTER_ADDR" not in os.environ:  # else it would wait for minutes
+        raise ValueError(
+            f"loop.num_nodes={loop.num_nodes}, and MASTER_ADDR, MASTER_PORT and NODE_RANK do not "
+            "say where the first machine is and which this is: set them on each, or use torchrun"
+        )
     asked = loop.devices or (there if device == "cuda" else 1)
     if asked > there:
         what = "GPUs" if device == "cuda" else "processor cores"

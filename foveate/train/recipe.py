@@ -17,6 +17,7 @@ __all__ = [
     "Data",
     "Distill",
     "Finetune",
+    "LENGTHS",
     "Loop",
     "Masking",
     "Mix",
@@ -28,22 +29,26 @@ __all__ = [
     "Reduce",
 ]
 
+LENGTHS = ("epochs", "max_steps", "patience")  # of ``Loop``: what may change as a run is resumed
+
 
 @dataclass(kw_only=True)
 class Model:
-    """Which model is trained, and from where.
+    """The model to train, and its first weights.
 
     Attributes:
-        name: a ViT of timm, "lvvit_s" or "lvvit_m"; None takes the model that ``start`` holds.
-        options: arguments of the model's constructor, such as img_size, patch_size, depth.
-        start: weights to begin with: a checkpoint, a run folder, a folder of foveate or Hugging
-            Face, "demo", or "pretrained" for timm's own; None is from scratch. In Python also a
-            model of one's own, which is trained itself.
-        weights: "model" or "ema" where a checkpoint has both; "auto" prefers the model's.
-        new_head: give a start with another number of classes a new head; without it that is an
-            error. A start without a head gets one anyway.
-        pool: "token" or "avg"; None leaves the model's own.
-        drop_path: stochastic depth of the last block, growing linearly from the first.
+        name: name of a timm ViT, "lvvit_s" or "lvvit_m"; None uses the model that ``start`` holds.
+        options: arguments of the model's constructor, such as model.options.img_size=64.
+        start: weights to begin with: a checkpoint file, the folder of a run, a folder that foveate
+            or Hugging Face has saved, "demo", or "pretrained" for timm's own weights; None begins
+            with random ones. In Python also a module of your own, which is itself trained.
+        weights: which weights to read from a checkpoint that has two sets: "model", "ema" (their
+            running mean), or "auto", which prefers the model's.
+        new_head: replace a head whose number of classes is not the data's; without it another
+            number is an error. A start without a head gets one in any case.
+        pool: how the head pools tokens: "token" (class token) or "avg" (mean of the patches); None
+            keeps the model's own way.
+        drop_path: rate of stochastic depth in the last block; it grows linearly from the first.
         checkpointing: recompute activations in the backward pass, to save memory.
     """
 
@@ -75,33 +80,36 @@ class Model:
 
 @dataclass(kw_only=True)
 class Data:
-    """Where images come from and how they become batches.
+    """Images, and how they become batches.
 
     Attributes:
-        train: what is trained on, as ``foveate.data.open_source`` takes it; in Python also a data
-            set of one's own, as val and test.
-        val: what rates, epochs and the best checkpoint are chosen on; None takes the split "val"
-            of ``train``, or holds out a part of its training images where it has none; "none" is
-            for pre-training that is not to be watched.
-        test: what ``foveate eval`` and ``foveate compare`` look at in the end; None takes the split
-            "test" of ``train`` if it has one.
-        val_share: share of the training images that is held out where there is no split "val".
-        split_seed: another number holds out other images. Which ones follows from their content
-            and this number alone.
-        overlap: how many images two splits may have in common before that is an error.
-        mean: mean of the pixels in each channel, from 0 to 1; None takes the model's own.
-        std: spread of the pixels in each channel; None takes the model's own.
-        crop_pct: share of the short side that evaluation keeps.
+        train: training images: fashion-mnist (the part that ships), fashion-mnist:FOLDER (the
+            whole), folder:PATH (one subfolder for each class), torchvision:NAME:FOLDER (such as
+            torchvision:CIFAR10:data), shards:PATTERN (WebDataset tar files) or hf:NAME (a data set
+            of Hugging Face). In Python also a data set of your own; so may val and test be.
+        val: validation images, by which rates, epochs and the best weights are chosen; None uses
+            the split "val" of ``train``, or holds out a part of its training images where it has
+            none. "none" validates nothing, which is for pre-training.
+        test: test images, which ``foveate eval`` and ``foveate compare`` use after training; None
+            uses the split "test" of ``train`` if it has one.
+        val_share: share of the training images to hold out where there is no split "val".
+        split_seed: seed of that division; another number holds out other images. Which ones
+            follows from their content and this number alone.
+        overlap: number of images that two splits may have in common; more are an error.
+        mean: mean of the pixels in each channel, from 0 to 1; None uses the model's own.
+        std: standard deviation of the pixels in each channel; None uses the model's own.
+        crop_pct: share of an image's short side that evaluation keeps.
         augment: what is done to training images.
-        batch: images in a step of each process.
-        val_batch: images in a step of evaluation; None is as many as in training.
-        workers: processes that read images; 0 reads in the training process, None is 0 without a
-            GPU and for images in memory, else one for each core but one, up to 8.
-        repeats: times that an image appears, differently augmented, in one pass (repeated
-            augmentation).
-        corrupt: "skip" images that cannot be read, named and counted, or "fail".
-        limit: train on so many images only, some of every class.
-        val_limit: validate on so many images only, evenly spaced.
+        batch: number of images that each process takes in one step.
+        val_batch: number of images in one step of evaluation; None uses as many as in training.
+        workers: number of processes that read images; 0 reads them in the training process. None
+            is 0 without a GPU and for images in memory, else one for each core but one, up to 8.
+        repeats: number of differently augmented copies of an image in one epoch (repeated
+            augmentation); an epoch then has as many fewer different images.
+        corrupt: what to do with images that cannot be read: "skip" them, named and counted, or
+            "fail".
+        limit: number of training images to use, some of every class; None uses all.
+        val_limit: number of validation images to use, evenly spaced; None uses all.
     """
 
     train: str = "fashion-mnist"
@@ -147,15 +155,15 @@ class Data:
 
 @dataclass(kw_only=True)
 class Mix:
-    """What is done to a batch on the device: mixing of images, soft labels, erasing.
+    """Mixing of images, soft labels and erasing, for each batch on the device.
 
     Attributes:
         mixup: strength (alpha) of mixup, which blends two images; 0 is off.
         cutmix: strength (alpha) of cutmix, which pastes a part of one image into another; 0 is off.
-        prob: how often a batch is mixed at all, 0 to 1.
-        switch: how often cutmix is taken instead of mixup where both are on.
+        prob: probability that a batch is mixed at all.
+        switch: probability of cutmix instead of mixup where both are on.
         smoothing: share of each label that is spread over all classes.
-        erase: how often a random part of an image is replaced by noise, 0 to 1.
+        erase: probability that a random part of an image is replaced by noise.
     """
 
     mixup: float = 0.0
@@ -175,27 +183,30 @@ class Mix:
 
 @dataclass(kw_only=True)
 class Optim:
-    """How weights move.
+    """The optimiser and its learning rate.
 
     Attributes:
-        name: an optimiser of timm, by timm's name for it.
-        lr: peak learning rate; for a batch of ``lr_batch`` images if that is given.
-        lr_batch: all rates are multiplied by the images in an update over this number; None takes
-            the rates as they are.
+        name: name of an optimiser of timm.
+        lr: peak learning rate; with ``lr_batch`` that for so many images in an update.
+        lr_batch: number of images in an update that the rates are stated for: all of them are
+            multiplied by the actual number over this one. None leaves them as they are.
         min_lr: learning rate at the end of the run; scaled as ``lr``.
         warmup_lr: learning rate at the start of the warm-up; scaled as ``lr``.
-        warmup_epochs: epochs over which the rate rises to its peak, update by update.
-        warmup_share: the length of the warm-up as a share of the run, instead of ``warmup_epochs``.
-        schedule: "cosine" down to ``min_lr``, or "steps": a tenth at each of ``milestones``.
-        milestones: where the rate falls to a tenth, as shares of the run.
-        weight_decay: pulls weights towards zero, but not biases, norms, positions and prefix
-            tokens.
-        betas: the two decay rates of Adam and its kin; None is the optimiser's own.
-        layer_decay: factor between the rates of neighbouring blocks, from the head down; 1 is off.
-        clip: largest norm of the gradient; None is off.
-        backbone_scale: factor on the rate of the backbone, beside which gates or a new head train
-            at the full one.
-        frozen_epochs: epochs at the start during which the backbone stays as it is.
+        warmup_epochs: length of the warm-up in epochs; the rate rises to its peak meanwhile.
+        warmup_share: length of the warm-up as a share of the run, instead of ``warmup_epochs``.
+        schedule: "cosine" sinks to ``min_lr`` along half a cosine; "steps" falls to a tenth at each
+            of ``milestones``.
+        milestones: points where the rate falls to a tenth, as shares of the run.
+        weight_decay: strength of the weight decay; biases, norms, positions and prefix tokens have
+            none.
+        betas: decay rates of the two running means that Adam and similar optimisers keep; None
+            uses the optimiser's own.
+        layer_decay: ratio of the learning rates of a block and the next one, so that early blocks
+            learn more slowly; 1 is off.
+        clip: largest norm of the gradient, which is scaled down to it; None is off.
+        backbone_scale: factor on the learning rate of the backbone; gates and other new parameters
+            keep the full rate.
+        frozen_epochs: number of epochs at the start in which the backbone is not trained.
         fixed: names of parameters that are not trained at all, such as pos_embed.
     """
 
@@ -248,30 +259,36 @@ class Loop:
     """The run itself.
 
     Attributes:
-        epochs: passes over the training images.
-        max_steps: stop after so many updates; schedules keep their length. For trials.
-        seed: decides the order of the data, augmentation, masks, gates and new weights.
-        precision: "32", "bf16-mixed" or "16-mixed", as Lightning takes it.
-        accumulate: batches whose gradients make one update; at the end of an epoch the rest make
-            one, with as much less weight.
+        epochs: number of passes over the training images.
+        max_steps: number of updates after which a trial stops; schedules keep the length that
+            ``epochs`` gives them, and the trial goes on when it is resumed with more or None.
+        seed: seed of the order of images, of augmentation, masks, gates and new weights.
+        precision: "32", or "bf16-mixed" or "16-mixed" for automatic mixed precision.
+        accumulate: number of batches whose gradients make one update; fewer are left at the end of
+            an epoch, and make one with as much less weight.
         compile: let torch compile what a step spends its time in.
-        device: "auto" takes a GPU if there is one; "cpu" or "cuda".
-        devices: processes on this machine; None is one for each GPU, or a single one. Under
-            torchrun and SLURM the processes are theirs.
-        num_nodes: machines; each is started by itself, by torchrun or SLURM.
-        strategy: "auto", "ddp", or "fsdp", which shares the weights out among the processes.
-        ema: decay of a running mean of the weights that is kept, evaluated and exported; None is
-            off. It grows to that over the first updates. The result is the mean's, with the
-            model's own beside it.
+        device: "cpu", "cuda", or "auto" for a GPU if there is one.
+        devices: number of processes on this machine; None is one for each GPU, or a single one
+            without any. Leave it out under torchrun and SLURM, which start the processes.
+        num_nodes: number of machines, where the command is started on each by hand with
+            MASTER_ADDR, MASTER_PORT and NODE_RANK set; torchrun and SLURM know it themselves.
+        strategy: "auto", "ddp" (each process holds all weights), or "fsdp", which shares the
+            weights out among the processes.
+        ema: decay of a running mean of the weights, which is evaluated and exported; None keeps
+            none. The decay grows to this value over the first updates. Scores of the weights
+            themselves end in _without_ema.
         eval_mode: train without dropout and stochastic depth, as some releases fine-tune.
-        check_every: epochs between evaluations; at the end there is one in any case.
-        patience: evaluations without a better score after which the run ends; None never does.
-        save_every: updates between checkpoints; None is at the end of each epoch only.
-        keep_last: checkpoints that stay.
-        log_every: updates between lines of metrics.csv.
-        pictures_every: epochs between pictures of evaluated images; None is never.
-        statistics: count at each evaluation which tokens are kept, for a method that reduces.
-        loggers: that write beside metrics.csv: "tensorboard", "wandb" (needs that package).
+        check_every: number of epochs from one evaluation to the next; the end is always evaluated.
+        patience: number of evaluations without a better score after which the run ends; None never
+            does. A run that has ended so stays ended when it is resumed, unless this changes.
+        save_every: number of updates between checkpoints inside an epoch; None saves at the end of
+            each epoch only.
+        keep_last: number of checkpoints to keep.
+        log_every: number of updates between lines of metrics.csv.
+        pictures_every: number of epochs between pictures of evaluated images; None draws none.
+        statistics: count at each evaluation how many tokens every block keeps, where the model has
+            a method.
+        loggers: loggers beside metrics.csv: "tensorboard", and "wandb", which needs that package.
     """
 
     epochs: int = 10
@@ -309,22 +326,19 @@ class Loop:
                 _at_least(f"loop.{name}", getattr(self, name), 1)
         if self.ema is not None:
             _share("loop.ema", self.ema, below_one=True)
-        for name in ("patience", "ema"):
-            if getattr(self, name) is not None and self.strategy == "fsdp":
-                raise ValueError(f"loop.{name} does not go with loop.strategy=fsdp yet")
 
 
 @dataclass(kw_only=True)
 class Masking:
-    """Which patches a training image loses before the first block.
+    """Patches that a training image loses before the first block.
 
     Attributes:
-        ratios: shares to hide, one drawn for each image; none hides nothing. 1 leaves the class
-            token alone.
+        ratios: shares of the patches to hide; every image draws one of them. An empty list hides
+            nothing, and 1 leaves the class token alone.
         stratified: give every ratio the same part of each batch instead of drawing independently,
-            which keeps the shapes of a batch the same from step to step.
-        backend: "bucket" computes the kept patches alone; "keymask" computes all patches and hides
-            the others in attention: the same numbers at the full price.
+            so that the shapes of a batch are the same in every step.
+        backend: "bucket" computes the visible patches alone; "keymask" computes all patches and
+            hides the others in attention: the same numbers at the full price.
     """
 
     ratios: tuple[float, ...] = ()
@@ -339,13 +353,15 @@ class Masking:
 
 @dataclass(kw_only=True)
 class Distill:
-    """What a trained model that sees the whole image teaches.
+    """A teacher that sees the whole image.
 
     Attributes:
-        kind: "none", "soft" (its class probabilities) or "hard" (its decision).
-        teacher: a checkpoint or folder; None is the start of the run itself.
-        temperature: softens both distributions in "soft"; its square is a factor of the loss.
-        weight: factor of this loss beside the classification loss.
+        kind: "none", "soft" (learn the teacher's class probabilities) or "hard" (learn its
+            decision).
+        teacher: checkpoint or folder of the teacher; None is the model as it is before training.
+        temperature: temperature that softens both distributions where ``kind`` is "soft"; its
+            square is a factor of the loss.
+        weight: factor of the teacher's loss beside the classification loss.
     """
 
     kind: str = "none"
@@ -399,13 +415,15 @@ class Reduce(Recipe):
 
     Attributes:
         model: which one, and from where.
-        method: a method with its options, such as "dynamicvit(keep=0.7)"; or method.name and its
+        method: reduction method with its options, such as "dynamicvit(keep=0.7)"; or its name and
             options one by one, such as method.name=dynamicvit method.keep=0.7.
         mix: what is done to a batch on the device.
-        teacher: a checkpoint or folder for the losses that compare with a dense model; None is the
-            start of the run.
-        weights: factors of losses instead of the method's own, for class, ratio, kl, token or aux.
-        token_loss: how final tokens are compared: "mse", or "kl" over channels (LV-ViT).
+        teacher: checkpoint or folder of the dense model that the losses kl and token compare with;
+            None is the model as it is before training.
+        weights: factors of the losses (class, ratio, kl, token or aux) in place of the method's
+            own, such as weights.kl=0.5.
+        token_loss: how final tokens are compared with the teacher's: "mse", or "kl" over channels
+            (LV-ViT).
     """
 
     model: Model
@@ -428,16 +446,17 @@ class Reading:
     """How frozen features are read: by a linear classifier and by the nearest neighbours.
 
     Attributes:
-        feature: "token" (class token) or "avg" (mean of patches) after the final norm.
+        feature: feature to read after the final norm: "token" (class token) or "avg" (mean of the
+            patches).
         linear: fit the linear classifier.
-        epochs: passes of the linear classifier over the features.
-        batch: features in a step of the linear classifier.
+        epochs: number of passes of the linear classifier over the features.
+        batch: number of features in one step of the linear classifier.
         lr: peak learning rate of the linear classifier, for 256 features in a step.
-        warmup_epochs: epochs over which that rate rises to its peak.
-        neighbours: how many nearest neighbours vote; 0 is off.
-        temperature: how much more the nearest of them count.
-        seed: decides the linear classifier's first weights and the order of the features.
-        precision: of the pass through the backbone: "32" or "bf16-mixed".
+        warmup_epochs: length of the linear classifier's warm-up in epochs.
+        neighbours: number of nearest neighbours that vote; 0 leaves their vote out.
+        temperature: temperature of the vote; the lower it is, the more the nearest of them count.
+        seed: seed of the linear classifier's first weights and of the order of the features.
+        precision: precision of the pass through the backbone: "32" or "bf16-mixed".
     """
 
     feature: str = "token"
@@ -469,8 +488,8 @@ class Probe(Reading):
     Attributes:
         model: the backbone, with ``start``.
         data: images; ``augment`` and ``repeats`` do not apply, features are taken once.
-        split: what is measured on: "test", or "val" while something is still being chosen; None
-            takes the test images if there are any.
+        split: images to measure on: "test", or "val" while something is still being chosen; None
+            uses the test images if there are any.
     """
 
     model: Model

@@ -14,11 +14,15 @@ result.json        accuracy, duration, what it ran on; written last
 from __future__ import annotations
 
 import copy
+import errno
 import importlib
 import json
 import logging
+import math
 import shutil
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +34,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from torch import nn
 
 from foveate import config
 from foveate.backbones import set_class_names
@@ -45,10 +50,10 @@ from foveate.train.checkpoints import Checkpoints, WholeFiles, any_checkpoint, n
 from foveate.train.logs import MetricsFile
 from foveate.train.module import Module
 from foveate.train.optim import updates_of
-from foveate.train.processes import processes
+from foveate.train.processes import device_of, processes
 from foveate.train.result import Result
 from foveate.train.screens import first_screen
-from foveate.train.sharded import Sharded, gathered
+from foveate.train.sharded import Sharded, whole_state
 from foveate.train.task import Task
 from foveate.train.throughput import Throughput
 
@@ -127,6 +132,8 @@ def fit(
             loader=loaders.train,
             update_images=recipe.data.batch * loop.accumulate * world,
         )
+        if loaders.val is not None:
+            _check_score(task)
         own = callbacks(recipe, task, loaders, out)
     except BaseException:
         if new and rank == 0:  # nothing was done: leave nothing behind
@@ -134,7 +141,7 @@ def fit(
                 out.rmdir()
         raise
     best = None
-    if loaders.val is not None and loop.strategy != "fsdp":  # whose weights lie on all processes
+    if loaders.val is not None:
         best = Best(out / "best.pt", loop.patience)
         own = [*own, best]
     # In front of progress bars; checkpoints after what may change the model at a step's end.
@@ -150,18 +157,14 @@ def fit(
     # Sharded weights are put together again in a copy that was made before.
     plain = copy.deepcopy(module.exported) if loop.strategy == "fsdp" else None
     module.settle()
-    with _quiet():
-        try:
-            trainer.fit(
-                module,
-                loaders.train,
-                loaders.val,
-                ckpt_path=None if checkpoint is None else str(checkpoint),
-                weights_only=True,
-            )
-        except SystemExit as stop:  # Lightning's ends on Ctrl-C and on SIGTERM, the latter with 0
-            _log.warning("stopped; --resume %s goes on from its last checkpoint", out)
-            raise SystemExit(143 if isinstance(stop, SIGTERMException) else 130) from None
+    with _quiet(), _stoppable(out):
+        trainer.fit(
+            module,
+            loaders.train,
+            loaders.val,
+            ckpt_path=None if checkpoint is None else str(checkpoint),
+            weights_only=True,
+        )
         # Not evaluated where it stopped, or not as it is exported: at the method's final rate.
         stale = module.evaluated != trainer.global_step or trainer.global_step < module.updates
         if loaders.val is not None and stale:
@@ -171,12 +174,14 @@ def fit(
     found["throughput"] = throughput.facts(recipe.data.batch * world)
     exported = module.exported
     if plain is not None:
-        exported = gathered(exported, plain)
+        plain.load_state_dict(whole_state(exported))
+        exported = plain
+    exported.eval().to("cpu")
     if rank == 0:
-        found["model"] = task.export(exported.eval().to("cpu"), out).name
+        found["model"] = task.export(exported, out).name
         shutil.rmtree(out / "best", ignore_errors=True)  # of a run that has gone on since
         if best is not None and best.value is not None:
-            found["best"] = _best(best, trainer, module, out, found)
+            found["best"] = _best(best, trainer, task, exported, out, found)
         write_text(out / _RESULT, json.dumps(found, indent=1) + "\n")
     return Result(out, found, exported)
 
@@ -234,6 +239,11 @@ def make_loaders(
     val = None
     if splits.val is not None:
         source = limited(splits.val, data.val_limit, balanced=False)
+        if len(source) < world:
+            raise ValueError(
+                f"{world} processes need a validation image each, and the data have {len(source)}: "
+                "train with fewer processes, or give more validation images"
+            )
         val = load(source, evaluation, data.val_batch or data.batch, train=False)
     return Loaders(splits, train, val)
 
@@ -264,19 +274,34 @@ def _own_callbacks(recipe: Any, task: Task, loaders: Loaders, out: Path) -> list
 
 
 def _best(
-    best: Best, trainer: Trainer, module: Module, out: Path, found: Mapping[str, Any]
+    best: Best,
+    trainer: Trainer,
+    task: Task,
+    last: nn.Module,
+    out: Path,
+    found: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Export the best weights where they are not the last, and say how good they are."""
     assert best.value is not None
     about: dict[str, Any] = {"score": round(best.value, 4), "update": best.update}
     if best.update == trainer.global_step:
         return about | {"model": found["model"]}
-    restored = copy.deepcopy(module.exported)  # which holds the last weights, and keeps them
+    restored = copy.deepcopy(last)  # which keeps its weights
     if not best.restore(restored):
         _log.warning("%s is gone, so the best weights are not exported", best.file)
         return about
     (out / "best").mkdir()
-    return about | {"model": f"best/{module.task.export(restored, out / 'best').name}"}
+    return about | {"model": f"best/{task.export(restored, out / 'best').name}"}
+
+
+def _check_score(task: Task) -> None:
+    """Refuse a task whose evaluation would not measure what chooses the best weights."""
+    names = list(task.metrics())
+    if task.score not in names:
+        raise ValueError(
+            f"{type(task).__name__}.score is {task.score!r}, which chooses the best weights, and "
+            f"its metrics() are {', '.join(names) or 'none'}: name one of them"
+        )
 
 
 def _prepare_folder(recipe: Any, out: Path, resume: bool, rank: int) -> Path | None:
@@ -300,13 +325,16 @@ def _prepare_folder(recipe: Any, out: Path, resume: bool, rank: int) -> Path | N
     if not (out / _RECIPE).is_file():
         raise ValueError(f"{out} holds no run to resume: it has no {_RECIPE}")
     before = config.read(type(recipe), out / _RECIPE)
-    longer = replace(before, loop=replace(before.loop, epochs=recipe.loop.epochs))
-    if config.dump(longer) != config.dump(recipe) or recipe.loop.epochs < before.loop.epochs:
+    then, now = before.loop, recipe.loop
+    lengths = {name: getattr(now, name) for name in recipes.LENGTHS}
+    same = config.dump(replace(before, loop=replace(then, **lengths))) == config.dump(recipe)
+    steps, wanted = (math.inf if n is None else n for n in (then.max_steps, now.max_steps))
+    if not same or now.epochs < then.epochs or wanted < steps:
         raise ValueError(
             f"{out / _RECIPE} differs from the given recipe: a run goes on as it began, but for "
-            "more loop.epochs; start anew elsewhere"
+            "more loop.epochs or loop.max_steps and another loop.patience; start anew elsewhere"
         )
-    if recipe.loop.epochs > before.loop.epochs and rank == 0:
+    if now != then and rank == 0:
         (out / _RESULT).unlink(missing_ok=True)  # it is of the shorter run
     if rank == 0:
         for partial in [*out.glob("*.partial"), *out.glob("*/*.partial")]:
@@ -335,7 +363,7 @@ def _check_space(out: Path, task: Task, keep: int) -> None:
 def _trainer(recipe: recipes.Recipe, out: Path, progress: bool) -> Trainer:
     """Made first: it knows which process this is. Callbacks and loggers come later."""
     loop = recipe.loop
-    device = _device(loop)
+    device = device_of(loop)
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("loop.device=cuda, and this machine has no GPU that torch can use")
     if loop.precision == "16-mixed" and device == "cpu":
@@ -375,10 +403,6 @@ def _trainer(recipe: recipes.Recipe, out: Path, progress: bool) -> Trainer:
         raise ValueError(" ".join(str(error).split())) from error
 
 
-def _device(loop: recipes.Loop) -> str:
-    return machine.device_of("auto") if loop.device == "auto" else loop.device
-
-
 def _loggers(loop: recipes.Loop, out: Path) -> list[Any]:
     """Lightning's, by name."""
     found: list[Any] = []
@@ -415,6 +439,36 @@ def _quiet() -> Iterator[None]:
     finally:
         for log, level in zip(loud, before, strict=True):
             log.setLevel(level)
+
+
+@contextmanager
+def _stoppable(out: Path) -> Iterator[None]:
+    """Say how a run that is stopped, or whose disk is full, goes on.
+
+    Ctrl-C is Python's KeyboardInterrupt again, and SIGTERM ends with its usual code: Lightning's
+    trainer makes a SystemExit of both, and is deaf to Ctrl-C from then on. A notebook would be too.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stop:
+        terminated = isinstance(stop, SIGTERMException)
+        if not terminated and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise  # of a callback or a data set
+        _log.warning("stopped; --resume %s goes on from its last checkpoint", out)
+        if terminated:
+            raise SystemExit(143) from None
+        raise KeyboardInterrupt from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        raise OSError(
+            f"{out} cannot be written to: {error.strerror}; once that is mended, --resume {out} "
+            "goes on from its last checkpoint"
+        ) from error
+    finally:
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
 
 
 def _terminal() -> bool:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
-from foveate.train.task import Task
-
-__all__ = ["Sharded", "gathered", "hold_whole", "shard"]
+__all__ = ["Sharded", "hold_whole", "shard", "whole_state"]
 
 
 class Sharded(ModelParallelStrategy):
@@ -29,16 +28,16 @@ class Sharded(ModelParallelStrategy):
         )
 
 
-def shard(task: Task, mesh: Any) -> None:
-    """Shard each unit of a task by itself, and the rest of its model as one.
+def shard(model: nn.Module, units: Sequence[str], mesh: Any) -> None:
+    """Shard some parts of a model, each by itself, and the rest of it as one.
 
     What steps call beside ``forward`` gathers the weights too.
     """
-    for unit in task.units():
-        fully_shard(unit, mesh=mesh)
-    fully_shard(task.model, mesh=mesh)
-    if hasattr(task.model, "run"):
-        register_fsdp_forward_method(task.model, "run")
+    for name in units:
+        fully_shard(model.get_submodule(name), mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    if hasattr(model, "run"):
+        register_fsdp_forward_method(model, "run")
 
 
 def hold_whole(model: nn.Module, whole: bool) -> None:
@@ -52,10 +51,13 @@ def hold_whole(model: nn.Module, whole: bool) -> None:
                 module.reshard()
 
 
-def gathered(model: nn.Module, plain: nn.Module) -> nn.Module:
-    """Put the weights of a sharded model into a copy of it that is not; all processes must ask."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(model, options=options)
-    if state:  # the first process alone gets it
-        plain.load_state_dict(state)
-    return plain
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """Give the state of a model that may be sharded, whole and on the CPU.
+
+    Every process gets it, and all must ask.
+    """
+    found = {}
+    for name, value in model.state_dict().items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        found[name] = whole.detach().cpu()
+    return found

@@ -82,7 +82,11 @@ class Task(nn.Module):
     # Evaluation -----------------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, Metric]:
-        """What is counted in evaluation, by name. Each evaluated model gets a set of its own."""
+        """What is counted in evaluation, by name. Each evaluated model gets a set of its own.
+
+        ``MeanMetric(nan_strategy=float("nan"))`` gives NaN where one value is; the default of
+        torchmetrics is the mean of the others.
+        """
         raise NotImplementedError
 
     def validation_step(
@@ -126,4 +130,9 @@ def total(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     terms = [
         weights.get(name, 1.0) * value for name, value in losses.items() if weights.get(name, 1.0)
     ]
+    if not terms:
+        raise ValueError(
+            f"the losses {', '.join(losses)} all have the weight 0, so that nothing is learnt: "
+            "give one of them another"
+        )
     return torch.stack(terms).sum()

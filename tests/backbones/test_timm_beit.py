@@ -150,8 +150,12 @@ def test_nothing_that_drops_tokens_runs() -> None:
 
 
 def test_what_is_not_stock_is_refused() -> None:
-    class Mine(Beit):
+    class Named(Beit):
         pass
+
+    class Mine(Beit):
+        def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+            return x
 
     class MyBlock(Block):
         pass
@@ -159,7 +163,8 @@ def test_what_is_not_stock_is_refused() -> None:
     class MyAttention(Attention):
         pass
 
-    with pytest.raises(ValueError, match="Mine with a class of its own"):
+    assert backbone_for(vit(Named)).spec.family == backbone_for(beit()).spec.family
+    with pytest.raises(ValueError, match="Mine with a class of its own, which overrides forward_f"):
         backbone_for(vit(Mine))
     model = beit()
     model.blocks[1].attn.__class__ = MyAttention

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from small import vit
 
 import foveate
 from foveate.cli import COMMANDS, _parsers, main
+from foveate.config import explain, recipe_class
+from foveate.data.sources import KINDS
 
 
 def said(capsys: pytest.CaptureFixture[str], *command: str, code: int = 0) -> str:
@@ -28,6 +31,25 @@ def test_every_help_has_an_example(command: str, capsys: pytest.CaptureFixture[s
         main([command, "--help"])
     assert left.value.code == 0
     assert f"In a terminal:\n  foveate {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["finetune", "reduce", "pretrain", "probe"])
+def test_the_help_of_a_job(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What data there are, where a run goes, and a sentence for each setting."""
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    about = text.partition("data.train=")[2].partition("data.val=")[0]
+    assert all(kind in about for kind in KINDS)
+    assert f"(default: runs/{command}-RECIPE)" in text
+    assert (f"foveate {command} --resume FOLDER; a larger loop.epochs" in text) is (
+        command != "probe"
+    )
+    assert ("mto.spa (as the preset has it) (number or null)" in text) is (command == "pretrain")
+    settings = re.findall(r"^  (\S+).*\n((?: {6}.*\n?)+)", explain(recipe_class(command)), re.M)
+    assert len(settings) > 30
+    for key, words in settings:
+        assert re.match(r'["A-Z]', words.strip()) and words.strip().endswith("."), key
 
 
 def test_the_documented_commands_parse() -> None:

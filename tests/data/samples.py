@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from foveate.data import Augment, Loader, Source, eval_transform, train_transform
+from foveate.data import Augment, Loader, Source, Unreadable, eval_transform, train_transform
 
 
 def colour(number: int) -> Image.Image:
@@ -59,7 +59,7 @@ class Numbers(Source):
     def image(self, index: int) -> np.ndarray:
         self.read.append(index)
         if index in self.broken:
-            raise ValueError(f"{self.name(index)}: torn")
+            raise Unreadable(f"{self.name(index)}: torn")
         return np.full((4, 4, 1), index % 256, dtype=np.uint8)
 
     def label(self, index: int) -> int:

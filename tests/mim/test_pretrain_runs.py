@@ -659,9 +659,9 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
         "0 of a network of depth 2 is too few: lower mto.layers, or set mto.r=0",
     ),
     "size": (("model.options.img_size=30",), "images of 30 x 30 are not whole patches of 4 x 4"),
-    "null": (("probe.every=null",), "probe.every needs a value, and null is none"),
+    "null": (("probe.every=null",), "probe.every needs a value, got null"),
     "preset": (("mto.preset=papr",), "mto.preset must be one of 'default', 'paper'; got 'papr'"),
-    "weight": (("mto.spa=much",), "mto: spa: Expected a float"),
+    "weight": (("mto.spa=much",), "mto: spa: expected a number"),
     "frozen": (("optim.frozen_epochs=1",), "in pre-training all parameters learn together"),
     "scaled": (("optim.backbone_scale=0.1",), "in pre-training all parameters learn together"),
     "feature": (

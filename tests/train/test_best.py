@@ -59,6 +59,23 @@ def test_a_run_ends_when_nothing_gets_better(tmp_path: Path, scores: list) -> No
     assert result["best"]["update"] in (4, 12)
 
 
+def test_a_run_that_the_patience_ended_stays_ended(
+    tmp_path: Path, scores: list, caplog: pytest.LogCaptureFixture
+) -> None:
+    scores += [30.0, 20.0] + 20 * [10.0]
+    settings = ["loop.epochs=9", "loop.patience=1"]
+    ended = run(finetune(*settings), tmp_path)
+    before = exported(tmp_path)
+    for more in ([], ["loop.epochs=12"]):
+        caplog.clear()
+        again = run(finetune(*settings, *more), tmp_path, resume=True)
+        assert "ended at update 8 because loop.patience=1 was used up" in caplog.text
+        assert again["updates"] == ended["updates"] == 8 and again["best"] == ended["best"]
+        assert all(torch.equal(value, before[key]) for key, value in exported(tmp_path).items())
+    again = run(finetune("loop.epochs=12", "loop.patience=3"), tmp_path, resume=True)
+    assert again["updates"] == 16 and again["best"]["update"] == 4
+
+
 def test_scores_of_a_rate_that_still_sinks_do_not_count(tmp_path: Path, scores: list) -> None:
     scores += [20.0, 15.0]  # of the third and the fourth epoch
     method = "evit(keep=0.5, blocks=[1], warmup=[0.25, 0.75])"
@@ -80,13 +97,12 @@ def test_a_finished_run_is_made_longer(
     assert steps == list(range(12))
     for settings, message in (
         (("loop.epochs=2",), "a run goes on as it began, but for more loop.epochs"),
-        (("optim.lr=1",), "at most loop.epochs=N to make it longer"),
-        (("loop.epochs=4", "optim.lr=1"), "at most loop.epochs=N to make it longer"),
+        (("loop.max_steps=5",), "more loop.epochs or loop.max_steps and another loop.patience"),
+        (("optim.lr=1",), "at most loop.epochs, loop.max_steps or loop.patience"),
+        (("loop.epochs=4", "optim.lr=1"), "at most loop.epochs, loop.max_steps or loop.pat"),
     ):
         assert main(["finetune", "--resume", str(out), *settings]) == 2
         assert message in capsys.readouterr().err
     assert (out / "result.json").is_file()
     with pytest.raises(ValueError, match="loop.patience must be at least 1, got 0"):
         finetune("loop.patience=0")
-    with pytest.raises(ValueError, match="loop.patience does not go with loop.strategy=fsdp yet"):
-        finetune("loop.patience=1", "loop.strategy=fsdp")

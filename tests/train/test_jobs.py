@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,8 @@ def test_what_is_random_in_a_data_set_resumes() -> None:
 
     whole = started("whole", Noisy(0, 64, "floats"))
     failing = Noisy(0, 64, "floats")
-    failing.fails_after = 64 + 64 + 40  # it is compared with the validation images first
+    # Some labels are looked at, and it is compared with the validation images, before it trains.
+    failing.fails_after = 8 + 64 + 64 + 40
     with pytest.raises(ZeroDivisionError, match="of the data set itself"):
         started("cut", failing)
     assert Path("cut/checkpoints/update-00000006.ckpt").is_file()
@@ -128,9 +130,13 @@ def test_what_is_random_in_a_data_set_resumes() -> None:
     [
         (iter([]), "list_iterator has no __len__ and __getitem__: images are read by their number"),
         ([], r"list \(0 items\) is empty"),
+        (Clothes, "the class Clothes is no data set: give an object of it"),
         ([(Image.new("L", (28, 28)), 0.5)] * 40, "has the label 0.5: a whole number is needed"),
         ([("no image", 1)] * 40, "gives str: an image of Pillow, a uint8 array .* is needed"),
-        ([(np.zeros((28, 28)), 1)] * 40, r"is no uint8 array \[H, W, C\]"),
+        (
+            [(np.zeros((28, 28)), 1)] * 40,
+            r"item 0 of list .* gives an array of float64 \[28, 28\]: an image",
+        ),
         (
             [(torch.rand(1, 27, 27), i % 2) for i in range(40)],
             r"is \[1, 27, 27\], and the model t",
@@ -284,6 +290,30 @@ def test_folders_are_not_written_over() -> None:
     loop = {**LOOP, "max_steps": 1}
     paths = [foveate.finetune(small_model(), DATA, loop=loop, **QUIET).path for _ in range(2)]
     assert paths == [Path("runs/finetune"), Path("runs/finetune-2")]
+    with pytest.raises(ValueError, match="resume=True goes on with the run in out: name its fold"):
+        foveate.finetune(small_model(), DATA, loop=loop, resume=True, **QUIET)
+
+
+def test_several_processes_need_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    with pytest.raises(ValueError, match="would choose a folder each: name one, such as out='run"):
+        foveate.finetune(small_model(), DATA, loop={**LOOP, "devices": 2}, **QUIET)
+    with pytest.raises(ValueError, match="this machine has no GPU that torch can use"):
+        foveate.finetune(small_model(), DATA, loop={**LOOP, "device": "cuda"}, **QUIET)
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2"), ("RANK", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="would choose a folder each: name one, such as out='run"):
+        foveate.probe(small_model(), DATA)
+    assert not Path("runs").exists()
+
+
+def test_an_object_among_the_options_of_a_model() -> None:
+    options = {**MODEL["options"], "norm_layer": torch.nn.Identity}
+    model = {"name": MODEL["name"], "options": options}
+    result = foveate.finetune(model, DATA, loop={**LOOP, "max_steps": 1}, **QUIET)
+    assert isinstance(result.model.blocks[0].norm1, torch.nn.Identity)
+    with pytest.raises(ValueError, match="foveate.reduce: weights: expected a number"):
+        foveate.reduce(small_model(), "evit", DATA, weights={"class": torch.nn.Identity()}, **QUIET)
 
 
 # Results and the other jobs ----------------------------------------------------------------------
@@ -330,9 +360,11 @@ def test_pretrain_and_probe() -> None:
 
 def test_evaluate() -> None:
     """A model and a data set of one's own, with a method: what a count by hand gives."""
-    model, images = small_model(), Clothes(0, 100, "floats")
-    before = model.training
+    model, images = small_model().train(), Clothes(0, 100, "floats")
+    model.blocks[1].eval()
+    before = [module.training for module in model.modules()]
     found = foveate.evaluate(model, images, "evit(keep=0.5)", batch=32, device="cpu")
+    assert [module.training for module in model.modules()] == before
     x = torch.stack([images[i][0] for i in range(100)])
     reduced = foveate.apply(model, "evit(keep=0.5)")
     for method, one in (("", model), ("evit(keep=0.5)", reduced)):
@@ -341,7 +373,7 @@ def test_evaluate() -> None:
         rows = select(found.table, part="accuracy", metric="top1", method=method)
         assert rows["value"].tolist() == [pytest.approx(100 * float(right))]
         assert rows["run"].tolist() == ["VisionTransformer"]
-    assert found.about["settings"]["data"] == "Clothes (100 items)" and before
+    assert found.about["settings"]["data"] == "Clothes (100 items)"
     with pytest.raises(ValueError, match="part of foveate.evaluate 'bach'; did you mean 'b"):
         foveate.evaluate(model, images, bach=3)
 

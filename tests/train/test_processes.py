@@ -40,7 +40,7 @@ SETTINGS: dict[str, Any] = {
         **{"name": "sgd", "lr": 0.05, "warmup_epochs": 0.5, "clip": 1.0},
         "fixed": ["pos_embed"],  # which no process may wait for
     },
-    "data": {**DATA, "val_limit": 33, "val_batch": 8},
+    "data": {**DATA, "val_limit": 17, "val_batch": 8},
     "loop": {**LOOP, "epochs": 1},
 }
 
@@ -141,7 +141,7 @@ def _impatient(rank: int, port: int, job: list[str]) -> None:
     ddp._init_dist_connection = functools.partial(_connect, ddp._init_dist_connection, wait)
 
     def act(self: LayerLog, *arguments: Any) -> None:
-        time.sleep(12)
+        time.sleep(9)
         original(self, *arguments)
 
     LayerLog.act = act  # type: ignore[method-assign]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -19,9 +20,11 @@ from torch import Tensor
 
 import foveate
 from foveate.train import recipe as recipes
-from foveate.train.build import make_finetune, make_model, make_reduce
+from foveate.train.build import make_finetune, make_model, make_reduce, open_data
 from foveate.train.finetune import FinetuneTask
+from foveate.train.logs import read_metrics
 from foveate.train.module import Module
+from foveate.train.run import make_loaders
 
 
 @pytest.fixture
@@ -40,10 +43,12 @@ def refused(recipe: Any, out: Path, words: str, **options: Any) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("kind", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("kind", "ending"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+)
 def test_a_run_that_is_stopped_says_so(
     kind: signal.Signals,
-    code: int,
+    ending: type[BaseException],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -61,14 +66,49 @@ def test_a_run_that_is_stopped_says_so(
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     other = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # libraries that other tests use set one
     try:
-        with pytest.raises(SystemExit) as stop:
+        with pytest.raises(ending) as stop:
             run(finetune("loop.epochs=5", "loop.save_every=1"), tmp_path / "run")
+        # Lightning's trainer would leave it ignored, in a notebook for good.
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGTERM, other)
-        signal.signal(signal.SIGINT, before)  # which Lightning ignores from then on
-    assert stop.value.code == code
+        signal.signal(signal.SIGINT, before)
+    assert getattr(stop.value, "code", 143) == 143
     assert f"stopped; --resume {tmp_path / 'run'} goes on" in caplog.text
     assert not (tmp_path / "run" / "result.json").exists() and saved(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (
+            RuntimeError("[enforce fail at writer.cc] pos"),
+            r"writing update-00000002.ckpt failed \(.*",
+        ),
+    ],
+)
+def test_a_disk_that_is_full(
+    error: Exception, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint before is whole, nothing of the one that failed stays, and the run goes on."""
+    original, written = torch.save, iter(range(1000))
+
+    def save(content: Any, path: str) -> None:
+        original(content, path)
+        if next(written) == 1:
+            raise error
+
+    recipe = finetune("loop.save_every=1", "loop.epochs=1", "loop.keep_last=9")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        words = (
+            f"{tmp_path} cannot be written to: {reason}; once that is mended, --resume {tmp_path} "
+        )
+        with pytest.raises(OSError, match=words):
+            run(recipe, tmp_path)
+    assert saved(tmp_path) == [1] and not list(tmp_path.rglob("*.partial"))
+    assert run(recipe, tmp_path, resume=True)["updates"] == 4
 
 
 # Numbers that are none ---------------------------------------------------------------------------
@@ -128,6 +168,41 @@ def test_a_gradient_that_is_no_number(tmp_path: Path, monkeypatch: pytest.Monkey
     assert saved(tmp_path) == [1, 2]
 
 
+def test_a_validation_loss_that_is_no_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One image of 32 is enough, in the first of two evaluations; those weights are not best."""
+    original = FinetuneTask.validation_step
+
+    def step(self: Any, model: Any, batch: Any, metrics: Any, number: int) -> None:
+        if model.training is False and not spoilt:
+            spoilt.append(number)
+            batch = {**batch, "image": batch["image"].float() * float("nan")}
+        original(self, model, batch, metrics, number)
+
+    spoilt: list[int] = []
+    monkeypatch.setattr(FinetuneTask, "validation_step", step)
+    monkeypatch.setattr(FinetuneTask, "score", "loss")
+    monkeypatch.setattr(FinetuneTask, "higher_is_better", False)
+    result = run(finetune("data.val_batch=1"), tmp_path)
+    assert "val/loss is NaN at update 4" in caplog.text and "at update 8" not in caplog.text
+    rows = [row["val/loss"] for row in read_metrics(tmp_path / "metrics.csv") if "val/loss" in row]
+    assert rows[0] == "nan" and rows[1] != "nan" and result["best"]["update"] == 8
+
+
+@pytest.mark.usefixtures("no_step")
+def test_a_task_that_does_not_measure_its_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FinetuneTask, "score", "mAP")
+    refused(finetune(), tmp_path, "FinetuneTask.score is 'mAP'.*metrics.* are loss, accuracy, top5")
+
+
+def test_losses_that_all_weigh_nothing(tmp_path: Path) -> None:
+    recipe = reduce("evit", "weights={class: 0}", "loop.max_steps=1")
+    refused(recipe, tmp_path, "the losses class all have the weight 0, so that nothing is learnt")
+
+
 # Folders -----------------------------------------------------------------------------------------
 
 
@@ -179,6 +254,8 @@ def test_a_start_that_came_to_nothing_is_no_run(tmp_path: Path) -> None:
         ("data.batch=65", "a batch of 65 needs as many images; the training data have 64"),
         ("data.mean=[.1, .2, .3] data.std=[1, 1, 1]", "need one value for each of the model's 1"),
         ("data.batch=15 mix.mixup=.1", "mixing pairs images: data.batch must be even, got 15"),
+        ("loop.num_nodes=2", "loop.num_nodes=2, and MASTER_ADDR, MASTER_PORT and NODE_RANK do not"),
+        ("loop.devices=9999", "loop.devices=9999 is more than the .* processor cores of this mach"),
         ("loop.precision=16-mixed", "16-mixed needs a GPU: on a CPU take 32 or bf16-mixed"),
     ],
 )
@@ -187,10 +264,19 @@ def test_data(setting: str, words: str, tmp_path: Path) -> None:
     refused(finetune(*texts), tmp_path / "run", words)
 
 
+def test_fewer_validation_images_than_processes() -> None:
+    recipe = finetune("data.val_limit=2", "data.batch=2")
+    task = make_finetune(recipe, 10)
+    with pytest.raises(
+        ValueError, match="3 processes need a validation image each, and the data have 2"
+    ):
+        make_loaders(recipe, task, open_data(recipe.data), rank=0, world=3, here=3)
+
+
 def test_images_that_cannot_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from foveate.data import open_splits
+    from foveate.data import Unreadable, open_splits
     from foveate.data.sources.memory import ArraySource
 
     original, held = ArraySource.image, open_splits("fashion-mnist").val
@@ -198,7 +284,7 @@ def test_images_that_cannot_be_read(
 
     def image(self: Any, index: int) -> Any:
         if index == torn:
-            raise ValueError(f"{self.name(index)}: torn")
+            raise Unreadable(f"{self.name(index)}: torn")
         return original(self, index)
 
     monkeypatch.setattr(ArraySource, "image", image)
@@ -288,8 +374,13 @@ def test_teachers_that_do_not_fit(changes: dict[str, int], words: str, tmp_path:
 
 def test_a_teacher_with_a_method(tmp_path: Path) -> None:
     foveate.save(foveate.apply(small_model(), "evit"), tmp_path, everything=True)
-    with pytest.raises(ValueError, match="has a method of its own; a dense model is needed"):
-        make_finetune(finetune(distill={"kind": "hard", "teacher": str(tmp_path)}), 10)
+    words = r"has the method evit\(.*\): a dense model is needed, such as the vit of a reduced one"
+    recipe = finetune(distill={"kind": "hard", "teacher": str(tmp_path)})
+    for teacher in (str(tmp_path), foveate.apply(small_model(), "evit")):
+        recipe.distill.teacher = teacher
+        with pytest.raises(ValueError, match=words) as error:
+            make_finetune(recipe, 10)
+        assert len(str(error.value)) < 300  # a module's own words fill a screen
 
 
 @pytest.mark.usefixtures("no_step")

@@ -65,11 +65,11 @@ def test_gates_that_are_sampled(tmp_path: Path) -> None:
     model = {"start": start, "drop_path": 0.2}
     recipe = reduce("dynamicvit(keep=0.5)", *LOOP, "data.workers=2", **ALL, model=model)
     assert elsewhere(recipe, tmp_path / "whole") == 0
-    for kill in ("0,5", "end0"):
-        out = tmp_path / kill
-        assert elsewhere(recipe, out, kill=kill) == -signal.SIGKILL
-        assert elsewhere(recipe, out, resume=True) == 0
-        assert same_run(tmp_path / "whole", out)
+    out = tmp_path / "run"
+    assert elsewhere(recipe, out, kill="0,5") == -signal.SIGKILL
+    assert elsewhere(recipe, out, resume=True, kill="end0") == -signal.SIGKILL
+    assert elsewhere(recipe, out, resume=True) == 0
+    assert same_run(tmp_path / "whole", out)
 
 
 def test_a_damaged_checkpoint(
@@ -143,6 +143,22 @@ def test_steps_that_are_cut_short(tmp_path: Path) -> None:
     again = run(recipe, tmp_path, resume=True)
     assert again["updates"] == 3 and again["accuracy"] == result["accuracy"]
     assert all(torch.equal(value, before[key]) for key, value in exported(tmp_path).items())
+
+
+@pytest.mark.parametrize("settings", [[], ["loop.accumulate=3", "loop.ema=0.5"]])
+def test_a_trial_becomes_a_whole_run(settings: list[str], tmp_path: Path) -> None:
+    """What a trial looked at in the end leaves no trace in the best weights of the longer run."""
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    settings = ["data.limit=80", *settings]  # 5 batches an epoch
+    result = run(finetune(*settings), whole)
+    for steps in (1, 3):
+        trial = run(finetune(*settings, f"loop.max_steps={steps}"), out, resume=steps > 1)
+        assert trial["updates"] == steps
+    assert len(files(out)) == 2
+    again = run(finetune(*settings), out, resume=True)
+    assert same_run(whole, out) and again["best"] == result["best"]
+    best = [torch.load(folder / "best.pt", weights_only=True) for folder in (whole, out)]
+    assert all(torch.equal(best[1][key], value) for key, value in best[0].items())
 
 
 def test_other_processes_on_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from foveate.train import recipe as recipes
         ("optim.lrr=1", r"unknown setting 'optim.lrr'; did you mean 'optim.lr'"),
         ("lop.epochs=1", r"unknown setting 'lop'; did you mean 'loop'"),
         ("data.augment.flp=0", r"unknown setting 'data.augment.flp'; did you mean 'data.augment.f"),
-        ("optim.lr=fast", r"settings: optim.lr: Expected a float. Got value: fast"),
+        ("optim.lr=fast", r"settings: optim.lr: expected a number. Got value: fast"),
         ("loop.epochs=1.5", r"settings: .*epochs.*1.5"),
         ("loop=3", r"loop is a group of settings, got 3"),
         ("optim.lr.peak=3", r"settings: .*lr.*peak"),

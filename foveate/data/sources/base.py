@@ -42,7 +42,7 @@ class Source:
         raise NotImplementedError
 
     def image(self, index: int) -> Any:
-        """Read an image: L or RGB, or uint8 ``[H, W, C]``; ValueError with its name if damaged."""
+        """Read an image: L or RGB, or uint8 ``[H, W, C]``; ``Unreadable`` if it is damaged."""
         raise NotImplementedError
 
     def label(self, index: int) -> int:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from foveate.data.images import to_rgb
+from foveate.data.images import Unreadable, to_rgb
 from foveate.data.seeds import seeded
 from foveate.data.sources.base import NO_LABEL, Source
 
 __all__ = ["DatasetSource", "describe"]
+
+_log = logging.getLogger(__name__)
+# What Pillow and the file system raise; anything else is a mistake in the data set.
+_UNREADABLE = (OSError, Image.DecompressionBombError, SyntaxError)
+_LOOKED_AT = 8  # items whose labels are compared with what the data set says of itself
 
 
 class DatasetSource(Source):
@@ -27,11 +32,14 @@ class DatasetSource(Source):
     Args:
         dataset: the object.
         split: what its items are used for.
-        labels: without them items need none.
+        labels: without them items need none, and nothing but the image is taken of them.
     """
 
     def __init__(self, dataset: Any, split: str, labels: bool = True) -> None:
         self.dataset, self.split, self.spec = dataset, split, describe(dataset)
+        if isinstance(dataset, type):
+            raise ValueError(f"{self.spec} is no data set: give an object of it")
+        self._images_alone = not labels
         if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
             raise ValueError(
                 f"{self.spec} has no __len__ and __getitem__: images are read by their number, "
@@ -39,7 +47,8 @@ class DatasetSource(Source):
             )
         if not len(dataset):
             raise ValueError(f"{self.spec} is empty")
-        first = self.sample(0)
+        with seeded((0, 0)):  # a transform of its own may be random
+            first = self.sample(0)
         image = first["image"]
         self.finished = isinstance(image, Tensor)
         if self.finished:
@@ -47,8 +56,9 @@ class DatasetSource(Source):
         else:
             self.channels = 1 if np.asarray(image).shape[2:] in ((), (1,)) else 3
         self.classes = None
-        if labels and "label" in first:
-            self.classes = self._names()
+        if "label" in first:
+            self._labels, named = self._read_labels()
+            self.classes = self._names(named)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -56,9 +66,16 @@ class DatasetSource(Source):
     def sample(self, index: int) -> dict[str, Any]:
         try:
             item = self.dataset[index]
-        except OSError as error:  # an image that cannot be read; anything else is a mistake
+        except _UNREADABLE as error:
+            raise Unreadable(f"{self.name(index)}: {error}") from error
+        except ValueError as error:
+            if isinstance(error, Unreadable):  # as ``read_image`` raises it
+                raise
             raise ValueError(f"{self.name(index)}: {error}") from error
         return self._as_sample(item, index)
+
+    def name(self, index: int) -> str:
+        return f"item {index} of {self.spec}"
 
     def image(self, index: int) -> Any:
         return self.sample(index)["image"]
@@ -77,19 +94,61 @@ class DatasetSource(Source):
         pixels = image.numpy() if isinstance(image, Tensor) else np.asarray(image)
         return repr(pixels.shape).encode() + pixels.tobytes()
 
-    @cached_property
-    def _labels(self) -> np.ndarray:
-        """The class of every item: what the data set says of itself, or what its items say."""
+    def random(self) -> bool:
+        """Whether an image comes out differently each time, as a training transform has it."""
+        seen = set()
+        for seed in range(_LOOKED_AT):
+            with seeded((seed, 0)):
+                image = self.image(0)
+            seen.add(np.asarray(image).tobytes())
+        return len(seen) > 1
+
+    def _read_labels(self) -> tuple[np.ndarray, bool]:
+        """The class of every item, and whether the data set's own names are of these classes."""
+        stated, change = self._stated(), getattr(self.dataset, "target_transform", None)
+        if stated is not None:
+            found = stated
+            if change is not None:
+                changed = [
+                    _whole(change(one), f"a target of {self.spec}") for one in stated.tolist()
+                ]
+                found = np.array(changed)
+            if self._agrees(found):
+                return found, np.array_equal(found, stated)
+            _log.info("the items of %s have other labels than it states: all are read", self.spec)
+        found = np.array([self._label_of(index) for index in range(len(self))])
+        return found, change is None if stated is None else np.array_equal(found, stated)
+
+    def _stated(self) -> np.ndarray | None:
+        """What the data set says of its labels, before any transform."""
         for attribute in ("targets", "labels"):
             found = getattr(self.dataset, attribute, None)
             if found is not None and len(found) == len(self):
                 values = np.asarray(found)
                 if values.ndim == 1 and np.issubdtype(values.dtype, np.integer):
                     return values
-        return np.array([_whole(self.sample(i)["label"], self.name(i)) for i in range(len(self))])
+        return None
 
-    def _names(self) -> tuple[str, ...]:
-        names = getattr(self.dataset, "classes", None) or ()
+    def _agrees(self, labels: np.ndarray) -> bool:
+        """Whether some items, evenly spaced, have these labels."""
+        for index in np.linspace(0, len(self) - 1, min(_LOOKED_AT, len(self)), dtype=int).tolist():
+            try:
+                with seeded((0, index)):
+                    label = self._label_of(index)
+            except Unreadable:
+                continue
+            if label != labels[index]:
+                return False
+        return True
+
+    def _label_of(self, index: int) -> int:
+        sample = self.sample(index)
+        if "label" not in sample:
+            raise ValueError(f"{self.name(index)} has no label, though the first item has one")
+        return int(sample["label"])
+
+    def _names(self, own: bool) -> tuple[str, ...]:
+        names = (getattr(self.dataset, "classes", None) or ()) if own else ()
         most = int(self._labels.max())
         if self._labels.min() < 0:
             raise ValueError(f"{self.spec} has labels below 0: classes are counted from 0")
@@ -100,6 +159,8 @@ class DatasetSource(Source):
     def _as_sample(self, item: Any, index: int) -> dict[str, Any]:
         if isinstance(item, Mapping):
             found = dict(item)
+        elif isinstance(item, (tuple, list)) and item and self._images_alone:
+            found = {"image": item[0]}
         elif isinstance(item, (tuple, list)) and len(item) == 2:
             image, target = item
             more = target if isinstance(target, Mapping) else {"label": target}
@@ -110,15 +171,21 @@ class DatasetSource(Source):
         if isinstance(image, Image.Image):
             found["image"] = image if image.mode == "L" else to_rgb(image)
         elif isinstance(image, np.ndarray):
-            if image.dtype != np.uint8 or image.ndim not in (2, 3):
-                raise ValueError(f"{self.name(index)} is no uint8 array [H, W, C]")
-            found["image"] = image if image.ndim == 3 else image[..., None]
+            array = image if image.ndim == 3 else image[..., None]
+            if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] not in (1, 3):
+                raise ValueError(
+                    f"{self.name(index)} gives an array of {image.dtype} {list(image.shape)}: an "
+                    "image is uint8, [H, W] or [H, W, C] with 1 or 3 channels"
+                )
+            found["image"] = array
         elif not (isinstance(image, Tensor) and image.ndim == 3):
             kind = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
             raise ValueError(
                 f"{self.name(index)} gives {kind}: an image of Pillow, a uint8 array [H, W, C] or "
                 "a tensor [C, H, W] is needed, alone, with a label, or as the 'image' of a dict"
             )
+        if self._images_alone:
+            return {"image": found["image"]}
         if "label" in found:
             found["label"] = _whole(found["label"], self.name(index))
         return found
@@ -126,6 +193,8 @@ class DatasetSource(Source):
 
 def describe(dataset: Any) -> str:
     """What a data set is called in messages and in the record of a run."""
+    if isinstance(dataset, type):
+        return f"the class {dataset.__name__}"
     size = f" ({len(dataset)} items)" if hasattr(dataset, "__len__") else ""
     return f"{type(dataset).__name__}{size}"
 

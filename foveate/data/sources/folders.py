@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from foveate.data.images import SUFFIXES, find_images, read_image
+from foveate.data.images import SUFFIXES, Unreadable, find_images, read_image
 from foveate.data.sources.base import NAMES, NO_LABEL, WHOLE, NoSplit, PackedNames, Source
 
 __all__ = ["FolderSource", "open_folder"]
@@ -45,7 +45,7 @@ class FolderSource(Source):
         try:
             return Path(self.files[index]).read_bytes()
         except OSError as error:
-            raise ValueError(f"{self.files[index]}: {error.strerror}") from error
+            raise Unreadable(f"{self.files[index]}: {error.strerror}") from error
 
     def sizes(self) -> np.ndarray:
         return np.array([os.path.getsize(self.files[i]) for i in range(len(self))])

@@ -15,7 +15,7 @@ import numpy as np
 import torchvision.datasets
 from PIL import Image
 
-from foveate.data.images import decode_image, to_rgb
+from foveate.data.images import Unreadable, decode_image, to_rgb
 from foveate.data.sources.base import NAMES, NO_LABEL, WHOLE, NoSplit, Source
 from foveate.data.sources.memory import ArraySource
 from foveate.registry import suggest
@@ -42,7 +42,7 @@ class TorchvisionSource(Source):
             image = self.dataset[index][0]
             return image.convert("L") if self.channels == 1 else to_rgb(image)
         except Exception as error:  # whatever the data set's own reader raises
-            raise ValueError(f"{self.name(index)}: {_one_line(error)}") from error
+            raise Unreadable(f"{self.name(index)}: {_one_line(error)}") from error
 
     def label(self, index: int) -> int:
         return NO_LABEL if self.labels is None else int(self.labels[index])
@@ -156,9 +156,9 @@ class HfSource(Source):
             try:
                 data = Path(cell["path"]).read_bytes()
             except OSError as error:
-                raise ValueError(f"{name}: {error}") from error
+                raise Unreadable(f"{name}: {error}") from error
         if data is None:
-            raise ValueError(f"{name}: there is no image in the column {self.column!r}")
+            raise Unreadable(f"{name}: there is no image in the column {self.column!r}")
         return bytes(data)
 
     def label(self, index: int) -> int:

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from foveate.data.images import SUFFIXES, decode_image
+from foveate.data.images import SUFFIXES, Unreadable, decode_image
 from foveate.data.sources.base import NO_LABEL, SPLITS, WHOLE, NoSplit, PackedNames, Source
 
 __all__ = ["ShardSource", "open_shards"]
@@ -101,7 +101,7 @@ class ShardSource(Source):
         try:
             return self.files.read(shard, offset, size)
         except OSError as error:
-            raise ValueError(f"{self.name(index)}: {error}") from error
+            raise Unreadable(f"{self.name(index)}: {error}") from error
 
     def sizes(self) -> np.ndarray:
         return self.places[:, 2]

@@ -1,0 +1,133 @@
+"""Data sets of one's own: their labels, their transforms, and what is a mistake of theirs."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+from foveate.data import DatasetSource, Loader, open_splits
+
+
+class Numbered:
+    """Pictures of one grey each; ``change`` is done to an item as it is read."""
+
+    classes = ("a", "b", "c", "d")
+
+    def __init__(self, count: int = 12, change: Any = None) -> None:
+        self.targets, self.change, self.read = [i % 4 for i in range(count)], change, 0
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> Any:
+        self.read += 1
+        item = Image.new("L", (8, 8), index), self.targets[index]
+        return item if self.change is None else self.change(*item)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number, name in enumerate("abcd"):
+        (tmp_path / name).mkdir()
+        for image in range(3):
+            colour = (40 * number, 40 * image, 0)
+            Image.new("RGB", (8, 8), colour).save(tmp_path / name / f"{image}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("change", "classes"),
+    [
+        (None, ("a", "b", "c", "d")),
+        (lambda label: label // 2, ("0", "1")),
+        (lambda label: torch.tensor(3 - label), ("0", "1", "2", "3")),
+        (lambda label: label, ("a", "b", "c", "d")),
+    ],
+    ids=range(4),
+)
+def test_labels_are_those_of_the_items(change: Any, classes: tuple[str, ...], folder: Path) -> None:
+    dataset = ImageFolder(folder, target_transform=change)
+    source = DatasetSource(dataset, "all")
+    assert [source.label(i) for i in range(12)] == [int(dataset[i][1]) for i in range(12)]
+    assert source.classes == classes
+
+
+def test_labels_that_the_items_do_not_bear_out() -> None:
+    source = DatasetSource(Numbered(change=lambda image, label: (image, label % 2)), "all")
+    assert [source.label(i) for i in range(12)] == [0, 1] * 6 and source.classes == ("0", "1")
+    stated = Numbered(count=400)
+    source = DatasetSource(stated, "all")
+    assert source.classes == stated.classes and stated.read < 20  # the others are not read
+
+
+@pytest.mark.parametrize("target", ["cat", None, [1.5], torch.zeros(3), {"boxes": 1}])
+def test_without_labels_targets_are_not_touched(target: Any) -> None:
+    dataset = Numbered(change=lambda image, _: (image, target))
+    splits = open_splits(dataset, share=0.5, labels=False)
+    assert splits.train.classes is None and set(splits.train.sample(0)) == {"image"}
+    triple = [(Image.new("L", (8, 8), i), "cat", 1) for i in range(4)]
+    assert set(DatasetSource(triple, "all", labels=False).sample(3)) == {"image"}
+
+
+@pytest.mark.parametrize(
+    ("transform", "warns"),
+    [
+        (v2.Compose([v2.RandomHorizontalFlip(), v2.ToImage()]), True),
+        (lambda image: np.asarray(image) + np.random.randint(2, dtype=np.uint8), True),
+        (v2.ToImage(), False),
+        (None, False),
+    ],
+    ids=range(4),
+)
+def test_a_training_transform_in_validation(
+    transform: Any, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Set(Numbered):
+        def __getitem__(self, index: int) -> Any:
+            image, label = super().__getitem__(index)
+            image.putpixel((0, 0), 255)  # else a flip would not show
+            return (image if transform is None else transform(image)), label
+
+    state = torch.get_rng_state()
+    with caplog.at_level(logging.WARNING, "foveate"):
+        open_splits(Set(), share=0.5)
+        assert ("changes its images at random" in caplog.text) is warns
+        assert caplog.text.count("give data.val a set of its own") == warns
+        caplog.clear()
+        if transform is None:
+            open_splits(Set(), Numbered())
+            assert not caplog.text
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mistake_is_no_unreadable_image(workers: int) -> None:
+    """Only what decoders and the file system raise is skipped."""
+
+    def read(error: Exception) -> list[str]:
+        def change(image: Image.Image, label: int) -> Any:
+            if image.getpixel((0, 0)) == 5:
+                raise error
+            return torch.zeros(1, 8, 8), label
+
+        loader = Loader(
+            DatasetSource(Numbered(change=change), "all"),
+            lambda sample: sample,
+            batch=4,
+            train=False,
+            workers=workers,
+        )
+        return [name for batch in loader for name in batch["unreadable"]]
+
+    assert len(read(OSError("image file is truncated"))) == 1
+    assert len(read(Image.DecompressionBombError("too large"))) == 1
+    with pytest.raises(ValueError, match="shapes do not match"):
+        read(ValueError("shapes do not match"))
