@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-__all__ = ["Sharded", "hold_whole", "shard", "whole_state"]
+__all__ = ["SHARDS_ON_CPU", "Sharded", "check_sharding", "hold_whole", "shard", "whole_state"]
+
+# fully_shard of torch 2.6 asks streams for events, and those of a CPU had none then.
+SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
+
+
+def check_sharding(device: str) -> None:
+    """Refuse what this torch cannot shard."""
+    if device == "cpu" and not SHARDS_ON_CPU:
+        raise ValueError(
+            f"loop.strategy=fsdp on a CPU needs a newer torch than {torch.__version__}: take ddp"
+        )
 
 
 class Sharded(ModelParallelStrategy):

@@ -164,5 +164,5 @@ def test_bad_input_is_one_sentence(
     save_plain(vit(num_classes=0), tmp_path / "headless.safetensors")
     assert predict(*words, "--images", photos) == 2
     said = capsys.readouterr().err
-    assert message in said and said.startswith("foveate predict: ")
-    assert len(said.splitlines()) == 1
+    assert message in said and said.lstrip().startswith("foveate predict: ")
+    assert len(said.strip().splitlines()) == 1
