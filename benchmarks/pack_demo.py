@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -43,10 +44,11 @@ def record(run: Path) -> None:
         shutil.copy(run / name, folder / name)
     result = json.loads((run / "result.json").read_text())
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    recipe = (folder / "recipe.yaml").read_text().splitlines()
-    # Where the data lay on the machine that trained concerns nobody.
-    kept = ["  train: fashion-mnist:FOLDER" if "train: fashion" in s else s for s in recipe]
-    (folder / "recipe.yaml").write_text("\n".join(kept) + "\n")
+    for name in ("recipe.yaml", "result.json"):
+        text = (folder / name).read_text()
+        # Where the data lay on the machine that trained concerns nobody.
+        text = re.sub(r'fashion-mnist:[^"\n]+', "fashion-mnist:FOLDER", text)
+        (folder / name).write_text(text)
 
 
 def pack_method(run: Path, method: str, how: str) -> None:

@@ -499,7 +499,7 @@ def _result(
         },
         "splits": loaders.splits.facts(),
         "minutes_of_this_process": round(seconds / 60, 2),
-        "machine": machine.facts(module.device.type),
+        "machine": machine.facts(device_of(recipe.loop)),
         "commit": machine.commit(),
     }
 
