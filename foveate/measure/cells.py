@@ -96,8 +96,6 @@ class Cell:
         work: what to do.
         name: for people and in ``--only``.
         folder: where.
-        start: folder of the trained model that it begins with, below the comparison's folder; None
-            if that is from elsewhere.
         needs: the names of the cells that come before it.
         processes: that do it together.
     """
@@ -106,7 +104,6 @@ class Cell:
     work: Work
     name: str
     folder: Path
-    start: str | None = None
     needs: tuple[str, ...] = ()
     processes: int = 1
 
@@ -220,7 +217,6 @@ def _training(
 ) -> Cell:
     """Return a training, from the model of the same seed that comes before it."""
     start: str | None = None
-    below: str | None = None
     needs: tuple[str, ...] = ()
     before = key.model if key.method is not None else comparison.entry(key.model).start
     if before is not None:
@@ -243,7 +239,7 @@ def _training(
         raise ValueError(f"{key.folder}: {error}") from None
     together = 1 if probes else processes or comparison.resources.processes
     work = Work(job=job, recipe=plain(read))
-    return Cell({"": key}, work, key.folder, out / key.folder, below, needs, together)
+    return Cell({"": key}, work, key.folder, out / key.folder, needs, together)
 
 
 def _opened(entry: Entry, seed: int | None) -> str:
@@ -314,4 +310,4 @@ def _evaluation(
     for one in ("device", "workers"):
         del work.asked[one]
     needs = tuple(cell.name for cell in cells if cell.work.job)
-    return Cell(keys, work, f"{name}/eval", folder, None, needs)
+    return Cell(keys, work, f"{name}/eval", folder, needs)
