@@ -23,8 +23,9 @@ from foveate.data import final_images
 from foveate.data.splits import NONE
 from foveate.measure import at_rate
 from foveate.measure.cells import EVALUATE, Cell, Key, Work, plain
+from foveate.measure.occlusion import check_ratios
 from foveate.registry import suggest
-from foveate.stages.recipe import Pipeline, Stage
+from foveate.stages.recipe import Measured, Pipeline, Stage
 from foveate.train.build import make_model, open_start
 from foveate.train.reduce import ReduceTask
 
@@ -63,7 +64,7 @@ def plan(pipeline: Pipeline, out: Path) -> tuple[list[Planned], Cell]:
     found: list[Planned] = []
     for stage in pipeline.in_order:
         found.append(_planned(pipeline, stage, found, out.resolve()))
-    _check_models(found, pipeline.evaluate.rates)
+    _check_models(found, pipeline.evaluate)
     _check_data(found)
     return found, _evaluation(pipeline, found, out.resolve())
 
@@ -178,16 +179,20 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 # What contradicts itself --------------------------------------------------------------------------
 
 
-def _check_models(stages: Sequence[Planned], rates: Sequence[float]) -> None:
+def _check_models(stages: Sequence[Planned], measured: Measured) -> None:
     """Refuse models, methods and teachers that do not fit what comes before them."""
     models: dict[str, nn.Module] = {}
+    if measured.rates and not any(one.stage.job == "reduce" for one in stages):
+        raise ValueError("evaluate.rates are for methods, and no stage is a reduce one")
     for one in stages:
         try:
             models[one.stage.label] = model = _model(one, models)
+            if one.stage.job == "finetune" and measured.occlusion:
+                check_ratios(measured.occlusion, model)
             if one.stage.job == "finetune" and one.recipe.distill.kind != "none":
                 _check_teacher(one, one.recipe.distill.teacher)
             if one.stage.job == "reduce":
-                _check_method(one, model, rates)
+                _check_method(one, model, measured.rates)
         except ValueError as error:
             raise ValueError(f"{one.stage.where}: {error}") from error
 
