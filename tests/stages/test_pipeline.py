@@ -350,6 +350,15 @@ def test_a_recipe_that_ships_fits_together(name: str) -> None:
     assert list(evaluation.work.models) == [one.stage.label for one in found[2:]]
 
 
+def test_the_recipe_of_the_documentation_fits_together() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "pipeline.md").read_text()
+    tree = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])
+    found, evaluation = plan(config.parse(Pipeline, tree), Path("nowhere"))
+    starts = [one.start.stage.name if one.start else None for one in found]
+    assert starts == [None, "pretrain", "pretrain", "pretrain", "masked"]
+    assert evaluation.work.asked["split"] == "test"
+
+
 def test_help_lists_the_settings_and_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         pipeline("--help")
