@@ -280,7 +280,7 @@ def _check_data(stages: Sequence[Planned]) -> None:
             if mine != its:
                 raise ValueError(
                     f"{one.stage.where} has data.{name}={mine} and {first.stage.where} {its}: one "
-                    "pipeline has the same labelled images in all stages"
+                    "pipeline has the same labelled images in all stages, said once in data"
                 )
     for one in stages:
         for name in ("mean", "std") if one.start is not None else ():
