@@ -92,13 +92,16 @@ def _stage(
         if first:
             going = f", going on from {state.why}" if state.kind == UNFINISHED else ""
             say(f"\nstage    {name}, {place}{going}")
-        one.cell.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            train(one.cell.work, one.cell.folder, progress=progress, say=say)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.barrier()  # the next one opens what the first process exports
+        probes = one.stage.job == "probe"  # which the first process does alone
+        if first or not probes:
+            one.cell.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                train(one.cell.work, one.cell.folder, progress=progress, say=say)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if several and not probes:  # the next stage opens what the first process exports
+            torch.distributed.barrier()
     if first:
         say(f"{'skipped' if state.kind == DONE else 'done':8} {name}: {said(one)}")
 
