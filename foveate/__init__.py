@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from foveate.convert import load, save
     from foveate.core import Schedule
     from foveate.facts import count, describe
-    from foveate.jobs import evaluate, finetune, pretrain, probe, reduce
+    from foveate.jobs import evaluate, finetune, pipeline, pretrain, probe, reduce
     from foveate.registry import list_methods
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "finetune",
     "list_methods",
     "load",
+    "pipeline",
     "predict",
     "pretrain",
     "probe",
@@ -42,6 +43,7 @@ _HOMES = {
     "finetune": "jobs",
     "list_methods": "registry",
     "load": "convert",
+    "pipeline": "jobs",
     "pretrain": "jobs",
     "probe": "jobs",
     "reduce": "jobs",

@@ -149,7 +149,7 @@ def explain(cls: type, width: int = 96) -> str:
 
 def recipe_class(job: str) -> type:
     """The class whose fields are the settings of a job; the rooms above have it."""
-    room = "mim" if job == "pretrain" else "train"
+    room = {"pretrain": "mim", "pipeline": "stages"}.get(job, "train")
     found: type = getattr(import_module(f"foveate.{room}.recipe"), job.capitalize())
     return found
 

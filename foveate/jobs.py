@@ -21,20 +21,22 @@ from foveate.convert import open_base
 from foveate.convert.named import check_name
 from foveate.core import ReducedViT, Reducer
 from foveate.core.evaluation import evaluating
-from foveate.measure import Evaluation, Plan
+from foveate.measure import Evaluation, Plan, Results
 from foveate.measure import evaluate as run_evaluation
 from foveate.mim.masks import Hiding
 from foveate.mim.mto import Mto
 from foveate.mim.recipe import Pretrain, Watch
 from foveate.mim.run import pretrain as run_pretrain
 from foveate.registry import suggest
+from foveate.stages import Measured, Pipeline
+from foveate.stages import run as run_stages
 from foveate.train import recipe as recipes
 from foveate.train.probe import probe as run_probe
 from foveate.train.processes import device_of, processes
 from foveate.train.result import Result
 from foveate.train.run import train
 
-__all__ = ["evaluate", "finetune", "pretrain", "probe", "reduce"]
+__all__ = ["evaluate", "finetune", "pipeline", "pretrain", "probe", "reduce"]
 
 _R = TypeVar("_R")
 Settings = Mapping[str, Any]
@@ -233,6 +235,54 @@ def evaluate(
     spec = "fashion-mnist" if data is None else data
     with evaluating(*models.values()):
         return run_evaluation(models, Plan(data=spec, methods=names, **asked))
+
+
+def pipeline(
+    recipe: str | Path | None = None,
+    data: str | Path | Settings | None = None,
+    *,
+    stages: Settings | None = None,
+    loop: Settings | None = None,
+    evaluate: Measured | Settings | None = None,
+    out: str | Path | None = None,
+    progress: bool = True,
+    say: Say = print,
+) -> Results:
+    """Run several jobs one after another, each from the model before it, and evaluate them.
+
+    What is finished in ``out`` is skipped, and what was cut off goes on.
+
+    Args:
+        recipe: one that ships, by name, or a YAML file; what else is given changes it.
+        data: what ``foveate.data.open_source`` takes, for all stages; or settings of the group
+            "data". Data sets of one's own are for the single jobs: a stage may be gone on with by
+            another process, which finds its images by their spec.
+        stages: stages by name, in order, as a recipe has them.
+        loop: settings of the group "loop" for all stages.
+        evaluate: what is measured at the end.
+        out: folder of all stages; None takes runs/pipeline, or the next that is free.
+        progress: show progress bars.
+        say: is told what is done, and what came of it.
+
+    Returns:
+        A table of numbers (``table``), and how they came about (``about``).
+    """
+    tree = {} if recipe is None else config.load(config.find_recipe("pipeline", str(recipe)))
+    if not (data is None or isinstance(data, (str, Path, Mapping))):
+        raise ValueError(
+            f"foveate.pipeline takes images by their spec, such as folder:photos, and got "
+            f"{config.described(data)}"
+        )
+    given = {"stages": stages, "data": _data(data), "loop": loop, "evaluate": evaluate}
+    for name, value in given.items():
+        if value is not None:
+            tree[name] = _laid_over(tree.get(name), _leaves(value, (name,), {}))
+    made = config.parse(Pipeline, tree, where="foveate.pipeline")
+    folder = _folder("pipeline", out, config.parse(recipes.Loop, made.loop))
+    found = run_stages(made, folder, progress=progress, say=say)
+    if found is None:
+        raise ValueError("foveate.pipeline has its table in the first of several processes alone")
+    return found[0]
 
 
 def _label(model: str | Path | nn.Module) -> str:

@@ -18,7 +18,7 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = (
     *("bench", "compare", "convert", "data", "demo", "describe", "env", "eval", "finetune", "list"),
-    *("look", "predict", "pretrain", "probe", "rauc", "reduce", "show"),
+    *("look", "pipeline", "predict", "pretrain", "probe", "rauc", "reduce", "show"),
 )
 
 

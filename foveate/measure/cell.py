@@ -5,9 +5,10 @@ A cell looks for itself whether it begins or goes on, so it can be started again
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from foveate.measure.run import Evaluation, Plan, Progress, evaluate
 from foveate.measure.shipped import open_any
 from foveate.measure.state import fingerprint
 
-__all__ = ["do", "judge", "main"]
+__all__ = ["alone", "do", "judge", "main", "train"]
+
+_log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     (name,) = sys.argv[1:] if argv is None else argv
     path = Path(name)
     try:
-        with _alone(path):
+        with alone(path):
             do(read_work(path), path.parent)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
@@ -40,11 +43,13 @@ def do(work: Work, folder: Path) -> None:
     if work.job == EVALUATE:
         judge(work, folder, machine.command("foveate.measure.cell"))
     elif not (folder / "result.json").is_file():
-        _run(work, folder)
+        train(work, folder)
 
 
-def _run(work: Work, folder: Path) -> None:
-    """Run a recipe: the one place of this room that starts the engine."""
+def train(
+    work: Work, folder: Path, *, progress: bool = False, say: Callable[[str], None] = _log.info
+) -> None:
+    """Run a recipe, or go on with it: the one place of this room that starts the engine."""
     if work.job == "probe":
         from foveate.train.probe import probe
 
@@ -60,11 +65,11 @@ def _run(work: Work, folder: Path) -> None:
     if work.job == "pretrain":
         from foveate.mim.run import pretrain
 
-        pretrain(recipe, folder, resume=resume, progress=False)
+        pretrain(recipe, folder, resume=resume, progress=progress, say=say)
     else:
-        from foveate.train.run import train
+        from foveate.train.run import train as run
 
-        train(recipe, folder, resume=resume, progress=False)
+        run(recipe, folder, resume=resume, progress=progress, say=say)
 
 
 def judge(work: Work, folder: Path, command: str, progress: Progress | None = None) -> Evaluation:
@@ -87,7 +92,7 @@ def _rank() -> int:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def alone(path: Path) -> Iterator[None]:
     """Hold a lock as long as the process lives; ValueError where another one has it.
 
     Of several processes that do the cell together the first holds it.

@@ -96,8 +96,7 @@ class Cell:
         work: what to do.
         name: for people and in ``--only``.
         folder: where.
-        needs: the names of the cells that come before it. A training is called as its folder below
-            the comparison's, and needs at most the one that it begins with.
+        needs: the names of the cells that come before it.
         processes: that do it together.
     """
 

@@ -18,7 +18,7 @@ from foveate.measure.state import DONE, State
 from foveate.measure.table import Results, frame, pd, rows, select
 from foveate.registry import parse
 
-__all__ = ["collect"]
+__all__ = ["collect", "trained"]
 
 _SCORES = ("probe/linear", "probe/knn")
 
@@ -40,7 +40,7 @@ def collect(
             about.setdefault("settings", found.about["settings"])
             tables += [_judged(found.table, label, key) for label, key in cell.keys.items()]
         else:
-            tables.append(_trained(cell))
+            tables.append(trained(cell))
     table = pd.concat(tables, ignore_index=True) if tables else frame([])
     like = _like(comparison)
     compared, notes = _efficiency(table, like)
@@ -79,7 +79,7 @@ def _judged(table: pd.DataFrame, label: str, key: Key) -> pd.DataFrame:
     return frame(own, run=key.model, method=key.method, rate=key.rate, seed=key.seed)
 
 
-def _trained(cell: Cell) -> pd.DataFrame:
+def trained(cell: Cell) -> pd.DataFrame:
     """Return what a run logged: scores by epoch, and layers at the end."""
     key, found = cell.key, []
     result = read_json(cell.folder / "result.json", f"{cell.folder} has no result")

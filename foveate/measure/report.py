@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ from foveate.files import write_text
 from foveate.measure.figures import figures
 from foveate.measure.maps import maps_figure, usage_figure
 from foveate.measure.run import Evaluation
-from foveate.measure.sheets import markdown
+from foveate.measure.sheets import Sheet, markdown
 from foveate.measure.style import save, stems
 from foveate.measure.table import Results
 
@@ -27,6 +27,7 @@ def write(
     *,
     title: str = "Evaluation",
     kinds: tuple[str, ...] = (".svg", ".png"),
+    first: Sequence[Sheet] = (),
 ) -> list[Path]:
     """Write everything into a folder, which is made if missing, and name what was written.
 
@@ -36,6 +37,7 @@ def write(
         name: of the table and the page, without the kind of file.
         title: of the page.
         kinds: of picture files; the page shows the first.
+        first: sheets in front of those that the table gives.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = results.save(folder / f"{name}.json")
@@ -43,7 +45,7 @@ def write(
     for stem, figure in (*figures(results), *_maps(results)):
         written += save(figure, *(folder / f"{stem}{kind}" for kind in kinds))
         pictures.append(f"{stem}{kinds[0]}")
-    write_text(folder / f"{name}.md", markdown(results, pictures, title))
+    write_text(folder / f"{name}.md", markdown(results, pictures, title, first))
     return [*written, folder / f"{name}.md"]
 
 

@@ -83,13 +83,19 @@ def _printed(found: pd.DataFrame, words: Sequence[str]) -> Table:
     return table
 
 
-def markdown(results: Results, pictures: Sequence[str] = (), title: str = "Evaluation") -> str:
+def markdown(
+    results: Results,
+    pictures: Sequence[str] = (),
+    title: str = "Evaluation",
+    first: Sequence[Sheet] = (),
+) -> str:
     """Write everything as one Markdown page.
 
     Args:
         results: what was found.
         pictures: names of the files beside the page that it shows.
         title: of the page.
+        first: sheets in front of those that the table gives.
     """
     about = results.about
     lines = [f"# {title}", ""]
@@ -106,7 +112,7 @@ def markdown(results: Results, pictures: Sequence[str] = (), title: str = "Evalu
     for run, known in about.get("models", {}).items():
         words = "; ".join(f"{k} {_said(v)}" for k, v in known.items() if v is not None)
         lines += [f"**{run}**: {words}", ""]
-    for sheet in sheets(results):
+    for sheet in (*first, *sheets(results)):
         lines += [f"## {sheet.title}", "", *markdown_table(sheet), ""]
         lines += [line for note in sheet.notes for line in (note, "")]
     lines += [line for name in pictures for line in (f"![{name.rpartition('.')[0]}]({name})", "")]

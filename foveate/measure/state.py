@@ -16,7 +16,7 @@ from foveate.measure.table import Results
 __all__ = ["DIFFERS", "DONE", "TODO", "UNFINISHED", "State", "fingerprint", "refuse", "states_of"]
 
 DONE, UNFINISHED, TODO, DIFFERS = "done", "unfinished", "to do", "differs"
-_START = "model.start"
+_MODELS = ("model.start", "teacher", "distill.teacher")  # settings that may name another cell
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,13 @@ def _trained(cell: Cell) -> State:
     # Both ways through the dataclass: a default that a recipe gained since is no difference.
     wanted = dict(_leaves(plain(cell.work.settings)))
     found = dict(_leaves(plain(there)))
-    if _same_start(found.get(_START), wanted.get(_START), cell.needs):
-        found[_START] = wanted.get(_START)
+    for key in _MODELS:
+        if _same_model(found.get(key), wanted.get(key), cell.needs):
+            found[key] = wanted.get(key)
     for key in dict.fromkeys((*wanted, *found)):
         old, new = found.get(key), wanted.get(key)
         if old != new:
-            return State(DIFFERS, f"was trained with {key}={old!r}, the comparison has {new!r}")
+            return State(DIFFERS, f"was trained with {key}={old!r}, the recipe has {new!r}")
     if (cell.folder / "result.json").is_file():
         return State(DONE)
     updates = sorted(
@@ -130,11 +131,12 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + key, value
 
 
-def _same_start(found: Any, wanted: Any, needs: Sequence[str]) -> bool:
-    """Tell whether two starts are one, written absolutely or not."""
+def _same_model(found: Any, wanted: Any, needs: Sequence[str]) -> bool:
+    """Tell whether two paths are of one model, written absolutely or not."""
     if found is None or wanted is None:
         return False
     if Path(found).resolve() == Path(wanted).resolve():
         return True
-    # The whole comparison was moved or copied: the start still lies at the same place in it.
-    return any(Path(found).as_posix().endswith(f"/{name}") for name in needs)
+    # All cells were moved or copied together: the model still lies at the same place among them.
+    both = Path(found).as_posix(), Path(wanted).as_posix()
+    return any(all(path.endswith(f"/{below}") for path in both) for below in needs)

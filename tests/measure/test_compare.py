@@ -148,7 +148,7 @@ def test_another_recipe_is_refused(
     changed = f"settings={json.dumps([*SHORT, 'optim.lr=3e-3'])}"
     assert compare(config, changed, "--out", out) == 2
     said = capsys.readouterr().err
-    assert "models/base/seed0: was trained with optim.lr=0.001, the comparison has 0.003" in said
+    assert "models/base/seed0: was trained with optim.lr=0.001, the recipe has 0.003" in said
     assert here.names == []
     assert compare(config, changed, "--out", out, "--report") == 0
     assert set(_states(out).values()) == {"differs", "to do"}

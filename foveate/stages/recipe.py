@@ -1,0 +1,147 @@
+"""The recipe of a pipeline: stages in order, what they share, and what is measured at the end."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from foveate import config
+from foveate.core.schedule import check_choice
+from foveate.measure import Plan
+from foveate.registry import suggest
+from foveate.train.recipe import Data, Loop
+
+__all__ = ["JOBS", "Measured", "Pipeline", "Stage"]
+
+JOBS = ("pretrain", "probe", "finetune", "reduce")
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One job of a pipeline.
+
+    Attributes:
+        name: what other stages call it.
+        number: its place, from 1.
+        job: "pretrain", "probe", "finetune" or "reduce".
+        recipe: a name or a file; None where the settings are the whole recipe.
+        settings: nested changes of that recipe.
+    """
+
+    name: str
+    number: int
+    job: str
+    recipe: str | None
+    settings: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        """Its folder, and its name in tables."""
+        return f"{self.number}-{self.name}"
+
+    @property
+    def where(self) -> str:
+        """Where it stands in the recipe, for messages."""
+        return f"stages.{self.name}"
+
+    @property
+    def classifies(self) -> bool:
+        """Whether its model has classes."""
+        return self.job in ("finetune", "reduce")
+
+
+@dataclass(kw_only=True)
+class Measured:
+    """What is measured at the end, of every model that has classes.
+
+    Attributes:
+        rates: at which the method of each reduce stage is evaluated besides its own rate.
+        occlusion: shares of patches to drop from the images of fine-tuned models; none measures
+            no curve.
+        mask_seeds: how many seeds that has.
+        speed: batches at which all models are timed in one interleaved run; none times nothing.
+        rounds: of that run; fewer than 30 are a trial.
+        batch: images a call.
+        workers: processes that read images.
+        limit: use so many images; null takes all.
+        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        precision: "fp32" or "bf16".
+    """
+
+    rates: tuple[float, ...] = ()
+    occlusion: tuple[float, ...] = ()
+    mask_seeds: int = 3
+    speed: tuple[int, ...] = (64,)
+    rounds: int = 30
+    batch: int = 64
+    workers: int = 0
+    limit: int | None = None
+    device: str = "auto"
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        check_choice("evaluate.device", self.device, ("auto", "cpu", "cuda"))
+        self.plan(data="")  # refuses what it would refuse after hours of training
+
+    def plan(self, **given: Any) -> Plan:
+        """Return the plan of the evaluation; ``given`` says on which images and models."""
+        return Plan(**{**vars(self), **given})
+
+
+@dataclass(kw_only=True)
+class Pipeline:
+    """Jobs one after another, each in a run folder of its own.
+
+    Attributes:
+        stages: by name, in order. Each holds "job" (unless its name is that of a job: pretrain,
+            probe, finetune or reduce), "recipe" (one that ships, or a file) and settings of that
+            recipe, such as loop.epochs; without "recipe" the settings are the whole of it. A stage
+            starts from the model of the stage before it, unless its model.start says otherwise:
+            the name of an earlier stage, a path, or null for what the recipe says. teacher and
+            distill.teacher may name an earlier stage too.
+        data: settings of the group data that all stages share.
+        loop: settings of the group loop that all stages share, but for probe.
+        evaluate: what is measured at the end.
+    """
+
+    stages: dict[str, Any]
+    data: dict[str, Any] = field(default_factory=dict)
+    loop: dict[str, Any] = field(default_factory=dict)
+    evaluate: Measured = field(default_factory=Measured)
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("stages must name at least one stage")
+        if not any(stage.classifies for stage in self.in_order):
+            raise ValueError(
+                "no stage is a finetune or reduce one, so there is nothing to evaluate"
+            )
+        for name, cls in (("data", Data), ("loop", Loop)):
+            config.parse(cls, getattr(self, name), (), name)
+
+    @property
+    def in_order(self) -> list[Stage]:
+        """The stages, the first one first."""
+        return [_stage(*item, n) for n, item in enumerate(self.stages.items(), start=1)]
+
+
+def _stage(name: str, given: Any, number: int) -> Stage:
+    where = f"stages.{name}"
+    if not _NAME.fullmatch(str(name)):
+        raise ValueError(f"{where}: a stage names a folder, so it is of letters, digits and _")
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{where} must hold keys and values, got {given!r}")
+    settings = dict(given)
+    job, recipe = settings.pop("job", name), settings.pop("recipe", None)
+    if job not in JOBS:
+        if "job" not in given:
+            raise ValueError(f"{where} must say its job: {', '.join(JOBS)}")
+        raise ValueError(f"{where}: {suggest('job', str(job), list(JOBS))}")
+    if not (recipe is None or isinstance(recipe, str)):
+        raise ValueError(
+            f"{where}.recipe must be a name or a file, got {recipe!r}: settings stand beside it"
+        )
+    return Stage(str(name), number, job, recipe, settings)
