@@ -281,8 +281,9 @@ def _checkpoint(model: Any) -> None:
 
 def _set_drop_path(backbone: Backbone, rate: float) -> None:
     """Stochastic depth that grows linearly over the blocks, in a model that was made without."""
-    rates: Any = calculate_drop_path_rates(rate, len(backbone.blocks))
-    for block, p in zip(backbone.blocks, rates, strict=True):
+    blocks = [*backbone.early_blocks, *backbone.blocks]
+    rates: Any = calculate_drop_path_rates(rate, len(blocks))
+    for block, p in zip(blocks, rates, strict=True):
         if not (hasattr(block, "drop_path1") and hasattr(block, "drop_path2")):
             raise ValueError(
                 f"model.drop_path={rate}: {type(block).__name__} blocks have no place for it"

@@ -15,6 +15,7 @@ from table import (
     OTHER_SIZES,
     Row,
     close,
+    fitting,
     form,
     images,
     randomise,
@@ -142,7 +143,7 @@ def test_counted_is_what_runs(row: Row, name: str) -> None:
 @counted
 def test_counts_follow_the_plan(row: Row, name: str) -> None:
     model = reduced(row, name)
-    for size in ((48, 48), *OTHER_SIZES):
+    for size in ((48, 48), *(fitting(name, size) for size in OTHER_SIZES)):
         grid = (size[0] // 8, size[1] // 8)
         trace = model.trace(images(3, size))
         if model.reducer.fixed_count or row.name == "ats":
