@@ -113,10 +113,9 @@ class Scales:
 class TwoScalePatches(PatchEmbed):
     """Makes patches of the image and of the image at half the size."""
 
-    low_proj: nn.Conv2d | None = None  # where the low scale has its own
-
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
+        self.low_proj: nn.Conv2d | None = None  # where the low scale has its own
         _low_grid(self.grid_size, self.patch_size)
 
     def patches(self, images: Tensor) -> Tensor:
@@ -222,7 +221,7 @@ class MultiScaleViT(VisionTransformer):
         pos: Tensor = self.low_pos_embed
         if grid != tuple(self.patch_embed.grid_size):
             pos = _resized(pos, _halved(self.patch_embed.grid_size), small)
-        low = torch.cat([self.low_cls_token.expand(len(low), -1, -1), low], 1) + pos
+        low = torch.cat([self.low_cls_token.expand(low.shape[0], -1, -1), low], 1) + pos
         for number, block in enumerate(self.early):
             step: Callable[..., Tensor] = block
             if number < (self.scales.downsampled or 0):
@@ -278,13 +277,10 @@ class MultiScaleViT(VisionTransformer):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Sort parameters into layers, from the input to the output."""
         return {
-            "stem": r"^(low_)?cls_token|^reg_token|^(low_)?pos_embed|^patch_embed",
-            "blocks": [
-                (r"^(?:early|low_blocks)\.(\d+)", None),
-                (r"^(?:lka|peg)\.", (0,)),
-                (r"^blocks\.(\d+)", None),
-                (r"^norm", (99999,)),
-            ],
+            "stem": r"^(?:low_)?(?:cls_token|pos_embed)|^reg_token|^patch_embed",
+            "early": r"^(?:early|low_blocks)\.(\d+)",
+            "fusion": r"^(?:lka|peg)\.",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
 

@@ -111,6 +111,11 @@ class Backbone:
             "pre-training and fine-tuning work"
         )
 
+    def check_takes_masks(self) -> None:
+        """Refuse to leave patches out from the start where the family needs whole images."""
+        if self.needs_whole_images:
+            raise ValueError(f"{self.family} models take no keep_mask: {self.needs_whole_images}")
+
     def current(self) -> bool:
         """Tell whether the model still is what ``spec`` and the parts were read from."""
         return True

@@ -151,11 +151,8 @@ class ReducedViT(HostedModel):
             raise ValueError("with a keep_mask images differ in count: use mode 'packed'")
         embedded = backbone.embed(images)
         mask, original = None, None
-        if keep_mask is not None and backbone.needs_whole_images:
-            raise ValueError(
-                f"{backbone.family} models take no keep_mask: {backbone.needs_whole_images}"
-            )
         if keep_mask is not None:
+            backbone.check_takes_masks()
             mask = _checked_mask(keep_mask, embedded.x, grid, spec.pools_patches or not spec.prefix)
             original = tuple(mask.sum(1).tolist())
         context = Context(spec.prefix, grid, mode, self.training, mask, original, embedded.table)

@@ -42,6 +42,8 @@ class Model:
         weights: "model" or "ema" where a checkpoint has both; "auto" prefers the model's.
         new_head: give a start with another number of classes a new head; without it that is an
             error. A start without a head gets one anyway.
+        multiscale: options of ``foveate.backbones.multiscale``, which gives a plain ViT of timm a
+            second scale: {} takes its defaults, None leaves the model as it is.
         pool: "token" or "avg"; None leaves the model's own.
         drop_path: stochastic depth of the last block, growing linearly from the first.
         checkpointing: recompute activations in the backward pass, to save memory.
@@ -52,6 +54,7 @@ class Model:
     start: str | None = None
     weights: str = "auto"
     new_head: bool = False
+    multiscale: dict[str, Any] | None = None
     pool: str | None = None
     drop_path: float = 0.0
     checkpointing: bool = False
