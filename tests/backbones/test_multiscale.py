@@ -139,6 +139,7 @@ def test_methods_act_after_the_first_blocks() -> None:
     reduced = foveate.apply(model, "tokenmergence(keep=0.7)")
     assert reduced.reducer.active_blocks == (0, 3, 6)  # blocks 3, 6 and 9 of the plain model
     assert foveate.count(reduced).tokens == (139, 139, 139, 98, 98, 98, 69, 69, 69)
+    assert "depth 9 after 3 in the embedding, 14 x 14 patches" in foveate.describe(reduced)
     with pytest.raises(ValueError, match=r"blocks must lie in 0\.\.8 for 9 blocks, got 9"):
         foveate.apply(model, "tokenmergence(blocks=[3, 6, 9])")
     small = foveate.apply(two_scales(), "tome(r=5)").eval()
@@ -202,15 +203,6 @@ def test_another_size_another_head() -> None:
     model.reset_classifier(3)
     close(logits(driven, wide), model(wide).detach())
     assert model(wide).shape == (2, 3)
-
-
-def test_exports_with_a_dynamic_batch() -> None:
-    model = foveate.apply(two_scales(), "tokenmergence(keep=0.7)").eval()
-    batch = torch.export.Dim("batch", min=2, max=64)
-    with torch.no_grad():
-        program = torch.export.export(model, (images(3),), dynamic_shapes=({0: batch},))
-        for size in (2, 5):
-            close(program.module()(images(size)), model(images(size)))
 
 
 def test_everything_is_saved(tmp_path: Path) -> None:

@@ -34,13 +34,15 @@ def test_finetuning_from_a_plain_checkpoint_and_on(tmp_path: Path) -> None:
 
 
 def test_stochastic_depth_starts_in_the_first_blocks() -> None:
-    model = {**MODEL, "options": {**MODEL["options"], "depth": 4}, "multiscale": {"early": 2}}
-    made = make_finetune(finetune("model.drop_path=0.3", model=model), 10).model
+    model = {**MODEL, "options": {**MODEL["options"], "depth": 8}}
+    words = ["model.drop_path=0.7", "model.multiscale={}"]
+    made = make_finetune(finetune(*words, model=model), 10).model
+    assert made.scales == Scales(early=2, downsampled=1)
     rates = [
         block.drop_path1.drop_prob if isinstance(block.drop_path1, DropPath) else 0.0
         for block in (*made.early, *made.blocks)
     ]
-    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    assert rates == pytest.approx([0.1 * n for n in range(8)])
 
 
 def test_bad_settings(tmp_path: Path) -> None:
