@@ -164,8 +164,9 @@ def describe(model: ReducedViT, image_size: int | tuple[int, int] | None = None)
         attention = "fused, and one row beside it where scores are read"
     losses = _losses(reducer)
     lines = [
-        f"{reducer!r} on {spec.family}, width {spec.width}, depth {spec.depth}, "
-        f"{grid[0]} x {grid[1]} patches, {spec.prefix} prefix token{'s' * (spec.prefix != 1)}",
+        f"{reducer!r} on {spec.family}, width {spec.width}, depth {spec.depth}"
+        + (f" after {spec.early} in the embedding, " if spec.early else ", ")
+        + f"{grid[0]} x {grid[1]} patches, {spec.prefix} prefix token{'s' * (spec.prefix != 1)}",
         f"tokens per block: {' '.join(str(n) for n in counted.tokens)}"
         + ("" if fixed else "  (expected or at most: each image has its own count)"),
         f"GMACs: {reduced:.{_digits(reduced)}f} of {dense:.{_digits(dense)}f} "

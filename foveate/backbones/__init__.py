@@ -21,6 +21,7 @@ from foveate.backbones.hf_positions import resize_positions
 from foveate.backbones.hf_siglip import HfSiglip
 from foveate.backbones.hf_vit import HfViT
 from foveate.backbones.lvvit import LVViT, LVViTBackbone, lvvit_m, lvvit_s
+from foveate.backbones.multiscale import MultiScaleBackbone, MultiScaleViT, Scales, multiscale
 from foveate.backbones.timm_beit import (
     TimmBeit,
     expand_position_bias,
@@ -38,6 +39,9 @@ __all__ = [
     "HfViT",
     "LVViT",
     "LVViTBackbone",
+    "MultiScaleBackbone",
+    "MultiScaleViT",
+    "Scales",
     "TimmBeit",
     "TimmEva",
     "TimmViT",
@@ -49,6 +53,7 @@ __all__ = [
     "image_settings",
     "lvvit_m",
     "lvvit_s",
+    "multiscale",
     "plain_vit",
     "rebuild",
     "resize_positions",
@@ -57,8 +62,15 @@ __all__ = [
     "shared_position_bias",
 ]
 
-# In this order: an LV-ViT is also a timm VisionTransformer.
-FAMILIES: tuple[type[Backbone], ...] = (LVViTBackbone, TimmViT, TimmEva, TimmBeit, *HF_FAMILIES)
+# In this order: LV-ViTs and multi-scale ViTs are also timm VisionTransformers.
+FAMILIES: tuple[type[Backbone], ...] = (
+    LVViTBackbone,
+    MultiScaleBackbone,
+    TimmViT,
+    TimmEva,
+    TimmBeit,
+    *HF_FAMILIES,
+)
 
 
 def backbone_for(model: nn.Module) -> Backbone:

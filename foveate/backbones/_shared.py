@@ -31,9 +31,9 @@ def refuse(model: nn.Module, what: str) -> ValueError:
     return ValueError(
         f"{type(model).__name__} with {what} cannot be driven. Supported are plain pre-norm "
         "vision transformers with global attention: timm VisionTransformer (ViT, DeiT, DeiT-III, "
-        "DINOv2, CLIP, SigLIP, MAE) and timm Eva (EVA-02, DINOv3, rotary ViTs), LV-ViT, and of "
-        "Hugging Face transformers ViT, DeiT, DINOv2 (with and without registers) and the vision "
-        "models of CLIP and SigLIP"
+        "DINOv2, CLIP, SigLIP, MAE) and timm Eva (EVA-02, DINOv3, rotary ViTs), LV-ViT, "
+        "multi-scale ViTs, and of Hugging Face transformers ViT, DeiT, DINOv2 (with and without "
+        "registers) and the vision models of CLIP and SigLIP"
     )
 
 

@@ -17,7 +17,9 @@ from foveate.backbones._shared import check_class, plain_class, refuse, same_mod
 from foveate.backbones._timm import TimmBackbone, spec_of
 from foveate.core import Embedded, Heads
 
-__all__ = ["TimmViT", "check_blocks_plain", "plain_vit"]
+__all__ = ["TimmViT", "check_blocks_plain", "plain_vit", "set_block_eps", "vit_arguments"]
+
+_BLOCKS = ("blocks", "early")  # ends of the names of what holds blocks
 
 
 class TimmViT(TimmBackbone):
@@ -47,7 +49,7 @@ class TimmViT(TimmBackbone):
         named = super().recipe()
         if named is not None:
             return named
-        arguments = _arguments(self.model)
+        arguments = vit_arguments(self.model)
         with torch.device("meta"):
             twin = plain_vit(**arguments)
         return {"plain": arguments} if same_modules(self.model, twin) else None
@@ -143,24 +145,30 @@ def plain_vit(
     """
     kind = VisionTransformerDistilled if distilled else VisionTransformer
     model = kind(norm_layer=partial(nn.LayerNorm, eps=eps), **arguments)
-    if block_eps is not None:
-        for norm in model.blocks.modules():
-            if isinstance(norm, nn.LayerNorm):
-                norm.eps = block_eps
+    set_block_eps(model, block_eps)
     return model
 
 
-def _arguments(model: Any) -> dict[str, Any]:
+def set_block_eps(model: VisionTransformer, eps: float | None) -> None:
+    """Change the epsilon of the norms inside a model's blocks; None leaves them."""
+    for norm in model.blocks.modules():
+        if eps is not None and isinstance(norm, nn.LayerNorm):
+            norm.eps = eps
+
+
+def vit_arguments(model: Any) -> dict[str, Any]:
     """Read off a model's layers what ``plain_vit`` takes to make it."""
     block, distilled = model.blocks[0], isinstance(model, VisionTransformerDistilled)
-    norm_eps = [m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)]
+    outer = [module for name, module in model.named_children() if not name.endswith(_BLOCKS)]
+    norms = [m for part in outer for m in part.modules() if isinstance(m, nn.LayerNorm)]
+    eps = norms[-1].eps if norms else block.norm1.eps
     positions = 0 if model.pos_embed is None else model.pos_embed.shape[1]
     scaled = not isinstance(block.ls1, nn.Identity)
     after_pool = not isinstance(model.fc_norm, nn.Identity)
     return {
         "distilled": distilled,
-        "eps": norm_eps[-1],  # the final norm, or the one after pooling
-        "block_eps": block.norm1.eps if block.norm1.eps != norm_eps[-1] else None,
+        "eps": eps,  # of the final norm, or the one after pooling
+        "block_eps": block.norm1.eps if block.norm1.eps != eps else None,
         "img_size": list(model.patch_embed.img_size),
         "patch_size": list(model.patch_embed.patch_size),
         "in_chans": model.patch_embed.proj.in_channels,

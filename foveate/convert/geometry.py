@@ -1,4 +1,4 @@
-"""Infer the size and form of a plain ViT or LV-ViT from its tensors."""
+"""Infer the size and form of a plain ViT, multi-scale ViT or LV-ViT from its tensors."""
 
 from __future__ import annotations
 
@@ -12,17 +12,28 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from foveate.backbones import LVViT, plain_vit
+from foveate.backbones import LVViT, MultiScaleViT, Scales, plain_vit
 from foveate.convert.read import EXPECTED, PATCH_KEY, Checkpoint
 from foveate.facts import image_grid
 
-__all__ = ["CLASSES", "GRID", "HEADS", "IMAGES", "POOL", "Geometry", "Grid", "resize_note"]
+__all__ = [
+    "CLASSES",
+    "GRID",
+    "HEADS",
+    "IMAGES",
+    "POOL",
+    "SCALES",
+    "Geometry",
+    "Grid",
+    "resize_note",
+]
 
 # Metadata of files that save_plain wrote: facts that tensors do not show.
 HEADS, GRID, IMAGES = "foveate.num_heads", "foveate.grid", "foveate.images"
-POOL, CLASSES = "foveate.pool", "foveate.class_names"
+POOL, CLASSES, SCALES = "foveate.pool", "foveate.class_names", "foveate.scales"
 _HEAD_WIDTH = 64
 _STEM = "patch_embed.conv1.weight"  # of LV-ViT
+_LOW = "low_pos_embed"  # of multi-scale ViTs
 _POOLS = ("avg", "avgmax", "max", "token", "map")
 Grid = tuple[int, int]
 
@@ -86,7 +97,27 @@ class Geometry:
         """Make the model; its first ``front`` positions belong to prefix tokens."""
         if _STEM in self.state:
             return LVViT(**{**arguments, "patch_size": arguments["patch_size"][0]})
-        return plain_vit(**arguments, **{**self._form(front), **special})
+        form = {**self._form(front), **special}
+        if _LOW not in self.state:
+            return plain_vit(**arguments, **form)
+        scales = self._scales()
+        if form.pop("distilled"):
+            raise ValueError(f"{self.path} has two scales and a distillation token; expected one")
+        arguments["depth"] += scales.early or 0
+        return MultiScaleViT(scales=scales, **arguments, **form)
+
+    def _scales(self) -> Scales:
+        """Return the options of a multi-scale ViT, which stand in the file's metadata."""
+        found = self._json(SCALES, None)
+        if not isinstance(found, dict):
+            raise ValueError(
+                f"{self.path} has two scales and no metadata {SCALES} that says how they are "
+                "joined; make the model yourself and call load(path, model)"
+            )
+        try:
+            return Scales(**found)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.path} has metadata {SCALES} {found!r}: {error}") from None
 
     def positions(self, wanted: Grid | None) -> tuple[Grid | None, int]:
         """Return the grid of the stored positions, and how many belong to prefix tokens.
@@ -127,7 +158,16 @@ class Geometry:
             num_prefix_tokens=front,
             antialias=antialias,
         )
-        return {**self.state, "pos_embed": positions}
+        resized = {**self.state, "pos_embed": positions}
+        if _LOW in self.state:
+            resized[_LOW] = resample_abs_pos_embed(
+                self.state[_LOW],
+                new_size=[side // 2 for side in grid],
+                old_size=[side // 2 for side in stored],
+                num_prefix_tokens=1,
+                antialias=antialias,
+            )
+        return resized
 
     def _shape(self, key: str, ndim: int) -> tuple[int, ...]:
         if key not in self.state:

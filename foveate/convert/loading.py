@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from foveate import api
 from foveate.backbones import (
+    MultiScaleViT,
     backbone_for,
     class_names,
     from_folder,
@@ -26,7 +27,16 @@ from foveate.backbones import (
 )
 from foveate.convert.beit_geometry import BeitGeometry
 from foveate.convert.folders import CONFIG, open_folder
-from foveate.convert.geometry import CLASSES, GRID, HEADS, IMAGES, POOL, Geometry, resize_note
+from foveate.convert.geometry import (
+    CLASSES,
+    GRID,
+    HEADS,
+    IMAGES,
+    POOL,
+    SCALES,
+    Geometry,
+    resize_note,
+)
 from foveate.convert.origins import FAMILY, ORIGINS, Origin, find_origin, translate
 from foveate.convert.read import Checkpoint, read, shorten
 from foveate.core import ReducedViT, Reducer
@@ -301,6 +311,8 @@ def save_plain(
         GRID: f"{spec.grid[0]}x{spec.grid[1]}",
         IMAGES: json.dumps(image_settings(model)),
     }
+    if isinstance(model, MultiScaleViT):
+        metadata[SCALES] = json.dumps(asdict(model.scales))
     if pool := getattr(model, "global_pool", None):  # without pooling, any head may come later
         metadata[POOL] = str(pool)
     names = class_names(model)

@@ -35,6 +35,9 @@ class BackboneSpec:
         pools_patches: the head reads patch tokens, not only prefix tokens.
         qkv_cost, mlp_cost: multiply-adds per token of a block's linear layers, per block.
         embed_cost: multiply-adds per patch of the embedding.
+        embed_image_cost: multiply-adds of the embedding per image.
+        embed_pair_cost: multiply-adds of the embedding per pair of patches: of attention in it.
+        early: blocks that the embedding holds; they are not among ``depth``.
         head_cost: multiply-adds of the head per image.
         pool_cost: multiply-adds of the head per patch token that is left at the end.
     """
@@ -53,9 +56,12 @@ class BackboneSpec:
     pools_patches: bool
     qkv_cost: tuple[int, ...]
     mlp_cost: tuple[int, ...]
-    embed_cost: int
+    embed_cost: float
     head_cost: int
     pool_cost: int = 0
+    embed_image_cost: float = 0
+    embed_pair_cost: float = 0
+    early: int = 0
 
 
 @dataclass(eq=False)
@@ -80,11 +86,14 @@ class Backbone:
             ReducedViT (images in, logits out).
         needs_every_token: why no token of the family's models may be left out, if that is so. No
             method runs on such a family, and ``whole`` takes the place of the parts of a block.
+        needs_whole_images: why no patch may be left out from the start, if that is so. Methods run
+            on such a family, keep masks do not.
     """
 
     family: ClassVar[str] = ""
     driver: ClassVar[Any] = None  # a kind of ReducedViT, which is built on this file
     needs_every_token: ClassVar[str] = ""
+    needs_whole_images: ClassVar[str] = ""
 
     def __init__(self, model: nn.Module, spec: BackboneSpec) -> None:
         self.spec = spec
@@ -102,6 +111,11 @@ class Backbone:
             "pre-training and fine-tuning work"
         )
 
+    def check_takes_masks(self) -> None:
+        """Refuse to leave patches out from the start where the family needs whole images."""
+        if self.needs_whole_images:
+            raise ValueError(f"{self.family} models take no keep_mask: {self.needs_whole_images}")
+
     def current(self) -> bool:
         """Tell whether the model still is what ``spec`` and the parts were read from."""
         return True
@@ -117,6 +131,11 @@ class Backbone:
     def blocks(self) -> Sequence[nn.Module]:
         """The model's own blocks, in order."""
         raise NotImplementedError
+
+    @property
+    def early_blocks(self) -> Sequence[nn.Module]:
+        """Blocks that ``embed`` runs, before those in ``blocks``."""
+        return ()
 
     @property
     def classifies(self) -> bool:

@@ -232,7 +232,8 @@ def cost(
     """
     blocks = tuple(expected(spec, reducer, grid) if tokens is None else tokens)
     patches = grid[0] * grid[1]
-    total, entering = patches * spec.embed_cost + spec.head_cost, patches + spec.prefix
+    total = spec.embed_image_cost + patches * spec.embed_cost + patches**2 * spec.embed_pair_cost
+    total, entering = total + spec.head_cost, patches + spec.prefix
     for block, now in enumerate(blocks):
         total += now.attention * spec.qkv_cost[block]
         total += 2 * now.attention**2 * spec.heads * spec.head_dim

@@ -152,6 +152,7 @@ class ReducedViT(HostedModel):
         embedded = backbone.embed(images)
         mask, original = None, None
         if keep_mask is not None:
+            backbone.check_takes_masks()
             mask = _checked_mask(keep_mask, embedded.x, grid, spec.pools_patches or not spec.prefix)
             original = tuple(mask.sum(1).tolist())
         context = Context(spec.prefix, grid, mode, self.training, mask, original, embedded.table)

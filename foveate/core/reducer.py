@@ -289,7 +289,10 @@ class ScoreReducer(Reducer):
     def build(self, spec: BackboneSpec) -> None:
         """Resolve the schedule for the backbone's depth."""
         super().build(spec)
-        blocks = self.blocks if self.blocks is not None else self.default_blocks(spec.depth)
+        blocks = self.blocks
+        if blocks is None:  # a share of the whole depth, also where the embedding holds blocks
+            whole = self.default_blocks(spec.early + spec.depth)
+            blocks = tuple(sorted({max(0, block - spec.early) for block in whole}))
         self.active_blocks = check_blocks(blocks, spec.depth)
         self.schedule = self._schedule(self.active_blocks)
 

@@ -8,8 +8,8 @@ merged into its most similar kept token, an average weighted with those scores. 
 
 Training: recommended (the paper trains for 300 epochs with the rate warmed up from 1). The paper
 leaves open which features are compared: here the tokens after the attention residual. Prefix
-tokens are no merge targets, because they have no score. The multi-scale stem of the paper is
-under-specified and not part of this method.
+tokens are no merge targets, because they have no score. The paper's multi-scale features are a
+backbone, ``foveate.backbones.multiscale``, on which every method runs.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class MaskedImageModel(nn.Module):
         super().__init__()
         self.vit, self.options = vit, options
         found = backbone_for(vit)
-        if not isinstance(found, (TimmViT, TimmBeit)):
+        if not isinstance(found, (TimmViT, TimmBeit)) or found.needs_whole_images:
             raise ValueError(
                 f"{found.family} models cannot be pre-trained here: timm's VisionTransformer and "
                 "Beit can"

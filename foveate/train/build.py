@@ -11,7 +11,7 @@ from timm.layers import DropPath, calculate_drop_path_rates
 from torch import nn
 
 from foveate import api
-from foveate.backbones import backbone_for, image_settings, lvvit_m, lvvit_s
+from foveate.backbones import backbone_for, image_settings, lvvit_m, lvvit_s, multiscale
 from foveate.convert import Settings, open_model
 from foveate.core import Backbone, ReducedViT
 from foveate.data import Splits, open_splits
@@ -44,6 +44,11 @@ def _started(recipe: recipes.Model, classes: int | None) -> tuple[nn.Module, boo
     else:
         model = _opened(recipe)
     new = recipe.start is None
+    if recipe.multiscale is not None:
+        try:
+            model = multiscale(model, **recipe.multiscale)
+        except ValueError as error:
+            raise ValueError(f"model.multiscale: {error}") from error
     if classes is not None:
         new |= _give_head(model, recipe, classes)
     if recipe.drop_path:
@@ -145,6 +150,11 @@ def _teacher(
             raise ValueError(
                 "there is nothing to learn from: the model starts from scratch and no teacher is "
                 "named; give one, or set the weights of kl and token to 0"
+            )
+        if start.multiscale is not None:
+            raise ValueError(
+                f"{start.origin} cannot teach, model.multiscale changes what it answers: name a "
+                "teacher"
             )
         if new:
             raise ValueError(
@@ -285,8 +295,9 @@ def _checkpoint(model: Any) -> None:
 
 def _set_drop_path(backbone: Backbone, rate: float) -> None:
     """Stochastic depth that grows linearly over the blocks, in a model that was made without."""
-    rates: Any = calculate_drop_path_rates(rate, len(backbone.blocks))
-    for block, p in zip(backbone.blocks, rates, strict=True):
+    blocks = [*backbone.early_blocks, *backbone.blocks]
+    rates: Any = calculate_drop_path_rates(rate, len(blocks))
+    for block, p in zip(blocks, rates, strict=True):
         if not (hasattr(block, "drop_path1") and hasattr(block, "drop_path2")):
             raise ValueError(
                 f"model.drop_path={rate}: {type(block).__name__} blocks have no place for it"

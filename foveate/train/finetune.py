@@ -50,6 +50,7 @@ class FinetuneTask(ClassificationTask):
         weights = {"distill": self.distill.weight}
         super().__init__(model, classes, data, mix, weights=weights, teacher=teacher)
         if self.masking.ratios:
+            self._backbone.check_takes_masks()
             spec = dense(self._backbone).backbone.spec  # refuses what cannot be driven
             patches, most = spec.grid[0] * spec.grid[1], max(self.masking.ratios)
             if spec.pools_patches and not kept_patches(patches, most):

@@ -46,6 +46,8 @@ class Model:
             running mean), or "auto", which prefers the model's.
         new_head: replace a head whose number of classes is not the data's; without it another
             number is an error. A start without a head gets one in any case.
+        multiscale: options of ``foveate.backbones.multiscale``, which gives a plain ViT of timm a
+            second scale: {} takes its defaults, None leaves the model as it is.
         pool: how the head pools tokens: "token" (class token) or "avg" (mean of the patches); None
             keeps the model's own way.
         drop_path: rate of stochastic depth in the last block; it grows linearly from the first.
@@ -57,6 +59,7 @@ class Model:
     start: str | None = None
     weights: str = "auto"
     new_head: bool = False
+    multiscale: dict[str, Any] | None = None
     pool: str | None = None
     drop_path: float = 0.0
     checkpointing: bool = False

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import foveate
-from foveate.backbones import LVViT
+from foveate.backbones import LVViT, MultiScaleViT, Scales
 from foveate.core import ReducedViT
 
 IMAGE = 48  # pixels; patch 8 gives a 6 x 6 grid
@@ -100,6 +100,7 @@ FORMS: dict[str, Callable[[], nn.Module]] = {
     "siglip_average": lambda: vit(class_token=False, global_pool="avg", dynamic_img_size=True),
     "mae": lambda: vit(global_pool="avg", fc_norm=False),
     "lvvit": lambda: vit(LVViT),
+    "multiscale": lambda: vit(MultiScaleViT, depth=6, scales=Scales(early=2)),
     "eva02": lambda: eva(
         use_rot_pos_emb=True,
         swiglu_mlp=True,
@@ -158,6 +159,12 @@ HF_FORMS: dict[str, Callable[[], nn.Module]] = {
 }
 if importlib.util.find_spec("transformers"):
     FORMS.update(HF_FORMS)
+
+
+def fitting(name: str, size: tuple[int, int]) -> tuple[int, int]:
+    """The size, or the next one of which a form can make patches."""
+    step = 16 if name == "multiscale" else 8
+    return tuple(-(-side // step) * step for side in size)
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:

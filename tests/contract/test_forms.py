@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from table import FORMS, IMAGE, OTHER_SIZES, close, form, images, randomise, reduced, said, vit
+from table import (
+    FORMS,
+    IMAGE,
+    OTHER_SIZES,
+    close,
+    fitting,
+    form,
+    images,
+    randomise,
+    reduced,
+    said,
+    vit,
+)
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 
@@ -61,7 +73,7 @@ BASE["eva02"] = {**BASE["vit"], "use_rot_pos_emb": True, "swiglu_mlp": True, "sc
 @pytest.mark.parametrize("size", OTHER_SIZES)
 def test_other_sizes_equal_a_model_built_for_them(name: str, size: tuple[int, int]) -> None:
     """The driver takes any size; timm does after set_input_size, transformers when told."""
-    driven = reduced(NOTHING, name)
+    driven, size = reduced(NOTHING, name), fitting(name, size)
     other = randomise(FORMS[name]())
     other.load_state_dict(form(name).state_dict())
     options = {}

@@ -15,6 +15,7 @@ from table import (
     OTHER_SIZES,
     Row,
     close,
+    fitting,
     form,
     images,
     randomise,
@@ -30,7 +31,8 @@ from foveate.core import AttentionReader, ReducedViT, TokenState
 
 rows = pytest.mark.parametrize("row", METHODS, ids=lambda row: row.method)
 names = pytest.mark.parametrize("name", FORMS)
-FEW = ["vit", "siglip", "dinov2_reg4", "dinov3", *(name for name in HF_FORMS if name in FORMS)]
+MASKED = ["vit", "siglip", "dinov2_reg4", "dinov3", *(name for name in HF_FORMS if name in FORMS)]
+FEW = [*MASKED, "multiscale"]  # which takes no keep mask
 
 
 def crossed(forms: list[str], every: int) -> pytest.MarkDecorator:
@@ -48,6 +50,7 @@ def crossed(forms: list[str], every: int) -> pytest.MarkDecorator:
 
 
 many, counted, few = crossed(list(FORMS), 3), crossed(list(FORMS), 6), crossed(FEW, 3)
+masked = crossed(MASKED, 3)
 
 
 def run(model: ReducedViT, x: Tensor, **options: object) -> Tensor:
@@ -142,7 +145,7 @@ def test_counted_is_what_runs(row: Row, name: str) -> None:
 @counted
 def test_counts_follow_the_plan(row: Row, name: str) -> None:
     model = reduced(row, name)
-    for size in ((48, 48), *OTHER_SIZES):
+    for size in ((48, 48), *(fitting(name, size) for size in OTHER_SIZES)):
         grid = (size[0] // 8, size[1] // 8)
         trace = model.trace(images(3, size))
         if model.reducer.fixed_count or row.name == "ats":
@@ -191,7 +194,7 @@ def test_gradients_reach_what_is_trained_and_only_that(row: Row, name: str) -> N
     assert max(moved) > 0
 
 
-@few
+@masked
 def test_keep_masks_are_honoured(row: Row, name: str) -> None:
     """What lies under a masked patch changes nothing, in any mode that takes masks."""
     model, x = reduced(row, name), images(3)

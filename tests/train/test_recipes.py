@@ -62,6 +62,8 @@ def shrunk(recipe: Any, folder: Path) -> Any:
     options = {}
     if model.name is not None:
         options = {**model.options, **SMALL, "in_chans": channels}
+        if model.multiscale is not None:  # 7 x 7 patches have no half
+            options["patch_size"] = 7
     changes: dict[str, Any] = {
         "model": dataclasses.replace(
             model, options=options, start=None if model.start is None else weights
