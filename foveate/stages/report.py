@@ -79,8 +79,10 @@ def stage_sheet(results: Results, stages: Sequence[Planned]) -> Sheet:
             "What pre-training adds to the accuracy of later stages takes a run without it to "
             "compare with: foveate compare."
         )
-    head = ("<stage", "<what", "<starts from", "updates", "minutes", "top-1 %", "<brought")
-    return Sheet("What each stage brought", head, body, notes, ("updates", "minutes"))
+    head = ["stage", "what", "starts from", "updates", "minutes", "top-1 %", "brought"]
+    words = ("stage", "what", "starts from", "brought")
+    brought = pd.DataFrame(body, columns=head)
+    return Sheet("What each stage brought", brought, words, notes, ("updates", "minutes"))
 
 
 def said(stage: Planned) -> str:
