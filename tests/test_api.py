@@ -296,6 +296,7 @@ def test_the_public_names() -> None:
         "finetune",
         "list_methods",
         "load",
+        "pipeline",
         "predict",
         "pretrain",
         "probe",

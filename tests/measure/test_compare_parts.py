@@ -164,7 +164,7 @@ def test_a_cell_is_done_by_one_process_at_a_time(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("fcntl")
-    with cell._alone(tmp_path / "cell.yaml"):
+    with cell.alone(tmp_path / "cell.yaml"):
         assert cell.main([str(tmp_path / "cell.yaml")]) == 2
     assert "another process is at work on" in capsys.readouterr().err
 
