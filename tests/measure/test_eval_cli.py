@@ -75,7 +75,7 @@ def test_everything_on_the_demo_model(
 
 def test_the_shipped_images_give_the_known_accuracy() -> None:
     table = evaluate({"demo": demo_vit()}, Plan(data="fashion-mnist")).table
-    assert one(table, "top1") == pytest.approx(84.25, abs=0.1)  # a near tie may fall either way
+    assert one(table, "top1") == pytest.approx(84.65, abs=0.1)  # a near tie may fall either way
     assert one(table, "images") == 2000
 
 
