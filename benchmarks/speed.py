@@ -138,7 +138,6 @@ def arguments() -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--out", type=Path, help="JSON file with a table beside it, written anew after every cell")
     add("--plot", type=Path, help="the result as a picture")
-    add("--commit", help="what to record where git cannot tell")
     add("--profile", choices=tuple(METHODS), metavar="METHOD", help="explain one method instead")
     add("--quick", action="store_true", help="smoke test: tiny model, batch 1 and 2, 3 rounds")
     args = parser.parse_args()
@@ -168,7 +167,6 @@ def main() -> None:
     console = terminal(150)
 
     def finished(result: Result) -> None:
-        result.commit = args.commit or result.commit
         results = judged(result)
         if args.out is not None:
             results.save(args.out)

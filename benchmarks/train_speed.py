@@ -76,9 +76,7 @@ def make_step(
     if precision.endswith("compiled"):
         task.compile()
     optimiser = make_optimiser(task, recipes.Optim(), 1e-5)
-    side = (
-        task.model.vit.patch_embed.img_size if kind == "reduce" else task.model.patch_embed.img_size
-    )
+    side = task.backbone.patch_embed.img_size
     images = torch.randint(0, 256, (batch, 3, *side), dtype=torch.uint8, device=options.device)
     labels = torch.randint(0, 1000, (batch,), device=options.device)
     half = precision.startswith("bf16")

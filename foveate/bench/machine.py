@@ -94,10 +94,12 @@ def physical_cores() -> int:
 def commit() -> str | None:
     """The commit that is measured, marked where the working tree differs; None if unknown.
 
-    Where the code was copied without its history, FOVEATE_COMMIT may say it.
+    FOVEATE_COMMIT says it where git cannot tell, or not rightly: the code may be a copy.
     """
+    if said := os.environ.get("FOVEATE_COMMIT"):
+        return said
     if not (_ROOT / ".git").exists():  # installed, perhaps into somebody else's repository
-        return os.environ.get("FOVEATE_COMMIT")
+        return None
     try:
         head = _git("rev-parse", "HEAD")
         changed = _git("status", "--porcelain", "--", "foveate", "benchmarks")

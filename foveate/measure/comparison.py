@@ -121,32 +121,24 @@ class Trained:
 
 
 @dataclass(kw_only=True)
-class Asked:
-    """What is measured. Accuracy and multiply-adds are, of every model and method.
+class Measuring:
+    """How models are measured, in a comparison and at the end of a pipeline.
 
     Attributes:
-        models: models of which occlusion and pruning are measured; None is all.
         occlusion: shares of patches to drop; none measures no curve.
-        pruning: shares that each stage of pruning without training keeps; none does not.
-        mask_seeds: how many seeds both have, for each model.
-        statistics: of tokens, for every method.
-        speed: batches at which every method is timed against its dense model, interleaved.
-        together: evaluate all models in one process, so that all are timed in one interleaved run.
-        rounds: of that run.
+        mask_seeds: how many seeds that has, for each model.
+        speed: batches at which everything is timed, interleaved; none times nothing.
+        rounds: of that run; fewer than 30 are a trial.
         batch: images a call.
         workers: processes that read images; 0 reads in the process itself.
-        limit: use so many images; None leaves what the recipes say.
+        limit: use so many images; null takes all.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
         precision: "fp32" or "bf16".
     """
 
-    models: tuple[str, ...] | None = None
     occlusion: tuple[float, ...] = ()
-    pruning: tuple[float, ...] = ()
     mask_seeds: int = 3
-    statistics: bool = True
     speed: tuple[int, ...] = ()
-    together: bool = False
     rounds: int = 30
     batch: int = 64
     workers: int = 0
@@ -157,6 +149,30 @@ class Asked:
     def __post_init__(self) -> None:
         check_choice("evaluate.device", self.device, ("auto", "cpu", "cuda"))
         self.plan(data="")  # refuses what it would refuse after hours of training
+
+    def plan(self, **given: Any) -> Plan:
+        """Return the plan of an evaluation; ``given`` says on which images and models."""
+        return Plan(**{**vars(self), **given})
+
+
+@dataclass(kw_only=True)
+class Asked(Measuring):
+    """What is measured. Accuracy and multiply-adds are, of every model and method.
+
+    Attributes:
+        models: models of which occlusion and pruning are measured; None is all.
+        pruning: shares that each stage of pruning without training keeps; none does not.
+        mask_seeds: how many seeds occlusion and pruning have, for each model.
+        statistics: of tokens, for every method.
+        speed: batches at which every method is timed against its dense model, interleaved.
+        together: evaluate all models in one process, so that all are timed in one interleaved run.
+        limit: use so many images; None leaves what the recipes say.
+    """
+
+    models: tuple[str, ...] | None = None
+    pruning: tuple[float, ...] = ()
+    statistics: bool = True
+    together: bool = False
 
     def plan(self, **given: Any) -> Plan:
         """Return the plan of an evaluation; ``given`` holds what depends on the cell."""

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from foveate import config
-from foveate.core.schedule import check_choice
-from foveate.measure import Plan
+from foveate.measure.comparison import Measuring
 from foveate.registry import suggest
 from foveate.train.recipe import Data, Loop
 
@@ -54,41 +53,18 @@ class Stage:
 
 
 @dataclass(kw_only=True)
-class Measured:
+class Measured(Measuring):
     """What is measured at the end, of every model that has classes.
 
     Attributes:
         rates: at which the method of each reduce stage is evaluated besides its own rate.
         occlusion: shares of patches to drop from the images of fine-tuned models; none measures
             no curve.
-        mask_seeds: how many seeds that has.
         speed: batches at which all models are timed in one interleaved run; none times nothing.
-        rounds: of that run; fewer than 30 are a trial.
-        batch: images a call.
-        workers: processes that read images.
-        limit: use so many images; null takes all.
-        device: "auto" (a GPU if there is one), "cpu" or "cuda".
-        precision: "fp32" or "bf16".
     """
 
     rates: tuple[float, ...] = ()
-    occlusion: tuple[float, ...] = ()
-    mask_seeds: int = 3
     speed: tuple[int, ...] = (64,)
-    rounds: int = 30
-    batch: int = 64
-    workers: int = 0
-    limit: int | None = None
-    device: str = "auto"
-    precision: str = "fp32"
-
-    def __post_init__(self) -> None:
-        check_choice("evaluate.device", self.device, ("auto", "cpu", "cuda"))
-        self.plan(data="")  # refuses what it would refuse after hours of training
-
-    def plan(self, **given: Any) -> Plan:
-        """Return the plan of the evaluation; ``given`` says on which images and models."""
-        return Plan(**{**vars(self), **given})
 
 
 @dataclass(kw_only=True)

@@ -146,8 +146,9 @@ def fit(
         own = [*own, best]
     # In front of progress bars; checkpoints after what may change the model at a step's end.
     checkpoints = Checkpoints(out / "checkpoints", loop.save_every, loop.keep_last)
+    trainer.callbacks[:0] = [*own, checkpoints]  # type: ignore[attr-defined]
     throughput = Throughput()
-    trainer.callbacks[:0] = [throughput, *own, checkpoints]  # type: ignore[attr-defined]
+    trainer.callbacks.append(throughput)  # type: ignore[attr-defined]
     resumed = None if checkpoint is None else int(checkpoint.stem.split("-")[1])
     with _quiet():
         trainer.loggers = [MetricsFile(out / _METRICS, resumed), *_loggers(loop, out)]

@@ -15,7 +15,8 @@ class Throughput(Callback):
     """Times batches, but the first of each epoch, for which loader and compiler may start up.
 
     On a GPU the process runs ahead of the device, so that a wait for images that the device does
-    not notice counts too: the share is the most that faster images could bring.
+    not notice counts too: the share is the most that faster images could bring. It has to be the
+    last of the callbacks, or what these do after a batch, such as saving, would be waiting too.
 
     Attributes:
         batches: that were timed, on this process.
@@ -26,8 +27,8 @@ class Throughput(Callback):
     def __init__(self) -> None:
         self.batches = 0
         self.seconds = self.waited = 0.0
-        self._started: float | None = None
-        self._asked: float | None = None
+        self._started = 0.0
+        self._asked: float | None = None  # None while the clock stands
 
     def facts(self, images: int) -> dict[str, float]:
         """What the result says, for batches of so many images over all processes."""
@@ -42,14 +43,14 @@ class Throughput(Callback):
         self, trainer: Trainer, module: LightningModule, batch: Any, index: int
     ) -> None:
         """A batch has come."""
-        if self._started is not None and self._asked is not None:
+        if self._asked is not None:
             self.waited += time.perf_counter() - self._asked
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
         """The next batch is asked for after this."""
-        if self._started is None:
+        if self._asked is None:
             _wait_for(module.device)
             self._started = time.perf_counter()
         else:
@@ -65,11 +66,11 @@ class Throughput(Callback):
         self._stop(module)
 
     def _stop(self, module: LightningModule) -> None:
-        if self._started is None:
+        if self._asked is None:
             return
         _wait_for(module.device)
         self.seconds += time.perf_counter() - self._started
-        self._started = self._asked = None
+        self._asked = None
 
 
 def _wait_for(device: torch.device) -> None:

@@ -15,11 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import foveate
+from foveate.train.sharded import SHARDS_ON_CPU
 
-# As foveate.train.sharded says: torch 2.6 shards on GPUs alone.
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch.cpu.Stream, "record_event"), reason="this torch shards on GPUs alone"
-)
+pytestmark = pytest.mark.skipif(not SHARDS_ON_CPU, reason="this torch shards on GPUs alone")
 METHODS = ("evit(keep=0.5)", "dynamicvit(keep=0.5)", "tome(r=4)", "ats(K=12)", "svit(keep=0.5)")
 
 

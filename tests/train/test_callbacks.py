@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from small import noise
 import foveate
 from foveate.data import Loader, Preprocessing, device_batches, eval_transform, limited, open_images
 from foveate.measure import accuracy
+from foveate.train.checkpoints import Checkpoints
+from foveate.train.finetune import FinetuneTask
 from foveate.train.logs import MetricsFile, read_metrics
 from foveate.train.module import Module
 
@@ -162,3 +165,21 @@ def test_metrics_grow_new_columns_and_survive_a_cut(tmp_path: Path) -> None:
         *(("0", "2.5"), ("1", "2.25"), ("1", None), ("2", "1.5"))
     ]
     assert MetricsFile(path) and not path.exists()  # a new run begins a new file
+
+
+@pytest.mark.parametrize(("slow", "name"), [(Checkpoints, "save"), (FinetuneTask, "collate")])
+def test_waiting_is_for_images_alone(
+    slow: type, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = getattr(slow, name)
+
+    def slowly(*args: Any) -> Any:
+        time.sleep(0.3)
+        return plain(*args)
+
+    monkeypatch.setattr(slow, name, slowly)
+    settings = ("loop.epochs=1", "data.batch=8", "data.limit=32", "loop.save_every=1")
+    found = run(finetune(*settings), tmp_path / "run")["throughput"]
+    assert 0 < found["images_per_second"] < 24 / 0.6  # three batches, of which two are slow
+    share = found["share_waiting_for_images"]
+    assert share < 0.5 if name == "save" else share > 0.5
