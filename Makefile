@@ -38,7 +38,7 @@ check: $(STAMP) ## format, lint, types, layers, duplicate code
 	$(BIN)/ruff check .
 	$(BIN)/mypy foveate
 	$(BIN)/lint-imports
-	$(BIN)/pylint --disable=all --enable=duplicate-code foveate
+	$(BIN)/pylint --jobs $(WORKERS) --disable=all --enable=duplicate-code foveate
 
 format: $(STAMP) ## format the code and mend what ruff can mend
 	$(BIN)/ruff format .

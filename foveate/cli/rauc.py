@@ -12,6 +12,7 @@ nothing.
 In a terminal:
   foveate rauc runs/simmim runs/simmim-mto
   foveate rauc runs/simmim runs/simmim-mto --from 100 --to 400 --at 800 --out results/
+  foveate rauc runs/simmim runs/simmim-mto --over seconds
   foveate rauc base.csv mto.csv --metric probe/knn
   foveate rauc runs/base-0 runs/mto-0 --more-base runs/base-1 --more-mto runs/mto-1
 """
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--more-base", type=Path, nargs="+", default=[], metavar="RUN", help="further seeds")
     add("--more-mto", type=Path, nargs="+", default=[], metavar="RUN", help="theirs, in order")
     add("--metric", default="probe/linear", help="column of the scores (probe/linear)")
+    add("--over", default="epochs", help='"epochs" of training, or its "seconds" (epochs)')
     add("--from", dest="start", type=float, metavar="E1", help="first epoch (all that is shared)")
     add("--to", dest="end", type=float, metavar="E2", help="last epoch (all that is shared)")
     add("--at", type=float, metavar="E_REF", help="epoch of RUN_BASE to match (its last)")
@@ -54,6 +56,7 @@ def run(args: argparse.Namespace) -> None:
         start=args.start,
         end=args.end,
         at=args.at,
+        over=args.over,
     )
     show(sheet(found), terminal())
     if args.out is None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from foveate.registry import suggest
 
-__all__ = ["columns", "curve"]
+__all__ = ["by_seconds", "columns", "curve", "seconds"]
 
 
 def curve(run: Path, metric: str) -> dict[float, float]:
@@ -41,6 +42,22 @@ def curve(run: Path, metric: str) -> dict[float, float]:
     if not found:
         raise ValueError(f"{path} has no value of {metric}: nothing was scored")
     return dict(sorted(found.items()))
+
+
+def seconds(run: Path) -> dict[float, float]:
+    """Return the seconds of training that a run had taken by epoch, from what it writes of them."""
+    path = run / "seconds.csv"
+    if not path.is_file():
+        raise ValueError(f"{run} does not say how long its epochs took: {path.name} is not there")
+    return {0.0: 0.0, **curve(path, "seconds")}
+
+
+def by_seconds(scores: Mapping[float, float], took: Mapping[float, float]) -> dict[float, float]:
+    """Return scores by seconds in the place of epochs."""
+    unknown = [epoch for epoch in scores if epoch not in took]
+    if unknown:
+        raise ValueError(f"how long epoch {unknown[0]:g} took is not known")
+    return {took[epoch]: score for epoch, score in scores.items()}
 
 
 def columns(run: Path) -> list[str]:

@@ -56,9 +56,15 @@ def figures(results: Results) -> Iterator[tuple[str, Figure]]:
     # Pre-training: a picture for each family of runs that are alike.
     like: Mapping[str, str] = results.about.get("like", {})
     scores = select(table, part="probe", metric="linear")
+    scores = scores[scores["at"].notna()]
+    keys = ["run", "seed", "at"]
+    took = select(table, part="training", metric="seconds").rename(columns={"value": "took"})
+    timed = scores.merge(took[[*keys, "took"]], on=keys)
+    timed = timed.assign(at=timed.groupby(["run", "at"])["took"].transform("mean"))
     layers = select(table, part="layers", metric="heterogeneity")
     for stem, part, across, up in (
-        ("probe", scores[scores["at"].notna()], "epochs of pre-training", "linear probe, %"),
+        ("probe", scores, "epochs of pre-training", "linear probe, %"),
+        ("probe-seconds", timed, "seconds of pre-training, mean over seeds", "linear probe, %"),
         ("layers", layers, "layer (0: initial embedding)", "heterogeneity at the end"),
     ):
         roots = part["run"].map(lambda run: like.get(run, run))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from foveate.files import read_json
 from foveate.measure.accuracy import drops
 from foveate.measure.cells import Cell, Key, plain
 from foveate.measure.comparison import Comparison, Trained
-from foveate.measure.curves import columns, curve
+from foveate.measure.curves import by_seconds, columns, curve, seconds
 from foveate.measure.rauc import over_runs
 from foveate.measure.state import DONE, State
 from foveate.measure.table import Results, frame, pd, rows, select
@@ -88,6 +89,9 @@ def trained(cell: Cell) -> pd.DataFrame:
     log = cell.folder / "metrics.csv"
     if cell.work.job != "probe" and log.is_file():  # a folder may be copied without it
         found += _logged(log)
+    if (cell.folder / "seconds.csv").is_file():  # runs of before have none
+        for epoch, value in seconds(cell.folder).items():
+            found += rows("training", {"seconds": value}, at=epoch)
     return frame(
         found,
         run=key.model,
@@ -149,30 +153,51 @@ def _like(comparison: Comparison) -> dict[str, str]:
 
 
 def _efficiency(table: pd.DataFrame, like: Mapping[str, str]) -> tuple[pd.DataFrame, list[str]]:
-    """Return RAUC and epochs to match of pre-trained models, and where they mean nothing."""
+    """Return RAUC and epochs to match of pre-trained models, and where they mean nothing.
+
+    Where all runs say how long they took, also both by seconds of training: "rauc_seconds", ...
+    """
     found = [frame([])]
     notes = []
     for run, base in like.items():
         own = select(table, run=run)
         shared = {column: ", ".join(own[column].unique()) for column in ("commit", "machine")}
-        for score in _SCORES:
+        for score, over in product(_SCORES, ("", "_seconds")):
             metric = score.removeprefix("probe/")
-            ours, theirs = (_curves(table, one, metric) for one in (base, run))
-            values, refusals = over_runs(ours, theirs, score)
+            curves = [_curves(table, one, metric) for one in (base, run)]
+            if over:
+                curves = [_timed(table, one, c) for one, c in zip((base, run), curves, strict=True)]
+                if not all(curves):
+                    continue
+            values, refusals = over_runs(*curves, score)
             for seed, text in refusals.items():
                 which = "means of the curves" if seed is None else f"seed {seed}"
-                notes.append(f"{run} over {base}, {score}, {which}: {text}.")
+                by = ", by seconds" * bool(over)
+                notes.append(f"{run} over {base}, {score}, {which}{by}: {text}.")
             for seed, known in values.items():
                 numbers = {"mean_curves": known.get("rauc")} if seed is None else known
-                lines = rows("rauc", numbers, run=run, method=score, seed=seed)
+                named = {name + over: value for name, value in numbers.items()}
+                lines = rows("rauc", named, run=run, method=score, seed=seed)
                 found.append(frame(lines, **shared))
     return pd.concat(found, ignore_index=True), notes
 
 
-def _curves(table: pd.DataFrame, run: str, metric: str) -> dict[int, dict[float, float]]:
-    own = select(table, part="probe", run=run, metric=metric)
+def _curves(
+    table: pd.DataFrame, run: str, metric: str, part: str = "probe"
+) -> dict[int, dict[float, float]]:
+    own = select(table, part=part, run=run, metric=metric)
     own = own[own["at"].notna()]
     return {
         int(seed): dict(zip(group["at"], group["value"], strict=True))
         for seed, group in own.groupby("seed")
     }
+
+
+def _timed(
+    table: pd.DataFrame, run: str, curves: Mapping[int, Mapping[float, float]]
+) -> dict[int, dict[float, float]]:
+    """Return curves by seconds instead of epochs; none where a run does not say what it took."""
+    took = _curves(table, run, "seconds", "training")
+    if not set(curves) <= set(took):
+        return {}
+    return {seed: by_seconds(scores, took[seed]) for seed, scores in curves.items()}

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from foveate import config
-from foveate.measure.curves import curve
+from foveate.core.schedule import check_choice
+from foveate.measure.curves import by_seconds, curve, seconds
 from foveate.measure.figures import lines_figure
 from foveate.measure.sheets import Sheet
 from foveate.measure.style import QUIET, line_look
@@ -27,9 +28,13 @@ from foveate.measure.table import Results, formatted, frame, grid, pd, rows, sel
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["METRIC", "compare", "epochs_to_match", "figure", "rauc", "sheet"]
+__all__ = [
+    *("EPOCHS", "METRIC", "SECONDS", "compare", "epochs_to_match", "figure", "over_runs", "rauc"),
+    "sheet",
+]
 
 METRIC = "probe/linear"
+EPOCHS, SECONDS = "epochs", "seconds"  # what curves are over
 PROTOCOL = "Compare checkpoints inside one schedule: a run annealed earlier is another experiment."
 MEAN = "means of the curves"
 _LEAST = 3  # with two points, RAUC is the ratio of two straight lines
@@ -63,9 +68,7 @@ def rauc(
     ours, theirs = _at(base, epochs), _at(other, epochs)
     below, above = (_area(epochs, scores - ours[0]) for scores in (ours, theirs))
     if below <= _FLAT * np.abs(ours).max() * (end - start):
-        raise ValueError(
-            f"the base gains nothing from epoch {start:g} to {end:g}, so RAUC is undefined"
-        )
+        raise ValueError(f"the base gains nothing from {start:g} to {end:g}, so RAUC is undefined")
     return above / below
 
 
@@ -118,7 +121,7 @@ def _range(
     last = min(max(scores) for scores in curves.values())
     if not first < last:
         spans = ", ".join(f"{name} {min(s):g} to {max(s):g}" for name, s in curves.items())
-        raise ValueError(f"the runs share no range of epochs: {spans}")
+        raise ValueError(f"the runs share no range: {spans}")
     start, end = first if start is None else start, last if end is None else end
     if not start < end:
         raise ValueError(f"the range must begin before it ends, got {start:g} to {end:g}")
@@ -133,8 +136,7 @@ def _inside(name: str, scores: Scores, *epochs: float) -> None:
     for epoch in epochs:
         if not first <= epoch <= last:
             raise ValueError(
-                f"epoch {epoch:g} lies outside the curve {name}, which covers epochs {first:g} to "
-                f"{last:g}"
+                f"{epoch:g} lies outside the curve {name}, which goes from {first:g} to {last:g}"
             )
 
 
@@ -149,6 +151,7 @@ def compare(
     start: float | None = None,
     end: float | None = None,
     at: float | None = None,
+    over: str = EPOCHS,
 ) -> Results:
     """Compare pre-training runs, seed i of the one kind with seed i of the other.
 
@@ -165,7 +168,9 @@ def compare(
         metric: what they were scored by, a column of their metrics.
         start, end: range of epochs (all that the runs share).
         at: reference epoch of epochs to match (the last that all base runs have).
+        over: "epochs", or "seconds" of training in their place.
     """
+    check_choice("over", over, (EPOCHS, SECONDS))
     if not base or len(base) != len(other):
         raise ValueError(
             f"seed i of the base is compared with seed i of the other: expected as many runs of "
@@ -175,14 +180,14 @@ def compare(
     names = [
         run.name if [r.name for r in every].count(run.name) == 1 else str(run) for run in every
     ]
-    curves = [_scored(run, metric) for run in every]
+    curves = [_scored(run, metric, over) for run in every]
     n = len(base)
     start, end = _range(dict(zip(names, curves, strict=True)), start, end)
     at = min(max(scores) for scores in curves[:n]) if at is None else at
     for name, scores in zip(names[:n], curves[:n], strict=True):
         _inside(name, scores, at)
     if at <= 0:
-        raise ValueError(f"the reference epoch must lie after the start of training, got {at:g}")
+        raise ValueError(f"the reference must lie after the start of training, got {at:g}")
     notes = [*_differences(names, every)]
     sides = [dict(enumerate(side)) for side in (curves[:n], curves[n:])]
     values, refusals = over_runs(sides[0], sides[1], metric, start, end, at)
@@ -197,8 +202,9 @@ def compare(
         shared = {"method": "base" if place < n else "other", "seed": place % n}
         for epoch, score in scores.items():
             found += rows("curve", {metric: score}, run=name, at=epoch, **shared)
-    about = {"metric": metric, "lower_is_better": _sign(metric) < 0, "from": start, "to": end}
-    return Results(frame(found), {**about, "at": at, "notes": [PROTOCOL, *notes]})
+    about = {"metric": metric, "lower_is_better": _sign(metric) < 0, "over": over}
+    about |= {"from": start, "to": end, "at": at, "notes": [PROTOCOL, *notes]}
+    return Results(frame(found), about)
 
 
 def over_runs(
@@ -252,7 +258,7 @@ def over_runs(
     return found, refusals
 
 
-def _scored(run: Path, metric: str) -> dict[float, float]:
+def _scored(run: Path, metric: str, over: str) -> dict[float, float]:
     """Return the curve of a run; ValueError where it was scored too seldom."""
     try:
         scores = curve(run, metric)
@@ -269,7 +275,7 @@ def _scored(run: Path, metric: str) -> dict[float, float]:
             f"least {_LEAST}: pre-train with probe.every=..., or read its snapshots with foveate "
             "probe, feature and lr as in the runs, into a CSV file of one's own"
         )
-    return scores
+    return scores if over == EPOCHS else by_seconds(scores, seconds(run))
 
 
 def _differences(names: Sequence[str], runs: Sequence[Path]) -> Iterator[str]:
@@ -344,12 +350,12 @@ def sheet(results: Results) -> Sheet:
     else:
         table = table.loc[pairs.index]
     notes = [
-        f"Matches at: first epoch of the other run that is as good as the base at epoch "
+        f"Matches at: {about['over']} after which the other run is as good as the base after "
         f"{about['at']:g}."
     ]
     if once:
         notes.append("<=, >=: as good at its first score, and maybe before it.")
-    title = f"{about['metric']}, epochs {about['from']:g} to {about['to']:g}"
+    title = f"{about['metric']}, {about['from']:g} to {about['to']:g} {about['over']}"
     spare = (*heads[::2], *heads[1::2])
     return Sheet(title, table, ("runs",), [*notes, *about["notes"]], spare)
 
@@ -386,7 +392,7 @@ def figure(results: Results) -> Figure:
         lines[label] = pd.DataFrame(values)
     several = "\nband: standard deviation over seeds" * (len(runs) > 1)
     up = metric + ", %" * metric.startswith("probe/")
-    drawn = lines_figure(lines, across=f"epochs of pre-training{several}", up=up)
+    drawn = lines_figure(lines, across=f"{about['over']} of pre-training{several}", up=up)
     axes, level = drawn.axes[0], mean["base_start"]
     axes.axvspan(start, end, color=QUIET, alpha=0.06, linewidth=0, zorder=0)
     # The lesser area covers the greater one: what stands out beyond it is the lead.
@@ -406,7 +412,7 @@ def figure(results: Results) -> Figure:
         axes.plot([match], [goal], "o", color="black", markersize=7, fillstyle="none")
         axes.annotate(
             ("at least " if "at_once" in mean and saved >= 0 else "")
-            + f"{abs(saved):.0%} {'fewer' if saved >= 0 else 'more'} epochs",
+            + f"{abs(saved):.0%} {'fewer' if saved >= 0 else 'more'} {about['over']}",
             (match + 0.6 * (at - match), goal),
             xytext=(0, 3 * sign),  # on the side where the other run's curve goes away
             textcoords="offset points",

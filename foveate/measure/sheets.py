@@ -391,24 +391,30 @@ def _by_run(own: pd.DataFrame, metric: str, head: str, title: str) -> Iterator[S
 
 
 def _efficiency(numbers: _Numbers, own: pd.DataFrame) -> Iterator[Sheet]:
-    """Return RAUC and epochs to match, of each run over the one that it is compared with."""
-    wanted = ["rauc", "mean_curves"]
-    text, means = (
-        grid(own, _SUBJECT, values=values).reindex(columns=wanted) for values in ("value", "mean")
-    )
-    saved = select(numbers.table, part="rauc", metric="saved").sort_values("seed")
-    saved = saved.assign(value=formatted(saved["value"], ".0%")).groupby(_SUBJECT)["value"]
-    like = numbers.about.get("like", {})
-    table = pd.DataFrame(index=text.index)
-    table["over"] = [str(like.get(run, "")) for run, _ in text.index]
-    table["RAUC"] = text["rauc"]
-    table["of the mean curves"] = formatted(means["mean_curves"], ".2f")
-    table["saved, seed by seed"] = saved.agg(", ".join)
-    table = table.astype(object).fillna("-").rename_axis(["model", "score"]).reset_index()
-    words = ("model", "score", "over", "saved, seed by seed")
-    note = "Saved: share of the epochs after which the model is as good as the other at its end."
-    notes = [note, *numbers.about.get("notes", [])]
-    yield Sheet("RAUC and epochs to match", table, words, notes)
+    """Return RAUC and what is saved, of each run over the one that it is compared with."""
+    for over, unit in (("", "epochs"), ("_seconds", "seconds of training")):
+        wanted = ["rauc" + over, "mean_curves" + over]
+        if over and not own["metric"].isin(wanted).any():
+            continue
+        text, means = (
+            grid(own, _SUBJECT, values=values).reindex(columns=wanted)
+            for values in ("value", "mean")
+        )
+        saved = select(numbers.table, part="rauc", metric="saved" + over).sort_values("seed")
+        saved = saved.assign(value=formatted(saved["value"], ".0%")).groupby(_SUBJECT)["value"]
+        like = numbers.about.get("like", {})
+        table = pd.DataFrame(index=text.index)
+        table["over"] = [str(like.get(run, "")) for run, _ in text.index]
+        table["RAUC"] = text[wanted[0]]
+        table["of the mean curves"] = formatted(means[wanted[1]], ".2f")
+        table["saved, seed by seed"] = saved.agg(", ".join)
+        table = table.astype(object).fillna("-").rename_axis(["model", "score"]).reset_index()
+        words = ("model", "score", "over", "saved, seed by seed")
+        note = (
+            f"Saved: share of the {unit} after which the model is as good as the other at its end."
+        )
+        notes = [note, *(() if over else numbers.about.get("notes", []))]
+        yield Sheet(f"RAUC and {unit} to match", table, words, notes)
 
 
 _MAKERS = {

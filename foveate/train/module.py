@@ -121,6 +121,15 @@ class Module(LightningModule):
 
     # Training ----------------------------------------------------------------------------------
 
+    def on_train_start(self) -> None:
+        """Let a trial end where it is to.
+
+        Lightning takes a trainer that was made with a limit of steps for inside its epoch when it
+        goes on, also where a trial ended with an epoch, and would train no further.
+        """
+        if self.loop.max_steps is not None:
+            self.trainer.fit_loop.epoch_loop.max_steps = self.loop.max_steps
+
     def settle(self) -> None:
         """Set the mode of training; with ``loop.eval_mode`` dropout and the like stay off."""
         self.task.train()

@@ -2,6 +2,7 @@
 
 recipe.yaml        what was asked for, resolved, before the first step
 metrics.csv        every logged value, by update
+seconds.csv        how long training took, by epoch
 tensorboard/       the same for TensorBoard
 checkpoints/       the last few, to resume from
 best.pt            the weights that did best on the validation images so far
@@ -55,7 +56,7 @@ from foveate.train.result import Result
 from foveate.train.screens import first_screen
 from foveate.train.sharded import Sharded, check_sharding, whole_state
 from foveate.train.task import Task
-from foveate.train.throughput import Throughput
+from foveate.train.throughput import SECONDS, Throughput
 
 __all__ = ["Loaders", "fit", "make_loaders", "train"]
 
@@ -147,7 +148,7 @@ def fit(
     # In front of progress bars; checkpoints after what may change the model at a step's end.
     checkpoints = Checkpoints(out / "checkpoints", loop.save_every, loop.keep_last)
     trainer.callbacks[:0] = [*own, checkpoints]  # type: ignore[attr-defined]
-    throughput = Throughput()
+    throughput = Throughput(out / SECONDS)
     trainer.callbacks.append(throughput)  # type: ignore[attr-defined]
     resumed = None if checkpoint is None else int(checkpoint.stem.split("-")[1])
     with _quiet():
@@ -386,7 +387,7 @@ def _trainer(recipe: recipes.Recipe, out: Path, progress: bool) -> Trainer:
             strategy=strategy,
             precision=loop.precision,  # type: ignore[arg-type]
             max_epochs=loop.epochs,
-            max_steps=-1 if loop.max_steps is None else loop.max_steps,
+            max_steps=-1,  # see Module.on_train_start
             accumulate_grad_batches=loop.accumulate,
             gradient_clip_val=recipe.optim.clip,
             check_val_every_n_epoch=loop.check_every,

@@ -1,34 +1,48 @@
-"""How many images a second a run trains on, and how much of its time it waits for them."""
+"""How fast a run trains: images a second, waiting for them, and seconds after each epoch."""
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-__all__ = ["Throughput"]
+from foveate.files import write_text
+
+__all__ = ["SECONDS", "Throughput"]
+
+SECONDS = "seconds.csv"  # not in metrics.csv, which is the same after a resume
 
 
 class Throughput(Callback):
-    """Times batches, but the first of each epoch, for which loader and compiler may start up.
+    """Times batches, and what all of training takes without evaluation and looks at the model.
 
     On a GPU the process runs ahead of the device, so that a wait for images that the device does
     not notice counts too: the share is the most that faster images could bring. It has to be the
     last of the callbacks, or what these do after a batch, such as saving, would be waiting too.
 
     Attributes:
-        batches: that were timed, on this process.
+        path: of a CSV file with the seconds of training that were over after each epoch, resumed
+            ones included; None writes none. On a CPU they are processor time by thread, so that
+            what else runs on the machine does not count; on a GPU they are those of the clock.
+        batches: that were timed, on this process; the first of each epoch, for which loader and
+            compiler may start up, is not.
         seconds: that they took, with everything between them.
         waited: seconds of these in which the loader had no batch yet.
+        trained: seconds of training, of all epochs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
         self.batches = 0
-        self.seconds = self.waited = 0.0
+        self.seconds = self.waited = self.trained = 0.0
+        self._lines: dict[int, float] = {}
         self._started = 0.0
-        self._asked: float | None = None  # None while the clock stands
+        self._asked: float | None = None  # None while the clock of batches stands
+        self._begun: float | None = None  # None while that of training does
+        self._device = torch.device("cpu")
 
     def facts(self, images: int) -> dict[str, float]:
         """What the result says, for batches of so many images over all processes."""
@@ -39,38 +53,79 @@ class Throughput(Callback):
             "share_waiting_for_images": round(self.waited / self.seconds, 4),
         }
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a run goes on with."""
+        return {"trained": self.trained + self._running(), "lines": self._lines}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on."""
+        self.trained, self._lines = state["trained"], dict(state["lines"])
+
+    def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Start the clock of training."""
+        self._start(module)
+
     def on_train_batch_start(
         self, trainer: Trainer, module: LightningModule, batch: Any, index: int
     ) -> None:
         """A batch has come."""
+        if self._begun is None:  # gone on inside an epoch
+            self._start(module)
         if self._asked is not None:
             self.waited += time.perf_counter() - self._asked
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
-        """The next batch is asked for after this."""
+        """The next batch is asked for after this; after the last one the model is looked at."""
         if self._asked is None:
             _wait_for(module.device)
             self._started = time.perf_counter()
         else:
             self.batches += 1
         self._asked = time.perf_counter()
+        if trainer.is_last_batch:
+            self._stop()
+            self._lines[trainer.current_epoch + 1] = self.trained  # the epoch's checkpoint has it
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Stop the clock while images are evaluated."""
-        self._stop(module)
+        """Stop the clocks while images are evaluated."""
+        self._stop()
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Go on where an epoch is not over."""
+        if trainer.training and not trainer.is_last_batch:
+            self._start(module)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Stop the clock for what follows an epoch."""
-        self._stop(module)
+        """Write what the epoch took."""
+        self._stop()  # of an epoch that was cut short
+        self._lines[trainer.current_epoch + 1] = self.trained
+        if self.path is not None and trainer.is_global_zero:
+            lines = (f"{epoch},{seconds:.3f}\n" for epoch, seconds in self._lines.items())
+            write_text(self.path, "epoch,seconds\n" + "".join(lines))
 
-    def _stop(self, module: LightningModule) -> None:
-        if self._asked is None:
-            return
-        _wait_for(module.device)
-        self.seconds += time.perf_counter() - self._started
-        self._asked = None
+    def _start(self, module: LightningModule) -> None:
+        self._device = module.device
+        self._begun = _clock(self._device)
+
+    def _running(self) -> float:
+        return 0.0 if self._begun is None else _clock(self._device) - self._begun
+
+    def _stop(self) -> None:
+        if self._asked is not None:
+            _wait_for(self._device)
+            self.seconds += time.perf_counter() - self._started
+            self._asked = None
+        self.trained += self._running()
+        self._begun = None
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cpu":
+        return time.process_time() / torch.get_num_threads()
+    _wait_for(device)
+    return time.perf_counter()
 
 
 def _wait_for(device: torch.device) -> None:

@@ -69,6 +69,7 @@ def work(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 def test_sharded_blocks_compute_what_one_process_computes(tmp_path: Path) -> None:
     with socket.socket() as free:

@@ -226,11 +226,25 @@ def test_any_job_is_a_cell(tmp_path: Path, here: Here) -> None:
     else:
         note = "mae_mto over mae, probe/linear, seed 1: the base gains nothing"
         assert any(text.startswith(note) for text in report.about["notes"])
+    took = select(table, part="training", metric="seconds", run="mae_mto", seed=1)
+    assert took["at"].tolist() == [0, 1, 2] and 0 == took["value"].min() < took["value"].max()
+    timed = []
+    for run in ("mae", "mae_mto"):
+        scores = select(table, part="probe", metric="linear", run=run, seed=1)["value"]
+        at = select(table, part="training", metric="seconds", run=run, seed=1)["value"].iloc[1:]
+        timed.append(dict(zip(at, scores, strict=True)))
+    if "rauc_seconds" in set(found["metric"]):
+        assert one(found, "rauc_seconds", seed=1) == pytest.approx(rauc(*timed))
+    else:
+        note = "mae_mto over mae, probe/linear, seed 1, by seconds: "
+        assert any(text.startswith(note) for text in report.about["notes"])
     assert set(select(table, metric="top1")["run"]) == {"labels", "labels_mae"}
     page = (out / "report.md").read_text()
     for words in ("## Linear probe on frozen features", "## Heterogeneity of hidden tokens"):
         assert words in page
-    assert {"probe.svg", "layers.svg"} <= {path.name for path in out.glob("*.svg")}
+    assert {"probe.svg", "probe-seconds.svg", "layers.svg"} <= {
+        path.name for path in out.glob("*.svg")
+    }
     here.names.clear()
     assert compare(path, "--out", out) == 0 and here.names == []
 

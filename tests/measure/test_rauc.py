@@ -101,9 +101,7 @@ def test_order_of_points_does_not_matter() -> None:
 
 @pytest.mark.parametrize("base", [{1: 5, 2: 5, 3: 5}, {1: 5, 2: 4, 3: 3}, {1: 0, 3: 0}])
 def test_a_base_that_gains_nothing(base: dict[float, float]) -> None:
-    with pytest.raises(
-        ValueError, match="the base gains nothing from epoch 1 to 3, so RAUC is und"
-    ):
+    with pytest.raises(ValueError, match="the base gains nothing from 1 to 3, so RAUC is und"):
         rauc(base, {1: 1, 3: 9})
 
 
@@ -113,16 +111,16 @@ def test_rounding_is_no_gain() -> None:
 
 
 def test_ranges_are_checked() -> None:
-    with pytest.raises(ValueError, match="epoch 50 lies outside the curve base, which covers.*100"):
+    with pytest.raises(ValueError, match="50 lies outside the curve base, which goes from.*100"):
         rauc(BASE, AHEAD, 50, 400)
-    with pytest.raises(ValueError, match=r"epoch 401 lies outside the curve other.* 50 to 400"):
+    with pytest.raises(ValueError, match=r"401 lies outside the curve other.* 50 to 400"):
         rauc({**BASE, 500: 50}, {50: 1, **AHEAD}, 100, 401)
     for start, end in ((200, 200), (300, 200), (math.nan, 200)):
         with pytest.raises(ValueError, match="the range must begin before it ends"):
             rauc(BASE, AHEAD, start, end)
     with pytest.raises(ValueError, match="the curve other needs at least 2 points, got 1"):
         rauc(BASE, {100: 1}, 100, 100.5)
-    with pytest.raises(ValueError, match="share no range of epochs: base 100 to 400, other 500 to"):
+    with pytest.raises(ValueError, match="share no range: base 100 to 400, other 500 to"):
         rauc(BASE, {500: 1, 600: 2})
     assert rauc(BASE, {150: 35, 300: 46}) == rauc(BASE, {150: 35, 300: 46}, 150, 300)
 
@@ -140,7 +138,7 @@ def test_epochs_to_match() -> None:
     assert epochs_to_match(BASE, 100, AHEAD) == 100  # at once
     assert epochs_to_match({1: 1, 2: 2}, 2, {1: 0, 2: 3, 3: 0, 4: 3}) == pytest.approx(5 / 3)
     assert epochs_to_match({1: 1, 2: 2}, 2, {1: 1.5, 2: 0, 3: 3}) == pytest.approx(8 / 3)
-    with pytest.raises(ValueError, match="epoch 500 lies outside the curve base"):
+    with pytest.raises(ValueError, match="500 lies outside the curve base"):
         epochs_to_match(BASE, 500, AHEAD)
 
 
@@ -179,6 +177,32 @@ def test_one_pair(tmp_path: Path) -> None:
     assert numbers(other, run, "rauc", "goal") == [rauc(BASE, AHEAD, 150, 300), 40]
 
 
+def test_over_seconds_of_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Epochs of the other run take twice as long: its lead by epochs is none by time."""
+    scores = {2: 30, 4: 40, 8: 50}
+    base, mto = folder(tmp_path / "base", scores), folder(tmp_path / "mto", scores)
+    with pytest.raises(ValueError, match="base does not say how long its epochs took: seconds.csv"):
+        compare([base], [mto], over="seconds")
+    for run, each in ((base, 10), (mto, 20)):
+        lines = [f"{epoch},{each * epoch}" for epoch in (2, 4, 8)]
+        (run / "seconds.csv").write_text("\n".join(["epoch,seconds", *lines]) + "\n")
+    found = compare([base], [mto], over="seconds")
+    assert (found.about["from"], found.about["to"], found.about["at"]) == (40, 80, 80)
+    # From second 40 to 80 the base goes from 40 to 50, the other run from 30 to 40.
+    assert numbers(found, "mto over base", "rauc") == [pytest.approx(-1)]
+    assert "match" in set(found.table["metric"])
+    assert numbers(found, "mto over base", "match") == [pytest.approx(160)]
+    assert numbers(compare([base], [mto]), "mto over base", "rauc") == [pytest.approx(1)]
+    assert main(["rauc", str(base), str(mto), "--over", "seconds"]) == 0
+    assert "40 to 80 seconds" in capsys.readouterr().out
+    assert "seconds of pre-training" in figure(found).axes[0].get_xlabel()
+    with pytest.raises(ValueError, match="over must be one of 'epochs', 'seconds'"):
+        compare([base], [mto], over="hours")
+    (mto / "seconds.csv").write_text("epoch,seconds\n2,40\n4,80\n")
+    with pytest.raises(ValueError, match="how long epoch 8 took is not known"):
+        compare([base], [mto], over="seconds")
+
+
 def test_as_good_at_the_first_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """When it became so nobody knows."""
     base = folder(tmp_path / "base", BASE)
@@ -197,9 +221,7 @@ def test_as_good_at_the_first_score(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_base_that_sinks_is_refused(tmp_path: Path) -> None:
     """To be as good as it is no feat: there is nothing to match, nor to save."""
     run = folder(tmp_path / "sinking", {1: 38.5, 2: 37, 3: 36})
-    with pytest.raises(
-        ValueError, match="the base gains nothing from epoch 1 to 3, so RAUC is und"
-    ):
+    with pytest.raises(ValueError, match="the base gains nothing from 1 to 3, so RAUC is und"):
         compare([run], [folder(tmp_path / "other", {1: 1, 2: 2, 3: 3})])
 
 
@@ -209,12 +231,12 @@ def test_the_range_is_what_runs_share(tmp_path: Path) -> None:
     found = compare([base], [mto])
     assert [found.about[name] for name in ("from", "to", "at")] == [150, 400, 400]
     assert not {"match", "saved"} & set(found.table["metric"])  # never as good
-    with pytest.raises(ValueError, match="epoch 100 lies outside the curve mto, which covers.*150"):
+    with pytest.raises(ValueError, match="100 lies outside the curve mto, which goes from.*150"):
         compare([base], [mto], start=100)
-    with pytest.raises(ValueError, match="epoch 500 lies outside the curve base"):
+    with pytest.raises(ValueError, match="500 lies outside the curve base"):
         compare([base], [mto], at=500)
     late = folder(tmp_path / "late", {500: 1, 600: 2, 700: 3})
-    with pytest.raises(ValueError, match="share no range of epochs: base 100 to 400, late 500 to"):
+    with pytest.raises(ValueError, match="share no range: base 100 to 400, late 500 to"):
         compare([base], [late])
 
 
@@ -244,7 +266,7 @@ def test_a_seed_without_an_answer(tmp_path: Path) -> None:
     found = compare(mine, theirs)
     (note,) = found.about["notes"][1:]
     assert note == (
-        "mto-1 over flat: the base gains nothing from epoch 100 to 400, so RAUC is undefined."
+        "mto-1 over flat: the base gains nothing from 100 to 400, so RAUC is undefined."
     )
     known = select(found.table, part="rauc", metric=["rauc", "match"])
     assert set(known["run"]) == {"mto-0 over base", MEAN}
@@ -291,7 +313,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rauc", str(base), str(mto), "--from", "150", "--to", "350"]) == 0
     text = capsys.readouterr().out
     expected = rauc(BASE, AHEAD, 150, 350)
-    assert "probe/linear, epochs 150 to 350" in text
+    assert "probe/linear, 150 to 350 epochs" in text
     (line,) = (line.split() for line in text.splitlines() if "mto over base" in line)
     assert line[3:] == ["35.00", "46.00", "38.00", "48.00", f"{expected:.3f}", "300.0", "25%"]
     assert text.count("inside one schedule") == 1
@@ -334,7 +356,7 @@ def test_command_with_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "(1 of 2)" in text and "mto-1 over flat-1: the base gains nothing" in text
     # Nor has any: there is nothing to say.
     assert main(["rauc", runs[4], runs[0], "--more-base", runs[5], "--more-mto", runs[1]]) == 2
-    assert "the base gains nothing from epoch 100 to 400" in capsys.readouterr().err
+    assert "the base gains nothing from 100 to 400" in capsys.readouterr().err
 
 
 def test_command_with_one_run_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -347,14 +369,14 @@ def test_command_with_one_run_twice(tmp_path: Path, capsys: pytest.CaptureFixtur
     ("scores", "options", "message"),
     [
         ({100: 1, 200: 2}, [], "mto holds 2 scored checkpoints; RAUC needs at least 3: pre-train"),
-        (AHEAD, ["--to", "900"], "epoch 900 lies outside the curve base, which covers epochs 100"),
+        (AHEAD, ["--to", "900"], "900 lies outside the curve base, which goes from 100"),
         (AHEAD, ["--from", "300", "--to", "200"], "the range must begin before it ends, got 300"),
         (
             AHEAD,
             ["--metric", "probe/knn"],
             "base was never scored by probe/knn: pre-train with probe.data",
         ),
-        (AHEAD, ["--at", "0"], "epoch 0 lies outside the curve base"),
+        (AHEAD, ["--at", "0"], "0 lies outside the curve base"),
     ],
 )
 def test_command_refuses(

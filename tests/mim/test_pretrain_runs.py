@@ -470,7 +470,12 @@ def test_killed_runs_go_on(
 
 
 @pytest.mark.parametrize(
-    ("name", "kill"), [("bootmae", "1,2"), ("conmim", "1,2"), ("conmim", "end1")]
+    ("name", "kill"),
+    [
+        ("bootmae", "1,2"),
+        pytest.param("conmim", "1,2", marks=pytest.mark.slow),
+        ("conmim", "end1"),
+    ],
 )
 def test_teachers_go_on_where_they_were(name: str, kill: str, tmp_path: Path) -> None:
     """To the bit, statistics of batch norms too; views come from workers."""
@@ -572,6 +577,7 @@ def test_two_processes(tmp_path: Path) -> None:
             assert names_of_snapshots(one) == names_of_snapshots(two)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARDS_ON_CPU, reason="this torch shards on GPUs alone")
 def test_shared_out_students_and_their_teachers(tmp_path: Path) -> None:
     """With fsdp the teacher is whole on every process, and follows as on one."""

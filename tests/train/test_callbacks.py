@@ -15,6 +15,7 @@ from small import noise
 import foveate
 from foveate.data import Loader, Preprocessing, device_batches, eval_transform, limited, open_images
 from foveate.measure import accuracy
+from foveate.measure.curves import seconds
 from foveate.train.checkpoints import Checkpoints
 from foveate.train.finetune import FinetuneTask
 from foveate.train.logs import MetricsFile, read_metrics
@@ -183,3 +184,23 @@ def test_waiting_is_for_images_alone(
     assert 0 < found["images_per_second"] < 24 / 0.6  # three batches, of which two are slow
     share = found["share_waiting_for_images"]
     assert share < 0.5 if name == "save" else share > 0.5
+
+
+def test_seconds_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By epoch, without evaluation, and going on where a run is resumed."""
+    spun = FinetuneTask.validation_step
+
+    def slow(*args: Any) -> None:
+        ends = time.process_time() + 0.5
+        while time.process_time() < ends:
+            pass
+        spun(*args)
+
+    monkeypatch.setattr(FinetuneTask, "validation_step", slow)
+    run(finetune("loop.max_steps=4"), tmp_path / "run")
+    first = seconds(tmp_path / "run")
+    assert list(first) == [0, 1] and 0 < first[1]
+    run(finetune("loop.max_steps=8"), tmp_path / "run", resume=True)
+    both = seconds(tmp_path / "run")
+    assert list(both) == [0, 1, 2] and both[1] == first[1] < both[2]
+    assert both[2] - both[1] < 3 * both[1] + 0.5  # each of two batches of evaluation takes 0.5
