@@ -129,15 +129,7 @@ class BootMAE(VisibleEncoder, TaughtModel):
         momentum: Sequence[float] = (0.999, 0.9999, 0.99999),
         learned_positions: bool = False,
     ) -> None:
-        super().__init__(
-            vit,
-            decoder_width=decoder_width,
-            decoder_depth=decoder_depth,
-            decoder_heads=decoder_heads,
-            feature_heads=feature_heads,
-            momentum=momentum,
-            learned_positions=learned_positions,
-        )
+        super().__init__(vit, learned_positions=learned_positions)
         spec = self.backbone.spec
         if spec.depth < 2:
             raise ValueError(

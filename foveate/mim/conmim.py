@@ -58,14 +58,7 @@ class ConMIM(TokenEncoder, TaughtModel):
         momentum: float = 0.996,
         sync_norm: bool = True,
     ) -> None:
-        super().__init__(
-            vit,
-            projector_width=projector_width,
-            projector_out=projector_out,
-            temperature=temperature,
-            momentum=momentum,
-            sync_norm=sync_norm,
-        )
+        super().__init__(vit)
         for name, value in (("projector_width", projector_width), ("projector_out", projector_out)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")

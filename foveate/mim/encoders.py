@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from timm.layers import trunc_normal_
@@ -24,7 +24,6 @@ class VisibleEncoder(MaskedImageModel):
     Args:
         vit: the encoder.
         learned_positions: train its positions; those of the papers are sines and cosines, and stay.
-        options: the method's others.
 
     Attributes:
         token_std: spread of new class and register tokens.
@@ -32,8 +31,8 @@ class VisibleEncoder(MaskedImageModel):
 
     token_std: ClassVar[float] = _STD
 
-    def __init__(self, vit: nn.Module, *, learned_positions: bool, **options: Any) -> None:
-        super().__init__(vit, **options, learned_positions=learned_positions)
+    def __init__(self, vit: nn.Module, *, learned_positions: bool) -> None:
+        super().__init__(vit)
         if self.backbone.model.pos_embed is None or self.backbone.needs_every_token:
             raise ValueError(
                 f"{self.name} leaves patches out, which needs absolute positions: this "
@@ -70,11 +69,10 @@ class TokenEncoder(MaskedImageModel):
     Args:
         vit: timm's ``Beit`` with a shared relative position bias, as in the releases, or a
             ``VisionTransformer``, whose positions are added to mask tokens too.
-        options: of the method.
     """
 
-    def __init__(self, vit: nn.Module, **options: Any) -> None:
-        super().__init__(vit, **options)
+    def __init__(self, vit: nn.Module) -> None:
+        super().__init__(vit)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.backbone.spec.width))
 
     @property

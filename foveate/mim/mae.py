@@ -126,14 +126,7 @@ class Mae(VisibleEncoder):
         norm_pix: bool = True,
         learned_positions: bool = False,
     ) -> None:
-        super().__init__(
-            vit,
-            decoder_width=decoder_width,
-            decoder_depth=decoder_depth,
-            decoder_heads=decoder_heads,
-            norm_pix=norm_pix,
-            learned_positions=learned_positions,
-        )
+        super().__init__(vit, learned_positions=learned_positions)
         spec = self.backbone.spec
         heads = checked_heads(decoder_width, decoder_depth, decoder_heads)
         if decoder_width % heads:

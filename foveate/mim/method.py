@@ -64,7 +64,8 @@ class MaskedImageModel(nn.Module):
         hiding: how the paper hides patches.
         fewest_hidden: patches that must be hidden in an image for there to be a loss.
         vit: the model that is pre-trained; the only thing that is left in the end.
-        options: what the method was made with, to make it again.
+        options: what ``make_method`` made it with, defaults included, to make it again; None if it
+            was constructed in another way.
     """
 
     name: ClassVar[str] = ""
@@ -72,9 +73,10 @@ class MaskedImageModel(nn.Module):
     hiding: ClassVar[Hiding] = Hiding(kind="random", ratio=0.75)
     fewest_hidden: ClassVar[int] = 1
 
-    def __init__(self, vit: nn.Module, **options: Any) -> None:
+    def __init__(self, vit: nn.Module) -> None:
         super().__init__()
-        self.vit, self.options = vit, options
+        self.vit = vit
+        self.options: dict[str, Any] | None = None
         found = backbone_for(vit)
         if not isinstance(found, (TimmViT, TimmBeit)) or found.needs_whole_images:
             raise ValueError(
@@ -178,14 +180,16 @@ def register(name: str) -> Callable[[_M], _M]:
 def make_method(
     name: str, vit: nn.Module, options: Mapping[str, Any] | None = None
 ) -> MaskedImageModel:
-    """A method on a ViT, by its name and options."""
+    """Make a method on a ViT, by its name and options."""
     if name not in METHODS:
         raise ValueError(suggest("method of pre-training", name, METHODS))
     cls = METHODS[name]
-    legal = inspect.signature(cls).parameters
-    options = dict(options or {})
-    for option in options:
-        if option == "vit" or option not in legal:
-            names = [known for known in legal if known != "vit"]
-            raise ValueError(suggest(f"option of {name}", option, names))
-    return cls(vit, **options)
+    legal = {key: one.default for key, one in inspect.signature(cls).parameters.items()}
+    del legal["vit"]
+    given = dict(options or {})
+    for option in given:
+        if option not in legal:
+            raise ValueError(suggest(f"option of {name}", option, legal))
+    made = cls(vit, **given)
+    made.options = {**legal, **given}
+    return made

@@ -51,6 +51,11 @@ def save_vit(model: MaskedImageModel, path: Path) -> None:
 
 def save_model(model: MaskedImageModel, path: Path) -> None:
     """Write both files."""
+    if model.options is None:
+        raise ValueError(
+            f"this {type(model).__name__} does not know its options, which its file has to say: "
+            "make it with foveate.mim.make_method"
+        )
     save_vit(model, path)
     rest = {
         name: value.contiguous()
