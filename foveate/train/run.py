@@ -75,6 +75,7 @@ def train(
     resume: bool = False,
     progress: bool = True,
     say: Callable[[str], None] = _log.info,
+    again: str | None = None,
 ) -> Result:
     """Train a classifier, with or without a method, and export it.
 
@@ -84,12 +85,12 @@ def train(
         resume: go on from the newest checkpoint there that can be read.
         progress: show a progress bar.
         say: is told, before the first step, what is trained on what.
+        again: what to type to go on with a run that was stopped; None is --resume and its folder.
 
     Of several processes only the first exports, and says where in "model".
     """
-    return fit(
-        recipe, out, _build, callbacks=_own_callbacks, resume=resume, progress=progress, say=say
-    )
+    how: dict[str, Any] = {"resume": resume, "progress": progress, "say": say, "again": again}
+    return fit(recipe, out, _build, callbacks=_own_callbacks, **how)
 
 
 def fit(
@@ -101,6 +102,7 @@ def fit(
     resume: bool = False,
     progress: bool = True,
     say: Callable[[str], None] = _log.info,
+    again: str | None = None,
 ) -> Result:
     """As ``train``, for any task.
 
@@ -112,6 +114,7 @@ def fit(
         resume: go on.
         progress: show a progress bar.
         say: is told, before the first step, what is trained on what.
+        again: what to type to go on.
     """
     started = time.monotonic()
     loop = recipe.loop
@@ -158,7 +161,7 @@ def fit(
     # Sharded weights are put together again in a copy that was made before.
     plain = copy.deepcopy(module.exported) if loop.strategy == "fsdp" else None
     module.settle()
-    with _quiet(), _stoppable(out):
+    with _quiet(), _stoppable(out, again or f"--resume {out}"):
         trainer.fit(
             module,
             loaders.train,
@@ -444,7 +447,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _stoppable(out: Path) -> Iterator[None]:
+def _stoppable(out: Path, again: str) -> Iterator[None]:
     """Say how a run that is stopped, or whose disk is full, goes on.
 
     Ctrl-C is Python's KeyboardInterrupt again, and SIGTERM ends with its usual code: Lightning's
@@ -457,7 +460,7 @@ def _stoppable(out: Path) -> Iterator[None]:
         terminated = isinstance(stop, SIGTERMException)
         if not terminated and not isinstance(stop.__context__, KeyboardInterrupt):
             raise  # of a callback or a data set
-        _log.warning("stopped; --resume %s goes on from its last checkpoint", out)
+        _log.warning("stopped; %s goes on from the last checkpoint", again)
         if terminated:
             raise SystemExit(143) from None
         raise KeyboardInterrupt from None
@@ -465,8 +468,8 @@ def _stoppable(out: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
         raise OSError(
-            f"{out} cannot be written to: {error.strerror}; once that is mended, --resume {out} "
-            "goes on from its last checkpoint"
+            f"{out} cannot be written to: {error.strerror}; once that is mended, {again} goes on "
+            "from the last checkpoint"
         ) from error
     finally:
         if handler is not None and threading.current_thread() is threading.main_thread():

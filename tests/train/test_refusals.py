@@ -74,7 +74,7 @@ def test_a_run_that_is_stopped_says_so(
         signal.signal(signal.SIGTERM, other)
         signal.signal(signal.SIGINT, before)
     assert getattr(stop.value, "code", 143) == 143
-    assert f"stopped; --resume {tmp_path / 'run'} goes on" in caplog.text
+    assert f"stopped; --resume {tmp_path / 'run'} goes on from the last check" in caplog.text
     assert not (tmp_path / "run" / "result.json").exists() and saved(tmp_path / "run")
 
 
