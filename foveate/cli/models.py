@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 __all__ = ["MODEL_HELP", "open_models"]
 
 MODEL_HELP = (
-    "a checkpoint file, a folder of foveate or Hugging Face, a name of timm, or 'demo' for the "
+    "name of a timm model, checkpoint file, folder of foveate or Hugging Face, or 'demo' for the "
     "small trained model that ships with the package"
 )
 

@@ -27,14 +27,45 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     add = parser.add_argument
-    add("base", type=Path, metavar="RUN_BASE", help="the run to compare with")
-    add("mto", type=Path, metavar="RUN_MTO", help="the run that is to be ahead")
-    add("--more-base", type=Path, nargs="+", default=[], metavar="RUN", help="further seeds")
-    add("--more-mto", type=Path, nargs="+", default=[], metavar="RUN", help="theirs, in order")
-    add("--metric", default="probe/linear", help="column of the scores (probe/linear)")
-    add("--from", dest="start", type=float, metavar="E1", help="first epoch (all that is shared)")
-    add("--to", dest="end", type=float, metavar="E2", help="last epoch (all that is shared)")
-    add("--at", type=float, metavar="E_REF", help="epoch of RUN_BASE to match (its last)")
+    add("base", type=Path, metavar="RUN_BASE", help="run to compare with")
+    add("mto", type=Path, metavar="RUN_MTO", help="run that may get good earlier")
+    add(
+        "--more-base",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="runs like RUN_BASE with other seeds",
+    )
+    add(
+        "--more-mto",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="runs like RUN_MTO with the same seeds, in the same order",
+    )
+    add("--metric", default="probe/linear", help="score to compare (default: probe/linear)")
+    add(
+        "--from",
+        dest="start",
+        type=float,
+        metavar="E1",
+        help="first epoch of the range (default: the first that both runs have)",
+    )
+    add(
+        "--to",
+        dest="end",
+        type=float,
+        metavar="E2",
+        help="last epoch of the range (default: the last that both runs have)",
+    )
+    add(
+        "--at",
+        type=float,
+        metavar="E_REF",
+        help="epoch of RUN_BASE whose score RUN_MTO has to reach (default: its last)",
+    )
     add("--out", type=Path, metavar="DIR", help="folder for the table and the picture")
 
 
