@@ -132,7 +132,7 @@ def _sheet(
 def _each(
     args: argparse.Namespace, models: list[Any], files: ImageFiles
 ) -> Iterator[tuple[str, Image]]:
-    """One picture for each image and model, with a name for its file."""
+    """Draw one picture for each image and model, with a name for its file."""
     from foveate import viz
     from foveate.data import Preprocessing
 

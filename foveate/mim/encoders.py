@@ -77,7 +77,7 @@ class TokenEncoder(MaskedImageModel):
 
     @property
     def depth(self) -> int:
-        """Blocks of the encoder."""
+        """Return the number of blocks of the encoder."""
         return self.backbone.spec.depth
 
     def encode(self, images: Tensor, mask: Mask, states: bool) -> tuple[Tensor, tuple[States, ...]]:
@@ -118,7 +118,7 @@ class TokenEncoder(MaskedImageModel):
 
 
 def _xavier(module: nn.Module) -> None:
-    """Weights as MAE draws them: linear layers, and the patch projection seen as one."""
+    """Draw weights as MAE does: linear layers, and the patch projection seen as one."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight)
@@ -136,7 +136,7 @@ def _xavier(module: nn.Module) -> None:
 def sincos_positions(
     grid: tuple[int, int], width: int, prefix: int, device: torch.device | None = None
 ) -> Tensor:
-    """Sines and cosines of x in one half of the channels and of y in the other.
+    """Return sines and cosines of x in one half of the channels and of y in the other.
 
     ``[1, prefix + N, width]``; prefix tokens get zeros.
     """

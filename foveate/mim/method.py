@@ -97,19 +97,19 @@ class MaskedImageModel(nn.Module):
 
     @property
     def backbone(self) -> TimmViT | TimmBeit:
-        """The parts of ``vit``, also in a copy of this module."""
+        """Return the parts of ``vit``, also in a copy of this module."""
         if self._backbone.model is not self.vit:
             self._backbone = type(self._backbone)(self.vit)
         return self._backbone
 
     @property
     def depth(self) -> int:
-        """Blocks of the network in which hidden and visible tokens meet."""
+        """Return the number of blocks of the network in which hidden and visible tokens meet."""
         raise NotImplementedError
 
     @property
     def values(self) -> int:
-        """Values of a patch: its pixels, in all channels."""
+        """Return the number of values of a patch: its pixels, in all channels."""
         rows, columns = self.backbone.spec.patch
         return rows * columns * self.backbone.channels
 
@@ -124,7 +124,7 @@ class MaskedImageModel(nn.Module):
         raise NotImplementedError
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that the ViT wants left out of weight decay."""
+        """Name the parameters that the ViT wants left out of weight decay."""
         plain: Any = getattr(self.vit, "no_weight_decay", set)
         return {f"vit.{name}" for name in plain()}
 
@@ -133,7 +133,7 @@ class MaskedImageModel(nn.Module):
         raise NotImplementedError
 
     def painted(self, images: Tensor, prediction: Prediction) -> Tensor:
-        """The prediction as normalised images ``[B, C, H, W]``, visible patches included."""
+        """Return the prediction as normalised images ``[B, C, H, W]``, visible patches included."""
         backbone = self.backbone
         pixels = self.pixels(images, prediction.patches.float())
         if pixels.shape[-1] != self.values:
@@ -144,11 +144,11 @@ class MaskedImageModel(nn.Module):
         return unpatchify(pixels, backbone.grid_of(images), backbone.spec.patch)
 
     def pixels(self, images: Tensor, patches: Tensor) -> Tensor:
-        """Predicted patches in units of the images."""
+        """Return predicted patches in units of the images."""
         return patches
 
     def _checked(self, images: Tensor, mask: Mask) -> tuple[int, int]:
-        """The grid of the images, which the mask must fit."""
+        """Return the grid of the images, and refuse a mask that does not fit it."""
         grid, patch = self.backbone.grid_of(images), self.backbone.spec.patch
         size = tuple(images.shape[2:])
         if size != (grid[0] * patch[0], grid[1] * patch[1]):

@@ -34,7 +34,7 @@ def pretrain(
     say: Callable[[str], None] = _log.info,
     again: str | None = None,
 ) -> Result:
-    """Pre-train, and export the backbone; gives what result.json holds, and the model.
+    """Pre-train and export the backbone; return what result.json holds, and the model.
 
     Args:
         recipe: what to do.

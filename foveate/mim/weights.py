@@ -33,7 +33,7 @@ __all__ = [
 
 
 def rest_path(path: Path) -> Path:
-    """Where the rest of a backbone's file lies."""
+    """Return where the rest of a backbone's file lies."""
     return path.with_suffix(".pretrain.safetensors")
 
 
@@ -67,12 +67,12 @@ def save_model(model: MaskedImageModel, path: Path) -> None:
 
 
 def method_of(path: Path) -> str:
-    """The method that a backbone's file was pre-trained by."""
+    """Return the method that a backbone's file was pre-trained by."""
     return _about(path)[0]
 
 
 def options_of(path: Path) -> dict[str, Any]:
-    """What that method was made with."""
+    """Return the options that the method was made with."""
     return dict(json.loads(_about(path)[1]))
 
 

@@ -104,7 +104,7 @@ def fit(
     say: Callable[[str], None] = _log.info,
     again: str | None = None,
 ) -> Result:
-    """As ``train``, for any task.
+    """Train as ``train`` does, for any task.
 
     Args:
         recipe: of the job; of a task of one's own a ``Recipe`` will do.
@@ -207,7 +207,7 @@ def make_loaders(
     world: int = 1,
     here: int = 1,
 ) -> Loaders:
-    """Batches as the task makes them, for one of several processes, of which some are here."""
+    """Make the loaders of a task for one of several processes, of which some are here."""
     data = recipe.data
     training, evaluation = task.transforms()
 
@@ -253,7 +253,7 @@ def make_loaders(
 
 
 def _build(recipe: recipes.Finetune | recipes.Reduce) -> tuple[Task, Splits]:
-    """Data first: the model's head is made for its classes."""
+    """Build the task after its data are opened, since the head is made for their classes."""
     splits = open_data(recipe.data)
     classes = splits.train.classes or ()
     task: Task
@@ -266,7 +266,7 @@ def _build(recipe: recipes.Finetune | recipes.Reduce) -> tuple[Task, Splits]:
 
 
 def _own_callbacks(recipe: Any, task: Task, loaders: Loaders, out: Path) -> list[Callback]:
-    """What looks after a model that may have a method."""
+    """Make the callbacks for a model that may have a method."""
     loop = recipe.loop
     found: list[Callback] = []
     assert loaders.val is not None
@@ -353,7 +353,7 @@ def _prepare_folder(recipe: Any, out: Path, resume: bool, rank: int) -> Path | N
 
 
 def _check_space(out: Path, task: Task, keep: int) -> None:
-    """Weights and two moments each, for all checkpoints and the one that is being written."""
+    """Refuse a disk that has no room for the checkpoints, of weights and two moments each."""
     values = sum(p.numel() * p.element_size() for p in task.parameters())
     needed = 4 * values * (keep + 1) + _FREE
     free = shutil.disk_usage(out).free
@@ -365,7 +365,7 @@ def _check_space(out: Path, task: Task, keep: int) -> None:
 
 
 def _trainer(recipe: recipes.Recipe, out: Path, progress: bool) -> Trainer:
-    """Made first: it knows which process this is. Callbacks and loggers come later."""
+    """Make the trainer first, since it knows which process this is; callbacks come later."""
     loop = recipe.loop
     device = device_of(loop)
     if device == "cuda" and not torch.cuda.is_available():
@@ -409,7 +409,7 @@ def _trainer(recipe: recipes.Recipe, out: Path, progress: bool) -> Trainer:
 
 
 def _loggers(loop: recipes.Loop, out: Path) -> list[Any]:
-    """Lightning's, by name."""
+    """Make Lightning's loggers by their names."""
     found: list[Any] = []
     for name in loop.loggers:
         logger = getattr(importlib.import_module("lightning.pytorch.loggers"), _LOGGERS[name])
@@ -509,7 +509,7 @@ def _result(
 
 
 def _of_exported(results: Mapping[str, float]) -> dict[str, float]:
-    """Scores by their plain names; where a running mean is exported, those of the mean.
+    """Return scores by their plain names; where a running mean is exported, those of the mean.
 
     What the model itself reached is then called so.
     """
@@ -521,7 +521,7 @@ def _of_exported(results: Mapping[str, float]) -> dict[str, float]:
 
 
 def _unreadable(loaders: Loaders) -> set[str]:
-    """Names of the images that this run, on whichever process, could not read."""
+    """Return the names of the images that any process of this run could not read."""
     both = [loaders.train, *([] if loaders.val is None else [loaders.val])]
     mine = [name for loader in both for name in loader.unreadable]
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):

@@ -289,7 +289,7 @@ def test_the_function_does_the_same(out: Path, trained: list[str]) -> None:
         ("stages.pretrain.data.split_seed=1", "has data.split_seed=1 and stages.probe 0"),
         ("data.train=folder:nowhere", "nowhere"),
         ("stages.masked.data={mean: [0.5], std: [0.5]}", "data.mean=[0.5]"),
-        ("stages.masked.model.name=vit_nothing", "no model that timm knows"),
+        ("stages.masked.model.name=vit_nothing", "must be a model that timm knows"),
         ("stages.masked.model.name=vit_tiny_patch16_224", "width 192 and the model of pretrain 32"),
     ],
 )

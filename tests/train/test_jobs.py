@@ -280,7 +280,7 @@ def test_unknown_names() -> None:
         ValueError, match="foveate.finetune: unknown setting 'optim.lrr'; did you m"
     ):
         foveate.finetune(small_model(), DATA, optim={"lrr": 1}, **QUIET)
-    with pytest.raises(ValueError, match="vit_tiny_patch61 is no file, no folder and no model tha"):
+    with pytest.raises(ValueError, match="vit_tiny_patch61 is neither a file, a folder nor a mode"):
         foveate.finetune("vit_tiny_patch61", DATA, **QUIET)
     with pytest.raises(ValueError, match="model.start=pretrained needs|model.name or model.start"):
         foveate.finetune(None, DATA, **QUIET)

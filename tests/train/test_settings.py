@@ -22,7 +22,7 @@ from foveate.train import recipe as recipes
         ("loop=3", r"loop is a group of settings, got 3"),
         ("optim.lr.peak=3", r"settings: .*lr.*peak"),
         ("loop.epochs=2 loop.epochs.first=3", r"epochs is a single value, not a group"),
-        ("epochs", r"'epochs' is no setting: expected key=value, such as optim.lr"),
+        ("epochs", r"'epochs' is not a setting: expected key=value, such as optim.lr"),
         ("optim.lr=[", r"the value cannot be read"),
         ("optim.lr=0", r"optim.lr must be above 0, got 0"),
         ("optim.layer_decay=1.5", r"optim.layer_decay must lie in \(0, 1\], got 1.5"),
