@@ -128,6 +128,7 @@ def _convert_pretraining(
 
     _check_out(args.checkpoint, args.out, folder=False)
     model = open_release(args.checkpoint, settings, options)
+    assert model.options is not None
     said = ", ".join(f"{name}={value}" for name, value in model.options.items())
     print(f"origin   {model.name}")
     print(f"model    {_form(model.backbone.spec)}")

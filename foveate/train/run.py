@@ -471,6 +471,12 @@ def _stoppable(out: Path, again: str) -> Iterator[None]:
             f"{out} cannot be written to: {error.strerror}; once that is mended, {again} goes on "
             "from the last checkpoint"
         ) from error
+    except ValueError:
+        raise  # says itself what is wrong with the run
+    except Exception as error:  # of a callback, a task or a data set, whose traceback says where
+        name = type(error).__name__
+        _log.warning("ended by %s; once mended, %s goes on from the last checkpoint", name, again)
+        raise
     finally:
         if handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, handler)

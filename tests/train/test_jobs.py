@@ -130,7 +130,7 @@ def test_what_is_random_in_a_data_set_resumes() -> None:
     [
         (iter([]), "list_iterator has no __len__ and __getitem__: images are read by their number"),
         ([], r"list \(0 items\) is empty"),
-        (Clothes, "the class Clothes is no data set: give an object of it"),
+        (Clothes, "the class Clothes is not a data set: give an object of it"),
         ([(Image.new("L", (28, 28)), 0.5)] * 40, "has the label 0.5: a whole number is needed"),
         ([("no image", 1)] * 40, "gives str: an image of Pillow, a uint8 array .* is needed"),
         (

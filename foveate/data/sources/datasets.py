@@ -38,7 +38,7 @@ class DatasetSource(Source):
     def __init__(self, dataset: Any, split: str, labels: bool = True) -> None:
         self.dataset, self.split, self.spec = dataset, split, describe(dataset)
         if isinstance(dataset, type):
-            raise ValueError(f"{self.spec} is no data set: give an object of it")
+            raise ValueError(f"{self.spec} is not a data set: give an object of it")
         self._images_alone, self.classes = not labels, None
         if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
             raise ValueError(
