@@ -270,6 +270,7 @@ _EXPECTED = {
     "float": "expected a number",
     "bool": "expected true or false",
     "str": "expected text",
+    "tuple": "expected a list, such as [1, 2]",
 }
 
 
@@ -281,7 +282,9 @@ def _sentence(error: Exception) -> str:
         text = re.sub(r"Does not validate against any of the Union \S+ Subtypes: .*? - ", "", text)
         text = re.sub(r"Problem with given class_path '\S+': ", "", text)
         text = re.split(" - Expected a NoneType| Given value type", text)[0]
-    text = re.sub(r"Expected an? (int|float|bool|str)\b", lambda kind: _EXPECTED[kind[1]], text)
+    text = re.sub(
+        r"Expected an? (int|float|bool|str|tuple)\b", lambda kind: _EXPECTED[kind[1]], text
+    )
     return re.sub(r'Parser key "([^"]+)":', r"\1:", text)
 
 

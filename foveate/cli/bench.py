@@ -19,7 +19,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from foveate.cli.models import MODEL_HELP
+from foveate.cli.models import add_model
 
 if TYPE_CHECKING:
     from foveate.bench import Result
@@ -33,15 +33,7 @@ _QUICK_ROUNDS = 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     add = parser.add_argument
-    add("model", nargs="?", help=MODEL_HELP)
-    add(
-        "methods",
-        nargs="*",
-        default=[],
-        metavar="METHOD",
-        help='method to apply, such as "evit(keep=0.7)"',
-    )
-    parser.set_defaults(more="methods")
+    add_model(parser, needed=False)
     add("--batch", type=int, nargs="+", metavar="N", help="batch sizes to time (default: 1 8 32)")
     add(
         "--dtype",

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from foveate.cli.models import MODEL_HELP
+from foveate.cli.models import add_model
 
 __all__ = ["add_arguments", "run"]
 
@@ -36,15 +36,7 @@ _DEMO = "fashion-mnist"  # what the demo model was trained on; a part of it ship
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     add = parser.add_argument
-    add("model", help=MODEL_HELP)
-    add(
-        "methods",
-        nargs="*",
-        default=[],
-        metavar="METHOD",
-        help='method to apply, such as "evit(keep=0.7)"',
-    )
-    parser.set_defaults(more="methods")
+    add_model(parser)
     add(
         "--models",
         nargs="+",

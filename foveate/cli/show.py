@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foveate.cli.models import MODEL_HELP
+from foveate.cli.models import add_model
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,15 +40,7 @@ _SUFFIXES = (".jpeg", ".jpg", ".pdf", ".png", ".tif", ".tiff", ".webp")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     add = parser.add_argument
-    add("model", help=MODEL_HELP)
-    add(
-        "methods",
-        nargs="*",
-        default=[],
-        metavar="METHOD",
-        help='method to apply, such as "evit(keep=0.7)"',
-    )
-    parser.set_defaults(more="methods")
+    add_model(parser)
     add("--images", nargs="+", required=True, metavar="PATH", help="image files and folders")
     add(
         "--out",

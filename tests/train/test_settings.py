@@ -22,6 +22,7 @@ from foveate.train import recipe as recipes
         ("loop=3", r"loop is a group of settings, got 3"),
         ("optim.lr.peak=3", r"settings: .*lr.*peak"),
         ("loop.epochs=2 loop.epochs.first=3", r"epochs is a single value, not a group"),
+        ("optim.milestones=0.5", r"milestones: expected a list, such as \[1, 2\]. Got value: 0.5"),
         ("epochs", r"'epochs' is not a setting: expected key=value, such as optim.lr"),
         ("optim.lr=[", r"the value cannot be read"),
         ("optim.lr=0", r"optim.lr must be above 0, got 0"),
