@@ -148,20 +148,20 @@ def explain(cls: type, width: int = 96) -> str:
 
 
 def recipe_class(job: str) -> type:
-    """The class whose fields are the settings of a job; the rooms above have it."""
+    """Return the class whose fields are the settings of a job; the rooms above have it."""
     room = {"pretrain": "mim", "pipeline": "stages"}.get(job, "train")
     found: type = getattr(import_module(f"foveate.{room}.recipe"), job.capitalize())
     return found
 
 
 def list_recipes(job: str) -> list[str]:
-    """Names of the recipes that ship for a job."""
+    """Return the names of the recipes that ship for a job."""
     folder = files("foveate").joinpath("recipes", job)
     return sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".yaml"))
 
 
 def find_recipe(job: str, name: str) -> Path:
-    """The file of a recipe: a path, or the name of one that ships."""
+    """Return the file of a recipe, given as a path or as the name of one that ships."""
     if name.endswith((".yaml", ".yml")) or "/" in name:
         return Path(name)
     if name not in list_recipes(job):
@@ -170,7 +170,7 @@ def find_recipe(job: str, name: str) -> Path:
 
 
 def headers(job: str) -> dict[str, str]:
-    """First line of the comment on top of each recipe that ships."""
+    """Return the first line of the comment on top of each recipe that ships."""
     found = {}
     for name in list_recipes(job):
         first = find_recipe(job, name).read_text(encoding="utf-8").split("\n", 1)[0]
@@ -199,7 +199,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
 
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise ValueError(f"{text!r} is no setting: expected key=value, such as optim.lr=1e-3")
+        raise ValueError(f"{text!r} is not a setting: expected key=value, such as optim.lr=1e-3")
     *path, last = key.split(".")
     for step in path:
         if step == _METHOD and isinstance(tree.get(step), str):
@@ -218,7 +218,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
 
 
 def _spread(text: str, key: str) -> dict[str, Any]:
-    """A method that is written as one word, as a group of its name and options."""
+    """Turn a method that is written as one word into a group of its name and options."""
     reducer = parse_method(text)
     if len(reducer.members) > 1:
         raise ValueError(f"{key}: {text} is a chain; its options stand in method=... itself")
@@ -231,7 +231,7 @@ def _spread(text: str, key: str) -> dict[str, Any]:
 
 
 def _check_keys(cls: type, tree: Mapping[str, Any], prefix: str, where: str) -> None:
-    """Refuse keys that are no fields, naming the nearest one."""
+    """Refuse unknown keys, naming the nearest one."""
     hints = get_type_hints(cls)
     for key, value in tree.items():
         if key not in hints:
@@ -247,7 +247,7 @@ def _check_keys(cls: type, tree: Mapping[str, Any], prefix: str, where: str) -> 
 
 
 def _origin(said: str, overrides: Sequence[str], given: str, where: str) -> str:
-    """Where the setting that a message is about was given."""
+    """Return where the setting that a message is about was given."""
     keys = [text.partition("=")[0] for text in overrides]
     for key in keys:
         words = rf"(?<![\w.]){re.escape(key)}(?!\w)"
@@ -270,6 +270,7 @@ _EXPECTED = {
     "float": "expected a number",
     "bool": "expected true or false",
     "str": "expected text",
+    "tuple": "expected a list, such as [1, 2]",
 }
 
 
@@ -281,7 +282,9 @@ def _sentence(error: Exception) -> str:
         text = re.sub(r"Does not validate against any of the Union \S+ Subtypes: .*? - ", "", text)
         text = re.sub(r"Problem with given class_path '\S+': ", "", text)
         text = re.split(" - Expected a NoneType| Given value type", text)[0]
-    text = re.sub(r"Expected an? (int|float|bool|str)\b", lambda kind: _EXPECTED[kind[1]], text)
+    text = re.sub(
+        r"Expected an? (int|float|bool|str|tuple)\b", lambda kind: _EXPECTED[kind[1]], text
+    )
     return re.sub(r'Parser key "([^"]+)":', r"\1:", text)
 
 
@@ -300,7 +303,7 @@ def _plain(value: Any) -> Any:
 
 
 def described(value: Any) -> str:
-    """An object of the program in one line: settings may hold a model or a data set."""
+    """Describe an object in one line: settings may hold a model or a data set."""
     text = repr(value)
     if "\n" in text or text.startswith("<") or " at 0x" in text or len(text) > 200:
         return f"<{type(value).__name__}>"
@@ -315,7 +318,7 @@ def _needed(field: dataclasses.Field[Any]) -> bool:
 
 
 def _shown(field: dataclasses.Field[Any]) -> str | None:
-    """A default as it would be typed; None where there is none."""
+    """Return a default as it would be typed; None where there is none."""
     if field.default_factory is not dataclasses.MISSING:
         value: Any = field.default_factory()
     elif field.default is not dataclasses.MISSING:
@@ -343,7 +346,7 @@ def _type_words(hint: Any) -> str:
 
 
 def _each_type(hint: Any) -> Iterator[str]:
-    """What a value may be; null comes last."""
+    """Yield what a value may be; null comes last."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         for part in sorted(parts, key=lambda part: part is type(None)):
@@ -359,7 +362,7 @@ def _each_type(hint: Any) -> Iterator[str]:
 
 
 def _typed(said: str) -> str:
-    """Words about Python as words about the command line, as a sentence."""
+    """Turn words about Python into a sentence about the command line."""
     text = re.sub(r"\bNone\b", "null", said.replace("``", ""))
     return text[:1].upper() + text[1:]
 

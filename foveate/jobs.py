@@ -302,7 +302,7 @@ def _recipe(
     *,
     scratch: bool = False,
 ) -> _R:
-    """A recipe with what was given laid over it; objects of the program are put in at the end."""
+    """Make a recipe with what was given laid over it; objects are put in at the end."""
     tree: dict[str, Any] = {}
     if recipe is not None:
         tree = config.load(config.find_recipe(job, str(recipe)))
@@ -327,7 +327,7 @@ def _recipe(
 
 
 def _model(given: Any, scratch: bool) -> Any:
-    """The group "model" that a name, a path or a module stands for."""
+    """Return the group "model" that a name, a path or a module stands for."""
     if isinstance(given, nn.Module):
         return {"start": given}
     if isinstance(given, (str, Path)):
@@ -341,21 +341,21 @@ def _model(given: Any, scratch: bool) -> Any:
 
 
 def _data(given: Any) -> Any:
-    """The group "data" that a spec or a data set stands for."""
+    """Return the group "data" that a spec or a data set stands for."""
     if given is None or isinstance(given, (Mapping, recipes.Data)):
         return given
     return {"train": str(given) if isinstance(given, Path) else given}
 
 
 def _laid_over(before: Any, value: Any) -> Any:
-    """Groups are changed key by key, all else as a whole."""
+    """Change groups key by key, and all else as a whole."""
     if not (isinstance(before, Mapping) and isinstance(value, Mapping)):
         return value
     return {**before, **{key: _laid_over(before.get(key), one) for key, one in value.items()}}
 
 
 def _leaves(value: Any, path: tuple[str, ...], objects: dict[tuple[str, ...], Any]) -> Any:
-    """Plain data; objects that no file could hold are noted, and stand as words meanwhile."""
+    """Return plain data; note objects that no file could hold, and put words in their place."""
     dataset = path[0] == "data" and path[-1] in ("train", "val", "test")
     if dataset and not (value is None or isinstance(value, (str, Path))):
         objects[path] = value  # whatever it is made of
@@ -378,7 +378,7 @@ def _leaves(value: Any, path: tuple[str, ...], objects: dict[tuple[str, ...], An
 
 
 def _folder(job: str, out: str | Path | None, loop: recipes.Loop, resume: bool = False) -> Path:
-    """The folder of a run; without a name the first that is free."""
+    """Return the folder of a run: the given one, or the first that is free."""
     if out is not None:
         return Path(out)
     if resume:

@@ -58,7 +58,7 @@ class Prediction:
 
     @property
     def confidence(self) -> float:
-        """Confidence of the most confident class."""
+        """Return the confidence of the most confident class."""
         return self.confidences[0]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import timm
 import torch
@@ -22,7 +22,7 @@ from foveate.core import (
     pool_tokens,
 )
 
-__all__ = ["TimmBackbone", "spec_of"]
+__all__ = ["SizedPatches", "TimmBackbone", "spec_of"]
 
 _log = logging.getLogger(__name__)
 _POOLS = ("", "avg", "avgmax", "max", "token", "map")
@@ -105,6 +105,8 @@ class TimmBackbone(Backbone):
     def _patches(self, images: Tensor) -> Tensor:
         """Embed patches ``[B, H*W, C]`` at any size, also where the model insists on one."""
         embed = self.model.patch_embed
+        if isinstance(embed, SizedPatches):
+            return embed.patches(images)
         if embed.dynamic_img_pad:
             return embed(images).reshape(images.shape[0], -1, self.spec.width)
         return embed.norm(embed.proj(images).flatten(2).transpose(1, 2))
@@ -174,6 +176,29 @@ class TimmBackbone(Backbone):
 
     def _pools_prefix(self) -> bool:
         return bool(getattr(self.model, "pool_include_prefix", False))
+
+
+class SizedPatches(PatchEmbed):
+    """Base of our own patch embeddings: the model takes one size, and the backbone any.
+
+    Attributes:
+        whose: the model, in messages.
+    """
+
+    whose: ClassVar[str]
+
+    def patches(self, images: Tensor) -> Tensor:
+        """Make patches ``[B, N, C]`` of images of any size that the patch divides."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Make patches of images of the model's own size."""
+        if tuple(images.shape[-2:]) != tuple(self.img_size):
+            raise ValueError(
+                f"this {self.whose} takes images of {self.img_size[0]} x {self.img_size[1]}, got "
+                f"{images.shape[-2]} x {images.shape[-1]}; call set_input_size first"
+            )
+        return self.patches(images)
 
 
 def spec_of(

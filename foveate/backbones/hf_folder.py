@@ -67,7 +67,7 @@ def _config(folder: Path) -> dict[str, Any]:
     absent = f"{folder} holds no {_CONFIG}: not a folder that save_pretrained wrote"
     config = read_json(path, absent)
     if not isinstance(config, dict):
-        raise ValueError(f"{path} is no configuration of a model")
+        raise ValueError(f"{path} is not the configuration of a model")
     if "quantization_config" in config:
         raise ValueError(f"{folder} holds quantised weights, which are not supported")
     return config

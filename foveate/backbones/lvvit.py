@@ -17,22 +17,23 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from foveate.backbones._shared import plain_class, refuse, same_modules
-from foveate.backbones._timm import spec_of
-from foveate.backbones.timm_vit import TimmViT, check_blocks_plain
-from foveate.core import TokenState, pool_mask
+from foveate.backbones._shared import same_modules
+from foveate.backbones._timm import SizedPatches
+from foveate.backbones.timm_vit import TimmViT
+from foveate.core import BackboneSpec, TokenState, pool_mask
 
 __all__ = ["LVViT", "LVViTBackbone", "lvvit_m", "lvvit_s"]
 
 _AUX_WEIGHT = 0.5
 
 
-class Stem(PatchEmbed):
+class Stem(SizedPatches):
     """Applies three convolutions at half the resolution, then one that makes the patches."""
+
+    whose = "LV-ViT"
 
     def __init__(self, *, patch_size: int, in_chans: int, embed_dim: int, **options: Any) -> None:
         super().__init__(
@@ -53,15 +54,6 @@ class Stem(PatchEmbed):
         x = self.bn2(self.conv2(x)).relu()
         x = self.bn3(self.conv3(x)).relu()
         return self.proj(x).flatten(2).transpose(1, 2)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Make patches of images of the model's own size."""
-        if tuple(images.shape[-2:]) != tuple(self.img_size):
-            raise ValueError(
-                f"this LV-ViT takes images of {self.img_size[0]} x {self.img_size[1]}, got "
-                f"{images.shape[-2]} x {images.shape[-1]}; call set_input_size first"
-            )
-        return self.patches(images)
 
     def cost(self) -> int:
         """Count the multiply-adds per patch."""
@@ -188,32 +180,16 @@ class LVViTBackbone(TimmViT):
     """Parts of an LV-ViT; its blocks are timm's."""
 
     family = "LV-ViT"
+    stock = (LVViT,)
+    stem = Stem
 
-    @classmethod
-    def accepts(cls, model: nn.Module) -> bool:
-        """Accept LV-ViTs alone."""
-        return isinstance(model, LVViT)
-
-    def __init__(self, model: Any) -> None:
-        if plain_class(model) is not LVViT:
-            raise refuse(model, "a class of its own")
-        check_blocks_plain(model)
-        spec = spec_of(
-            self.family,
-            model,
-            class_token=True,
-            rotary=False,
-            pools_prefix=False,
-            stem=Stem,
-        )
-        super(TimmViT, self).__init__(
-            model,
-            replace(
-                spec,
-                pools_patches=bool(model.num_classes),
-                embed_cost=model.patch_embed.cost(),
-                pool_cost=model.embed_dim * model.num_classes,
-            ),
+    def read_spec(self, model: Any) -> BackboneSpec:
+        """Read the facts off a model; its auxiliary head reads the patches."""
+        return replace(
+            super().read_spec(model),
+            pools_patches=bool(model.num_classes),
+            embed_cost=model.patch_embed.cost(),
+            pool_cost=model.embed_dim * model.num_classes,
         )
 
     @property
@@ -223,9 +199,6 @@ class LVViTBackbone(TimmViT):
 
     def _pools(self) -> bool:
         return bool(self.model.num_classes)
-
-    def _patches(self, images: Tensor) -> Tensor:
-        return self.model.patch_embed.patches(images)
 
     def head(self, state: TokenState) -> Tensor:
         """Apply both heads, the auxiliary one to the patches that are left."""

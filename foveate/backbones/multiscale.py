@@ -36,7 +36,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import PatchEmbed, resample_abs_pos_embed
+from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
@@ -46,15 +46,13 @@ from foveate.backbones._shared import (
     image_settings,
     named_classes,
     plain_class,
-    refuse,
     same_modules,
     set_image_settings,
     set_named_classes,
 )
-from foveate.backbones._timm import spec_of
+from foveate.backbones._timm import SizedPatches
 from foveate.backbones.timm_vit import (
     TimmViT,
-    check_blocks_plain,
     plain_vit,
     set_block_eps,
     vit_arguments,
@@ -110,8 +108,10 @@ class Scales:
         return replace(self, early=early, downsampled=down)
 
 
-class TwoScalePatches(PatchEmbed):
+class TwoScalePatches(SizedPatches):
     """Makes patches of the image and of the image at half the size."""
+
+    whose = "multi-scale ViT"
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -123,15 +123,6 @@ class TwoScalePatches(PatchEmbed):
         low = self.proj if self.low_proj is None else self.low_proj
         scales = (self.proj(images), low(avg_pool2d(images, 2)))
         return torch.cat([patches.flatten(2).transpose(1, 2) for patches in scales], 1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Make patches of images of the model's own size."""
-        if tuple(images.shape[-2:]) != tuple(self.img_size):
-            raise ValueError(
-                f"this multi-scale ViT takes images of {self.img_size[0]} x {self.img_size[1]}, "
-                f"got {images.shape[-2]} x {images.shape[-1]}; call set_input_size first"
-            )
-        return self.patches(images)
 
 
 class LargeKernelAttention(nn.Module):
@@ -330,26 +321,13 @@ class MultiScaleBackbone(TimmViT):
     """Parts of a multi-scale ViT: its first blocks belong to the embedding."""
 
     family = "multi-scale ViT"
+    stock = (MultiScaleViT,)
+    stem = TwoScalePatches
     needs_whole_images = "its first blocks mix all patches of both scales"
 
-    @classmethod
-    def accepts(cls, model: nn.Module) -> bool:
-        """Accept multi-scale ViTs alone."""
-        return isinstance(model, MultiScaleViT)
-
-    def __init__(self, model: Any) -> None:
-        if plain_class(model) is not MultiScaleViT:
-            raise refuse(model, "a class of its own")
-        check_blocks_plain(model)
-        spec = spec_of(
-            self.family,
-            model,
-            class_token=True,
-            rotary=False,
-            pools_prefix=model.pool_include_prefix,
-            stem=TwoScalePatches,
-        )
-        super(TimmViT, self).__init__(model, _with_early_blocks(spec, model))
+    def read_spec(self, model: Any) -> BackboneSpec:
+        """Read the facts off a model, with what its first blocks cost."""
+        return _with_early_blocks(super().read_spec(model), model)
 
     @property
     def early_blocks(self) -> list[nn.Module]:
@@ -361,9 +339,6 @@ class MultiScaleBackbone(TimmViT):
         grid = super().grid_of(images)
         _low_grid(grid, self.spec.patch)
         return grid
-
-    def _patches(self, images: Tensor) -> Tensor:
-        return self.model.patch_embed.patches(images)
 
     def _with_prefix(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         count = grid[0] * grid[1]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from timm.layers import Attention
+from timm.layers import Attention, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -15,34 +15,45 @@ from torch.utils.checkpoint import checkpoint
 
 from foveate.backbones._shared import check_class, plain_class, refuse, same_modules
 from foveate.backbones._timm import TimmBackbone, spec_of
-from foveate.core import Embedded, Heads
+from foveate.core import BackboneSpec, Embedded, Heads
 
-__all__ = ["TimmViT", "check_blocks_plain", "plain_vit", "set_block_eps", "vit_arguments"]
+__all__ = ["TimmViT", "plain_vit", "set_block_eps", "vit_arguments"]
 
 _BLOCKS = ("blocks", "early")  # ends of the names of what holds blocks
 
 
 class TimmViT(TimmBackbone):
-    """Parts of a stock ``VisionTransformer`` or ``VisionTransformerDistilled``."""
+    """Parts of a stock ``VisionTransformer`` or ``VisionTransformerDistilled``.
+
+    Attributes:
+        stock: the classes of the family.
+        stem: the class of their patch embedding.
+    """
 
     family = "timm VisionTransformer"
+    stock: ClassVar[tuple[type[nn.Module], ...]] = (VisionTransformer, VisionTransformerDistilled)
+    stem: ClassVar[type[PatchEmbed]] = PatchEmbed
 
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:
-        """Accept every VisionTransformer; the constructor refuses what is not plain."""
-        return isinstance(model, VisionTransformer)
+        """Accept every model of these classes; the constructor refuses what is not plain."""
+        return isinstance(model, cls.stock)
 
     def __init__(self, model: Any) -> None:
-        check_class(model, VisionTransformer, VisionTransformerDistilled)
-        check_blocks_plain(model)
-        spec = spec_of(
+        check_class(model, *self.stock)
+        _check_blocks_plain(model)
+        super().__init__(model, self.read_spec(model))
+
+    def read_spec(self, model: Any) -> BackboneSpec:
+        """Read the facts off a model whose blocks have been checked."""
+        return spec_of(
             self.family,
             model,
             class_token=model.cls_token is not None,
             rotary=False,
             pools_prefix=model.pool_include_prefix,
+            stem=self.stem,
         )
-        super().__init__(model, spec)
 
     def recipe(self) -> dict[str, Any] | None:
         """Return timm's name for the model, or else what ``plain_vit`` takes to make it."""
@@ -116,7 +127,7 @@ class TimmViT(TimmBackbone):
         return stock.ls2(stock.mlp(stock.norm2(x)))
 
 
-def check_blocks_plain(model: Any) -> None:
+def _check_blocks_plain(model: Any) -> None:
     """Refuse any block that is not timm's plain pre-norm one."""
     for block in model.blocks:
         if plain_class(block) is not Block:

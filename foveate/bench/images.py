@@ -25,7 +25,7 @@ class Images(NamedTuple):
     source: str
 
     def take(self, count: int, start: int = 0) -> Tensor:
-        """So many of them from a place on, from the beginning again when they are used up."""
+        """Take so many from a place on, and begin again when they are used up."""
         index = torch.arange(start, start + count) % len(self.pixels)
         return self.pixels.index_select(0, index)
 
@@ -33,7 +33,7 @@ class Images(NamedTuple):
 def images_for(
     channels: int, size: tuple[int, int], count: int, seed: int, given: Tensor | Images | None
 ) -> Images:
-    """The given images, or the real ones that ship for models they fit, or synthetic ones.
+    """Return given images, or those that ship for models they fit, or synthetic ones.
 
     Args:
         channels: of the model's input.
@@ -59,14 +59,14 @@ def images_for(
 
 
 def read_images(model: nn.Module, paths: Sequence[str | os.PathLike[str]], count: int) -> Images:
-    """At most so many images of files and folders, as ``model`` takes them."""
+    """Read at most so many images of files and folders, as ``model`` takes them."""
     prepare, files = Preprocessing.of(model), ImageFiles(paths)
     pixels = torch.stack([prepare(image).tensor for _, image in islice(files, count)])
     return Images(pixels, "from files")
 
 
 def natural_images(count: int, size: tuple[int, int], seed: int, channels: int = 3) -> Tensor:
-    """Synthetic images with the statistics that matter here, ``[count, C, H, W]`` float32.
+    """Make synthetic images with natural statistics, ``[count, C, H, W]`` float32.
 
     Noise whose amplitude falls as 1 / f**a, as that of photographs does; the exponent, the
     contrast and a smooth window that leaves part of the picture flat differ between images, so

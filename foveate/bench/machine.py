@@ -36,7 +36,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 def malloc_untuned(device: str) -> dict[str, str]:
-    """Settings of malloc that this process should have been started with and was not.
+    """Return the settings of malloc that this process should have been started with.
 
     None are missing on CUDA, with another C library than glibc, or under a preloaded malloc.
     """
@@ -75,7 +75,7 @@ def device_of(name: str) -> str:
 
 
 def physical_cores() -> int:
-    """Cores that this process may use, hyper-threads counted once."""
+    """Count the cores that this process may use, hyper-threads once."""
     try:
         usable = os.sched_getaffinity(0)
     except AttributeError:
@@ -92,7 +92,7 @@ def physical_cores() -> int:
 
 
 def commit() -> str | None:
-    """The commit that is measured, marked where the working tree differs; None if unknown.
+    """Return the commit that is measured, marked if the working tree differs; None if unknown.
 
     FOVEATE_COMMIT says it where git cannot tell, or not rightly: the code may be a copy.
     """
@@ -116,7 +116,7 @@ def _git(*words: str) -> str:
 
 
 def command(program: str) -> str:
-    """The command line after the program's name, with folders of this machine left out."""
+    """Return the command line after the program's name, without folders of this machine."""
     return f"{program} {shlex.join(map(_without_folder, sys.argv[1:]))}".strip()
 
 
@@ -129,7 +129,7 @@ def _without_folder(word: str) -> str:
 
 
 def facts(device: str) -> dict[str, Any]:
-    """Versions and names: all that somebody needs to judge a number, nothing private."""
+    """Return versions and names: what somebody needs to judge a number, and nothing private."""
     import timm
     import torch
 
@@ -162,7 +162,7 @@ def name(found: Mapping[str, Any]) -> str:
 
 
 def version_of(package: str) -> str | None:
-    """Installed version of a package; None if it is not installed."""
+    """Return the installed version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -20,7 +20,7 @@ _EVENT = "[memory]"
 
 
 def peak_memory(call: Call, device: str) -> int:
-    """Bytes at the peak of one call, on top of what was allocated before it."""
+    """Measure the bytes at the peak of one call, on top of what was allocated before it."""
     if device != "cuda":
         return _on_cpu(call)
     torch.cuda.synchronize()

@@ -52,7 +52,7 @@ class Counts:
 
     @property
     def batch(self) -> int:
-        """Number of images."""
+        """Return the number of images."""
         return len(self.mlp[0])
 
     def summary(self) -> dict[str, object]:
@@ -128,7 +128,7 @@ class _FirstTokens(Reducer):
 
     @property
     def fixed_count(self) -> bool:
-        """Whether all images have the same counts."""
+        """Tell whether all images have the same counts."""
         return self.even
 
     def before(self, block: int, state: TokenState) -> TokenState:
@@ -211,7 +211,7 @@ class Oracle(ReducedViT):
 
 
 def _first_rows(old: Lengths, new: Lengths, device: torch.device) -> Tensor:
-    """Rows of the first ``new[b]`` of every image's ``old[b]`` tokens, the last one repeated."""
+    """Return rows of the first ``new[b]`` of an image's ``old[b]`` tokens, the last repeated."""
     start, rows = 0, []
     for had, has in zip(old, new, strict=True):
         rows.append(start + torch.arange(has).clamp_max(max(had - 1, 0)))

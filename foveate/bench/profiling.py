@@ -41,7 +41,7 @@ def _profiled(call: Callable[[], Any], device: str, calls: int) -> Any:
 
 
 def table(call: Callable[[], Any], device: str, calls: int = 10, rows: int = 25) -> str:
-    """torch.profiler's own table of the costliest operators."""
+    """Return torch.profiler's own table of the costliest operators."""
     by = "self_cuda_time_total" if device == "cuda" else "self_cpu_time_total"
     return str(_profiled(call, device, calls).table(sort_by=by, row_limit=rows))
 
@@ -49,7 +49,7 @@ def table(call: Callable[[], Any], device: str, calls: int = 10, rows: int = 25)
 def compare(
     call: Callable[[], Any], oracle: Callable[[], Any], device: str, calls: int = 10, rows: int = 25
 ) -> str:
-    """Operators by how much more of their own time the method takes than its oracle, per call."""
+    """Sort operators by how much more of their own time a method takes than its oracle."""
     ours, theirs = (_totals(_profiled(c, device, calls), device, calls) for c in (call, oracle))
     lines = [f"{'operator':44}{'calls':>7}{'oracle':>8}{'us':>11}{'oracle us':>11}{'more us':>10}"]
     names = sorted(

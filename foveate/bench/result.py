@@ -37,12 +37,12 @@ class Cell:
 
     @property
     def setting(self) -> str:
-        """The setting without the batch."""
+        """Return the setting without the batch."""
         return f"{self.model}, {self.dtype}" + ", compiled" * self.compiled
 
     @property
     def spread(self) -> float:
-        """The noise: how far the 95 % interval of the A/A ratio reaches from 1."""
+        """Return the noise: how far the 95 % interval of the A/A ratio reaches from 1."""
         again = self.timings.ratio(AGAIN, DENSE)
         return max(abs(again.low - 1), abs(again.high - 1))
 

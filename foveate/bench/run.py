@@ -172,7 +172,7 @@ def explain(
     images: Tensor | Images | None = None,
     seed: int = 0,
 ) -> str:
-    """Where a method's time goes, operator by operator, next to its oracle; arguments as speed."""
+    """Explain a method's time by operator, next to its oracle; arguments are those of speed."""
     device = machine.device_of(device)
     _check((batch,), (dtype,), LEAST_ROUNDS, quick=False)
     lineup = _Lineup(model, [method], device, False, seed)
@@ -191,7 +191,7 @@ def explain(
 
 
 def _modes(stack: ExitStack, compile: bool, device: str) -> None:
-    """How calls run: without gradients, and compiled as they would be deployed."""
+    """Set how calls run: without gradients, and compiled as they would be deployed."""
     if not compile:
         stack.enter_context(torch.inference_mode())
         return
@@ -311,7 +311,7 @@ class _Lineup:
         return "untrained" if new else None
 
     def cell(self, images: Tensor, compile_mode: str) -> _Cell:
-        """All variants on these images."""
+        """Time all variants on these images."""
         images = images.to(self.device, next(self.vit.parameters()).dtype)
         found = _Cell()
         for name in (DENSE, AGAIN):
@@ -357,7 +357,7 @@ class _Lineup:
 
 
 def _cost_ratio(model: ReducedViT, trace: Trace, images: Tensor) -> float:
-    """Multiply-adds over the dense model's; those of the images where counts depend on them."""
+    """Return multiply-adds over the dense model's, on these images where counts depend on them."""
     try:
         return facts.count(model, trace=trace).ratio
     except ValueError:  # a method that does not work out its own cost is counted by running

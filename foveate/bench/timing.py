@@ -42,7 +42,7 @@ class Interval:
     level: float
 
     def beyond(self, spread: float) -> str:
-        """What a ratio says where so much strays by itself: "faster", "slower" or "no difference".
+        """Say what a ratio means beside the noise: "faster", "slower" or "no difference".
 
         The whole interval must lie outside 1 +- spread; anything else was not measured.
         """
@@ -55,7 +55,7 @@ class Interval:
 
 
 def median_of(values: Sequence[float]) -> Interval:
-    """Median with the narrowest symmetric pair of order statistics that covers 95 %.
+    """Return the median with the narrowest symmetric order statistics that cover 95 %.
 
     With fewer than six values no pair does; the answer is then the range, and ``level`` says what
     it covers. Nothing is assumed of the distribution except independent rounds.
@@ -70,13 +70,13 @@ def median_of(values: Sequence[float]) -> Interval:
 
 
 def _coverage(n: int, rank: int) -> float:
-    """Probability that the median lies between order statistics rank+1 and n-rank of n."""
+    """Return the probability that the median lies between order statistics rank+1 and n-rank."""
     outside = sum(math.comb(n, i) for i in range(rank + 1))
     return max(0.0, 1 - 2 * outside / 2**n)
 
 
 def paired_ratio(own: Sequence[float], reference: Sequence[float]) -> Interval:
-    """How many times faster ``own`` is than ``reference``, from their times round by round."""
+    """Return how many times faster ``own`` is than ``reference``, from their times by round."""
     return median_of([other / time for other, time in zip(reference, own, strict=True)])
 
 
@@ -88,15 +88,15 @@ class Timings:
     repeats: int
 
     def ms(self, name: str) -> Interval:
-        """Median time of a variant."""
+        """Return the median time of a variant."""
         return median_of(self.samples[name])
 
     def ratio(self, name: str, to: str) -> Interval:
-        """How many times faster ``name`` is than ``to``: time of ``to`` over time of ``name``."""
+        """Return how many times faster ``name`` is than ``to``."""
         return paired_ratio(self.samples[name], self.samples[to])
 
     def extra_ms(self, name: str, over: str) -> float:
-        """Median of the per-round difference in time."""
+        """Return the median of the per-round difference in time."""
         pairs = zip(self.samples[name], self.samples[over], strict=True)
         return statistics.median(own - other for own, other in pairs)
 

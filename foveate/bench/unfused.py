@@ -14,13 +14,13 @@ __all__ = ["shared_copy", "unfused"]
 
 
 def shared_copy(model: nn.Module) -> Any:
-    """A copy with switches of its own; parameters and buffers are the model's."""
+    """Make a copy with switches of its own; parameters and buffers are the model's."""
     shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
     return copy.deepcopy(model, shared)
 
 
 def unfused(model: nn.Module, images: Tensor) -> nn.Module:
-    """A copy that shares the weights and computes its attention maps.
+    """Make a copy that shares the weights and computes its attention maps.
 
     ValueError saying so where the model cannot be told to, or still runs a fused kernel then.
     """

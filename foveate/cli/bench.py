@@ -19,7 +19,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from foveate.cli.models import MODEL_HELP
+from foveate.cli.models import add_model
 
 if TYPE_CHECKING:
     from foveate.bench import Result
@@ -33,44 +33,80 @@ _QUICK_ROUNDS = 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     add = parser.add_argument
-    add("model", nargs="?", help=MODEL_HELP)
-    add("methods", nargs="*", default=[], metavar="METHOD", help='such as "evit(keep=0.7)"')
-    parser.set_defaults(more="methods")
-    add("--batch", type=int, nargs="+", metavar="N", help="batch sizes (1 8 32)")
+    add_model(parser, needed=False)
+    add("--batch", type=int, nargs="+", metavar="N", help="batch sizes to time (default: 1 8 32)")
     add(
         "--dtype",
         nargs="+",
         choices=("fp32", "bf16", "fp16"),
         default=["fp32"],
-        help="of weights and images (fp32)",
+        help="number formats of weights and images (default: fp32)",
     )
-    add("--device", default="auto", help="auto (a GPU if there is one), cpu or cuda (auto)")
-    add("--compile", action="store_true", help="compiled instead of eager; fixed counts alone")
-    add("--compile-mode", default="default", help="of torch.compile, such as reduce-overhead")
+    add("--device", default="auto", help="cpu, cuda, or auto for a GPU if there is one (default)")
+    add(
+        "--compile",
+        action="store_true",
+        help="time compiled models, not eager ones; only for methods that keep the same number of "
+        "tokens in every image",
+    )
+    add("--compile-mode", default="default", help="mode of torch.compile, such as reduce-overhead")
     add(
         "--images",
         nargs="+",
         metavar="PATH",
         help="image files and folders, for methods whose token count depends on the image",
     )
-    add("--rounds", type=int, metavar="N", help="rounds that count, at least 30 (30)")
-    add("--threads", type=int, metavar="N", help="CPU threads (the physical cores)")
-    add("--seed", type=int, default=0, metavar="N", help="of images, gates and order (0)")
+    add(
+        "--rounds",
+        type=int,
+        metavar="N",
+        help="number of timed rounds (default: 30, the fewest that a claim needs)",
+    )
+    add(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="number of CPU threads (default: the physical cores)",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of images, gates and order (default: 0)",
+    )
     add(
         "--out",
         type=Path,
         metavar="FILE",
-        help="JSON file, with the table of every round beside it",
+        help="JSON file for the result; the table of every round is written beside it",
     )
-    add("--plot", type=Path, metavar="FILE", help="the result as a picture: .png, .svg or .pdf")
-    add("--untrained", action="store_true", help="a timm model with random weights")
-    add("--quick", action="store_true", help="few rounds at batch 1 and 2: to see that it works")
-    add("--profile", action="store_true", help="explain one method's time, operator by operator")
+    add(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="file for a picture of the result: .png, .svg or .pdf",
+    )
+    add(
+        "--untrained",
+        action="store_true",
+        help="give a timm model random weights, not pretrained ones",
+    )
+    add(
+        "--quick",
+        action="store_true",
+        help="take a few rounds at batch 1 and 2, to see that it works",
+    )
+    add(
+        "--profile",
+        action="store_true",
+        help="show where one method spends its time, operator by operator",
+    )
     add(
         "--compare",
         nargs="+",
         metavar="FILE",
-        help="methods of saved results against each other; refused unless they ran interleaved",
+        help="compare the methods of saved results; refused unless they ran interleaved",
     )
 
 

@@ -43,20 +43,49 @@ _NAMED = 4  # cells beside the bar
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     add = parser.add_argument
-    add("config", nargs="?", metavar="CONFIG", help="one that ships, or a YAML file")
-    add("settings", nargs="*", default=[], metavar="key=value", help="changes of it")
+    add(
+        "config",
+        nargs="?",
+        metavar="CONFIG",
+        help="name of a comparison that ships (see --list), or a YAML file",
+    )
+    add(
+        "settings",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="settings that differ from those of CONFIG, such as seeds=[0]",
+    )
     parser.set_defaults(more="settings")
     add(
         "--out",
         type=Path,
         metavar="DIR",
-        help="folder for all cells and the report (runs/compare-CONFIG)",
+        help="folder for all cells and the report (default: runs/compare-CONFIG)",
     )
-    add("--launcher", choices=("local", "ray"), default="local", help="what starts cells (local)")
-    add("--address", metavar="ADDR", help="address of a Ray cluster, or auto (this machine)")
-    add("--parallel", type=int, metavar="N", help="cells at a time (local 1, ray all cores)")
-    add("--only", metavar="GLOB", help="only cells whose name, as in --dry-run, matches")
-    add("--list", action="store_true", help="list the comparisons that ship and stop")
+    add(
+        "--launcher",
+        choices=("local", "ray"),
+        default="local",
+        help="what starts the cells (default: local)",
+    )
+    add(
+        "--address",
+        metavar="ADDR",
+        help="address of a Ray cluster, or auto to find it (default: Ray starts on this machine)",
+    )
+    add(
+        "--parallel",
+        type=int,
+        metavar="N",
+        help="number of cells at a time (default: 1 with local, as many as fit with ray)",
+    )
+    add(
+        "--only",
+        metavar="GLOB",
+        help="run only the cells whose names match; --dry-run shows the names",
+    )
+    add("--list", action="store_true", help="list the comparisons that ship, and stop")
     add("--dry-run", action="store_true", help="list the cells and how far they are, and stop")
     add("--report", action="store_true", help="draw the report of what is there, and stop")
 

@@ -35,11 +35,11 @@ _WORDS = {"true": True, "false": False, "none": None}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     add = parser.add_argument
-    add("checkpoint", type=Path, help="a .pth, .pt or .safetensors file, or a Hugging Face folder")
+    add("checkpoint", type=Path, help=".pth, .pt or .safetensors file, or a Hugging Face folder")
     add(
         "out",
         type=Path,
-        help="folder to write a model with a method to, otherwise a .safetensors file",
+        help="folder for a model with a method, or .safetensors file for one without",
     )
     add("options", nargs="*", default=[], metavar="OPTION=VALUE", help="options of the method")
     add(
@@ -128,6 +128,7 @@ def _convert_pretraining(
 
     _check_out(args.checkpoint, args.out, folder=False)
     model = open_release(args.checkpoint, settings, options)
+    assert model.options is not None
     said = ", ".join(f"{name}={value}" for name, value in model.options.items())
     print(f"origin   {model.name}")
     print(f"model    {_form(model.backbone.spec)}")

@@ -20,10 +20,12 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     add = parser.add_argument
-    add("--out", type=Path, default=Path("out/demo"), help="folder for the page (out/demo)")
-    add("--rounds", type=int, default=20, help="rounds of the timing (20)")
-    add("--device", default="auto", help="auto (a GPU if there is one), cpu or cuda (auto)")
-    add("--quick", action="store_true", help="200 images and 3 rounds: to see that it works")
+    add(
+        "--out", type=Path, default=Path("out/demo"), help="folder for the page (default: out/demo)"
+    )
+    add("--rounds", type=int, default=20, help="number of timed rounds (default: 20)")
+    add("--device", default="auto", help="cpu, cuda, or auto for a GPU if there is one (default)")
+    add("--quick", action="store_true", help="take 200 images and 3 rounds, to see that it works")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 
 from foveate.cli.convert import image_size
-from foveate.cli.models import MODEL_HELP
+from foveate.cli.models import add_model
 
 __all__ = ["add_arguments", "run"]
 
@@ -21,11 +21,14 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     add = parser.add_argument
-    add("model", help=MODEL_HELP)
-    add("methods", nargs="*", default=[], metavar="METHOD", help='such as "evit(keep=0.7)"')
-    parser.set_defaults(more="methods")
-    add("--budget", help='solve the rate for a cost: "2.9 GMACs", 0.6x, 60%%')
-    add("--image-size", type=image_size, metavar="N or HxW", help="another than the model's own")
+    add_model(parser)
+    add("--budget", help='cost to find the rate for: "2.9 GMACs", 0.6x or 60%%')
+    add(
+        "--image-size",
+        type=image_size,
+        metavar="N or HxW",
+        help="image size to count for (default: the model's own)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:

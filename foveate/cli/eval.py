@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from foveate.cli.models import MODEL_HELP
+from foveate.cli.models import add_model
 
 __all__ = ["add_arguments", "run"]
 
@@ -36,46 +36,126 @@ _DEMO = "fashion-mnist"  # what the demo model was trained on; a part of it ship
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     add = parser.add_argument
-    add("model", help=MODEL_HELP)
-    add("methods", nargs="*", default=[], metavar="METHOD", help='such as "evit(keep=0.7)"')
-    parser.set_defaults(more="methods")
-    add("--models", nargs="+", default=[], metavar="MODEL", help="further models, for comparison")
-    add("--data", metavar="SPEC", help="a data set (the run's own, and Fashion-MNIST for the demo)")
+    add_model(parser)
+    add(
+        "--models",
+        nargs="+",
+        default=[],
+        metavar="MODEL",
+        help="more models to evaluate beside the first",
+    )
+    add(
+        "--data",
+        metavar="SPEC",
+        help="data set (default: that of the run, and Fashion-MNIST for the demo)",
+    )
     add(
         "--split",
         choices=("train", "val", "test", "all"),
-        help="of the data (the first that there is of test, val and all)",
+        help="split of the data (default: the first that there is of test, val and all)",
     )
-    add("--val-share", type=float, metavar="SHARE", help="that training held out as val (0.1)")
-    add("--split-seed", type=int, metavar="N", help="of that division (0)")
-    add("--batch", type=int, default=64, metavar="N", help="images a call (64)")
-    add("--workers", type=int, default=0, metavar="N", help="processes that read images (0)")
-    add("--limit", type=int, metavar="N", help="use so many images, evenly spaced")
-    add("--rates", type=float, nargs="+", default=[], metavar="RATE", help="keep, r or K")
+    add(
+        "--val-share",
+        type=float,
+        metavar="SHARE",
+        help="share of the training images that was held out as val (default: the run's, or 0.1)",
+    )
+    add(
+        "--split-seed",
+        type=int,
+        metavar="N",
+        help="seed of that division (default: the run's, or 0)",
+    )
+    add(
+        "--batch",
+        type=int,
+        default=64,
+        metavar="N",
+        help="number of images in one pass (default: 64)",
+    )
+    add(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="number of processes that read images (default: 0, the command itself)",
+    )
+    add(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="number of images to use, evenly spaced (default: all)",
+    )
+    add(
+        "--rates",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="RATE",
+        help="rates for methods that name none: their keep, r or K",
+    )
     add(
         "--occlusion",
         type=float,
         nargs="*",
         metavar="RATIO",
-        help="shares of patches to drop (0 .1 ... .9 .95)",
+        help="shares of patches to drop (default: 0 .1 ... .9 .95)",
     )
-    add("--mask-seeds", type=int, default=3, metavar="N", help="of occlusion and pruning (3)")
-    add("--pruning", type=float, nargs="*", metavar="RATE", help="shares a stage keeps (.3 .5 .7)")
-    add("--statistics", action="store_true", help="of tokens, for every method")
+    add(
+        "--mask-seeds",
+        type=int,
+        default=3,
+        metavar="N",
+        help="number of random masks for --occlusion and --pruning (default: 3)",
+    )
+    add(
+        "--pruning",
+        type=float,
+        nargs="*",
+        metavar="RATE",
+        help="shares of tokens that each stage keeps (default: .3 .5 .7)",
+    )
+    add(
+        "--statistics",
+        action="store_true",
+        help="count for every method which patches it keeps and how often",
+    )
     add(
         "--speed",
         type=int,
         nargs="*",
         metavar="BATCH",
-        help="time everything in one interleaved run for each batch size (that of --batch)",
+        help="batch sizes to time everything at, in one interleaved run each (default: that of "
+        "--batch)",
     )
-    add("--rounds", type=int, default=30, metavar="N", help="rounds of each run of --speed (30)")
-    add("--device", default="auto", help="auto (a GPU if there is one), cpu or cuda (auto)")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: mixed (fp32)")
-    add("--seed", type=int, default=0, metavar="N", help="of new parameters and order (0)")
+    add(
+        "--rounds",
+        type=int,
+        default=30,
+        metavar="N",
+        help="number of timed rounds of --speed (default: 30)",
+    )
+    add("--device", default="auto", help="cpu, cuda, or auto for a GPU if there is one (default)")
+    add(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="fp32 (default), or bf16 for automatic mixed precision",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of new parameters and of the order (default: 0)",
+    )
     add("--out", type=Path, metavar="DIR", help="folder for JSON, CSV, Markdown and pictures")
     add("--strict", action="store_true", help="stop at the first image that cannot be read")
-    add("--untrained", action="store_true", help="timm models with random weights")
+    add(
+        "--untrained",
+        action="store_true",
+        help="give timm models random weights, not pretrained ones",
+    )
 
 
 def run(args: argparse.Namespace) -> None:

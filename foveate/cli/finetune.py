@@ -24,5 +24,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train."""
+    """Fine-tune, and say what came of it."""
     run_job("finetune", args)

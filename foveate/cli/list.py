@@ -16,9 +16,11 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
-    parser.add_argument("methods", nargs="*", default=[], metavar="METHOD", help="only these")
+    parser.add_argument(
+        "methods", nargs="*", default=[], metavar="METHOD", help="methods to list (default: all)"
+    )
     parser.set_defaults(more="methods")
-    parser.add_argument("--json", action="store_true", help="for other programs")
+    parser.add_argument("--json", action="store_true", help="print JSON, for other programs")
 
 
 def run(args: argparse.Namespace) -> None:

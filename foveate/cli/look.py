@@ -24,32 +24,67 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or a file of weights")
+    add(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="folder of a run, or a .safetensors file of its weights",
+    )
     add(
         "--epochs",
         nargs="+",
         metavar="E",
-        help="weights of a folder after these, or all (the last, and at most 6 snapshots)",
+        help="epochs whose weights to measure, or all (default: the last, and at most 6 snapshots)",
     )
-    add("--untrained", action="store_true", help="new weights of the same model too")
+    add("--untrained", action="store_true", help="measure new weights of the same model too")
     add(
         "--similarity",
         choices=("cosine", "layernorm", "scaled", "raw"),
         default="cosine",
-        help="of tokens (cosine)",
+        help="how the similarity of tokens is computed (default: cosine)",
     )
-    add("--temperature", type=float, default=0.1, metavar="T", help="of cosines (0.1)")
-    add("--data", metavar="SPEC", help="images of any kind, without labels (the run's own)")
-    add("--images", type=int, default=64, metavar="N", help="use so many, evenly spaced (64)")
-    add("--image", type=int, default=0, metavar="K", help="of them, for affinity maps (0)")
-    add("--layers", type=int, nargs="+", default=[], metavar="L", help="of affinity maps (four)")
-    add("--seed", type=int, default=0, metavar="N", help="of the masks (0)")
-    add("--device", default="auto", help="auto (a GPU if there is one), cpu or cuda (auto)")
+    add(
+        "--temperature",
+        type=float,
+        default=0.1,
+        metavar="T",
+        help="temperature that divides cosines (default: 0.1)",
+    )
+    add(
+        "--data",
+        metavar="SPEC",
+        help="images to measure on, without labels (default: those of the run)",
+    )
+    add(
+        "--images",
+        type=int,
+        default=64,
+        metavar="N",
+        help="number of images to use, evenly spaced (default: 64)",
+    )
+    add(
+        "--image",
+        type=int,
+        default=0,
+        metavar="K",
+        help="number of the image, from 0, that affinity maps are drawn for (default: 0)",
+    )
+    add(
+        "--layers",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="L",
+        help="layers that affinity maps are drawn for (default: four, evenly spaced)",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="seed of the masks (default: 0)")
+    add("--device", default="auto", help="cpu, cuda, or auto for a GPU if there is one (default)")
     add(
         "--out",
         type=Path,
         metavar="DIR",
-        help="for look.json and pictures (RUN/look; of several, look)",
+        help="folder for look.json and pictures (default: RUN/look, or look for several runs)",
     )
 
 

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["MODEL_HELP", "open_models"]
+__all__ = ["add_model", "open_models"]
 
-MODEL_HELP = (
-    "a checkpoint file, a folder of foveate or Hugging Face, a name of timm, or 'demo' for the "
+_MODEL = (
+    "name of a timm model, checkpoint file, folder of foveate or Hugging Face, or 'demo' for the "
     "small trained model that ships with the package"
 )
+
+
+def add_model(parser: argparse.ArgumentParser, *, needed: bool = True, more: str = "") -> None:
+    """Add the arguments MODEL and METHOD; ``more`` goes on with the help of MODEL."""
+    parser.add_argument("model", nargs=None if needed else "?", help=_MODEL + more)
+    parser.add_argument(
+        "methods",
+        nargs="*",
+        default=[],
+        metavar="METHOD",
+        help='method to apply, such as "evit(keep=0.7)"',
+    )
+    parser.set_defaults(more="methods")
 
 
 def open_models(

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foveate.cli.models import MODEL_HELP
+from foveate.cli.models import add_model
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,15 +38,7 @@ _LEAST, _GAP = 20, 3  # columns for further answers: the least that says somethi
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     add = parser.add_argument
-    add("model", help=f"{MODEL_HELP}; the folder of a training run works too")
-    add(
-        "methods",
-        nargs="*",
-        default=[],
-        metavar="METHOD",
-        help='method to apply, such as "evit(keep=0.7)"',
-    )
-    parser.set_defaults(more="methods")
+    add_model(parser, more="; the folder of a training run works too")
     add(
         "--images",
         nargs="+",

@@ -28,15 +28,50 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     add = parser.add_argument
-    add("base", type=Path, metavar="RUN_BASE", help="the run to compare with")
-    add("mto", type=Path, metavar="RUN_MTO", help="the run that is to be ahead")
-    add("--more-base", type=Path, nargs="+", default=[], metavar="RUN", help="further seeds")
-    add("--more-mto", type=Path, nargs="+", default=[], metavar="RUN", help="theirs, in order")
-    add("--metric", default="probe/linear", help="column of the scores (probe/linear)")
-    add("--over", default="epochs", help='"epochs" of training, or its "seconds" (epochs)')
-    add("--from", dest="start", type=float, metavar="E1", help="first epoch (all that is shared)")
-    add("--to", dest="end", type=float, metavar="E2", help="last epoch (all that is shared)")
-    add("--at", type=float, metavar="E_REF", help="epoch of RUN_BASE to match (its last)")
+    add("base", type=Path, metavar="RUN_BASE", help="run to compare with")
+    add("mto", type=Path, metavar="RUN_MTO", help="run that may get good earlier")
+    add(
+        "--more-base",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="runs like RUN_BASE with other seeds",
+    )
+    add(
+        "--more-mto",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="runs like RUN_MTO with the same seeds, in the same order",
+    )
+    add("--metric", default="probe/linear", help="score to compare (default: probe/linear)")
+    add(
+        "--over",
+        default="epochs",
+        help='what the curves are over: "epochs", or "seconds" of training (default: epochs)',
+    )
+    add(
+        "--from",
+        dest="start",
+        type=float,
+        metavar="E1",
+        help="where the range begins (default: the first epoch that both runs have)",
+    )
+    add(
+        "--to",
+        dest="end",
+        type=float,
+        metavar="E2",
+        help="where the range ends (default: the last epoch that both runs have)",
+    )
+    add(
+        "--at",
+        type=float,
+        metavar="E_REF",
+        help="epoch, or second, of RUN_BASE whose score RUN_MTO has to reach (default: its last)",
+    )
     add("--out", type=Path, metavar="DIR", help="folder for the table and the picture")
 
 

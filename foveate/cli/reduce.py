@@ -23,5 +23,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train."""
+    """Train with a method, and say what came of it."""
     run_job("reduce", args)

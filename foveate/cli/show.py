@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foveate.cli.models import MODEL_HELP
+from foveate.cli.models import add_model
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,28 +40,40 @@ _SUFFIXES = (".jpeg", ".jpg", ".pdf", ".png", ".tif", ".tiff", ".webp")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     add = parser.add_argument
-    add("model", help=MODEL_HELP)
-    add("methods", nargs="*", default=[], metavar="METHOD", help='such as "evit(keep=0.7)"')
-    parser.set_defaults(more="methods")
+    add_model(parser)
     add("--images", nargs="+", required=True, metavar="PATH", help="image files and folders")
-    add("--out", type=Path, required=True, help="a .png file, or a folder for one file a picture")
-    add("--kind", choices=_KINDS, default="sheet", help="of picture (sheet)")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        help="one .png file for all pictures, or a folder for a file each",
+    )
+    add("--kind", choices=_KINDS, default="sheet", help="kind of picture (default: sheet)")
     add(
         "--fit",
         choices=("stretch", "crop", "aspect"),
         default="stretch",
-        help="how an image becomes the model's input: stretched to its size, the middle alone, or "
-        "in its own shape with about as many patches",
+        help="how to fit an image to the model: stretch it to the model's size (default), crop its "
+        "middle, or keep its aspect with about as many patches",
     )
     add(
         "--how",
         choices=("attention", "rollout", "relevance"),
         nargs="+",
-        help="which heat maps (all that the model has)",
+        help="heat maps to draw (default: all that the model has)",
     )
-    add("--target", type=int, metavar="CLASS", help="class that relevance explains (the predicted)")
+    add(
+        "--target",
+        type=int,
+        metavar="CLASS",
+        help="number of the class that relevance explains (default: the predicted one)",
+    )
     add("--strict", action="store_true", help="stop at the first image that cannot be read")
-    add("--untrained", action="store_true", help="a timm model with random weights")
+    add(
+        "--untrained",
+        action="store_true",
+        help="give a timm model random weights, not pretrained ones",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -112,7 +124,7 @@ def _sheet(
 def _each(
     args: argparse.Namespace, models: list[Any], files: ImageFiles
 ) -> Iterator[tuple[str, Image]]:
-    """One picture for each image and model, with a name for its file."""
+    """Draw one picture for each image and model, with a name for its file."""
     from foveate import viz
     from foveate.data import Preprocessing
 

@@ -59,7 +59,7 @@ def show_recipes(job: str) -> None:
 
 
 def _open_recipe(job: str, cls: type, args: argparse.Namespace) -> tuple[Any, Path]:
-    """The recipe with its changes, and the folder of the run."""
+    """Return the recipe with its changes, and the folder of the run."""
     from foveate import config
 
     resume = getattr(args, "resume", False)
@@ -88,7 +88,7 @@ def _open_recipe(job: str, cls: type, args: argparse.Namespace) -> tuple[Any, Pa
 
 
 def _settings(job: str) -> str:
-    """All settings of a job, as its recipes and its command line take them."""
+    """Return the help on all settings of a job, for recipes and the command line."""
     from foveate import config
 
     return (
@@ -98,7 +98,7 @@ def _settings(job: str) -> str:
 
 
 def begin(job: str, args: argparse.Namespace) -> tuple[Any, Path] | None:
-    """The recipe and the folder of the run; None where it was but to list or to print."""
+    """Return the recipe and the run's folder; None after only listing or printing."""
     if args.list:
         show_recipes(job)
         return None

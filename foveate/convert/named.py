@@ -49,7 +49,7 @@ def check_name(name: str) -> None:
             name, timm.list_models("*vit*") + timm.list_models("*dei*")
         )
         hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise ValueError(f"{name} is no file, no folder and no model that timm knows{hint}")
+        raise ValueError(f"{name} is neither a file, a folder nor a model that timm knows{hint}")
 
 
 def _name_imagenet_classes(model: nn.Module) -> None:

@@ -27,9 +27,11 @@ __all__ = [
     "common_images",
     "divide",
     "final_images",
+    "holds_out",
     "limited",
     "open_images",
     "open_splits",
+    "place",
 ]
 
 _log = logging.getLogger(__name__)
@@ -195,6 +197,11 @@ def final_images(train: str, val: str | None, test: str | None) -> tuple[str, st
     return (train, "val") if val in (None, NONE) else (str(val), None)
 
 
+def holds_out(train: str, val: str | None) -> bool:
+    """Tell whether a run takes its validation images out of its training images."""
+    return val is None and _own_split(train, "val", labels=False) is None
+
+
 def open_images(
     spec: str, split: str | None = None, *, share: float = 0.1, seed: int = 0, labels: bool = True
 ) -> Source:
@@ -313,7 +320,7 @@ def _refuse_the_same(train: Any, val: Any, test: Any) -> None:
     for (one, first), (other, second) in combinations(named.items(), 2):
         if first is None or second is None:
             continue
-        a, b = _place(first), _place(second)
+        a, b = place(first), place(second)
         if a == b:
             second = second if isinstance(second, str) else describe(second)
             first = first if isinstance(first, str) else "it"
@@ -327,7 +334,7 @@ def _refuse_the_same(train: Any, val: Any, test: Any) -> None:
                 raise ValueError(f"{one}={first} and {other}={second}: one lies inside the other")
 
 
-def _place(spec: Any) -> str:
+def place(spec: Any) -> str:
     """Name a set the same way however it was written: the real path of a folder."""
     if not isinstance(spec, (str, Path)):
         return f"the object {id(spec)}"

@@ -63,13 +63,11 @@ def train(
     elif _rank() == 0:
         path.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
     if work.job == "pretrain":
-        from foveate.mim.run import pretrain
-
-        pretrain(recipe, folder, resume=resume, progress=progress, say=say)
+        from foveate.mim.run import pretrain as run
     else:
-        from foveate.train.run import train as run
-
-        run(recipe, folder, resume=resume, progress=progress, say=say)
+        from foveate.train.run import train as run  # type: ignore[assignment]
+    how: dict[str, Any] = {"resume": resume, "progress": progress, "say": say}
+    run(recipe, folder, **how, again="the same command")
 
 
 def judge(work: Work, folder: Path, command: str, progress: Progress | None = None) -> Evaluation:

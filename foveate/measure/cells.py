@@ -48,7 +48,7 @@ class Key:
 
     @property
     def folder(self) -> str:
-        """Where it lies, from the comparison's folder."""
+        """Return where it lies, from the comparison's folder."""
         end = "" if self.seed is None else f"/seed{self.seed}"
         if self.method is None:
             return f"models/{self.model}{end}"
@@ -78,12 +78,12 @@ class Work:
 
     @property
     def settings(self) -> Any:
-        """The recipe of a training."""
+        """Return the recipe of a training."""
         return config.parse(self.recipe_class, self.recipe, (), "recipe")
 
     @property
     def recipe_class(self) -> type:
-        """The class of the recipe of a training."""
+        """Return the class of the recipe of a training."""
         return config.recipe_class(self.job)
 
 
@@ -109,23 +109,23 @@ class Cell:
 
     @property
     def key(self) -> Key:
-        """The model of a training."""
+        """Return the key of the model of a training."""
         (found,) = self.keys.values()
         return found
 
     @property
     def evaluates(self) -> bool:
-        """Whether it is an evaluation."""
+        """Tell whether it is an evaluation."""
         return self.work.job == EVALUATE
 
     @property
     def file(self) -> Path:
-        """Where its work is written for the process that does it."""
+        """Return the file in which its work is written for the process that does it."""
         return self.folder / ("eval.yaml" if self.evaluates else "cell.yaml")
 
     @property
     def log(self) -> Path:
-        """Where that process writes."""
+        """Return the file in which that process writes its log."""
         return self.folder / ("eval-log.txt" if self.evaluates else "log.txt")
 
 

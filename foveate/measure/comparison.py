@@ -67,12 +67,12 @@ class Entry:
 
     @property
     def shared(self) -> bool:
-        """Whether all seeds have the same weights."""
+        """Tell whether all seeds have the same weights."""
         return self.open is not None and SEED not in self.open
 
     @property
     def classifies(self) -> bool:
-        """Whether it has an accuracy."""
+        """Tell whether it has classes, and so an accuracy."""
         return self.job not in CLASSLESS
 
     def over(self, base: Entry) -> Entry:

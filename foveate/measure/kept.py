@@ -26,7 +26,7 @@ def locate(path: Path) -> tuple[Path, Path | None]:
     """
     if path.is_dir():
         if not (path / _RECIPE).is_file():
-            raise ValueError(f"{path} is no folder of a run: it has no {_RECIPE}")
+            raise ValueError(f"{path} is not the folder of a run: it has no {_RECIPE}")
         return path, None
     if not path.exists():
         raise ValueError(f"{path} does not exist; expected the folder of a pre-training run")

@@ -185,7 +185,7 @@ def _look(
     chosen: dict[str, tuple[float | None, Path]],
     choices: Choices,
 ) -> Iterator[pd.DataFrame]:
-    """Measure one run: return its numbers, and put what is no number into ``found``."""
+    """Measure one run: return its numbers, and put what is not a number into ``found``."""
     model = _new_model(recipe, next(iter(chosen.values()))[1]).eval().to(choices.device)
     inputs = image_inputs(model.vit, recipe.data)
     source = _images(recipe, choices)

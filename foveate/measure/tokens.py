@@ -57,7 +57,7 @@ class TokenStatistics:
 
     @property
     def images(self) -> int:
-        """How many images were looked at."""
+        """Return how many images were looked at."""
         return len(self.tokens)
 
     def table(self) -> pd.DataFrame:

@@ -129,15 +129,7 @@ class BootMAE(VisibleEncoder, TaughtModel):
         momentum: Sequence[float] = (0.999, 0.9999, 0.99999),
         learned_positions: bool = False,
     ) -> None:
-        super().__init__(
-            vit,
-            decoder_width=decoder_width,
-            decoder_depth=decoder_depth,
-            decoder_heads=decoder_heads,
-            feature_heads=feature_heads,
-            momentum=momentum,
-            learned_positions=learned_positions,
-        )
+        super().__init__(vit, learned_positions=learned_positions)
         spec = self.backbone.spec
         if spec.depth < 2:
             raise ValueError(
@@ -160,13 +152,13 @@ class BootMAE(VisibleEncoder, TaughtModel):
 
     @property
     def depth(self) -> int:
-        """Blocks of each regressor."""
+        """Return the number of blocks of each regressor."""
         return len(self.pixel.blocks)
 
     def forward(
         self, images: Tensor, mask: Mask, *, target: Tensor | None = None, states: bool = False
     ) -> Prediction:
-        """Squared errors over hidden patches, under "pixel" and "feature"; see ``TaughtModel``."""
+        """Return squared errors over hidden patches, "pixel" and "feature"; see ``TaughtModel``."""
         grid, backbone = self._checked(images, mask), self.backbone
         layers: list[Tensor] = []
         encoded = backbone.norm(backbone.through(self.visible(images, mask), grid, layers.append))
@@ -189,13 +181,13 @@ class BootMAE(VisibleEncoder, TaughtModel):
 
     @torch.no_grad()
     def target(self, images: Tensor) -> Tensor:
-        """Tokens of the last block for all patches ``[B, N, C]``, before the final norm."""
+        """Return the last block's tokens of all patches ``[B, N, C]``, before the final norm."""
         embedded = self.backbone.embed(images)
         x = self.backbone.through(embedded.x, embedded.grid)
         return x[:, self.backbone.spec.prefix :]
 
     def momentum_at(self, progress: float, epochs: int) -> float:
-        """One value an epoch, as in the release, whose knots are epochs 100 and 400 of 800."""
+        """Return one value an epoch, as in the release, which has knots at 100 and 400 of 800."""
         share = _epoch(progress, epochs) / epochs
         first, second, third = self.momentum
         if share < _SECOND:
@@ -203,24 +195,24 @@ class BootMAE(VisibleEncoder, TaughtModel):
         return second + min(1.0, (share - _SECOND) / (_THIRD - _SECOND)) * (third - second)
 
     def weights_at(self, progress: float, epochs: int) -> dict[str, float]:
-        """Features count more from epoch to epoch, until a quarter of the run is done."""
+        """Weigh features more from epoch to epoch, until a quarter of the run is done."""
         return {"feature": min(1.0, (_epoch(progress, epochs) + 1) / epochs / _GROWN)}
 
     def slow_copy(self) -> TaughtModel:
-        """The encoder alone."""
+        """Copy the encoder alone."""
         copied = super().slow_copy()
         del copied.pixel, copied.feature
         return copied
 
     def pixels(self, images: Tensor, patches: Tensor) -> Tensor:
-        """Normalised patches are put back with the means and spreads of the true ones."""
+        """Give normalised patches the means and spreads of the true ones."""
         true = patchify(images, self.backbone.spec.patch)
         mean, spread = _statistics(true, self.backbone.channels)
         return patches * spread + mean
 
 
 def emphasis(hidden: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Weight of each patch ``[B, N]``: 0 if it is seen, up to 2 amid hidden ones.
+    """Return the weight of each patch ``[B, N]``: 0 if it is seen, up to 2 amid hidden ones.
 
     The mean over a patch and its neighbours counts places beyond the border as seen.
     """
@@ -229,7 +221,7 @@ def emphasis(hidden: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _statistics(patches: Tensor, channels: int) -> tuple[Tensor, Tensor]:
-    """Mean and spread of each channel of a patch, as wide as the patches; not MAE's."""
+    """Return mean and spread of each channel of a patch, as wide as the patches; not MAE's."""
     split = patches.unflatten(-1, (-1, channels))
     mean = split.mean(-2, keepdim=True)
     spread = (split.var(-2, unbiased=False, keepdim=True) + _EPS).sqrt()
@@ -241,5 +233,5 @@ def _plain(features: Tensor) -> Tensor:
 
 
 def _epoch(progress: float, epochs: int) -> int:
-    """The epoch from 0 that a share of the run lies in; a hair is forgiven to divisions."""
+    """Return the epoch, from 0, that a share of the run lies in, forgiving float error."""
     return min(int(progress * epochs + 1e-6), epochs - 1)

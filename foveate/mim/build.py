@@ -26,7 +26,7 @@ __all__ = ["build", "make_masked_model", "open_watched"]
 
 
 def make_masked_model(recipe: Pretrain) -> MaskedImageModel:
-    """The method on a ViT without a head: new weights, or those it starts from.
+    """Make the method on a ViT without a head: with new weights, or those it starts from.
 
     What an earlier run or ``foveate convert --pretraining`` wrote brings the method's own weights
     too; any other start is a ViT alone, and decoder or head begin anew.
@@ -58,13 +58,13 @@ def _new(model: Model, recipe: Pretrain) -> MaskedImageModel:
 
 
 def _both(path: Path) -> Path | None:
-    """The backbone's file if the rest of a pre-training lies beside it; a run's folder has one."""
+    """Return the backbone's file if the rest of a pre-training lies beside it, else None."""
     path = path / "model.safetensors" if path.is_dir() else path
     return path if path.suffix == ".safetensors" and rest_path(path).is_file() else None
 
 
 def build(recipe: Pretrain) -> tuple[PretrainTask, Splits]:
-    """The task and its images; labels are not asked for."""
+    """Make the task and open its images; labels are not asked for."""
     splits = open_data(recipe.data, labels=False)
     model = make_masked_model(recipe)
     if recipe.loop.eval_mode and isinstance(model, TaughtModel) and model.teacher_trains:
@@ -79,7 +79,7 @@ def build(recipe: Pretrain) -> tuple[PretrainTask, Splits]:
 
 
 def open_watched(recipe: Pretrain, vit: nn.Module) -> Watched | None:
-    """Labelled images of the progress curve, as evaluation sees them."""
+    """Open the labelled images of the progress curve, as evaluation sees them."""
     if recipe.probe.data is None:
         return None
     data = recipe.data

@@ -36,7 +36,7 @@ _HINT = "; lower mto's weights or set mto.detach_visible=true"
 
 
 def own_callbacks(recipe: Pretrain, task: Task, loaders: Loaders, out: Path) -> list[Callback]:
-    """Those that the recipe asks for."""
+    """Make the callbacks that the recipe asks for."""
     assert isinstance(task, PretrainTask)
     found: list[Callback] = []
     watched = open_watched(recipe, task.model.vit)
@@ -70,7 +70,7 @@ class _AtEpochs(Callback):
             self._patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
     def due(self, epoch: int, over: bool) -> bool:
-        """Every so many epochs, and at the end; ``over`` where the run ends here."""
+        """Tell whether it is time: every so many epochs, and where the run is ``over``."""
         assert self.every is not None
         return over or epoch % self.every == 0
 
@@ -95,7 +95,7 @@ class _AtEpochs(Callback):
 
     @staticmethod
     def log_now(module: Module, found: dict[str, float]) -> None:
-        """Into the log of the run, at the epoch that has just ended.
+        """Write into the log of the run, at the epoch that has just ended.
 
         Lightning would write them after the epoch's checkpoint, and a run that is killed in between
         would go on without them.
@@ -164,7 +164,7 @@ class Reconstructions(_AtEpochs):
         self.mean, self.std, self.folder = task.inputs.mean, task.inputs.std, folder
 
     def act(self, module: Module, model: MaskedImageModel, epoch: int) -> None:
-        """One file an epoch."""
+        """Write one file an epoch."""
         images: Tensor = self.images.to(module.device)
         mask = fixed_mask(model, images, self.masking)
         drawn: Any = picture(model, images, mask, self.mean, self.std)
@@ -180,7 +180,7 @@ class Snapshots(_AtEpochs):
         self.recipe, self.folder = recipe, folder
 
     def due(self, epoch: int, over: bool) -> bool:
-        """As the recipe says."""
+        """Tell whether the recipe keeps the weights after this epoch."""
         return self.recipe.kept(epoch)
 
     def act(self, module: Module, model: MaskedImageModel, epoch: int) -> None:
@@ -196,6 +196,6 @@ class TeacherFile(Callback):
         self.teacher, self.path = teacher, path
 
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """As the run ends, also where it was resumed after its last update."""
+        """Save as the run ends, also where it was resumed after its last update."""
         if trainer.is_global_zero:
             save_vit(self.teacher, self.path)

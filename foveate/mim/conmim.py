@@ -58,14 +58,7 @@ class ConMIM(TokenEncoder, TaughtModel):
         momentum: float = 0.996,
         sync_norm: bool = True,
     ) -> None:
-        super().__init__(
-            vit,
-            projector_width=projector_width,
-            projector_out=projector_out,
-            temperature=temperature,
-            momentum=momentum,
-            sync_norm=sync_norm,
-        )
+        super().__init__(vit)
         for name, value in (("projector_width", projector_width), ("projector_out", projector_out)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -89,7 +82,7 @@ class ConMIM(TokenEncoder, TaughtModel):
     def forward(
         self, images: Tensor, mask: Mask, *, target: Tensor | None = None, states: bool = False
     ) -> Prediction:
-        """Cross-entropy of finding hidden patches, under "contrast"; see ``TaughtModel``."""
+        """Return the cross-entropy of finding hidden patches, "contrast"; see ``TaughtModel``."""
         tokens, kept = self.encode(images, mask, states)
         patches = self._project(tokens)
         target = self.target(images) if target is None else target
@@ -100,7 +93,7 @@ class ConMIM(TokenEncoder, TaughtModel):
 
     @torch.no_grad()
     def target(self, images: Tensor) -> Tensor:
-        """Projections of all patches ``[B, N, projector_out]``."""
+        """Project all patches, ``[B, N, projector_out]``."""
         embedded = self.backbone.embed(images)
         tokens = self.backbone.through(embedded.x, embedded.grid)
         return self._project(self.backbone.norm(tokens))
@@ -116,11 +109,11 @@ class ConMIM(TokenEncoder, TaughtModel):
             return rows @ columns.mT
 
     def momentum_at(self, progress: float, epochs: int) -> float:
-        """Half a cosine, update by update."""
+        """Return half a cosine from the momentum to 1, update by update."""
         return 1 - (1 - self.momentum) * (1 + math.cos(math.pi * progress)) / 2
 
     def view(self) -> Callable[[Tensor], Tensor]:
-        """Other colours, now and then grey, blurred or solarised."""
+        """Return a change to other colours, and now and then to grey, blurred or solarised ones."""
         jitter = v2.ColorJitter(0.4, 0.4, 0.2, 0.1)
         return v2.Compose(
             [
@@ -132,7 +125,7 @@ class ConMIM(TokenEncoder, TaughtModel):
         )
 
     def pixels(self, images: Tensor, patches: Tensor) -> Tensor:
-        """For each vector the patch of the image whose own one is nearest, as it is found."""
+        """Return for each vector the patch of the image whose own vector is nearest."""
         nearest = self._cosines(patches, self.target(images)).argmax(-1)
         return gathered(patchify(images, self.backbone.spec.patch), nearest)
 

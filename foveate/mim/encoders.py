@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from timm.layers import trunc_normal_
@@ -24,7 +24,6 @@ class VisibleEncoder(MaskedImageModel):
     Args:
         vit: the encoder.
         learned_positions: train its positions; those of the papers are sines and cosines, and stay.
-        options: the method's others.
 
     Attributes:
         token_std: spread of new class and register tokens.
@@ -32,8 +31,8 @@ class VisibleEncoder(MaskedImageModel):
 
     token_std: ClassVar[float] = _STD
 
-    def __init__(self, vit: nn.Module, *, learned_positions: bool, **options: Any) -> None:
-        super().__init__(vit, **options, learned_positions=learned_positions)
+    def __init__(self, vit: nn.Module, *, learned_positions: bool) -> None:
+        super().__init__(vit)
         if self.backbone.model.pos_embed is None or self.backbone.needs_every_token:
             raise ValueError(
                 f"{self.name} leaves patches out, which needs absolute positions: this "
@@ -70,16 +69,15 @@ class TokenEncoder(MaskedImageModel):
     Args:
         vit: timm's ``Beit`` with a shared relative position bias, as in the releases, or a
             ``VisionTransformer``, whose positions are added to mask tokens too.
-        options: of the method.
     """
 
-    def __init__(self, vit: nn.Module, **options: Any) -> None:
-        super().__init__(vit, **options)
+    def __init__(self, vit: nn.Module) -> None:
+        super().__init__(vit)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.backbone.spec.width))
 
     @property
     def depth(self) -> int:
-        """Blocks of the encoder."""
+        """Return the number of blocks of the encoder."""
         return self.backbone.spec.depth
 
     def encode(self, images: Tensor, mask: Mask, states: bool) -> tuple[Tensor, tuple[States, ...]]:
@@ -120,7 +118,7 @@ class TokenEncoder(MaskedImageModel):
 
 
 def _xavier(module: nn.Module) -> None:
-    """Weights as MAE draws them: linear layers, and the patch projection seen as one."""
+    """Draw weights as MAE does: linear layers, and the patch projection seen as one."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight)
@@ -138,7 +136,7 @@ def _xavier(module: nn.Module) -> None:
 def sincos_positions(
     grid: tuple[int, int], width: int, prefix: int, device: torch.device | None = None
 ) -> Tensor:
-    """Sines and cosines of x in one half of the channels and of y in the other.
+    """Return sines and cosines of x in one half of the channels and of y in the other.
 
     ``[1, prefix + N, width]``; prefix tokens get zeros.
     """

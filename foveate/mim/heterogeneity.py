@@ -47,7 +47,7 @@ class Similarity:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
 
     def __call__(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """From ``[B, R, C]`` and ``[B, K, C]`` to ``[B, R, K]`` float32."""
+        """Compare ``[B, R, C]`` with ``[B, K, C]``; the result is ``[B, R, K]`` float32."""
         width = rows.shape[-1]
         if self.kind == "layernorm":
             rows, columns = (F.layer_norm(x, (width,)) for x in (rows, columns))
@@ -72,7 +72,7 @@ def heterogeneity(
     alike: bool = False,
     detach_visible: bool = False,
 ) -> Tensor:
-    """Entropy of hidden tokens over visible ones, mean over an image's hidden tokens, ``[B]``.
+    """Return the entropy of hidden tokens over visible ones, mean over an image's, ``[B]``.
 
     Args:
         tokens: ``[B, N, C]`` in raster order.
@@ -96,7 +96,7 @@ def heterogeneity(
 def _ragged(
     tokens: Tensor, mask: Mask, similarity: Similarity, normalise: bool, detach_visible: bool
 ) -> Tensor:
-    """All rows and columns, where images differ in how many are hidden."""
+    """Compute all rows and columns, where images differ in how many are hidden."""
     hidden = mask.hidden
     logits = similarity(tokens, tokens.detach() if detach_visible else tokens)
     each = entropy(logits.masked_fill(hidden[:, None, :], float("-inf")))
@@ -109,7 +109,7 @@ def _ragged(
 
 
 def entropy(logits: Tensor, *, holes: bool = True) -> Tensor:
-    """Of the softmax over the last dimension, in nats; -inf leaves a place out, if ``holes``.
+    """Return the entropy of a softmax in nats; with ``holes`` -inf leaves a place out.
 
     The logarithm of a sum minus a mean never takes the logarithm of a probability.
     """
@@ -124,7 +124,7 @@ def entropy(logits: Tensor, *, holes: bool = True) -> Tensor:
 
 
 def visible_cosine(tokens: Tensor, mask: Mask) -> Tensor:
-    """Mean cosine between the visible tokens of an image, ``[B]``; near 1 they have collapsed."""
+    """Return the mean cosine between an image's visible tokens, ``[B]``; 1 means collapsed."""
     shown = (~mask.hidden)[..., None]
     unit = F.normalize(tokens.detach().float(), dim=-1) * shown
     count = shown.sum((1, 2)).float()

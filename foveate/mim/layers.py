@@ -41,7 +41,7 @@ class Layers:
 
 
 def collapsing(cosine: float, before: float | None) -> bool:
-    """Whether visible tokens are nearly the same, and not getting more different.
+    """Tell whether visible tokens are nearly the same, and not getting more different.
 
     A young encoder tells patches hardly apart: above the limit, and sinking, is how all begin.
     """
@@ -57,7 +57,7 @@ def measure_layers(
     *,
     normalise: bool = True,
 ) -> list[Layers]:
-    """Heterogeneity and collapse of every network in which hidden and visible tokens meet."""
+    """Measure every network in which hidden and visible tokens meet: heterogeneity, collapse."""
     found = []
     for network in model(images, mask, states=True).states:
         levels, cosines = measure_images(network, mask, similarity, normalise=normalise)
@@ -66,7 +66,7 @@ def measure_layers(
 
 
 def tokens_of(network: States) -> Sequence[Tensor]:
-    """What is measured: tokens before positions were added, then those after every block."""
+    """Return what is measured: tokens before positions were added, then after every block."""
     return (network.initial, *network.tokens[1:])
 
 
@@ -74,7 +74,7 @@ def tokens_of(network: States) -> Sequence[Tensor]:
 def measure_images(
     network: States, mask: Mask, similarity: Similarity | None = None, *, normalise: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Heterogeneity and visible tokens' mean cosine, by layer and image: ``[L + 1, B]`` each."""
+    """Measure heterogeneity and the visible tokens' mean cosine, ``[L + 1, B]`` each."""
     kind = similarity or Similarity()
     levels, cosines = [], []
     for number, tokens in enumerate(tokens_of(network)):
@@ -85,7 +85,7 @@ def measure_images(
 
 @torch.no_grad()
 def affinity(tokens: Tensor, mask: Mask, similarity: Similarity | None = None) -> Tensor:
-    """Softmax of each token's similarities to all, hidden tokens first, ``[B, N, N]``.
+    """Return the softmax of each token's similarities to all, hidden first, ``[B, N, N]``.
 
     Rows and columns are sorted, so that a map has four quadrants: hidden to hidden and to visible
     above, visible to hidden and to visible below.

@@ -67,7 +67,7 @@ class Decoder(nn.Module):
         states: bool = False,
         checkpointing: bool = False,
     ) -> tuple[Tensor, tuple[States, ...]]:
-        """From encoded prefix and visible tokens to all patches; and the tokens of every layer."""
+        """Predict all patches from encoded tokens; return every layer's tokens if asked for."""
         front, patches = self.laid_out(encoded, mask)
         x = torch.cat([front, patches], 1) + self.positions(grid)
         return self.through(x, patches, states=states, checkpointing=checkpointing)
@@ -126,14 +126,7 @@ class Mae(VisibleEncoder):
         norm_pix: bool = True,
         learned_positions: bool = False,
     ) -> None:
-        super().__init__(
-            vit,
-            decoder_width=decoder_width,
-            decoder_depth=decoder_depth,
-            decoder_heads=decoder_heads,
-            norm_pix=norm_pix,
-            learned_positions=learned_positions,
-        )
+        super().__init__(vit, learned_positions=learned_positions)
         spec = self.backbone.spec
         heads = checked_heads(decoder_width, decoder_depth, decoder_heads)
         if decoder_width % heads:
@@ -147,11 +140,11 @@ class Mae(VisibleEncoder):
 
     @property
     def depth(self) -> int:
-        """Blocks of the decoder."""
+        """Return the number of blocks of the decoder."""
         return len(self.decoder.blocks)
 
     def forward(self, images: Tensor, mask: Mask, *, states: bool = False) -> Prediction:
-        """Mean squared error over hidden patches, under "pixel"."""
+        """Return the mean squared error over hidden patches, under "pixel"."""
         grid, backbone = self._checked(images, mask), self.backbone
         patches, kept = self.decoder(
             self.encode(images, mask),
@@ -168,13 +161,13 @@ class Mae(VisibleEncoder):
         return Prediction({"pixel": loss}, patches, mask, kept)
 
     def encode(self, images: Tensor, mask: Mask) -> Tensor:
-        """Normed prefix and visible tokens ``[B, prefix + V, C]``."""
+        """Return normed prefix and visible tokens ``[B, prefix + V, C]``."""
         backbone = self.backbone
         x = backbone.through(self.visible(images, mask), backbone.grid_of(images))
         return backbone.norm(x)
 
     def pixels(self, images: Tensor, patches: Tensor) -> Tensor:
-        """Normalised patches are put back with the mean and spread of the true ones."""
+        """Give normalised patches the mean and spread of the true ones."""
         if not self.norm_pix:
             return patches
         mean, spread = statistics(patchify(images, self.backbone.spec.patch))

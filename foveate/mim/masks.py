@@ -41,7 +41,7 @@ class Mask:
 
     @classmethod
     def of(cls, hidden: Tensor) -> Mask:
-        """From ``[B, N]`` or ``[B, rows, columns]`` bool."""
+        """Make a mask from ``[B, N]`` or ``[B, rows, columns]`` bool."""
         if hidden.dtype != torch.bool or hidden.ndim not in (2, 3):
             raise ValueError(
                 f"a mask is bool [B, N] or [B, rows, columns], got {hidden.dtype} "
@@ -53,7 +53,7 @@ class Mask:
 
     @classmethod
     def even(cls, hidden: Tensor, count: int) -> Mask:
-        """Where every image has so many hidden patches, which is not looked up."""
+        """Make a mask that hides so many patches in every image; that is not checked."""
         order = torch.argsort(hidden.to(torch.uint8), dim=1, stable=True)
         seen = hidden.shape[1] - count
         return cls(hidden, order[:, :seen], order[:, seen:])
@@ -99,7 +99,7 @@ class Hiding:
             raise ValueError(f"mask.blocks must lie in (0, 1], got {self.blocks}")
 
     def filled(self, own: Hiding) -> Hiding:
-        """With a method's own choices where none were made."""
+        """Return the same with a method's own choices where none were made."""
         kind = self.kind or own.kind
         return Hiding(
             kind=kind,
@@ -110,7 +110,7 @@ class Hiding:
         )
 
     def count(self, grid: tuple[int, int], patch: tuple[int, int]) -> int:
-        """Hidden patches of an image; ValueError where the grid does not fit."""
+        """Count the hidden patches of an image; ValueError where the grid does not fit."""
         assert self.kind is not None and self.ratio is not None
         patches = grid[0] * grid[1]
         if self.kind == "random":
@@ -129,7 +129,7 @@ class Hiding:
         return hidden
 
     def draw(self, batch: int, grid: tuple[int, int], patch: tuple[int, int], draws: Draws) -> Mask:
-        """Masks for the images of a step."""
+        """Draw masks for the images of a step."""
         rows, columns = grid
         count = self.count(grid, patch)
         if self.kind == "random":
@@ -155,7 +155,7 @@ class Hiding:
 
 
 def _blocks(batch: int, grid: tuple[int, int], count: int, inside: int, draws: Draws) -> Mask:
-    """Rectangles until ``inside`` patches are hidden, then patches; on the CPU, image by image."""
+    """Hide rectangles until ``inside`` patches are hidden, then patches; on the CPU, by image."""
     seeds = (draws.uniform(batch, 2).double() * 2**24).long().tolist()
     hidden = [_block_mask(np.random.default_rng(seed), grid, count, inside) for seed in seeds]
     flat = torch.from_numpy(np.stack(hidden)).flatten(1).to(draws.device)

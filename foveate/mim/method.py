@@ -64,7 +64,8 @@ class MaskedImageModel(nn.Module):
         hiding: how the paper hides patches.
         fewest_hidden: patches that must be hidden in an image for there to be a loss.
         vit: the model that is pre-trained; the only thing that is left in the end.
-        options: what the method was made with, to make it again.
+        options: what ``make_method`` made it with, defaults included, to make it again; None if it
+            was constructed in another way.
     """
 
     name: ClassVar[str] = ""
@@ -72,9 +73,10 @@ class MaskedImageModel(nn.Module):
     hiding: ClassVar[Hiding] = Hiding(kind="random", ratio=0.75)
     fewest_hidden: ClassVar[int] = 1
 
-    def __init__(self, vit: nn.Module, **options: Any) -> None:
+    def __init__(self, vit: nn.Module) -> None:
         super().__init__()
-        self.vit, self.options = vit, options
+        self.vit = vit
+        self.options: dict[str, Any] | None = None
         found = backbone_for(vit)
         if not isinstance(found, (TimmViT, TimmBeit)) or found.needs_whole_images:
             raise ValueError(
@@ -95,19 +97,19 @@ class MaskedImageModel(nn.Module):
 
     @property
     def backbone(self) -> TimmViT | TimmBeit:
-        """The parts of ``vit``, also in a copy of this module."""
+        """Return the parts of ``vit``, also in a copy of this module."""
         if self._backbone.model is not self.vit:
             self._backbone = type(self._backbone)(self.vit)
         return self._backbone
 
     @property
     def depth(self) -> int:
-        """Blocks of the network in which hidden and visible tokens meet."""
+        """Return the number of blocks of the network in which hidden and visible tokens meet."""
         raise NotImplementedError
 
     @property
     def values(self) -> int:
-        """Values of a patch: its pixels, in all channels."""
+        """Return the number of values of a patch: its pixels, in all channels."""
         rows, columns = self.backbone.spec.patch
         return rows * columns * self.backbone.channels
 
@@ -122,7 +124,7 @@ class MaskedImageModel(nn.Module):
         raise NotImplementedError
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that the ViT wants left out of weight decay."""
+        """Name the parameters that the ViT wants left out of weight decay."""
         plain: Any = getattr(self.vit, "no_weight_decay", set)
         return {f"vit.{name}" for name in plain()}
 
@@ -131,7 +133,7 @@ class MaskedImageModel(nn.Module):
         raise NotImplementedError
 
     def painted(self, images: Tensor, prediction: Prediction) -> Tensor:
-        """The prediction as normalised images ``[B, C, H, W]``, visible patches included."""
+        """Return the prediction as normalised images ``[B, C, H, W]``, visible patches included."""
         backbone = self.backbone
         pixels = self.pixels(images, prediction.patches.float())
         if pixels.shape[-1] != self.values:
@@ -142,11 +144,11 @@ class MaskedImageModel(nn.Module):
         return unpatchify(pixels, backbone.grid_of(images), backbone.spec.patch)
 
     def pixels(self, images: Tensor, patches: Tensor) -> Tensor:
-        """Predicted patches in units of the images."""
+        """Return predicted patches in units of the images."""
         return patches
 
     def _checked(self, images: Tensor, mask: Mask) -> tuple[int, int]:
-        """The grid of the images, which the mask must fit."""
+        """Return the grid of the images, and refuse a mask that does not fit it."""
         grid, patch = self.backbone.grid_of(images), self.backbone.spec.patch
         size = tuple(images.shape[2:])
         if size != (grid[0] * patch[0], grid[1] * patch[1]):
@@ -178,14 +180,16 @@ def register(name: str) -> Callable[[_M], _M]:
 def make_method(
     name: str, vit: nn.Module, options: Mapping[str, Any] | None = None
 ) -> MaskedImageModel:
-    """A method on a ViT, by its name and options."""
+    """Make a method on a ViT, by its name and options."""
     if name not in METHODS:
         raise ValueError(suggest("method of pre-training", name, METHODS))
     cls = METHODS[name]
-    legal = inspect.signature(cls).parameters
-    options = dict(options or {})
-    for option in options:
-        if option == "vit" or option not in legal:
-            names = [known for known in legal if known != "vit"]
-            raise ValueError(suggest(f"option of {name}", option, names))
-    return cls(vit, **options)
+    legal = {key: one.default for key, one in inspect.signature(cls).parameters.items()}
+    del legal["vit"]
+    given = dict(options or {})
+    for option in given:
+        if option not in legal:
+            raise ValueError(suggest(f"option of {name}", option, legal))
+    made = cls(vit, **given)
+    made.options = {**legal, **given}
+    return made

@@ -138,22 +138,22 @@ class Mto:
 
     @property
     def weights(self) -> dict[str, float]:
-        """Of the losses, by the names that ``mto_losses`` gives them."""
+        """Return the losses' weights by the names that ``mto_losses`` gives them."""
         return {f"mto_{name}": getattr(self, name) for name in ("spa", "e", "r")}
 
     @property
     def active(self) -> bool:
-        """Whether any loss has a weight."""
+        """Tell whether any loss has a weight."""
         return any(self.weights.values())
 
     def weights_at(self, progress: float) -> dict[str, float]:
-        """The weights when so much of the run, 0 to 1, is done."""
+        """Return the weights when so much of the run, 0 to 1, is done."""
         assert self.ramp is not None
         grown = min(1.0, progress / self.ramp) if self.ramp else 1.0
         return {name: grown * weight for name, weight in self.weights.items()}
 
     def chosen(self, depth: int) -> list[int]:
-        """Layers whose heterogeneity is compared; 0 is before the first block."""
+        """Return the layers whose heterogeneity is compared; 0 is before the first block."""
         if isinstance(self.layers, int):
             return [0, *range(self.layers, depth + 1, self.layers)]
         wrong = [layer for layer in self.layers if not 0 <= layer <= depth]
@@ -181,7 +181,7 @@ class Mto:
 
 
 def mto_losses(states: Sequence[States], mask: Mask, choices: Mto) -> dict[str, Tensor]:
-    """The losses that have a weight, un-weighted, means over networks: "mto_spa", "mto_e", "mto_r".
+    """Compute the losses that have a weight, means over networks: "mto_spa", "mto_e", "mto_r".
 
     Activations are not kept for the backward pass but computed again there, image-sized maps of
     every layer being what would cost memory.
@@ -244,7 +244,7 @@ def _network_losses(network: States, mask: Mask, choices: Mto) -> dict[str, Tens
 
 
 def _separation(tokens: Tensor, mask: Mask, kind: Similarity, choices: Mto) -> Tensor:
-    """Entropy of visible tokens' rows over all tokens, or what they leave to hidden ones."""
+    """Return the entropy of visible tokens' rows, or the share that they leave to hidden ones."""
     with torch.autocast(tokens.device.type, enabled=False):
         count = tokens.shape[1]
         if mask.visible is None:
@@ -272,7 +272,7 @@ def _separation(tokens: Tensor, mask: Mask, kind: Similarity, choices: Mto) -> T
 
 
 def _over_images(values: Tensor, mask: Mask) -> Tensor:
-    """Mean over images that have something to compare."""
+    """Return the mean over images that have something to compare."""
     if mask.visible is not None:
         return values.mean()
     count = (~mask.hidden).sum(1)

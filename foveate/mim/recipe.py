@@ -81,7 +81,7 @@ class Pretrain(Recipe):
             )
 
     def kept(self, epoch: int) -> bool:
-        """Whether the weights after so many epochs are kept."""
+        """Tell whether the weights after so many epochs are kept."""
         if isinstance(self.snapshots, int):
             return epoch % self.snapshots == 0
         return epoch in self.snapshots

@@ -22,7 +22,7 @@ _TITLES = ("seen", "predicted", "both", "original")
 
 
 def some_images(inputs: Inputs, source: Source, number: int) -> tuple[Tensor, list[str]]:
-    """Some readable images, evenly spread, as evaluation sees them.
+    """Return some readable images, evenly spread, as evaluation sees them.
 
     They are normalised, ``[n, C, H, W]``; and what was wrong with images that others stand in for.
     """
@@ -56,7 +56,7 @@ def picture(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Image.Image:
-    """One row an image: what was seen, the prediction, both together, the original."""
+    """Draw a row for each image: what was seen, the prediction, both together, the original."""
     backbone = model.backbone
     rows, columns = backbone.grid_of(images)
     painted = model.painted(images, model(images, mask)).cpu()

@@ -24,7 +24,7 @@ Tensors = Mapping[str, Tensor]
 def open_release(
     path: Path, settings: Settings | None = None, options: Mapping[str, Any] | None = None
 ) -> MaskedImageModel:
-    """The method, its ViT and all weights of a checkpoint of MAE, SimMIM, BootMAE or ConMIM.
+    """Open a checkpoint of MAE, SimMIM, BootMAE or ConMIM: the method, its ViT and all weights.
 
     Args:
         path: the file.
@@ -67,7 +67,7 @@ def _mae(tensors: Tensors) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _simmim(tensors: Tensors) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Its convolution and pixel shuffle are a linear layer whose outputs stand in another order."""
+    """Turn its convolution and pixel shuffle into a linear layer, whose outputs stand otherwise."""
     weight, bias = tensors["decoder.0.weight"][:, :, 0, 0], tensors["decoder.0.bias"]
     side = tensors["patch_embed.proj.weight"].shape[2]
     # Outputs are channel, row, column there, and row, column, channel here.
@@ -80,7 +80,7 @@ def _simmim(tensors: Tensors) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _bootmae(tensors: Tensors) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Two regressors, told apart by an ending; queries, keys and values stand apart here."""
+    """Rename its two regressors; queries, keys and values stand apart here."""
     own: dict[str, Tensor] = {}
     depth = 0
     for part, end in (("pixel", ""), ("feature", "_1")):

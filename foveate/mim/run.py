@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from foveate.mim.build import build
 from foveate.mim.callbacks import own_callbacks
@@ -31,8 +32,9 @@ def pretrain(
     resume: bool = False,
     progress: bool = True,
     say: Callable[[str], None] = _log.info,
+    again: str | None = None,
 ) -> Result:
-    """Pre-train, and export the backbone; gives what result.json holds, and the model.
+    """Pre-train and export the backbone; return what result.json holds, and the model.
 
     Args:
         recipe: what to do.
@@ -40,7 +42,7 @@ def pretrain(
         resume: go on from the newest checkpoint there that can be read.
         progress: show a progress bar.
         say: is told, before the first step, what is trained on what.
+        again: what to type to go on with a run that was stopped; None is --resume and its folder.
     """
-    return fit(
-        recipe, out, build, callbacks=own_callbacks, resume=resume, progress=progress, say=say
-    )
+    how: dict[str, Any] = {"resume": resume, "progress": progress, "say": say, "again": again}
+    return fit(recipe, out, build, callbacks=own_callbacks, **how)

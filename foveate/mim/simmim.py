@@ -31,7 +31,7 @@ class Simmim(TokenEncoder):
         self.head = nn.Linear(self.backbone.spec.width, self.values)
 
     def forward(self, images: Tensor, mask: Mask, *, states: bool = False) -> Prediction:
-        """Mean absolute error over the pixels of hidden patches, under "pixel"."""
+        """Return the mean absolute error over the pixels of hidden patches, under "pixel"."""
         backbone = self.backbone
         tokens, kept = self.encode(images, mask, states)
         patches = self.head(tokens[:, backbone.spec.prefix :])

@@ -75,13 +75,13 @@ class PretrainTask(ImageTask):
         self.set_progress(0.0, model)
 
     def transforms(self) -> tuple[Transform, Transform]:
-        """The recipe's augmentation, and what the teacher alone sees of an image."""
+        """Return the recipe's augmentation, with what the teacher alone sees of an image."""
         training, evaluation = super().transforms()
         view = self.model.view() if isinstance(self.model, TaughtModel) else None
         return training if view is None else SecondView(training, view), evaluation
 
     def training_step(self, batch: dict[str, Any], draws: Draws) -> dict[str, Tensor]:
-        """Losses of the method and of MTO; targets are not looked at."""
+        """Return the losses of the method and of MTO; targets are not looked at."""
         images, backbone = self.pixels(batch), self.model.backbone
         grid = backbone.grid_of(images)
         mask = self.masking.draw(len(images), grid, backbone.spec.patch, draws)
@@ -93,7 +93,7 @@ class PretrainTask(ImageTask):
         return losses
 
     def _taught(self, images: Tensor) -> dict[str, Tensor]:
-        """What the teacher says of whole images, for the model's forward pass."""
+        """Return what the teacher says of whole images, for the model's forward pass."""
         return {} if self.teacher is None else {"target": self.teacher.target(images)}
 
     def set_progress(self, progress: float, model: nn.Module) -> None:
@@ -116,13 +116,13 @@ class PretrainTask(ImageTask):
         return self
 
     def metrics(self) -> dict[str, Metric]:
-        """The method's own loss on evaluation images, with masks that stay the same."""
+        """Return a metric for the method's own loss on evaluation images, with fixed masks."""
         return {"loss": MeanMetric(nan_strategy=float("nan"))}  # the default leaves them out
 
     def validation_step(
         self, model: nn.Module, batch: dict[str, Any], metrics: Mapping[str, Metric], number: int
     ) -> None:
-        """Mean over images of the sum of the losses."""
+        """Add the sum of the losses, whose mean over images is reported."""
         assert isinstance(model, MaskedImageModel)
         images = self.pixels(batch)
         mask = fixed_mask(model, images, self.masking, self.seed, number)
@@ -140,7 +140,7 @@ class PretrainTask(ImageTask):
 def fixed_mask(
     model: MaskedImageModel, images: Tensor, masking: Hiding, seed: int = 0, index: int = 0
 ) -> Mask:
-    """Masks for looking at a model: the same for the same batch, apart from those of training."""
+    """Draw masks for looking at a model: the same for the same batch, unlike those of training."""
     backbone = model.backbone
     draws = Draws(seed, 0, _FIXED + index, device=images.device)
     return masking.draw(len(images), backbone.grid_of(images), backbone.spec.patch, draws)

@@ -116,7 +116,7 @@ def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
 
 
 def _whole(parameter: Tensor) -> Tensor:
-    """A parameter whose parts may lie on several processes, which all must ask."""
+    """Return a whole parameter; where its parts lie on several processes, all must ask."""
     full = getattr(parameter, "full_tensor", None)
     return parameter if full is None else full()
 

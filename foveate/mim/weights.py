@@ -33,7 +33,7 @@ __all__ = [
 
 
 def rest_path(path: Path) -> Path:
-    """Where the rest of a backbone's file lies."""
+    """Return where the rest of a backbone's file lies."""
     return path.with_suffix(".pretrain.safetensors")
 
 
@@ -51,6 +51,11 @@ def save_vit(model: MaskedImageModel, path: Path) -> None:
 
 def save_model(model: MaskedImageModel, path: Path) -> None:
     """Write both files."""
+    if model.options is None:
+        raise ValueError(
+            f"this {type(model).__name__} does not know its options, which its file has to say: "
+            "make it with foveate.mim.make_method"
+        )
     save_vit(model, path)
     rest = {
         name: value.contiguous()
@@ -62,12 +67,12 @@ def save_model(model: MaskedImageModel, path: Path) -> None:
 
 
 def method_of(path: Path) -> str:
-    """The method that a backbone's file was pre-trained by."""
+    """Return the method that a backbone's file was pre-trained by."""
     return _about(path)[0]
 
 
 def options_of(path: Path) -> dict[str, Any]:
-    """What that method was made with."""
+    """Return the options that the method was made with."""
     return dict(json.loads(_about(path)[1]))
 
 

@@ -20,7 +20,7 @@ from foveate import api, config
 from foveate.backbones import backbone_for
 from foveate.core import ReducedViT
 from foveate.data import final_images
-from foveate.data.splits import NONE
+from foveate.data.splits import NONE, holds_out, place
 from foveate.measure import at_rate
 from foveate.measure.cells import EVALUATE, Cell, Key, Work, plain
 from foveate.measure.occlusion import check_ratios
@@ -90,9 +90,9 @@ def _planned(pipeline: Pipeline, stage: Stage, earlier: Sequence[Planned], out: 
     changes = [*_flat(pipeline.data, "data.")]
     changes += _flat(pipeline.loop, "loop.") if stage.job != "probe" else []
     changes += _flat(own)
-    for place, one in ((("model", "start"), start), (teaching, teacher)):
+    for setting, one in ((("model", "start"), start), (teaching, teacher)):
         if one is not None:
-            changes.append(f"{'.'.join(place)}={json.dumps(str(one.cell.folder))}")
+            changes.append(f"{'.'.join(setting)}={json.dumps(str(one.cell.folder))}")
     cls = config.recipe_class(stage.job)
     try:
         recipe: Any = config.parse(cls, tree, changes, str(path or stage.where), given=stage.where)
@@ -269,7 +269,7 @@ def _check_teacher(one: Planned, given: str | None) -> None:
 
 
 def _check_data(stages: Sequence[Planned]) -> None:
-    """Refuse stages with labels whose images differ, and starts that saw them otherwise."""
+    """Refuse images that differ between stages, and models that saw what they are judged by."""
     labelled = [one for one in stages if one.stage.job != "pretrain"]
     first = labelled[0]
     for one in labelled:
@@ -283,6 +283,8 @@ def _check_data(stages: Sequence[Planned]) -> None:
                     "pipeline has the same labelled images in all stages, said once in data"
                 )
     for one in stages:
+        if one.stage.job == "pretrain":
+            _check_unseen(one, first)
         for name in ("mean", "std") if one.start is not None else ():
             assert one.start is not None
             mine, its = (getattr(each.recipe.data, name) for each in (one, one.start))
@@ -291,6 +293,27 @@ def _check_data(stages: Sequence[Planned]) -> None:
                     f"{one.stage.where} has data.{name}={list(mine)} and {one.start.stage.where}, "
                     f"which it starts from, {list(its)}: they must be the same"
                 )
+
+
+def _check_unseen(one: Planned, judged: Planned) -> None:
+    """Refuse pre-training on images that the stages with labels are validated or tested on."""
+    seen, data, where = one.recipe.data, judged.recipe.data, one.stage.where
+    for name in ("val", "test"):
+        spec = getattr(data, name)
+        if spec is not None and place(spec) == place(seen.train):
+            raise ValueError(
+                f"{where} pre-trains on {spec}, which is data.{name} of {judged.stage.where}: no "
+                "stage may learn from the images that models are judged by"
+            )
+    if place(data.train) != place(seen.train) or not holds_out(data.train, data.val):
+        return
+    for name in ("val", "val_share", "split_seed"):
+        mine, its = getattr(seen, name), getattr(data, name)
+        if mine != its:
+            raise ValueError(
+                f"{where} has data.{name}={mine} and {judged.stage.where} {its}: it would "
+                "pre-train on images that are held out for validation, so both must be the same"
+            )
 
 
 # The end ------------------------------------------------------------------------------------------

@@ -38,17 +38,17 @@ class Stage:
 
     @property
     def label(self) -> str:
-        """Its folder, and its name in tables."""
+        """Return the name of its folder, which is also its name in tables."""
         return f"{self.number}-{self.name}"
 
     @property
     def where(self) -> str:
-        """Where it stands in the recipe, for messages."""
+        """Return where it stands in the recipe, for messages."""
         return f"stages.{self.name}"
 
     @property
     def classifies(self) -> bool:
-        """Whether its model has classes."""
+        """Tell whether its model has classes."""
         return self.job in ("finetune", "reduce")
 
 
@@ -100,7 +100,7 @@ class Pipeline:
 
     @property
     def in_order(self) -> list[Stage]:
-        """The stages, the first one first."""
+        """Return the stages, the first one first."""
         return [_stage(*item, n) for n, item in enumerate(self.stages.items(), start=1)]
 
 

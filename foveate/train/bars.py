@@ -15,7 +15,7 @@ _SHOWN = {"train/loss": "loss", "train/accuracy": "train %", "val/accuracy": "va
 
 class _Named:
     def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-        """Loss and accuracies."""
+        """Return loss and accuracies alone."""
         found = super().get_metrics(trainer, module)  # type: ignore[misc]
         return {_SHOWN[name]: value for name, value in found.items() if name in _SHOWN}
 

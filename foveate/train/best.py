@@ -76,7 +76,7 @@ class Best(Callback):
             save_whole(state, self.file)
 
     def state_dict(self) -> dict[str, Any]:
-        """The score and where it was reached."""
+        """Return the score and where it was reached."""
         return {"value": self.value, "update": self.update, "since": self._since}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -29,12 +29,12 @@ _OURS = {"lvvit_s": lvvit_s, "lvvit_m": lvvit_m}
 
 
 def make_model(recipe: recipes.Model, classes: int | None) -> nn.Module:
-    """The plain model a run starts from, with a head for so many classes; None takes its own."""
+    """Make the plain model that a run starts from; None for its classes keeps its own head."""
     return _started(recipe, classes)[0]
 
 
 def _started(recipe: recipes.Model, classes: int | None) -> tuple[nn.Module, bool]:
-    """The model, and whether its head has learnt nothing yet."""
+    """Return the model, and whether its head has learnt nothing yet."""
     if isinstance(recipe.start, nn.Module):
         model = _bare(recipe.start).train()
     elif recipe.start is None:
@@ -59,7 +59,7 @@ def _started(recipe: recipes.Model, classes: int | None) -> tuple[nn.Module, boo
 
 
 def _bare(model: nn.Module) -> nn.Module:
-    """The backbone of a model that may have a method."""
+    """Return the backbone of a model that may have a method."""
     if isinstance(model, ReducedViT):
         _log.info(
             "the method %r of the given model is left out: its backbone is taken", model.reducer
@@ -103,7 +103,7 @@ def open_data(data: recipes.Data, *, labels: bool = True) -> Splits:
 
 
 def make_finetune(recipe: recipes.Finetune, classes: int) -> FinetuneTask:
-    """The model and its teacher, for fine-tuning."""
+    """Make the model and its teacher for fine-tuning."""
     model, new = _started(recipe.model, classes)
     teacher = None
     if recipe.distill.kind != "none":
@@ -122,7 +122,7 @@ def make_finetune(recipe: recipes.Finetune, classes: int) -> FinetuneTask:
 
 
 def make_reduce(recipe: recipes.Reduce, classes: int) -> ReduceTask:
-    """The model with its method, and the dense teacher of its losses."""
+    """Make the model with its method, and the dense teacher of its losses."""
     model, new = _started(recipe.model, classes)
     method: Any = recipe.method  # in Python also an object, which keeps its parameters
     reduced = api.apply(model, method)
@@ -144,7 +144,7 @@ def make_reduce(recipe: recipes.Reduce, classes: int) -> ReduceTask:
 def _teacher(
     path: str | None, start: recipes.Model, model: nn.Module, classes: int, new: bool
 ) -> nn.Module:
-    """What teaches: a model of its own, or the start as it was before training."""
+    """Return the teacher: a model of its own, or the start as it was before training."""
     if path is None:
         if start.start is None:
             raise ValueError(
@@ -202,7 +202,7 @@ def _compare_images(task: ImageTask, teacher: nn.Module | None) -> None:
 
 
 def _made(recipe: recipes.Model, head: dict[str, int]) -> nn.Module:
-    """A new model of timm or of ours, by name."""
+    """Make a new model of timm or of ours by its name."""
     name = str(recipe.name)
     options = {**recipe.options, **head}
     if recipe.pool is not None:
@@ -211,7 +211,9 @@ def _made(recipe: recipes.Model, head: dict[str, int]) -> nn.Module:
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
         return _OURS[name](**options)
     if ":" in name or not timm.is_model(name):
-        raise ValueError(f"model.name={name} is no model that timm knows, nor lvvit_s or lvvit_m")
+        raise ValueError(
+            f"model.name={name} is unknown: it must be a model that timm knows, lvvit_s or lvvit_m"
+        )
     try:
         model = timm.create_model(name, pretrained=recipe.start == "pretrained", **options)
     except Exception as error:  # the hub, the network and timm's models raise many kinds
@@ -228,7 +230,7 @@ def _made(recipe: recipes.Model, head: dict[str, int]) -> nn.Module:
 
 
 def _opened(recipe: recipes.Model) -> nn.Module:
-    """The model that a checkpoint holds, or a named one with its weights."""
+    """Open the model that a checkpoint holds, or a named one with its weights."""
     if recipe.name is None:
         model = open_start(str(recipe.start), recipe.weights)
         if isinstance(model, ReducedViT):
@@ -258,7 +260,7 @@ def _take(model: nn.Module, found: nn.Module, recipe: recipes.Model) -> None:
 
 
 def _give_head(model: Any, recipe: recipes.Model, classes: int) -> bool:
-    """A head for the data's classes, and the pooling that was asked for; whether it is new."""
+    """Set the head for the data's classes and the pooling; return whether the head is new."""
     spec = backbone_for(model).spec
     if recipe.start is not None and spec.classes not in (0, classes) and not recipe.new_head:
         raise ValueError(
@@ -294,7 +296,7 @@ def _checkpoint(model: Any) -> None:
 
 
 def _set_drop_path(backbone: Backbone, rate: float) -> None:
-    """Stochastic depth that grows linearly over the blocks, in a model that was made without."""
+    """Add stochastic depth that grows linearly over the blocks to a model that was made without."""
     blocks = [*backbone.early_blocks, *backbone.blocks]
     rates: Any = calculate_drop_path_rates(rate, len(blocks))
     for block, p in zip(blocks, rates, strict=True):

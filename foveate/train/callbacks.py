@@ -87,7 +87,7 @@ class Pictures(Callback):
                 labels.add(source.label(index))
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Draw, on one process; also after epochs without an evaluation."""
+        """Draw on one process, also after epochs without an evaluation."""
         from foveate.viz import sheet
 
         assert isinstance(module, Module)
@@ -103,7 +103,7 @@ class Pictures(Callback):
 
 
 def _picture(image: Image.Image | np.ndarray) -> Image.Image:
-    """A source's image, as pictures are drawn on."""
+    """Return a source's image in the form that pictures are drawn on."""
     if isinstance(image, Image.Image):
         return image
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)

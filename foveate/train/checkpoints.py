@@ -42,7 +42,7 @@ class WholeFiles(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        """Write; a process killed meanwhile leaves the older files alone."""
+        """Write a checkpoint; a process that is killed meanwhile leaves the older files alone."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_whole(checkpoint, Path(path))
 
@@ -61,7 +61,7 @@ class Checkpoints(Callback):
         self._saved = -1
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """The checkpoint that was resumed from is there already; later ones are damaged."""
+        """Remove checkpoints later than the one that was resumed from: they are damaged."""
         self._saved = trainer.global_step
         if trainer.is_global_zero:
             # Else they would count among the newest that stay, and push out those that are whole.
@@ -97,7 +97,7 @@ class Checkpoints(Callback):
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that can be read, and its content; damaged ones are named in a warning.
+    """Return the newest checkpoint that can be read, and its content; warn of damaged ones.
 
     None where there is none at all, ValueError where none of them can be read.
     """
@@ -114,12 +114,12 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def any_checkpoint(folder: Path) -> bool:
-    """Whether there is one, whole or not."""
+    """Tell whether there is a checkpoint, whole or not."""
     return bool(_found(folder))
 
 
 def _found(folder: Path) -> list[Path]:
-    """Checkpoints, the newest first."""
+    """Return the checkpoints, the newest first."""
     if not folder.is_dir():
         return []
     named = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
@@ -127,7 +127,7 @@ def _found(folder: Path) -> list[Path]:
 
 
 def _update(path: Path) -> int:
-    """Updates that were done when a checkpoint was written."""
+    """Return how many updates were done when a checkpoint was written."""
     match = _NAME.fullmatch(path.name)
     assert match is not None
     return int(match[1])

@@ -47,13 +47,13 @@ class Draws:
         self._generator = torch.Generator(self.device).manual_seed(_mixed(seed, epoch, step, -1))
 
     def uniform(self, batch: int, *shape: int) -> Tensor:
-        """Numbers in [0, 1) for this process's images, ``[batch, *shape]``."""
+        """Draw numbers in [0, 1) for this process's images, ``[batch, *shape]``."""
         size = (batch * self.world, *shape)
         drawn = torch.rand(size, generator=self._generator, device=self.device)
         return drawn[self.rank * batch : (self.rank + 1) * batch]
 
 
 def _mixed(*parts: int) -> int:
-    """One number from several, such that neighbours are not alike."""
+    """Mix several numbers into one, such that neighbours are not alike."""
     words = [part % 2**32 for part in parts]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]) >> 1

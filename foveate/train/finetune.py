@@ -60,7 +60,7 @@ class FinetuneTask(ClassificationTask):
                 )
 
     def training_step(self, batch: dict[str, Any], draws: Draws) -> dict[str, Tensor]:
-        """Losses "class" and, with a teacher, "distill"."""
+        """Return the loss "class" and, with a teacher, "distill"."""
         images, targets = self.mixed(batch)
         logits = self.logits(images, draws)
         losses = {"class": self.classified(logits, targets)}

@@ -24,7 +24,7 @@ __all__ = ["ClassificationTask", "ImageTask", "image_inputs"]
 
 
 def image_inputs(model: nn.Module, data: Data) -> Inputs:
-    """What a model takes, with what a recipe says of its images; that is exported with it."""
+    """Return what a model takes; what the recipe says of images is noted on the model too."""
     wanted = Inputs.of(model)
     if data.mean is not None and {len(data.mean), len(data.std or ())} != {wanted.channels}:
         raise ValueError(
@@ -76,16 +76,16 @@ class ImageTask(Task):
             self.register_buffer(name, scaled, persistent=False)
 
     def transforms(self) -> tuple[Transform, Transform]:
-        """The recipe's augmentation, and the middle of each image."""
+        """Return the recipe's augmentation, and for evaluation the middle of each image."""
         size, channels = self.inputs.size, self.inputs.channels
         return train_transform(self._data.augment, size, channels), self.inputs.transform()
 
     def units(self) -> list[nn.Module]:
-        """The blocks of the ViT."""
+        """Return the blocks of the ViT."""
         return list(self._backbone.blocks)
 
     def pixels(self, batch: Mapping[str, Any]) -> Tensor:
-        """Normalised images ``[B, C, H, W]``; those that come as floating-point numbers are."""
+        """Normalise images ``[B, C, H, W]``; floating-point ones are taken as normalised."""
         images: Tensor = batch["image"]
         if images.is_floating_point():
             return images
@@ -138,7 +138,7 @@ class ClassificationTask(ImageTask):
             self._erase = RandomErasing(mix.erase, mode="pixel", device="cpu")
 
     def mixed(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Images and targets of a step: labels ``[B]``, or soft ones ``[B, classes]``.
+        """Return images and targets of a step: labels ``[B]``, or soft ones ``[B, classes]``.
 
         timm's mixing and erasing draw from the global generators, which every step seeds.
         """
@@ -155,14 +155,14 @@ class ClassificationTask(ImageTask):
         return x, labels
 
     def classified(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The classification loss; the accuracy in training is noted."""
+        """Return the classification loss, and note the accuracy in training."""
         labels = targets if targets.ndim == 1 else targets.argmax(1)
         right = (logits.detach().argmax(1) == labels).float().mean()
         self.notes["accuracy"] = 100 * right
         return F.cross_entropy(logits.float(), targets)
 
     def metrics(self) -> dict[str, Metric]:
-        """Loss, and accuracies in per cent."""
+        """Return metrics for the loss, and for accuracies in per cent."""
         # By default the mean would be that of the other images.
         seen = partial(MeanMetric, nan_strategy=float("nan"))
         kinds: dict[str, Callable[[], Metric]] = {"loss": seen}
@@ -186,5 +186,5 @@ class ClassificationTask(ImageTask):
 
 class _PerCent(MulticlassAccuracy):
     def compute(self) -> Tensor:
-        """The accuracy, times a hundred."""
+        """Return the accuracy times a hundred."""
         return 100 * super().compute()

@@ -47,16 +47,16 @@ class MetricsFile(Logger):
 
     @property
     def name(self) -> str:
-        """Lightning wants one."""
+        """Return what Lightning asks every logger for."""
         return "metrics"
 
     @property
     def version(self) -> str:
-        """Lightning wants one."""
+        """Return what Lightning asks every logger for."""
         return ""
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """They stand in recipe.yaml."""
+        """Do nothing: the settings stand in recipe.yaml."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -85,7 +85,7 @@ class MetricsFile(Logger):
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """Rows of a metrics.csv; empty cells left out. A last line that was cut short is ignored."""
+    """Read the rows of a metrics.csv without empty cells, and ignore a last line cut short."""
     with path.open(newline="") as file:
         rows = [{k: v for k, v in row.items() if k and v} for row in csv.DictReader(file)]
     return [row for row in rows if row.get("step", "").isdecimal()]

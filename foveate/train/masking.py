@@ -13,14 +13,14 @@ __all__ = ["draw_masks", "kept_patches"]
 
 
 def kept_patches(patches: int, ratio: float) -> int:
-    """Patches that stay when a share is hidden, rounded down; a hair is forgiven to 1 - 0.9."""
+    """Count the patches that stay when a share is hidden, rounded down but for float error."""
     return int(patches * (1 - ratio) + 1e-6)
 
 
 def draw_masks(
     ratios: Sequence[float], batch: int, patches: int, draws: Draws, *, stratified: bool = False
 ) -> Tensor:
-    """Patches that stay, ``[batch, patches]`` bool, as many in each image as its ratio says.
+    """Draw the patches that stay, ``[batch, patches]`` bool, as each image's ratio says.
 
     Args:
         ratios: shares to hide; every image draws one of them.

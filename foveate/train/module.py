@@ -74,7 +74,7 @@ class Module(LightningModule):
 
     @property
     def exported(self) -> nn.Module:
-        """What the run is for: the running mean, or without one the model."""
+        """Return what is exported: the running mean, or without one the model."""
         return self.task.model if self.mean is None else self.mean.module
 
     def judged(self) -> tuple[float, bool]:
@@ -85,7 +85,7 @@ class Module(LightningModule):
     # Set-up ------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Share the weights out, where the strategy does that."""
+        """Shard the weights, where the strategy does that."""
         if not isinstance(self.trainer.strategy, Sharded) or self._shared:
             return
         self._shared = True  # it is called for each of fit and validate
@@ -138,7 +138,7 @@ class Module(LightningModule):
 
     @property
     def progress(self) -> float:
-        """How much of the run is done, 0 to 1."""
+        """Return how much of the run is done, 0 to 1."""
         return min(1.0, self.trainer.global_step / self.updates)
 
     def on_train_batch_start(self, batch: Any, index: int) -> None:
@@ -149,7 +149,7 @@ class Module(LightningModule):
         seed_step(self.loop.seed, self.current_epoch, index, self.global_rank)
 
     def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
-        """Losses of the task, their weighted sum to be minimised."""
+        """Compute the losses of the task, and return their weighted sum."""
         draws = Draws(
             self.loop.seed,
             self.current_epoch,
@@ -170,14 +170,14 @@ class Module(LightningModule):
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """After each update, and before any checkpoint of it, what follows the weights follows."""
+        """Update the weights, then what follows them, before any checkpoint of the update."""
         super().optimizer_step(*args, **kwargs)
         if self.mean is not None:
             self.mean.update(self.task.model, step=self.trainer.global_step + 1)
         self.task.after_update()
 
     def _watch(self, losses: dict[str, Tensor], loss: Tensor) -> None:
-        """Stop on a loss that is no number. On a GPU looking means waiting, so it is done late."""
+        """Stop on a loss that is NaN or infinite; look late on a GPU, where that means waiting."""
         values = torch.stack([v.detach().float() for v in (*losses.values(), loss)])
         names = [f"the loss {name!r}" for name in losses] + ["the weighted sum of the losses"]
         self._unchecked.append((self.trainer.global_step, self._rate, names, values))
@@ -228,7 +228,7 @@ class Module(LightningModule):
         if not bool(fine.all()):
             first = list(named)[fine.tolist().index(False)]
             raise ValueError(
-                f"the weights {first} are no finite numbers after update "
+                f"the weights {first} contain NaN or infinity after update "
                 f"{self.trainer.global_step - 1}, with learning rate {self._rate:.3g}: lower the "
                 "rate, or set optim.clip"
             )
@@ -236,11 +236,11 @@ class Module(LightningModule):
     # Evaluation --------------------------------------------------------------------------------
 
     def on_validation_start(self) -> None:
-        """Processes may have different numbers of batches, and must not wait for each other's."""
+        """Gather the weights: processes with fewer batches than others must not be waited for."""
         self._hold_whole(True)
 
     def on_validation_end(self) -> None:
-        """Share the weights out again."""
+        """Shard the weights again."""
         self._hold_whole(False)
 
     def _hold_whole(self, whole: bool) -> None:
@@ -280,14 +280,14 @@ class Module(LightningModule):
         for name, value in found.items():
             if math.isnan(value) and self.trainer.is_global_zero:
                 _log.warning(
-                    "%s is NaN at update %d: the answer to an image of the evaluation, or more, "
-                    "is no number",
+                    "%s is NaN at update %d: the model's answers to some validation images contain "
+                    "NaN",
                     *(name, self.evaluated),
                 )
             self.log(name, value, prog_bar=name == f"val/{self.task.score}", rank_zero_only=True)
 
 
 def _local(parameter: Tensor) -> Tensor:
-    """What this process holds of a parameter that may be sharded."""
+    """Return what this process holds of a parameter that may be sharded."""
     to_local = getattr(parameter, "to_local", None)
     return parameter.detach() if to_local is None else to_local().detach()

@@ -32,13 +32,13 @@ _UNDECAYED = (
 
 
 def scaled(optim: Optim, images: int) -> tuple[float, float, float]:
-    """Peak, last and first learning rate, for so many images an update."""
+    """Return peak, last and first learning rate for so many images an update."""
     factor = images / optim.lr_batch if optim.lr_batch else 1.0
     return optim.lr * factor, optim.min_lr * factor, optim.warmup_lr * factor
 
 
 def parameter_groups(task: Task, optim: Optim) -> list[dict[str, Any]]:
-    """Groups with their weight decay and factor of the rate (``lr_scale``).
+    """Make parameter groups with their weight decay and their factor of the rate (``lr_scale``).
 
     The task's backbone trains at ``backbone_scale``, with ``layer_decay`` and after
     ``frozen_epochs``; everything else, such as gates or a head beside it, at the full rate from the
@@ -77,7 +77,7 @@ def parameter_groups(task: Task, optim: Optim) -> list[dict[str, Any]]:
 
 
 def make_optimiser(task: Task, optim: Optim, peak: float) -> torch.optim.Optimizer:
-    """The optimiser, by timm's name for it."""
+    """Make the optimiser by timm's name for it."""
     options: dict[str, Any] = {} if optim.betas is None else {"betas": tuple(optim.betas)}
     groups = parameter_groups(task, optim)
     try:
@@ -155,7 +155,7 @@ class Rates:
 
 
 def updates_of(epochs: float, batches: int, accumulate: int) -> int:
-    """Updates in so many epochs; the last batches of an epoch make one even if they are few."""
+    """Count the updates in so many epochs; the last batches make one even if they are few."""
     return round(epochs * math.ceil(batches / accumulate))
 
 
@@ -176,7 +176,7 @@ def fix_parameters(task: Task, optim: Optim) -> None:
 def _by_decay(
     named: dict[str, nn.Parameter], plain: set[str], weight_decay: float, scale: float, *, new: bool
 ) -> list[dict[str, Any]]:
-    """A group with weight decay, and one without: biases, norms, positions, tokens."""
+    """Make a group with weight decay and one without: biases, norms, positions, tokens."""
     decayed: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in named.items():

@@ -91,7 +91,7 @@ class Watched:
 
     @classmethod
     def of(cls, model: nn.Module, data: recipes.Data, train: Source, held: Source) -> Watched:
-        """As a recipe says; the model is told the data's mean and spread."""
+        """Make it as a recipe says; the model is told the data's mean and spread."""
         inputs = image_inputs(model, data)
 
         def load(source: Source, batch: int, limit: int | None, balanced: bool) -> Loader:
@@ -118,7 +118,7 @@ def read(
     device: torch.device,
     progress: _Progress = lambda *_: None,
 ) -> tuple[dict[str, float], dict[str, int]]:
-    """Scores of a plain model in eval mode by "knn" and "linear", and how many images were read."""
+    """Return a plain model's scores by "knn" and "linear", and how many images were read."""
     readable = driven(model)
     found = []
     for loader in (watched.train, watched.held):
@@ -139,7 +139,7 @@ def read(
 
 
 def driven(model: nn.Module) -> ReducedViT | Backbone:
-    """What ``features`` takes of a plain model in eval mode."""
+    """Wrap a plain model in eval mode as ``features`` takes it."""
     backbone = backbone_for(model)
     return backbone if backbone.needs_every_token else dense(backbone).eval()
 
@@ -151,7 +151,7 @@ def features(
     feature: str,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    """Final class tokens or means of patches, normed, ``[images, C]`` float32; and labels.
+    """Compute normed class tokens or means of patches, ``[images, C]`` float32, and the labels.
 
     A backbone in place of a driven model is of a family that no method runs on.
     """
@@ -172,7 +172,7 @@ def features(
 def nearest_neighbours(
     x: Tensor, y: Tensor, held: Tensor, labels: Tensor, *, k: int = 20, temperature: float = 0.07
 ) -> float:
-    """Accuracy in per cent of a vote of the k most similar, by exp(cosine / temperature)."""
+    """Return the accuracy in per cent of a vote of the k nearest, by exp(cosine / temperature)."""
     if k > len(x):
         raise ValueError(f"neighbours={k} is more than the {len(x)} training images")
     classes = int(torch.maximum(y.max(), labels.max())) + 1
@@ -194,7 +194,7 @@ def linear_probe(
     recipe: recipes.Reading,
     progress: _Progress = lambda *_: None,
 ) -> float:
-    """Accuracy in per cent of a linear classifier on the features."""
+    """Return the accuracy in per cent of a linear classifier on the features."""
     classes = int(torch.maximum(y.max(), labels.max())) + 1
     torch.manual_seed(recipe.seed)
     linear = nn.Linear(x.shape[1], classes, device=x.device)
@@ -230,7 +230,7 @@ def linear_probe(
 
 
 def _rate(peak: float, epoch: float, recipe: recipes.Reading) -> float:
-    """Linear warm-up, then half a cosine to zero, as of a point in an epoch."""
+    """Return the rate at a point in an epoch: linear warm-up, then half a cosine to zero."""
     warmup = min(recipe.warmup_epochs, recipe.epochs / 2)
     if epoch < warmup:
         return peak * epoch / warmup

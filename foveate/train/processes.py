@@ -14,12 +14,12 @@ __all__ = ["device_of", "processes"]
 
 
 def device_of(loop: Loop) -> str:
-    """The device that a run's settings stand for."""
+    """Return the device that a run's settings stand for."""
     return machine.device_of("auto") if loop.device == "auto" else loop.device
 
 
 def processes(loop: Loop, device: str) -> tuple[int, int]:
-    """Processes on each machine, and machines.
+    """Return the numbers of processes on each machine, and of machines.
 
     torchrun and SLURM have started theirs; else Lightning starts as many as ``loop.devices`` says,
     one for each GPU if it says nothing.
@@ -47,7 +47,7 @@ def processes(loop: Loop, device: str) -> tuple[int, int]:
 
 
 def _started() -> tuple[str, int, int] | None:
-    """Who started the processes, how many on this machine, and on how many machines."""
+    """Return who started the processes, how many on this machine, and on how many machines."""
     if "LOCAL_WORLD_SIZE" in os.environ:
         here = int(os.environ["LOCAL_WORLD_SIZE"])
         return "torchrun", here, max(1, int(os.environ["WORLD_SIZE"]) // here)

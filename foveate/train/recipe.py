@@ -77,7 +77,7 @@ class Model:
 
     @property
     def origin(self) -> str:
-        """Where its weights are from, for messages: a path, or the class of a given model."""
+        """Say where the weights are from, for messages: a path, or the class of a given model."""
         return self.start if isinstance(self.start, str) else type(self.start).__name__
 
 
@@ -505,7 +505,7 @@ class Probe(Reading):
 
 
 def _method(given: str | dict[str, Any]) -> str:
-    """A method in one string, from a group of its name and options too."""
+    """Write a method as one string, also one that was given as a name and options."""
     if isinstance(given, str):
         return given
     if not isinstance(given.get("name"), str):

@@ -74,7 +74,7 @@ class ReduceTask(ClassificationTask):
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether a loss compares with a dense model."""
+        """Tell whether a loss compares with a dense model."""
         return any(self.weights.get(name) for name in _COMPARED)
 
     def learn_from(self, teacher: nn.Module) -> None:
@@ -105,13 +105,13 @@ class ReduceTask(ClassificationTask):
         }
 
     def set_progress(self, progress: float, model: nn.Module) -> None:
-        """The rate sinks, stages change."""
+        """Lower the method's rate and change its stages as the run goes on."""
         assert isinstance(model, ReducedViT)
         model.set_progress(progress)
 
     @property
     def backbone(self) -> nn.Module:
-        """The ViT. Evaluation mode reaches it alone, since gates must go on sampling."""
+        """Return the ViT; evaluation mode reaches it alone, since gates must go on sampling."""
         return self.model.vit
 
     def compile(self, *args: Any, **kwargs: Any) -> None:

@@ -44,7 +44,7 @@ class Result(Mapping[str, Any]):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Scores by name."""
+        """Return the scores by name."""
         known = ("updates", "epochs", "minutes_of_this_process", "minutes")
         return {
             name: value
@@ -54,7 +54,7 @@ class Result(Mapping[str, Any]):
 
     @cached_property
     def history(self) -> DataFrame:
-        """Every logged value: a row for each update or evaluation, a column for each name."""
+        """Return all logged values: a row for each update or evaluation, a column for each name."""
         import pandas
 
         file = self.path / "metrics.csv"
@@ -64,7 +64,7 @@ class Result(Mapping[str, Any]):
         return table.set_index("step")
 
     def plot(self) -> Figure:
-        """Losses on the left and scores in per cent on the right, over the updates."""
+        """Draw losses on the left and scores in per cent on the right, over the updates."""
         from matplotlib.figure import Figure
 
         history = self.history

@@ -76,6 +76,7 @@ def train(
     resume: bool = False,
     progress: bool = True,
     say: Callable[[str], None] = _log.info,
+    again: str | None = None,
 ) -> Result:
     """Train a classifier, with or without a method, and export it.
 
@@ -85,12 +86,12 @@ def train(
         resume: go on from the newest checkpoint there that can be read.
         progress: show a progress bar.
         say: is told, before the first step, what is trained on what.
+        again: what to type to go on with a run that was stopped; None is --resume and its folder.
 
     Of several processes only the first exports, and says where in "model".
     """
-    return fit(
-        recipe, out, _build, callbacks=_own_callbacks, resume=resume, progress=progress, say=say
-    )
+    how: dict[str, Any] = {"resume": resume, "progress": progress, "say": say, "again": again}
+    return fit(recipe, out, _build, callbacks=_own_callbacks, **how)
 
 
 def fit(
@@ -102,8 +103,9 @@ def fit(
     resume: bool = False,
     progress: bool = True,
     say: Callable[[str], None] = _log.info,
+    again: str | None = None,
 ) -> Result:
-    """As ``train``, for any task.
+    """Train as ``train`` does, for any task.
 
     Args:
         recipe: of the job; of a task of one's own a ``Recipe`` will do.
@@ -113,6 +115,7 @@ def fit(
         resume: go on.
         progress: show a progress bar.
         say: is told, before the first step, what is trained on what.
+        again: what to type to go on.
     """
     started = time.monotonic()
     loop = recipe.loop
@@ -159,7 +162,7 @@ def fit(
     # Sharded weights are put together again in a copy that was made before.
     plain = copy.deepcopy(module.exported) if loop.strategy == "fsdp" else None
     module.settle()
-    with _quiet(), _stoppable(out):
+    with _quiet(), _stoppable(out, again or f"--resume {out}"):
         trainer.fit(
             module,
             loaders.train,
@@ -205,7 +208,7 @@ def make_loaders(
     world: int = 1,
     here: int = 1,
 ) -> Loaders:
-    """Batches as the task makes them, for one of several processes, of which some are here."""
+    """Make the loaders of a task for one of several processes, of which some are here."""
     data = recipe.data
     training, evaluation = task.transforms()
 
@@ -251,7 +254,7 @@ def make_loaders(
 
 
 def _build(recipe: recipes.Finetune | recipes.Reduce) -> tuple[Task, Splits]:
-    """Data first: the model's head is made for its classes."""
+    """Build the task after its data are opened, since the head is made for their classes."""
     splits = open_data(recipe.data)
     classes = splits.train.classes or ()
     task: Task
@@ -264,7 +267,7 @@ def _build(recipe: recipes.Finetune | recipes.Reduce) -> tuple[Task, Splits]:
 
 
 def _own_callbacks(recipe: Any, task: Task, loaders: Loaders, out: Path) -> list[Callback]:
-    """What looks after a model that may have a method."""
+    """Make the callbacks for a model that may have a method."""
     loop = recipe.loop
     found: list[Callback] = []
     assert loaders.val is not None
@@ -351,7 +354,7 @@ def _prepare_folder(recipe: Any, out: Path, resume: bool, rank: int) -> Path | N
 
 
 def _check_space(out: Path, task: Task, keep: int) -> None:
-    """Weights and two moments each, for all checkpoints and the one that is being written."""
+    """Refuse a disk that has no room for the checkpoints, of weights and two moments each."""
     values = sum(p.numel() * p.element_size() for p in task.parameters())
     needed = 4 * values * (keep + 1) + _FREE
     free = shutil.disk_usage(out).free
@@ -363,7 +366,7 @@ def _check_space(out: Path, task: Task, keep: int) -> None:
 
 
 def _trainer(recipe: recipes.Recipe, out: Path, progress: bool) -> Trainer:
-    """Made first: it knows which process this is. Callbacks and loggers come later."""
+    """Make the trainer first, since it knows which process this is; callbacks come later."""
     loop = recipe.loop
     device = device_of(loop)
     if device == "cuda" and not torch.cuda.is_available():
@@ -407,7 +410,7 @@ def _trainer(recipe: recipes.Recipe, out: Path, progress: bool) -> Trainer:
 
 
 def _loggers(loop: recipes.Loop, out: Path) -> list[Any]:
-    """Lightning's, by name."""
+    """Make Lightning's loggers by their names."""
     found: list[Any] = []
     for name in loop.loggers:
         logger = getattr(importlib.import_module("lightning.pytorch.loggers"), _LOGGERS[name])
@@ -445,7 +448,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _stoppable(out: Path) -> Iterator[None]:
+def _stoppable(out: Path, again: str) -> Iterator[None]:
     """Say how a run that is stopped, or whose disk is full, goes on.
 
     Ctrl-C is Python's KeyboardInterrupt again, and SIGTERM ends with its usual code: Lightning's
@@ -458,7 +461,7 @@ def _stoppable(out: Path) -> Iterator[None]:
         terminated = isinstance(stop, SIGTERMException)
         if not terminated and not isinstance(stop.__context__, KeyboardInterrupt):
             raise  # of a callback or a data set
-        _log.warning("stopped; --resume %s goes on from its last checkpoint", out)
+        _log.warning("stopped; %s goes on from the last checkpoint", again)
         if terminated:
             raise SystemExit(143) from None
         raise KeyboardInterrupt from None
@@ -466,9 +469,15 @@ def _stoppable(out: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
         raise OSError(
-            f"{out} cannot be written to: {error.strerror}; once that is mended, --resume {out} "
-            "goes on from its last checkpoint"
+            f"{out} cannot be written to: {error.strerror}; once that is mended, {again} goes on "
+            "from the last checkpoint"
         ) from error
+    except ValueError:
+        raise  # says itself what is wrong with the run
+    except Exception as error:  # of a callback, a task or a data set, whose traceback says where
+        name = type(error).__name__
+        _log.warning("ended by %s; once mended, %s goes on from the last checkpoint", name, again)
+        raise
     finally:
         if handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, handler)
@@ -507,7 +516,7 @@ def _result(
 
 
 def _of_exported(results: Mapping[str, float]) -> dict[str, float]:
-    """Scores by their plain names; where a running mean is exported, those of the mean.
+    """Return scores by their plain names; where a running mean is exported, those of the mean.
 
     What the model itself reached is then called so.
     """
@@ -519,7 +528,7 @@ def _of_exported(results: Mapping[str, float]) -> dict[str, float]:
 
 
 def _unreadable(loaders: Loaders) -> set[str]:
-    """Names of the images that this run, on whichever process, could not read."""
+    """Return the names of the images that any process of this run could not read."""
     both = [loaders.train, *([] if loaders.val is None else [loaders.val])]
     mine = [name for loader in both for name in loader.unreadable]
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):

@@ -52,7 +52,7 @@ class Task(nn.Module):
     # Data ---------------------------------------------------------------------------------------
 
     def transforms(self) -> tuple[Transform, Transform]:
-        """How samples are prepared, in training and in evaluation."""
+        """Return how samples are prepared, in training and in evaluation."""
         raise NotImplementedError
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class Task(nn.Module):
     # Evaluation -----------------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, Metric]:
-        """What is counted in evaluation, by name. Each evaluated model gets a set of its own.
+        """Return the metrics of an evaluation by name; each evaluated model gets a set of its own.
 
         ``MeanMetric(nan_strategy=float("nan"))`` gives NaN where one value is; the default of
         torchmetrics is the mean of the others.
@@ -99,14 +99,14 @@ class Task(nn.Module):
 
     @property
     def backbone(self) -> nn.Module:
-        """The part that ``layer_decay``, ``backbone_scale`` and ``frozen_epochs`` are about.
+        """Return the part that ``layer_decay``, ``backbone_scale`` and ``frozen_epochs`` are about.
 
         All other parameters of the model train at the full rate from the start.
         """
         return self.model
 
     def units(self) -> list[nn.Module]:
-        """Parts whose weights are gathered one after another where they are sharded: the blocks."""
+        """Return the parts that are sharded and gathered one by one: the blocks."""
         return []
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -126,7 +126,7 @@ class Task(nn.Module):
 
 
 def total(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """The weighted sum; a weight of zero leaves a loss out, so that its trouble does not spread."""
+    """Return the weighted sum; a weight of zero leaves a loss out, NaN included."""
     terms = [
         weights.get(name, 1.0) * value for name, value in losses.items() if weights.get(name, 1.0)
     ]

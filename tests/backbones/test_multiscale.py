@@ -267,7 +267,7 @@ def again_high(model: MultiScaleViT) -> Tensor:
             "cannot have no class token",
         ),
         (
-            lambda: foveate.apply(vit(type("Other", (MultiScaleViT,), {})), "evit"),
+            lambda: foveate.apply(vit(type("Other", (MultiScaleViT,), {"fused": None})), "evit"),
             "a class of its own",
         ),
     ],

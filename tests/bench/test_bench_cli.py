@@ -73,7 +73,7 @@ def test_profile(model: str, capsys: pytest.CaptureFixture[str]) -> None:
         (("MODEL", "--plot", "x.bmp"), "plots are written as .pdf, .png, .svg"),
         (("MODEL", "--images", "no"), "no does not exist"),
         (("MODEL", "--profile"), "explains one METHOD"),
-        (("no_such_model",), "no_such_model is no file"),
+        (("no_such_model",), "no_such_model is neither a file"),
         ((), "name a MODEL"),
         (("MODEL", "--compare", "x"), "leave MODEL and METHOD out"),
         (("--compare", "no.json"), "no.json does not exist"),

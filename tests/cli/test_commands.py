@@ -101,7 +101,7 @@ def test_describe_a_saved_folder(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_describe_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     text = said(capsys, "describe", "deit_tny_patch16_224", "evit", code=2)
-    assert "no model that timm knows; did you mean deit_tiny_patch16_224" in text
+    assert "nor a model that timm knows; did you mean deit_tiny_patch16_224" in text
     text = said(capsys, "describe", "deit_tiny_patch16_224", "--budget", "0.6x", code=2)
     assert "--budget sets the rate of a METHOD" in text
     text = said(capsys, "describe", "deit_tiny_patch16_224", "evit(keep=2)", code=2)

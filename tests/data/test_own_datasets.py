@@ -68,6 +68,62 @@ def test_labels_that_the_items_do_not_bear_out() -> None:
     assert source.classes == stated.classes and stated.read < 20  # the others are not read
 
 
+def odd(item: Any, count: int, at: int = 17) -> Numbered:
+    """A data set that is sound but for one item, where nobody looks before it is trained on."""
+
+    def change(image: Image.Image, label: int) -> Any:
+        return item if image.getpixel((0, 0)) == at else (image, label)
+
+    return Numbered(count, change)
+
+
+GREY = Image.new("L", (8, 8))
+
+
+@pytest.mark.parametrize(
+    ("item", "said"),
+    [
+        (GREY, "has no label, though the first item has one"),
+        ({"image": GREY}, "has no label, though the first item has one"),
+        ((GREY, None), "has the label None: a whole number is needed"),
+        ((GREY, 1.5), "has the label 1.5: a whole number is needed"),
+        ((GREY, 4), "has the label 4: the data set has the classes 0..3"),
+        ((GREY, -1), "has the label -1: the data set has the classes 0..3"),
+        (
+            (np.zeros((3, 8, 8), np.uint8), 1),
+            r"gives an array of uint8 \[3, 8, 8\]: an image is ui",
+        ),
+        ((np.zeros((8, 8, 3)), 1), r"gives an array of float64 \[8, 8, 3\]: an image is uint8"),
+        ((torch.zeros(8, 8), 1), r"gives \[8, 8\]: an image of Pillow, a uint8 array"),
+        (("cat.jpg", 1), "gives str: an image of Pillow, a uint8 array"),
+        ((), "gives tuple: an image of Pillow, a uint8 array"),
+    ],
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_one_item_that_is_not_like_the_others(item: Any, said: str, workers: int) -> None:
+    """Whether it stands first, where all labels are read, or late in a set that states them."""
+    late = DatasetSource(odd(item, 400), "all")
+    loader = Loader(late, lambda sample: sample, batch=20, train=False, workers=workers)
+    with pytest.raises(ValueError, match=f"^item 17 of Numbered .400 items. {said}"):
+        list(loader)
+    if workers:
+        return
+    unstated = odd(item, 20)
+    unstated.targets = [str(one) for one in unstated.targets]
+    unstated.change = lambda image, label: odd(item, 20).change(image, int(label))
+    if "classes 0..3" not in said:
+        with pytest.raises(ValueError, match=f"^item 17 of Numbered .20 items. {said}"):
+            DatasetSource(unstated, "all")
+
+
+def test_a_first_item_without_a_label() -> None:
+    with pytest.raises(ValueError, match="has no labels, which this job needs"):
+        open_splits(Numbered(change=lambda image, _: image))
+    channels_first = Numbered(change=lambda *_: (np.zeros((3, 8, 8), np.uint8), 0))
+    with pytest.raises(ValueError, match=r"^item 0 of Numbered .* uint8, \[H, W\] or \[H, W, C\]"):
+        open_splits(channels_first)
+
+
 @pytest.mark.parametrize("target", ["cat", None, [1.5], torch.zeros(3), {"boxes": 1}])
 def test_without_labels_targets_are_not_touched(target: Any) -> None:
     dataset = Numbered(change=lambda image, _: (image, target))

@@ -269,7 +269,7 @@ def test_alarms(runs: dict[str, Path]) -> None:
 def test_runs_that_cannot_be_looked_at(mae: Path, tmp_path: Path) -> None:
     for path, said in (
         (tmp_path / "none", "does not exist; expected the folder of a pre-training run"),
-        (tmp_path, "is no folder of a run: it has no recipe.yaml"),
+        (tmp_path, "is not the folder of a run: it has no recipe.yaml"),
         (mae / "recipe.yaml", "is neither the folder of a run nor a .safetensors file"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,19 @@ def method(name: str, model: nn.Module | None = None, **options: Any) -> MaskedI
     return found.eval()
 
 
+def forms(*names: str) -> dict[str, Callable[[], MaskedImageModel]]:
+    """Methods on every form of the ViTs that they take."""
+    found: dict[str, Callable[[], MaskedImageModel]] = {}
+    for name in names:
+        makers = dict(FORMS)
+        if name in ("simmim", "conmim"):
+            makers["shared bias"] = beit
+            makers["bias and positions"] = lambda: beit(use_abs_pos_emb=True)
+        for form, make in makers.items():
+            found[f"{name}, {form}"] = lambda name=name, make=make: method(name, make())
+    return found
+
+
 def images(count: int = 2, size: tuple[int, int] = (SIZE, SIZE), channels: int = 1) -> Tensor:
     """Random ones, with some structure."""
     coarse = noise(count, channels, size[0] // 4, size[1] // 4, seed=1)
@@ -78,6 +92,17 @@ def pixels(hidden: Tensor, grid: tuple[int, int] = GRID) -> Tensor:
     """A mask of patches ``[B, N]`` as one of pixels ``[B, 1, H, W]``."""
     wide = hidden.view(-1, 1, *grid)
     return wide.repeat_interleave(PATCH[0], 2).repeat_interleave(PATCH[1], 3)
+
+
+def with_other(x: Tensor, hidden: Tensor, *, change: str) -> Tensor:
+    """Images with other pixels in their hidden or in their visible patches."""
+    shown = pixels(hidden) if change == "hidden" else ~pixels(hidden)
+    return torch.where(shown, x + 3 * noise(*x.shape, seed=9), x)
+
+
+def close(found: Tensor, wanted: Tensor, atol: float = 2e-5) -> None:
+    """Equal, but for the last digits."""
+    torch.testing.assert_close(found, wanted, atol=atol, rtol=1e-4)
 
 
 # Runs --------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 import torch
 from golden.golden_files import golden, released
 from golden.golden_files import images as golden_images
-from masked_models import FORMS, GRID, PATCH, beit, images, mask, method, pixels, vit
+from masked_models import GRID, PATCH, beit, close, forms, images, mask, method, vit
 from small import noise
 from timm.models.beit import Beit
 from torch import Tensor, nn
@@ -34,26 +34,8 @@ from foveate.train.recipe import Optim
 from foveate.train.task import total
 
 BOTH = pytest.mark.parametrize("name", ["bootmae", "conmim"])
-ALL: dict[str, Any] = {
-    **{
-        f"bootmae, {form}": lambda make=make: method("bootmae", make())
-        for form, make in FORMS.items()
-    },
-    **{
-        f"conmim, {form}": lambda make=make: method("conmim", make())
-        for form, make in FORMS.items()
-    },
-    "conmim, shared bias": lambda: method("conmim", beit()),
-}
+ALL = forms("bootmae", "conmim")
 EVERY = pytest.mark.parametrize("form", ALL)
-
-
-def close(found: Tensor, wanted: Tensor, atol: float = 2e-5) -> None:
-    torch.testing.assert_close(found, wanted, atol=atol, rtol=1e-4)
-
-
-def summed(model: TaughtModel, x: Tensor, hiding: Mask) -> Tensor:
-    return sum(model(x, hiding).losses.values())
 
 
 # The originals' answers --------------------------------------------------------------------------
@@ -122,33 +104,6 @@ def test_released_encoders(tmp_path: Path) -> None:
 
 
 # What is seen ------------------------------------------------------------------------------------
-
-
-@EVERY
-def test_hidden_pixels_do_not_matter_and_visible_ones_do(form: str) -> None:
-    model, x, hiding = ALL[form](), images(), mask()
-    shown = pixels(hiding.hidden)
-    other = x + 3 * noise(*x.shape, seed=9)
-    with torch.no_grad():
-        before, same, changed = (
-            model(each, hiding).patches
-            for each in (x, torch.where(shown, other, x), torch.where(shown, x, other))
-        )
-    assert torch.equal(before, same)
-    assert not torch.allclose(before, changed, atol=1e-2)
-
-
-def test_the_order_of_kept_tokens_does_not_matter() -> None:
-    model, x, hiding = method("bootmae"), images(), mask()
-    order = torch.stack([noise(13, seed=i).argsort() for i in range(2)])
-    other = Mask(hiding.hidden, hiding.visible.gather(1, order), hiding.masked)
-    with torch.no_grad():
-        one, two = (model(x, each, states=True) for each in (hiding, other))
-    for name in ("pixel", "feature"):
-        close(one.losses[name], two.losses[name])
-    for a, b in zip(one.states, two.states, strict=True):
-        for mine, its in zip(a.tokens, b.tokens, strict=True):
-            close(mine, its)
 
 
 def test_each_regressor_reads_a_layer_of_its_own() -> None:
@@ -489,41 +444,6 @@ def test_images_that_are_normalised_already_have_no_second_view() -> None:
 
 
 # Training ----------------------------------------------------------------------------------------
-
-
-@EVERY
-def test_gradients_with_recomputed_activations(form: str) -> None:
-    model, x, hiding = ALL[form](), images(), mask()
-    found = []
-    for recomputed in (False, True):
-        model.vit.set_grad_checkpointing(recomputed)
-        model.zero_grad()
-        summed(model, x, hiding).backward()
-        found.append({k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None})
-    assert found[0].keys() == found[1].keys() and len(found[0]) > 20
-    for name, grad in found[0].items():
-        close(found[1][name], grad, 1e-5)
-
-
-@EVERY
-def test_half_precision(form: str) -> None:
-    model, x, hiding = ALL[form](), images(), mask()
-    whole = summed(model, x, hiding)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = model(x, hiding, states=True)
-    assert all(loss.dtype == torch.float32 for loss in found.losses.values())
-    loss = sum(found.losses.values())
-    assert loss.item() == pytest.approx(whole.item(), rel=0.05)
-    loss.backward()
-    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
-
-
-@EVERY
-def test_every_parameter_but_fixed_positions_learns(form: str) -> None:
-    model = ALL[form]()
-    summed(model, images(), mask()).backward()
-    assert not {k for k, p in model.named_parameters() if p.requires_grad and p.grad is None}
-    assert not {k for k, p in model.named_parameters() if p.grad is not None and not p.grad.any()}
 
 
 def test_new_weights() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,13 @@ from masked_models import (
     PATCH,
     SHARED,
     beit,
+    close,
+    forms,
     images,
     mask,
     method,
-    pixels,
     vit,
+    with_other,
 )
 from safetensors.torch import save_file
 from small import noise
@@ -42,20 +43,8 @@ from foveate.train.optim import make_optimiser, parameter_groups
 from foveate.train.recipe import Optim
 
 BOTH = pytest.mark.parametrize("name", ["mae", "simmim"])
-ALL: dict[str, Callable[[], MaskedImageModel]] = {
-    **{f"mae, {form}": lambda make=make: method("mae", make()) for form, make in FORMS.items()},
-    **{
-        f"simmim, {form}": lambda make=make: method("simmim", make())
-        for form, make in FORMS.items()
-    },
-    "simmim, shared bias": lambda: method("simmim", beit()),
-    "simmim, bias and positions": lambda: method("simmim", beit(use_abs_pos_emb=True)),
-}
+ALL = forms("mae", "simmim")
 EVERY = pytest.mark.parametrize("form", ALL)
-
-
-def close(found: Tensor, wanted: Tensor, atol: float = 2e-5) -> None:
-    torch.testing.assert_close(found, wanted, atol=atol, rtol=1e-4)
 
 
 class Fixed(nn.Module):
@@ -76,12 +65,6 @@ def answering(model: MaskedImageModel, answer: Tensor) -> MaskedImageModel:
     else:
         model.head = Fixed(answer)
     return model
-
-
-def with_other(x: Tensor, hidden: Tensor, *, change: str) -> Tensor:
-    """Images with other pixels in their hidden or in their visible patches."""
-    shown = pixels(hidden) if change == "hidden" else ~pixels(hidden)
-    return torch.where(shown, x + 3 * noise(*x.shape, seed=9), x)
 
 
 # The originals' answers --------------------------------------------------------------------------
@@ -122,32 +105,6 @@ def test_a_release_without_its_decoder(tmp_path: Path) -> None:
 
 
 # What is seen ------------------------------------------------------------------------------------
-
-
-@EVERY
-def test_hidden_pixels_do_not_matter_and_visible_ones_do(form: str) -> None:
-    model, x, hiding = ALL[form](), images(), mask()
-    hidden, seen = (with_other(x, hiding.hidden, change=what) for what in ("hidden", "visible"))
-    with torch.no_grad():
-        before, same, other = (model(each, hiding).patches for each in (x, hidden, seen))
-        if model.name == "mae":
-            assert torch.equal(model.encode(x, hiding), model.encode(hidden, hiding))
-    assert torch.equal(before, same)
-    assert not torch.allclose(before, other, atol=1e-2)
-
-
-@pytest.mark.parametrize("form", [form for form in ALL if form.startswith("mae")])
-def test_the_order_of_kept_tokens_does_not_matter(form: str) -> None:
-    model, x, hiding = ALL[form](), images(), mask()
-    assert hiding.visible is not None
-    order = torch.stack([noise(13, seed=i).argsort() for i in range(2)])
-    other = Mask(hiding.hidden, hiding.visible.gather(1, order), hiding.masked)
-    with torch.no_grad():
-        one, two = (model(x, each, states=True) for each in (hiding, other))
-    close(one.losses["pixel"], two.losses["pixel"])
-    close(one.patches, two.patches)
-    for a, b in zip(one.states[0].tokens, two.states[0].tokens, strict=True):
-        close(a, b)
 
 
 def test_the_decoder_puts_tokens_back_where_they_were() -> None:
@@ -343,46 +300,6 @@ def test_states_carry_gradients() -> None:
 
 
 # Training ----------------------------------------------------------------------------------------
-
-
-@EVERY
-def test_gradients_with_recomputed_activations(form: str) -> None:
-    model, x, hiding = ALL[form](), images(), mask()
-    found = []
-    for recomputed in (False, True):
-        model.vit.set_grad_checkpointing(recomputed)
-        model.zero_grad()
-        answer = model(x, hiding, states=True)
-        (answer.losses["pixel"] + answer.states[0].tokens[1].square().mean()).backward()
-        found.append({k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None})
-    assert found[0].keys() == found[1].keys() and len(found[0]) > 20
-    for name, grad in found[0].items():
-        close(found[1][name], grad, 1e-6)
-
-
-@EVERY
-def test_half_precision(form: str) -> None:
-    model, x, hiding = ALL[form](), images(), mask()
-    whole = model(x, hiding)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = model(x, hiding, states=True)
-    loss = found.losses["pixel"]
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(whole.losses["pixel"].item(), rel=0.05)
-    loss.backward()
-    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
-    assert model.painted(x, found).dtype == torch.float32
-
-
-def test_every_parameter_but_fixed_positions_learns() -> None:
-    """The shared position bias too; timm's own head, of which nothing is left, has none."""
-    for make in ALL.values():
-        model = make()
-        model(images(), mask()).losses["pixel"].backward()
-        idle = {k for k, p in model.named_parameters() if p.requires_grad and p.grad is None}
-        assert not idle
-        still = {k for k, p in model.named_parameters() if p.grad is not None and not p.grad.any()}
-        assert not still, still
 
 
 def test_a_copy_computes_with_its_own_weights() -> None:

@@ -618,7 +618,7 @@ class Two(MaskedImageModel):
     hiding = Hiding(kind="random", ratio=0.5)
 
     def __init__(self, vit: nn.Module, width: int = 16) -> None:
-        super().__init__(vit, width=width)
+        super().__init__(vit)
         values = (self.values, 32)
         self.decoders = nn.ModuleList(
             Decoder(32, width, 2, 1, value, self.backbone.spec.grid, 1) for value in values

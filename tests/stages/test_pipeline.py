@@ -178,21 +178,27 @@ def test_it_goes_on_inside_a_stage(
     _finished: Path,
     trained: list[str],
     capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     out = tmp_path / "cut"
     original = Module._watch
+    error: BaseException = ValueError("stopped by the test")
 
     def stops(self: Module, *arguments: Any) -> None:
         if self.trainer.global_step == 3:  # the fine-tuning alone has more than two updates
-            raise ValueError("stopped by the test")
+            raise error
         original(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Module, "_watch", stops)
         assert pipeline(recipe, "--out", out) == 2
-    assert "3-finetune: stopped by the test" in capsys.readouterr().err
+        assert "3-finetune: stopped by the test" in capsys.readouterr().err
+        first, error = list(trained), KeyboardInterrupt()
+        assert pipeline(recipe, "--out", out) == 130
+    assert "stopped; the same command goes on from the last checkpoint" in caplog.text
+    assert "--resume" not in caplog.text
     assert not (out / "3-finetune" / "result.json").exists() and not (out / "report.md").exists()
-    assert trained == ["1-pretrain", "2-probe", "3-finetune"]
+    assert first == ["1-pretrain", "2-probe", "3-finetune"]
     trained.clear()
     assert pipeline(recipe, "--out", out) == 0
     assert trained == ["3-finetune", "4-masked", "5-reduce", "evaluation"]
@@ -275,9 +281,15 @@ def test_the_function_does_the_same(out: Path, trained: list[str]) -> None:
         ("stages.finetune.data.train=folder:x", "the same labelled images in all stages"),
         ("stages.masked.data.val_share=0.3", "data.val_share=0.3 and stages.probe 0.1"),
         ("stages.masked.data.val=none", "data.val=none is for pre-training alone"),
+        (
+            "stages.pretrain.data.val=none",
+            "stages.pretrain has data.val=none and stages.probe None",
+        ),
+        ("stages.pretrain.data.val_share=0.05", "would pre-train on images that are held out"),
+        ("stages.pretrain.data.split_seed=1", "has data.split_seed=1 and stages.probe 0"),
         ("data.train=folder:nowhere", "nowhere"),
         ("stages.masked.data={mean: [0.5], std: [0.5]}", "data.mean=[0.5]"),
-        ("stages.masked.model.name=vit_nothing", "no model that timm knows"),
+        ("stages.masked.model.name=vit_nothing", "must be a model that timm knows"),
         ("stages.masked.model.name=vit_tiny_patch16_224", "width 192 and the model of pretrain 32"),
     ],
 )
@@ -288,6 +300,23 @@ def test_what_contradicts_itself_is_said_before_the_first_step(
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_pretraining_may_see_what_no_other_stage_is_judged_by(tmp_path: Path) -> None:
+    labelled = {}
+    for name in ("train", "val", "test"):
+        (tmp_path / name / "a").mkdir(parents=True)
+        labelled[name] = f"folder:{tmp_path / name}"
+    other = {"train": f"folder:{tmp_path / 'more'}", "val": "none", "val_share": 0.5}
+    for given, seen in ((labelled, labelled["train"]), (TREE["data"], other["train"])):
+        pretrain = {**TREE["stages"]["pretrain"], "data": {**other, "train": seen}}
+        tree = {**TREE, "data": {**given}, "stages": {**TREE["stages"], "pretrain": pretrain}}
+        plan(config.parse(Pipeline, tree), tmp_path / "out")
+    for name in ("val", "test"):
+        pretrain = {**TREE["stages"]["pretrain"], "data": {**other, "train": labelled[name]}}
+        tree = {**TREE, "data": labelled, "stages": {**TREE["stages"], "pretrain": pretrain}}
+        with pytest.raises(ValueError, match=f"pre-trains on .*, which is data.{name} of stages.p"):
+            plan(config.parse(Pipeline, tree), tmp_path / "out")
 
 
 def _with_model(**options: Any) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def test_what_is_random_in_a_data_set_resumes() -> None:
     [
         (iter([]), "list_iterator has no __len__ and __getitem__: images are read by their number"),
         ([], r"list \(0 items\) is empty"),
-        (Clothes, "the class Clothes is no data set: give an object of it"),
+        (Clothes, "the class Clothes is not a data set: give an object of it"),
         ([(Image.new("L", (28, 28)), 0.5)] * 40, "has the label 0.5: a whole number is needed"),
         ([("no image", 1)] * 40, "gives str: an image of Pillow, a uint8 array .* is needed"),
         (
@@ -280,7 +280,7 @@ def test_unknown_names() -> None:
         ValueError, match="foveate.finetune: unknown setting 'optim.lrr'; did you m"
     ):
         foveate.finetune(small_model(), DATA, optim={"lrr": 1}, **QUIET)
-    with pytest.raises(ValueError, match="vit_tiny_patch61 is no file, no folder and no model tha"):
+    with pytest.raises(ValueError, match="vit_tiny_patch61 is neither a file, a folder nor a mode"):
         foveate.finetune("vit_tiny_patch61", DATA, **QUIET)
     with pytest.raises(ValueError, match="model.start=pretrained needs|model.name or model.start"):
         foveate.finetune(None, DATA, **QUIET)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import logging
 import math
 import os
@@ -15,7 +16,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from runs import checkpoint, finetune, reduce, run, small_model
+from lightning.pytorch import Callback
+from runs import checkpoint, exported, finetune, reduce, run, small_model
 from torch import Tensor
 
 import foveate
@@ -74,8 +76,33 @@ def test_a_run_that_is_stopped_says_so(
         signal.signal(signal.SIGTERM, other)
         signal.signal(signal.SIGINT, before)
     assert getattr(stop.value, "code", 143) == 143
-    assert f"stopped; --resume {tmp_path / 'run'} goes on" in caplog.text
+    assert f"stopped; --resume {tmp_path / 'run'} goes on from the last check" in caplog.text
     assert not (tmp_path / "run" / "result.json").exists() and saved(tmp_path / "run")
+
+
+def test_a_callback_that_raises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its own error comes through, and the run goes on as if nothing had been."""
+
+    class Broken(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 3:
+                raise KeyError("no such column")
+
+    recipe = finetune("loop.save_every=1", "loop.epochs=1")
+    own = importlib.import_module("foveate.train.run")._own_callbacks
+    with monkeypatch.context() as patch:
+        patch.setattr("foveate.train.run._own_callbacks", lambda *a: [*own(*a), Broken()])
+        with pytest.raises(KeyError, match="no such column"):
+            run(recipe, tmp_path / "cut")
+    said = f"ended by KeyError; once mended, --resume {tmp_path / 'cut'} goes on from the last"
+    assert said in caplog.text and saved(tmp_path / "cut") == [1, 2]
+    assert run(recipe, tmp_path / "cut", resume=True)["updates"] == 4
+    run(recipe, tmp_path / "whole")
+    found, wanted = (exported(tmp_path / name) for name in ("cut", "whole"))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +191,7 @@ def test_a_gradient_that_is_no_number(tmp_path: Path, monkeypatch: pytest.Monkey
     """The loss is finite, and what the update makes of the weights is not."""
     spoil(monkeypatch, 2, "gradient")
     recipe = finetune("loop.save_every=1", "loop.keep_last=9")
-    refused(recipe, tmp_path, r"the weights \w.* are no finite numbers after update 2, with lear")
+    refused(recipe, tmp_path, r"the weights \w.* contain NaN or infinity after update 2, with l")
     assert saved(tmp_path) == [1, 2]
 
 
@@ -405,4 +432,4 @@ def test_what_a_model_cannot_do(tmp_path: Path) -> None:
     averaged = finetune("model.options.global_pool=avg", masking={"ratios": [1.0]})
     refused(averaged, out, "masking.ratios holds 1, which leaves nothing of 16 patches")
     unknown = finetune("model.name=vit_tiny_patch61", "model.options={}")
-    refused(unknown, out, "model.name=vit_tiny_patch61 is no model that timm knows")
+    refused(unknown, out, "model.name=vit_tiny_patch61 is unknown: it must be a model that")

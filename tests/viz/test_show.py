@@ -142,7 +142,7 @@ def test_models_are_files_folders_and_names(folder: Path) -> None:
     assert not open_base(str(folder / "plain.safetensors")).training
     first, second = open_models(str(folder / "plain.safetensors"), ["evit", "tome(r=2)"])
     assert first.vit is second.vit and repr(second.reducer) == "tome(r=2)"
-    with pytest.raises(ValueError, match="no file, no folder and no model that timm knows"):
+    with pytest.raises(ValueError, match="neither a file, a folder nor a model that timm knows"):
         open_base("hf-hub:somebody/something")
 
 

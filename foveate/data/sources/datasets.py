@@ -38,8 +38,8 @@ class DatasetSource(Source):
     def __init__(self, dataset: Any, split: str, labels: bool = True) -> None:
         self.dataset, self.split, self.spec = dataset, split, describe(dataset)
         if isinstance(dataset, type):
-            raise ValueError(f"{self.spec} is no data set: give an object of it")
-        self._images_alone = not labels
+            raise ValueError(f"{self.spec} is not a data set: give an object of it")
+        self._images_alone, self.classes = not labels, None
         if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
             raise ValueError(
                 f"{self.spec} has no __len__ and __getitem__: images are read by their number, "
@@ -55,7 +55,6 @@ class DatasetSource(Source):
             self.channels = image.shape[0]
         else:
             self.channels = 1 if np.asarray(image).shape[2:] in ((), (1,)) else 3
-        self.classes = None
         if "label" in first:
             self._labels, named = self._read_labels()
             self.classes = self._names(named)
@@ -72,7 +71,10 @@ class DatasetSource(Source):
             if isinstance(error, Unreadable):  # as ``read_image`` raises it
                 raise
             raise ValueError(f"{self.name(index)}: {error}") from error
-        return self._as_sample(item, index)
+        found = self._as_sample(item, index)
+        if self.classes is not None:
+            self._check_label(found, index)
+        return found
 
     def name(self, index: int) -> str:
         return f"item {index} of {self.spec}"
@@ -143,9 +145,18 @@ class DatasetSource(Source):
 
     def _label_of(self, index: int) -> int:
         sample = self.sample(index)
+        self._check_label(sample, index)
+        return int(sample["label"])
+
+    def _check_label(self, sample: Mapping[str, Any], index: int) -> None:
+        """Refuse an item that is not like the first: the labels of most are not read before."""
         if "label" not in sample:
             raise ValueError(f"{self.name(index)} has no label, though the first item has one")
-        return int(sample["label"])
+        if self.classes is not None and not 0 <= sample["label"] < len(self.classes):
+            raise ValueError(
+                f"{self.name(index)} has the label {sample['label']}: the data set has the classes "
+                f"0..{len(self.classes) - 1}"
+            )
 
     def _names(self, own: bool) -> tuple[str, ...]:
         names = (getattr(self.dataset, "classes", None) or ()) if own else ()
