@@ -21,6 +21,8 @@ from foveate.data import NoSplit, Unreadable, limited, open_images, open_source,
 from foveate.data.rle import decode, encode, pack, rasterise, run_lengths
 from foveate.data.sources import CocoSource
 
+# The library's own, as it makes an array of its masks.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 TINY = Path(os.environ.get("FOVEATE_TINYCOCO", Path(__file__).parents[3] / "shared/data/tinycoco"))
 
 

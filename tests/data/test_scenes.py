@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +27,28 @@ def test_a_scene_follows_from_its_numbers() -> None:
     # Not changed by who draws, nor by what is drawn elsewhere.
     np.random.seed(3)
     assert (draw_scene((48, 64), 3, 5, "train", 7).image == one.image).all()
+
+
+@pytest.mark.parametrize(
+    ("scene", "labels", "pixels", "mean"),
+    [
+        (((96, 96), 1, 0, "train", 1), [9, 4, 0], [536, 475, 514], 111.692),
+        (
+            ((64, 80), 3, 7, "test", 3),
+            [7, 3, 4, 3, 4, 3],
+            [101, 122, 146, 282, 212, 213],
+            81.085,
+        ),
+    ],
+)
+def test_scenes_stay_what_they_are(
+    scene: Any, labels: list[int], pixels: list[int], mean: float
+) -> None:
+    """Numbers of experiments rest on them: whoever changes them measures those anew."""
+    found = draw_scene(*scene)
+    assert found.labels.tolist() == labels
+    assert found.masks.sum((1, 2)).tolist() == pixels
+    assert found.image.mean() == pytest.approx(mean, abs=1e-3)
 
 
 def test_what_a_scene_holds() -> None:

@@ -64,6 +64,7 @@ class DatasetSource(Source):
             self.labels_of = tuple(what for key, what in keys.items() if key in first)
             names = getattr(dataset, "classes", None)
             self.classes = tuple(map(str, names)) if names else None
+            self.pixel_classes = None if "boxes" in first else self.classes
 
     def __len__(self) -> int:
         return len(self.dataset)
