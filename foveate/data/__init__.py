@@ -1,6 +1,11 @@
 """Data: the small set that ships with the package, images from anywhere, what models take."""
 
 from foveate.data.augment import Augment, Transform, eval_transform, train_transform
+from foveate.data.dense_augment import (
+    DenseAugment,
+    dense_eval_transform,
+    dense_train_transform,
+)
 from foveate.data.fashion import (
     CLASSES,
     LabelledImages,
@@ -11,10 +16,11 @@ from foveate.data.fashion import (
 )
 from foveate.data.images import SUFFIXES, ImageFiles, Unreadable, find_images, read_image, to_rgb
 from foveate.data.inputs import Inputs
-from foveate.data.loader import Loader, device_batches, stacked, usual_workers
+from foveate.data.loader import Loader, device_batches, listed, stacked, usual_workers
 from foveate.data.preprocess import FITS, Prepared, Preprocessing
 from foveate.data.seeds import seeded
 from foveate.data.sources import (
+    IGNORE,
     ArraySource,
     DatasetSource,
     NoSplit,
@@ -27,10 +33,12 @@ from foveate.data.splits import Splits, final_images, limited, open_images, open
 __all__ = [
     "CLASSES",
     "FITS",
+    "IGNORE",
     "SUFFIXES",
     "ArraySource",
     "Augment",
     "DatasetSource",
+    "DenseAugment",
     "ImageFiles",
     "Inputs",
     "LabelledImages",
@@ -42,6 +50,8 @@ __all__ = [
     "Splits",
     "Transform",
     "Unreadable",
+    "dense_eval_transform",
+    "dense_train_transform",
     "device_batches",
     "eval_transform",
     "fashion_mnist",
@@ -50,6 +60,7 @@ __all__ = [
     "find_fashion_mnist",
     "find_images",
     "limited",
+    "listed",
     "normalise",
     "open_first",
     "open_images",

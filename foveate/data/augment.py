@@ -28,8 +28,10 @@ __all__ = [
     "CROPS",
     "INTERPOLATIONS",
     "Augment",
+    "Picture",
     "Transform",
     "eval_transform",
+    "pixels",
     "train_transform",
 ]
 
@@ -141,7 +143,7 @@ def train_transform(augment: Augment, size: tuple[int, int], channels: int) -> T
     """
     _check_output(size, channels)
     a, how = augment, InterpolationMode(augment.interpolation)
-    steps: list[Any] = [_Picture(channels)]
+    steps: list[Any] = [Picture(channels)]
     if a.crop == "resized":
         steps.append(v2.RandomResizedCrop(size, a.scale, a.ratio, how, antialias=True))
     else:
@@ -155,7 +157,7 @@ def train_transform(augment: Augment, size: tuple[int, int], channels: int) -> T
         steps.append(v2.Lambda(policy, Image.Image))
     if a.colour:
         steps.append(v2.ColorJitter(a.colour, a.colour, a.colour))
-    return _UnlessDone(v2.Compose([*steps, _pixels]), (channels, *size))
+    return _UnlessDone(v2.Compose([*steps, pixels]), (channels, *size))
 
 
 def eval_transform(
@@ -173,7 +175,7 @@ def eval_transform(
     if not _is_number(crop_pct) or not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct must lie in (0, 1], got {crop_pct!r}")
     fit = _Fit(size, crop_pct, InterpolationMode(interpolation))
-    return _UnlessDone(v2.Compose([_Picture(channels), fit, _pixels]), (channels, *size))
+    return _UnlessDone(v2.Compose([Picture(channels), fit, pixels]), (channels, *size))
 
 
 def _check_output(size: tuple[int, int], channels: int) -> None:
@@ -183,8 +185,8 @@ def _check_output(size: tuple[int, int], channels: int) -> None:
 
 
 @dataclass(frozen=True)
-class _Picture:
-    """Whatever holds an image becomes one of Pillow, grey or RGB."""
+class Picture:
+    """Turn whatever holds an image into one of Pillow, grey or RGB."""
 
     channels: int
 
@@ -195,11 +197,11 @@ class _Picture:
         return {**sample, "image": image.convert("L") if self.channels == 1 else to_rgb(image)}
 
 
-def _pixels(sample: dict[str, Any]) -> dict[str, Any]:
-    """The image as a tensor; v2's own step for that takes ten times as long on small images."""
-    pixels = np.array(sample["image"])
-    pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-    return {**sample, "image": tv_tensors.Image(torch.from_numpy(pixels).contiguous())}
+def pixels(sample: dict[str, Any]) -> dict[str, Any]:
+    """Turn the image into a tensor; v2's own step takes ten times as long on small images."""
+    values = np.array(sample["image"])
+    values = values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
+    return {**sample, "image": tv_tensors.Image(torch.from_numpy(values).contiguous())}
 
 
 @dataclass(frozen=True)

@@ -117,26 +117,31 @@ class ImageFiles:
             _log.warning("%d of %d files were skipped", len(self.broken), len(self.files))
 
 
-def read_image(path: str | os.PathLike[str]) -> Image.Image:
+def read_image(path: str | os.PathLike[str], *, stored: bool = False) -> Image.Image:
     """Read an image as RGB, upright as its EXIF says; ValueError with the path and the reason.
 
     Images above 89 million pixels are shrunk by a whole factor; above twice that only JPEGs are
     read, because they alone can be shrunk while they are decoded.
+
+    Args:
+        path: the file.
+        stored: neither turn nor shrink the image, so that boxes and masks, which are given in the
+            file's pixels, still fit; larger ones than 178 million pixels are refused.
     """
     path = Path(path)
     if not path.is_file():
         kind = "is a folder" if path.is_dir() else "does not exist"
         raise Unreadable(f"{path} {kind}; one image file is needed")
-    return decode_image(path, str(path))
+    return decode_image(path, str(path), stored=stored)
 
 
-def decode_image(file: Path | BinaryIO, name: str) -> Image.Image:
+def decode_image(file: Path | BinaryIO, name: str, *, stored: bool = False) -> Image.Image:
     """Decode an image that a file holds, or bytes do; as ``read_image``."""
     try:
         with warnings.catch_warnings():
             # Of large sizes, which are dealt with here, and of odd metadata, which do not matter.
             warnings.simplefilter("ignore")
-            return _read(file, name)
+            return _read_as_stored(file) if stored else _read(file, name)
     except MemoryError:
         raise Unreadable(f"{name}: too large for the memory there is") from None
     except Exception as error:  # decoders raise many kinds, some of them on damaged files alone
@@ -166,6 +171,17 @@ def _read(file: Path | BinaryIO, name: str) -> Image.Image:
         if small.size != (width, height):
             _log.info("%s: %d x %d pixels, shrunk to %d x %d", name, width, height, *small.size)
         return to_rgb(_upright(small))
+
+
+def _read_as_stored(file: Path | BinaryIO) -> Image.Image:
+    with _opened(file) as image:
+        if image.width * image.height > _REFUSED_PIXELS:
+            raise ValueError(
+                f"{image.width} x {image.height} pixels; images with boxes or masks may have at "
+                f"most {_REFUSED_PIXELS // 10**6} million"
+            )
+        image.load()
+        return to_rgb(image)
 
 
 def _opened(file: Path | BinaryIO) -> Image.Image:

@@ -25,7 +25,7 @@ from foveate.data.images import Unreadable
 from foveate.data.seeds import seeded
 from foveate.data.sources import ArraySource, Source
 
-__all__ = ["CORRUPT", "Collate", "Loader", "device_batches", "stacked", "usual_workers"]
+__all__ = ["CORRUPT", "Collate", "Loader", "device_batches", "listed", "stacked", "usual_workers"]
 
 _log = logging.getLogger(__name__)
 
@@ -322,6 +322,18 @@ def stacked(samples: list[dict[str, Any]]) -> dict[str, Any]:
         else:
             found[key] = values
     return found
+
+
+def listed(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Make a batch of images that differ in size: "image", a list, and "targets", another.
+
+    A target is a dictionary of what belongs to an image, as plain tensors. Nothing is padded here.
+    """
+    plain = [
+        {k: v.as_subclass(Tensor) if isinstance(v, Tensor) else v for k, v in sample.items()}
+        for sample in samples
+    ]
+    return {"image": [sample.pop("image") for sample in plain], "targets": plain}
 
 
 def _sentence(error: Exception) -> str:

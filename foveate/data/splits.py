@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from foveate.data.sources import WHOLE, DatasetSource, NoSplit, Source, open_first, open_source
+from foveate.data.sources.base import IMAGE
 from foveate.data.sources.datasets import describe
 
 __all__ = [
@@ -46,7 +47,8 @@ class Part(Source):
     def __init__(self, whole: Source, indices: np.ndarray, split: str) -> None:
         self.whole, self.indices, self.split = whole, indices, split
         self.spec, self.classes, self.channels = whole.spec, whole.classes, whole.channels
-        self.finished = whole.finished
+        self.finished, self.labels_of = whole.finished, whole.labels_of
+        self.pixel_classes, self.category_ids = whole.pixel_classes, whole.category_ids
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -75,6 +77,9 @@ class Part(Source):
     def sizes(self) -> np.ndarray | None:
         found = self.whole.sizes()
         return None if found is None else found[self.indices]
+
+    def boxes_only(self) -> Source:
+        return Part(self.whole.boxes_only(), self.indices, self.split)
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,7 @@ def open_splits(
     seed: int = 0,
     allowed: int = 0,
     labels: bool = True,
+    labels_of: str = IMAGE,
 ) -> Splits:
     """Open what a run trains on, chooses by, and is judged by in the end.
 
@@ -151,13 +157,14 @@ def open_splits(
             seeds are validated on the same images.
         allowed: how many images two splits may have in common.
         labels: without them images need none.
+        labels_of: what the job learns labels of: the whole "image", "objects" or "pixels".
     """
     if not 0 < share < 1:
         raise ValueError(f"data.val_share must lie between 0 and 1, got {share}")
     _refuse_the_same(train, val, test)
     training = open_first(train, ("train", WHOLE), labels=labels)
     if labels:
-        _check_labels(training)
+        _check_labels(training, labels_of)
     if isinstance(val, str) and val == NONE:
         return Splits(training)
     divided: tuple[float, int] | None = None
@@ -181,6 +188,9 @@ def open_splits(
         final = _own_split(train, "test", labels)
     named: dict[str, Source | None] = {"training": training, "validation": held, "test": final}
     _check_classes(named)
+    if labels:
+        for source in filter(None, (held, final)):
+            _check_labels_of(source, labels_of)
     common = _check_common(named, divided is not None, allowed)
     return Splits(training, held, final, divided, common)
 
@@ -203,7 +213,13 @@ def holds_out(train: str, val: str | None) -> bool:
 
 
 def open_images(
-    spec: str, split: str | None = None, *, share: float = 0.1, seed: int = 0, labels: bool = True
+    spec: str,
+    split: str | None = None,
+    *,
+    share: float = 0.1,
+    seed: int = 0,
+    labels: bool = True,
+    labels_of: str = IMAGE,
 ) -> Source:
     """Open images to judge a model by.
 
@@ -214,7 +230,15 @@ def open_images(
         share: that training holds out.
         seed: of that division.
         labels: without them images need none.
+        labels_of: what must have labels: the whole "image", "objects" or "pixels".
     """
+    found = _open_images(spec, split, share, seed, labels)
+    if labels:
+        _check_labels_of(found, labels_of)
+    return found
+
+
+def _open_images(spec: str, split: str | None, share: float, seed: int, labels: bool) -> Source:
     if split is None:
         return open_first(spec, ("test", "val", WHOLE), labels=labels)
     try:
@@ -253,7 +277,7 @@ def limited(source: Source, count: int | None, *, balanced: bool) -> Source:
         source: the images.
         count: how many; None, or more than there are, takes all.
         balanced: one image of each class, then a second one of each, and so on; without classes
-            any. The choice is always the same.
+            any, and so where objects or pixels have them. The choice is always the same.
     """
     total = len(source)
     if count is None or count >= total:
@@ -263,7 +287,7 @@ def limited(source: Source, count: int | None, *, balanced: bool) -> Source:
     if not balanced:
         return Part(source, np.arange(count) * total // count, source.split)
     order = np.random.RandomState(0).permutation(total)
-    if source.classes is not None:
+    if source.classes is not None and IMAGE in source.labels_of:
         labels = np.array([source.label(i) for i in order.tolist()])
         by_class = np.argsort(labels, kind="stable")
         counts = np.bincount(labels)
@@ -340,17 +364,27 @@ def place(spec: Any) -> str:
         return f"the object {id(spec)}"
     spec = str(spec)
     kind, colon, location = spec.partition(":")
-    path = location if colon and kind == "folder" else spec
+    path = location if colon and kind in ("folder", "coco", "masks") else spec
     path = os.path.expanduser(path)
     return os.path.realpath(path) if os.path.isdir(path) else spec
 
 
-def _check_labels(training: Source) -> None:
-    classes, name = training.classes, training.spec
+def _check_labels(source: Source, labels_of: str) -> None:
+    classes, name = source.classes, source.spec
     if classes is None:
         raise ValueError(f"{name} has no labels, which this job needs")
-    if len(classes) < 2:
+    _check_labels_of(source, labels_of)
+    if labels_of == IMAGE and len(classes) < 2:
         raise ValueError(f"{name} has the class {classes[0]} alone: two are needed at least")
+
+
+def _check_labels_of(source: Source, labels_of: str) -> None:
+    if labels_of not in source.labels_of:
+        held, needed = (
+            " and ".join("whole images" if one == IMAGE else one for one in each)
+            for each in (source.labels_of, (labels_of,))
+        )
+        raise ValueError(f"{source.spec} has labels of {held}; this job needs labels of {needed}")
 
 
 def _check_classes(named: dict[str, Source | None]) -> None:

@@ -89,7 +89,9 @@ class Data:
         train: training images: fashion-mnist (the part that ships), fashion-mnist:FOLDER (the
             whole), folder:PATH (one subfolder for each class), torchvision:NAME:FOLDER (such as
             torchvision:CIFAR10:data), shards:PATTERN (WebDataset tar files) or hf:NAME (a data set
-            of Hugging Face). In Python also a data set of your own; so may val and test be.
+            of Hugging Face); for detection and segmentation coco:PATH (boxes and masks of objects),
+            masks:PATH (a class for each pixel) or scenes (made of fashion-mnist). In Python also a
+            data set of your own; so may val and test be.
         val: validation images, by which rates, epochs and the best weights are chosen; None uses
             the split "val" of ``train``, or holds out a part of its training images where it has
             none. "none" validates nothing, which is for pre-training.

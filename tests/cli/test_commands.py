@@ -122,5 +122,4 @@ def test_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "MIT licence" in said(capsys, "data", "fashion-mnist")
     text = said(capsys, "data", "fashion-mnist", str(tmp_path), code=2)
     assert "holds no train-images-idx3-ubyte.gz" in text
-    with pytest.raises(SystemExit):
-        main(["data", "imagenet"])
+    assert "unknown data set 'imagenet'" in said(capsys, "data", "imagenet", code=2)

@@ -187,3 +187,25 @@ def test_a_mistake_is_no_unreadable_image(workers: int) -> None:
     assert len(read(Image.DecompressionBombError("too large"))) == 1
     with pytest.raises(ValueError, match="shapes do not match"):
         read(ValueError("shapes do not match"))
+
+
+@pytest.mark.parametrize(("key", "what"), [("boxes", "objects"), ("semantic", "pixels")])
+def test_objects_and_pixels_of_a_data_set(key: str, what: str) -> None:
+    """Its own names of classes count; without any a job that needs them says so."""
+
+    class Set:
+        def __len__(self) -> int:
+            return 9
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return {"image": Image.new("RGB", (8, 8), (index, 0, 0)), key: torch.zeros(1, 4)}
+
+    with pytest.raises(ValueError, match="has no labels, which this job needs"):
+        open_splits(Set(), labels_of=what)
+    Set.classes = ["cat", "cup"]  # type: ignore[attr-defined]
+    splits = open_splits(Set(), labels_of=what)
+    assert splits.train.classes == ("cat", "cup") and splits.train.labels_of == (what,)
+    assert splits.train.pixel_classes == (("cat", "cup") if what == "pixels" else None)
+    assert splits.val is not None and key in splits.val.sample(0)
+    with pytest.raises(ValueError, match=f"has labels of {what}; this job needs labels of whole"):
+        open_splits(Set())

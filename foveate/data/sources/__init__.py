@@ -8,23 +8,39 @@ from typing import Any
 
 from foveate.core.schedule import check_choice
 from foveate.data.sources.base import SPLITS, WHOLE, NoSplit, Source
+from foveate.data.sources.coco import CocoSource, open_coco
 from foveate.data.sources.datasets import DatasetSource, describe
 from foveate.data.sources.folders import open_folder
 from foveate.data.sources.libraries import open_hf, open_torchvision
+from foveate.data.sources.maps import IGNORE, MapSource, open_maps
 from foveate.data.sources.memory import ArraySource, open_fashion_mnist
+from foveate.data.sources.scenes import (
+    Scenes,
+    SceneSource,
+    open_scenes,
+    scene_size,
+    write_scenes,
+)
 from foveate.data.sources.shards import open_shards
 from foveate.registry import suggest
 
 __all__ = [
+    "IGNORE",
     "KINDS",
     "SPLITS",
     "WHOLE",
     "ArraySource",
+    "CocoSource",
     "DatasetSource",
+    "MapSource",
     "NoSplit",
+    "SceneSource",
+    "Scenes",
     "Source",
     "open_first",
     "open_source",
+    "scene_size",
+    "write_scenes",
 ]
 
 # Each takes the spec, the location in it ("" if none), the split and whether labels are needed.
@@ -34,6 +50,9 @@ _OPEN: dict[str, Callable[[str, str, str, bool], Source]] = {
     "torchvision": open_torchvision,
     "shards": open_shards,
     "hf": open_hf,
+    "coco": open_coco,
+    "masks": open_maps,
+    "scenes": open_scenes,
 }
 KINDS = {
     "fashion-mnist": "the part that ships; fashion-mnist:FOLDER is the whole",
@@ -41,7 +60,11 @@ KINDS = {
     "torchvision": "torchvision:NAME:FOLDER, a class of torchvision.datasets and its files",
     "shards": "shards:PATTERN, WebDataset tar files such as data/{split}-{000..012}.tar",
     "hf": "hf:NAME or hf:PATH, a Hugging Face data set",
+    "coco": "coco:PATH or coco:FILE.json:FOLDER, objects with boxes and masks, as COCO has them",
+    "masks": "masks:PATH or masks:IMAGES:MAPS, a class for each pixel; [zero=ignore] for ADE20K",
+    "scenes": "scenes or scenes:size=96,train=2000, garments on clutter, made without files",
 }
+_WITHOUT_A_PLACE = ("fashion-mnist", "scenes")
 
 
 def open_source(spec: Any, split: str = "train", *, labels: bool = True) -> Source:
@@ -63,7 +86,7 @@ def open_source(spec: Any, split: str = "train", *, labels: bool = True) -> Sour
     kind, colon, location = spec.partition(":")
     if kind not in _OPEN:
         return _OPEN["folder"](spec, _existing(spec, kind), split, labels)
-    if not location and (colon or kind != "fashion-mnist"):
+    if not location and (colon or kind not in _WITHOUT_A_PLACE):
         raise ValueError(f"{spec!r} names no place: {KINDS[kind]}")
     return _OPEN[kind](spec, location, split, labels)
 

@@ -4,21 +4,54 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["NAMES", "NO_LABEL", "SPLITS", "WHOLE", "NoSplit", "PackedNames", "Source"]
+from foveate.data.images import Unreadable
+
+__all__ = [
+    "IMAGE",
+    "NAMES",
+    "NO_LABEL",
+    "OBJECTS",
+    "PIXELS",
+    "SPLITS",
+    "WHOLE",
+    "FileSource",
+    "NoSplit",
+    "PackedNames",
+    "Source",
+    "check_cut",
+    "read_names",
+]
 
 WHOLE = "all"  # the one split of a set that is not cut into any
 SPLITS = ("train", "val", "test", WHOLE)
 # What others call the splits, the best name first.
 NAMES = {"train": ("train",), "val": ("val", "validation", "valid", "dev"), "test": ("test",)}
 NO_LABEL = -1
+IMAGE, OBJECTS, PIXELS = "image", "objects", "pixels"  # what may have labels
 
 
 class NoSplit(ValueError):
     """A set has no such split; its message says which it has."""
+
+
+def check_cut(spec: str, location: str, split: str) -> None:
+    """Raise ``NoSplit`` where a location with ``{split}`` is one set, or one without is cut."""
+    if ("{split}" in location) == (split == WHOLE):
+        which = "is cut by its {split}" if split == WHOLE else "has no {split} in it: it is one set"
+        raise NoSplit(f"{spec} {which}, so there is no split {split!r}")
+
+
+def read_names(path: Path) -> tuple[str, ...] | None:
+    """Read the names of classes, one a line; None where there is no such file."""
+    if not path.is_file():
+        return None
+    lines = path.read_text(encoding="utf-8").rstrip().split("\n")
+    return tuple(line.strip() for line in lines)
 
 
 class Source:
@@ -30,6 +63,10 @@ class Source:
         classes: names in the order of the labels; None where there are no labels.
         channels: of the images, 1 or 3.
         finished: whether images are tensors that a transform of their own has prepared.
+        labels_of: what has labels: the whole "image", "objects" (boxes, perhaps masks) or "pixels"
+            (a map of classes); a set may have several.
+        pixel_classes: names of the classes in a map, where it has other ones than the objects.
+        category_ids: numbers of the classes in a COCO file, in the order of ``classes``.
     """
 
     spec: str
@@ -37,6 +74,9 @@ class Source:
     classes: tuple[str, ...] | None
     channels: int
     finished: bool = False
+    labels_of: tuple[str, ...] = (IMAGE,)
+    pixel_classes: tuple[str, ...] | None = None
+    category_ids: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -68,6 +108,37 @@ class Source:
     def sizes(self) -> np.ndarray | None:
         """Give the bytes of each image's content; None where only reading them tells."""
         return None
+
+    def boxes_only(self) -> Source:
+        """Give the same images without the masks of their objects, which take time to decode."""
+        return self
+
+    def class_counts(self) -> np.ndarray:
+        """Count the images of each class, or the objects, or else the pixels."""
+        assert self.classes is not None
+        labels = np.array([self.label(index) for index in range(len(self))])
+        return np.bincount(labels, minlength=len(self.classes))
+
+
+class FileSource(Source):
+    """Images that are a file each, named in ``files``; their name and content are the file's."""
+
+    files: PackedNames
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        return self.files[index]
+
+    def content(self, index: int) -> bytes:
+        try:
+            return Path(self.files[index]).read_bytes()
+        except OSError as error:
+            raise Unreadable(f"{self.files[index]}: {error.strerror}") from error
+
+    def sizes(self) -> np.ndarray:
+        return np.array([os.path.getsize(self.files[i]) for i in range(len(self))])
 
 
 class PackedNames:

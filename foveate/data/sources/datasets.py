@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foveate.data.images import Unreadable, to_rgb
 from foveate.data.seeds import seeded
-from foveate.data.sources.base import NO_LABEL, Source
+from foveate.data.sources.base import IMAGE, NO_LABEL, OBJECTS, PIXELS, Source
 
 __all__ = ["DatasetSource", "describe"]
 
@@ -58,6 +58,12 @@ class DatasetSource(Source):
         if "label" in first:
             self._labels, named = self._read_labels()
             self.classes = self._names(named)
+        elif labels and {"boxes", "semantic"} & set(first):
+            keys = {"boxes": OBJECTS, "semantic": PIXELS}
+            self.labels_of = tuple(what for key, what in keys.items() if key in first)
+            names = getattr(dataset, "classes", None)
+            self.classes = tuple(map(str, names)) if names else None
+            self.pixel_classes = None if "boxes" in first else self.classes
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -88,7 +94,9 @@ class DatasetSource(Source):
         return found
 
     def label(self, index: int) -> int:
-        return NO_LABEL if self.classes is None else int(self._labels[index])
+        if self.classes is None or IMAGE not in self.labels_of:
+            return NO_LABEL
+        return int(self._labels[index])
 
     def content(self, index: int) -> bytes:
         with seeded((0, index)):  # a transform of its own may be random

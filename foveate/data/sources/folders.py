@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from foveate.data.images import SUFFIXES, Unreadable, find_images, read_image
-from foveate.data.sources.base import NAMES, NO_LABEL, WHOLE, NoSplit, PackedNames, Source
+from foveate.data.images import SUFFIXES, find_images, read_image
+from foveate.data.sources.base import NAMES, NO_LABEL, WHOLE, FileSource, NoSplit, PackedNames
 
 __all__ = ["FolderSource", "open_folder"]
 
@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class FolderSource(Source):
+class FolderSource(FileSource):
     """Image files of one split; see ``Source``."""
 
     spec: str
@@ -29,26 +29,11 @@ class FolderSource(Source):
     classes: tuple[str, ...] | None
     channels: int = 3
 
-    def __len__(self) -> int:
-        return len(self.files)
-
     def image(self, index: int) -> Image.Image:
         return read_image(self.files[index])
 
     def label(self, index: int) -> int:
         return NO_LABEL if self.labels is None else int(self.labels[index])
-
-    def name(self, index: int) -> str:
-        return self.files[index]
-
-    def content(self, index: int) -> bytes:
-        try:
-            return Path(self.files[index]).read_bytes()
-        except OSError as error:
-            raise Unreadable(f"{self.files[index]}: {error.strerror}") from error
-
-    def sizes(self) -> np.ndarray:
-        return np.array([os.path.getsize(self.files[i]) for i in range(len(self))])
 
 
 def open_folder(spec: str, location: str, split: str, labels: bool) -> FolderSource:

@@ -24,7 +24,16 @@ import numpy as np
 from PIL import Image
 
 from foveate.data.images import SUFFIXES, Unreadable, decode_image
-from foveate.data.sources.base import NO_LABEL, SPLITS, WHOLE, NoSplit, PackedNames, Source
+from foveate.data.sources.base import (
+    NO_LABEL,
+    SPLITS,
+    WHOLE,
+    NoSplit,
+    PackedNames,
+    Source,
+    check_cut,
+    read_names,
+)
 
 __all__ = ["ShardSource", "open_shards"]
 
@@ -115,9 +124,7 @@ def open_shards(spec: str, location: str, split: str, labels: bool) -> ShardSour
     shards names the classes, one a line; else there are as many as the highest label says, so
     that a split without the last class seems to have fewer.
     """
-    if ("{split}" in location) == (split == WHOLE):
-        which = "is cut by its {split}" if split == WHOLE else "has no {split} in it: it is one set"
-        raise NoSplit(f"{spec} {which}, so there is no split {split!r}")
+    check_cut(spec, location, split)
     try:
         paths = _shards(location.replace("{split}", split))
     except ValueError as error:
@@ -276,12 +283,10 @@ def _classes(
 ) -> tuple[str, ...]:
     listed = Path(paths[0]).parent / "classes.txt"
     highest = max(range(len(labels)), key=labels.__getitem__)
-    if not listed.is_file():
+    classes = read_names(listed)
+    if classes is None:
         return tuple(map(str, range(labels[highest] + 1)))
-    classes = tuple(listed.read_text(encoding="utf-8").split("\n"))
-    while classes and not classes[-1].strip():
-        classes = classes[:-1]
     if labels[highest] >= len(classes):
         where = f"{paths[places[highest][0]]}: {keys[highest]}"
         raise ValueError(f"{where} has the label {labels[highest]}, {listed} {len(classes)} names")
-    return tuple(name.strip() for name in classes)
+    return classes

@@ -1,0 +1,395 @@
+"""Scores of detectors and segmenters, and predictions as COCO files.
+
+Average precision is pycocotools' own, so that it is the number of published tables. Masks are kept
+as run lengths, and processes bring together what they saw before anything is computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassJaccardIndex
+
+from foveate.core.schedule import check_choice
+from foveate.data import IGNORE, Source
+from foveate.data.rle import encode
+from foveate.files import write_text
+
+__all__ = ["AveragePrecision", "MeanIoU", "Scores", "coco_predictions", "write_predictions"]
+
+_IOU = {"box": "bbox", "mask": "segm"}
+_MOST = 100  # detections of an image that count
+# What pycocotools calls small, medium and large: below 32 x 32 pixels, below 96 x 96, the others.
+_AREAS = ("all", "small", "medium", "large")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Average precision in 0..1; NaN where there is no object that counts.
+
+    Attributes:
+        ap: over overlaps from 0.5 to 0.95.
+        ap50: at an overlap of 0.5.
+        ap75: at an overlap of 0.75.
+        small: ``ap`` of objects below 32 x 32 pixels.
+        medium: ``ap`` of those below 96 x 96.
+        large: ``ap`` of the others.
+        recall: average recall with 100 detections an image.
+        per_class: ``ap`` of each class.
+        images: number of images.
+        objects: number of objects that count, those of crowds aside.
+    """
+
+    ap: float
+    ap50: float
+    ap75: float
+    small: float
+    medium: float
+    large: float
+    recall: float
+    per_class: tuple[float, ...]
+    images: int
+    objects: int
+
+    def sentence(self) -> str:
+        """Say the scores in one line."""
+        if not self.objects:
+            return f"no objects in {self.images} images, so there is no average precision"
+        sizes = ", ".join(
+            f"{name} {100 * value:.1f}" if value == value else f"{name} no objects"
+            for name in _AREAS[1:]
+            for value in (getattr(self, name),)
+        )
+        return (
+            f"AP {100 * self.ap:.1f}, AP50 {100 * self.ap50:.1f}, AP75 {100 * self.ap75:.1f} "
+            f"({sizes}) of {self.objects} objects in {self.images} images"
+        )
+
+
+class AveragePrecision(Metric):
+    """COCO's average precision over a data set, 0..1; NaN where it has no objects.
+
+    After ``compute``, ``scores`` has it by size and by class.
+
+    Args:
+        kind: "box" or "mask".
+        classes: how many there are.
+    """
+
+    is_differentiable: bool = False
+    higher_is_better: bool = True
+    full_state_update: bool = False
+
+    images: list[Tensor]
+    found: list[Tensor]
+    found_runs: list[Tensor]
+    true: list[Tensor]
+    true_runs: list[Tensor]
+
+    def __init__(self, kind: str, classes: int, **options: Any) -> None:
+        super().__init__(**options)
+        check_choice("kind", kind, [*_IOU])
+        self.kind, self.classes = kind, classes
+        self.scores: Scores | None = None
+        # Columns of images: id, height, width; of found: image, class, score, box, bytes of the
+        # mask; of true: image, class, crowd, area, box, bytes of the mask.
+        for name in ("images", "found", "found_runs", "true", "true_runs"):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
+
+    def update(
+        self, predictions: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Count images.
+
+        Args:
+            predictions: of each image "boxes" ``[n, 4]`` (left, top, right, bottom), "scores"
+                ``[n]``, "labels" ``[n]`` from 0, and for masks "masks" ``[n, H, W]`` or
+                ``[n, 1, H, W]``, of which 0.5 and more counts.
+            targets: the same in the same pixels, with "image_id", and "iscrowd" and "area" where
+                they are known; as sources give them.
+        """
+        if len(predictions) != len(targets):
+            raise ValueError(
+                f"{len(predictions)} predictions were given for {len(targets)} images with targets"
+            )
+        for prediction, target in zip(predictions, targets, strict=True):
+            self._add(prediction, target)
+
+    def _add(self, prediction: Mapping[str, Any], target: Mapping[str, Any]) -> None:
+        needed = {"image_id", "boxes", "labels"} | ({"masks"} if self.kind == "mask" else set())
+        for missing in sorted(needed - set(target)):
+            raise ValueError(
+                f"a target has no {missing!r}, which the average precision of a {self.kind} needs; "
+                f"it has {', '.join(target)}"
+            )
+        number = float(int(target["image_id"]))
+        boxes, labels = _numbers(target["boxes"]).reshape(-1, 4), _numbers(target["labels"])
+        scores, classes = _numbers(prediction["scores"]), _numbers(prediction["labels"])
+        for which, given in (("predicted", classes), ("target", labels)):
+            if len(given) and not 0 <= given.min() <= given.max() < self.classes:
+                wrong = given.min() if given.min() < 0 else given.max()
+                raise ValueError(
+                    f"image {number:.0f} has the {which} class {wrong:.0f}; classes lie in "
+                    f"0..{self.classes - 1}"
+                )
+        extent = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+        area = _numbers(target["area"]) if "area" in target else extent
+        crowd = _numbers(target.get("iscrowd", torch.zeros(len(labels))))
+        # The best a class: what is behind them never counts, and an untrained detector gives many.
+        order = np.argsort(-scores, kind="stable")
+        rank = np.empty(len(order), dtype=int)
+        for label in np.unique(classes):
+            of_label = order[classes[order] == label]
+            rank[of_label] = np.arange(len(of_label))
+        best = np.sort(np.flatnonzero(rank < _MOST))
+        scores, classes = scores[best], classes[best]
+        found_boxes = _numbers(prediction["boxes"]).reshape(-1, 4)[best]
+        true_masks, found_masks = [b""] * len(labels), [b""] * len(scores)
+        if self.kind == "mask":
+            true_masks = _runs(target["masks"])
+            found_masks = _runs(prediction["masks"][torch.from_numpy(best)])
+            if "area" not in target:
+                area = _numbers(target["masks"].flatten(1).sum(1))
+        size = _size(target)
+        self.images.append(torch.tensor([[number, *size]], dtype=torch.float64))
+        self.found.append(_table(number, classes, scores, found_boxes, found_masks))
+        self.found_runs.append(_bytes(found_masks))
+        self.true.append(_table(number, labels, crowd, area, boxes, true_masks))
+        self.true_runs.append(_bytes(true_masks))
+
+    def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
+        """Bring together what the processes saw, however many images that were."""
+        mine = {name: [one.cpu() for one in getattr(self, name)] for name in self._defaults}
+        every: list[Any] = [None] * torch.distributed.get_world_size(process_group)
+        torch.distributed.all_gather_object(every, mine, group=process_group)
+        for name in self._defaults:
+            setattr(self, name, [one for other in every for one in other[name]])
+
+    def compute(self) -> Tensor:
+        """Compute the average precision, and ``scores`` with it."""
+        self.scores = self._scores()
+        return torch.tensor(self.scores.ap, dtype=torch.float64)
+
+    def _scores(self) -> Scores:
+        nothing = torch.zeros(0, 3)
+        images = _joined(self.images, nothing)
+        _, first = np.unique(images[:, 0], return_index=True)
+        if len(first) < len(images):
+            twice = images[np.setdiff1d(np.arange(len(images)), first)[0], 0]
+            raise ValueError(f"image {twice:.0f} was counted twice: ids of images must differ")
+        true = _joined(self.true, torch.zeros(0, 9))
+        found = _joined(self.found, torch.zeros(0, 8))
+        objects = int((true[:, 2] == 0).sum()) if len(true) else 0
+        if not objects:
+            nan = float("nan")
+            return Scores(*(nan,) * 7, (nan,) * self.classes, len(images), 0)
+        sizes = {int(number): (int(h), int(w)) for number, h, w in images.tolist()}
+        truth = _annotations(true, self.true_runs, sizes)
+        for annotation, crowd, area in zip(
+            truth, true[:, 2].tolist(), true[:, 3].tolist(), strict=True
+        ):
+            annotation |= {"iscrowd": int(crowd), "area": area}
+        guesses = _annotations(found, self.found_runs, sizes)
+        for annotation, score in zip(guesses, found[:, 2].tolist(), strict=True):
+            annotation |= {"score": score, "iscrowd": 0}
+            if self.kind == "mask":
+                annotation["area"] = _area(annotation["segmentation"])
+            else:
+                annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
+        precision, recall = _evaluated(self.kind, self.classes, sizes, truth, guesses)
+        # precision: overlap, recall, class, size; recall: overlap, class, size.
+        return Scores(
+            ap=_mean(precision[..., 0]),
+            ap50=_mean(precision[0, ..., 0]),
+            ap75=_mean(precision[5, ..., 0]),
+            small=_mean(precision[..., 1]),
+            medium=_mean(precision[..., 2]),
+            large=_mean(precision[..., 3]),
+            recall=_mean(recall[..., 0]),
+            per_class=tuple(_mean(precision[:, :, c, 0]) for c in range(self.classes)),
+            images=len(images),
+            objects=objects,
+        )
+
+
+def _numbers(values: Any) -> np.ndarray:
+    tensor = values.as_subclass(Tensor) if isinstance(values, Tensor) else torch.as_tensor(values)
+    found: np.ndarray = tensor.detach().cpu().double().numpy()
+    return found
+
+
+def _runs(masks: Any) -> list[bytes]:
+    """Run lengths of masks ``[n, H, W]`` or ``[n, 1, H, W]``; floats are cut at one half."""
+    masks = masks.as_subclass(Tensor).detach().cpu()
+    if masks.ndim == 4:
+        masks = masks[:, 0]
+    masks = masks >= 0.5 if masks.is_floating_point() else masks > 0
+    return encode(masks.numpy())
+
+
+def _size(target: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of the targets' pixels; 0 where only boxes are known."""
+    if "masks" in target:
+        height, width = target["masks"].shape[-2:]
+        return int(height), int(width)
+    return 0, 0
+
+
+def _table(number: float, *columns: Any) -> Tensor:
+    """One row an object: the image, what the columns say, and the bytes of its mask."""
+    *values, masks = columns
+    rows = len(masks)
+    parts = [np.full((rows, 1), number)]
+    parts += [one if one.ndim == 2 else one[:, None] for one in values]
+    lengths = np.array([len(mask) for mask in masks], dtype=np.float64)[:, None]
+    return torch.from_numpy(np.concatenate([*parts, lengths], axis=1))
+
+
+def _bytes(parts: Sequence[bytes]) -> Tensor:
+    return torch.from_numpy(np.frombuffer(b"".join(parts), dtype=np.uint8).copy())
+
+
+def _joined(parts: Any, empty: Tensor) -> np.ndarray:
+    parts = [parts] if isinstance(parts, Tensor) else list(parts)
+    found: np.ndarray = torch.cat([one.cpu() for one in parts] or [empty]).numpy()
+    return found
+
+
+def _annotations(
+    rows: np.ndarray, runs: Any, sizes: Mapping[int, tuple[int, int]]
+) -> list[dict[str, Any]]:
+    """What pycocotools takes of objects. Ids begin with 1: it takes 0 for "no match"."""
+    content = _joined(runs, torch.zeros(0, dtype=torch.uint8)).tobytes()
+    end, made = 0, []
+    for own, row in enumerate(rows.tolist(), 1):
+        start, end = end, end + int(row[-1])
+        left, top, right, bottom = row[-5:-1]
+        image = int(row[0])
+        one: dict[str, Any] = {"id": own, "image_id": image, "category_id": int(row[1])}
+        one["bbox"] = [left, top, right - left, bottom - top]
+        if end > start:
+            one["segmentation"] = {"size": list(sizes[image]), "counts": content[start:end]}
+        made.append(one)
+    return made
+
+
+def _area(runs: dict[str, Any]) -> float:
+    from pycocotools import mask
+
+    return float(mask.area(runs))
+
+
+def _evaluated(
+    kind: str,
+    classes: int,
+    sizes: Mapping[int, tuple[int, int]],
+    truth: list[dict[str, Any]],
+    guesses: list[dict[str, Any]],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Precision ``[overlaps, recalls, classes, sizes]`` and recall ``[overlaps, classes, sizes]``.
+
+    -1 stands for classes and sizes without an object.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    with contextlib.redirect_stdout(io.StringIO()):  # the library prints how far it is
+        sides = []
+        for annotations in (truth, guesses):
+            side = COCO()
+            side.dataset = {
+                "images": [{"id": i, "height": h, "width": w} for i, (h, w) in sizes.items()],
+                "annotations": annotations,
+                "categories": [{"id": one} for one in range(classes)],
+            }
+            side.createIndex()
+            sides.append(side)
+        evaluation = COCOeval(*sides, iouType=_IOU[kind])
+        evaluation.params.imgIds = sorted(sizes)
+        evaluation.params.maxDets = [1, 10, _MOST]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return evaluation.eval["precision"][..., -1], evaluation.eval["recall"][..., -1]
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[values > -1]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+class MeanIoU(MulticlassJaccardIndex):
+    """Mean over classes of intersection over union, each over the whole data set, 0..1.
+
+    A class that neither the maps nor the answers have does not count; NaN where no pixel does.
+    After ``compute``, ``per_class`` has each class, NaN for one that does not occur.
+
+    Args:
+        classes: how many there are.
+        ignore: number of pixels of no class.
+    """
+
+    def __init__(self, classes: int, ignore: int = IGNORE, **options: Any) -> None:
+        super().__init__(
+            classes, average="none", ignore_index=ignore, validate_args=False, **options
+        )
+        self.per_class: tuple[float, ...] = ()
+
+    def compute(self) -> Tensor:
+        """Compute the mean."""
+        counts = self.confmat.double()
+        both = counts.diagonal()
+        union = counts.sum(0) + counts.sum(1) - both
+        each = both / union  # NaN where a class does not occur
+        self.per_class = tuple(each.tolist())
+        return each.nanmean()
+
+
+def coco_predictions(
+    predictions: Sequence[Mapping[str, Any]], category_ids: Sequence[int] | None
+) -> list[dict[str, Any]]:
+    """Turn predictions into what COCO's tools and servers take.
+
+    Args:
+        predictions: of each image "image_id", "boxes", "scores", "labels" and perhaps "masks", as
+            ``AveragePrecision`` takes them.
+        category_ids: of the data set, ``source.category_ids``; None where labels are the ids.
+    """
+    made = []
+    for prediction in predictions:
+        boxes, scores = _numbers(prediction["boxes"]), _numbers(prediction["scores"])
+        labels = _numbers(prediction["labels"]).astype(int).tolist()
+        masks = prediction.get("masks")
+        runs = [] if masks is None else _runs(masks)
+        for i, (label, score) in enumerate(zip(labels, scores.tolist(), strict=True)):
+            if category_ids is not None and not 0 <= label < len(category_ids):
+                raise ValueError(
+                    f"image {prediction['image_id']} has the predicted class {label}; the data "
+                    f"have {len(category_ids)}, counted from 0"
+                )
+            left, top, right, bottom = (round(float(side), 2) for side in boxes[i])
+            one: dict[str, Any] = {
+                "image_id": int(prediction["image_id"]),
+                "category_id": label if category_ids is None else int(category_ids[label]),
+                "bbox": [left, top, round(right - left, 2), round(bottom - top, 2)],
+                "score": round(score, 5),
+            }
+            if masks is not None:
+                size = [int(side) for side in masks.shape[-2:]]
+                one["segmentation"] = {"size": size, "counts": runs[i].decode("ascii")}
+            made.append(one)
+    return made
+
+
+def write_predictions(path: Path, predictions: Sequence[Mapping[str, Any]], source: Source) -> None:
+    """Write predictions as a COCO result file, with the ids of the data set."""
+    write_text(path, json.dumps(coco_predictions(predictions, source.category_ids)))
