@@ -29,13 +29,14 @@ class Levels:
     Attributes:
         scales: cells a patch, by level.
         shapes: rows and columns of each map.
-        extent: columns and rows of each image that are real, ``[B or 1, levels, 2]``.
+        extent: columns and rows of each level that are real: two numbers, or two ``[B]`` where
+            images differ.
         positions: where in the canvas the middle of each cell is, in patches: ``[S, 2]``, x first.
     """
 
     scales: tuple[float, ...]
     shapes: tuple[tuple[int, int], ...]
-    extent: Tensor
+    extent: tuple[tuple[int | Tensor, int | Tensor], ...]
     positions: Tensor
 
     @classmethod
@@ -46,9 +47,12 @@ class Levels:
         device = canvas.images.device
         shapes = tuple(canvas.cells(scale) if grid is None else grid for scale in scales)
         grids = (canvas.grid,) if canvas.whole else canvas.grids
-        extent = torch.tensor(
-            [[(math.ceil(w * s), math.ceil(h * s)) for s in scales] for h, w in grids],
-            device=device,
+        extent = tuple(
+            (
+                _common([math.ceil(w * scale) for _, w in grids], device),
+                _common([math.ceil(h * scale) for h, _ in grids], device),
+            )
+            for scale in scales
         )
         middles = []
         for (rows, columns), scale in zip(shapes, scales, strict=True):
@@ -62,6 +66,16 @@ class Levels:
     def lengths(self) -> list[int]:
         """Cells of each level."""
         return [rows * columns for rows, columns in self.shapes]
+
+    @property
+    def columns(self) -> list[int]:
+        """Columns of each level."""
+        return [columns for _, columns in self.shapes]
+
+
+def _common(numbers: list[int], device: torch.device) -> int | Tensor:
+    """Return one number where all are equal, else a tensor of all of them."""
+    return numbers[0] if len(set(numbers)) == 1 else torch.tensor(numbers, device=device)
 
 
 def sample_points(value: Tensor, levels: Levels, points: Tensor, weights: Tensor) -> Tensor:
@@ -77,39 +91,47 @@ def sample_points(value: Tensor, levels: Levels, points: Tensor, weights: Tensor
         weights: weight of each sample, ``[B, Q, heads, levels, points]``.
     """
     batch, cells, heads, width = value.shape
-    queries = points.shape[1]
     points, weights = _precise(points), _precise(weights)
-    corner = points.detach().floor()
-    fraction = points - corner
-    rows = batch * cells * heads
-    first = corner.to(torch.int32 if rows < 2**31 else torch.int64)
-    index = torch.stack([first, first + 1], -1)  # [B, Q, heads, levels, points, 2 (x, y), 2]
-    extent = levels.extent[:, None, None, :, None, :, None].to(first.dtype)
-    inside = (index >= 0) & (index < extent)
-    part_x, part_y = (torch.stack([1 - fraction, fraction], -1) * inside).unbind(-2)
-    x, y = index.clamp_min(0).minimum(extent - 1).unbind(-2)
+    table = value.reshape(batch * cells * heads, width)
+    kind = torch.int32 if len(table) < 2**31 else torch.int64
+    image = torch.arange(batch, device=value.device, dtype=kind).view(-1, 1, 1, 1, 1, 1) * cells
+    head = torch.arange(heads, device=value.device, dtype=kind).view(-1, 1, 1, 1)
+    total: Tensor | None = None
+    start = 0
+    for level, (length, columns) in enumerate(zip(levels.lengths, levels.columns, strict=True)):
+        x, y = points[:, :, :, level].unbind(-1)  # [B, Q, heads, points]
+        extent = levels.extent[level]
+        x, part_x = _corners(x, extent[0])
+        y, part_y = _corners(y, extent[1])
+        cell = (y * columns)[..., :, None] + x[..., None, :]  # [..., points, 2 (y), 2 (x)]
+        first = (image + start) * heads + head
+        row = torch.add(first, cell.to(kind), alpha=heads)
+        share = weights[:, :, :, level, :, None] * part_y
+        share = share[..., :, None] * part_x[..., None, :]
+        bags = row.flatten(0, 2).flatten(1)
+        found = F.embedding_bag(
+            bags, table, mode="sum", per_sample_weights=share.reshape(bags.shape).to(table.dtype)
+        )
+        total = found if total is None else total + found
+        start += length
+    assert total is not None
+    return total.view(batch, -1, heads, width)
 
-    def constant(values: list[int] | range) -> Tensor:
-        return torch.tensor(values, dtype=first.dtype, device=value.device)
 
-    lengths = levels.lengths
-    starts = constant([sum(lengths[:n]) for n in range(len(lengths))])
-    columns = constant([shape[1] for shape in levels.shapes])
-    image = constant(range(batch))[:, None, None, None, None, None] * cells
-    down = image + starts[:, None, None] + y * columns[:, None, None]
-    cell = down[..., :, None] + x[..., None, :]  # [B, Q, heads, levels, points, 2 (y), 2 (x)]
-    row = cell * heads + constant(range(heads))[:, None, None, None, None]
-    share = weights[..., None, None] * part_y[..., :, None] * part_x[..., None, :]
+def _corners(places: Tensor, extent: int | Tensor) -> tuple[Tensor, Tensor]:
+    """Return the two cells around each place on a line, and how much of each is read.
 
-    table = value.reshape(rows, width)
-    bags = batch * queries * heads
-    out = F.embedding_bag(
-        row.view(bags, -1),
-        table,
-        mode="sum",
-        per_sample_weights=share.reshape(bags, -1).to(table.dtype),
-    )
-    return out.view(batch, queries, heads, width)
+    Both are ``[..., 2]``. Cells outside ``extent`` are moved inside and not read. Coordinates stay
+    floats, which are exact here and faster on a CPU.
+    """
+    low = places.detach().floor()
+    cells = torch.stack([low, low + 1], -1)
+    if isinstance(extent, int):
+        inside = cells.clamp(0, extent - 1)
+    else:
+        inside = cells.clamp_min(0).minimum(extent.view(-1, 1, 1, 1, 1) - 1)
+    fraction = places - low
+    return inside, torch.stack([1 - fraction, fraction], -1) * (cells == inside)
 
 
 def _precise(values: Tensor) -> Tensor:
