@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,35 @@ from foveate.core.budget import solve_budget
 from foveate.core.evaluation import evaluating
 from foveate.registry import make, method_class, parse
 
-__all__ = ["apply", "check_driven", "unwrap"]
+__all__ = ["TakesMethod", "apply", "check_driven", "unwrap"]
 
 _log = logging.getLogger(__name__)
+_Host = TypeVar("_Host", bound="TakesMethod")
 
 
+class TakesMethod(Protocol):
+    """A model around a ViT, such as a detector, that a method can be applied to."""
+
+    def with_method(self: _Host, drive: Callable[[nn.Module], ReducedViT]) -> _Host:
+        """Return the same model, sharing all weights, with its ViT driven by what ``drive`` gives.
+
+        Args:
+            drive: gets the plain ViT and returns it with a method.
+        """
+
+
+@overload
+def apply(
+    model: _Host,
+    method: str | Reducer | type[Reducer],
+    *,
+    budget: str | None = None,
+    check: bool = True,
+    **options: Any,
+) -> _Host: ...
+
+
+@overload
 def apply(
     model: nn.Module,
     method: str | Reducer | type[Reducer],
@@ -28,11 +52,22 @@ def apply(
     budget: str | None = None,
     check: bool = True,
     **options: Any,
-) -> ReducedViT:
+) -> ReducedViT: ...
+
+
+def apply(
+    model: Any,
+    method: str | Reducer | type[Reducer],
+    *,
+    budget: str | None = None,
+    check: bool = True,
+    **options: Any,
+) -> Any:
     """Run a vision transformer with a reduction method. The model itself is untouched.
 
     Args:
-        model: a plain ViT of a supported family; its weights are shared, not copied.
+        model: a plain ViT of a supported family, or a model around one that takes a method (a dense
+            backbone, a detector, a segmenter); its weights are shared, not copied.
         method: a name with options as keywords (``"evit", keep=0.7``), a string
             (``"evit(keep=0.7)"``, ``"evit + tome(r=4, blocks=[11])"``), a class or an instance.
         budget: solve the method's rate (keep, r or K) so that an image of the model's own size
@@ -43,6 +78,10 @@ def apply(
     """
     if isinstance(model, ReducedViT):
         raise ValueError("the model is reduced already; foveate.unwrap() it first")
+    if hasattr(model, "with_method"):
+        return model.with_method(
+            lambda vit: apply(vit, method, budget=budget, check=check, **options)
+        )
     reducer = _reducer(method, options)
     backbone = backbone_for(model)
     if backbone.needs_every_token:
@@ -126,8 +165,10 @@ def _check_registered(method: type[Reducer]) -> None:
         )
 
 
-def unwrap(model: ReducedViT) -> nn.Module:
-    """Return the model that was given to ``apply``."""
+def unwrap(model: Any) -> nn.Module:
+    """Return the model that was given to ``apply``; a model around a ViT runs dense again."""
+    if hasattr(model, "with_method") and not isinstance(model, ReducedViT):
+        return model.with_method(lambda vit: dense(backbone_for(vit)))
     return _reduced(model).vit
 
 

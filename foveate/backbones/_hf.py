@@ -68,7 +68,7 @@ class ReducedHf(ReducedViT):
 
     def forward(
         self,
-        pixel_values: Tensor,
+        pixel_values: Tensor | Sequence[Tensor],
         keep_mask: Tensor | None = None,
         *,
         labels: Tensor | None = None,

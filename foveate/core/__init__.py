@@ -7,7 +7,7 @@ from foveate.core.context import Context
 from foveate.core.cost import linear_cost
 from foveate.core.driver import ReducedViT, dense
 from foveate.core.gated import GatedReducer
-from foveate.core.gates import decide
+from foveate.core.gates import decide, shift_odds
 from foveate.core.layout import Layout
 from foveate.core.reducer import Match, MatchReducer, Reducer, ScoreReducer
 from foveate.core.schedule import (
@@ -19,7 +19,8 @@ from foveate.core.schedule import (
 )
 from foveate.core.selection import Selection
 from foveate.core.tokens import TokenState
-from foveate.core.trace import BlockTrace, Outcome, Trace
+from foveate.core.trace import BlockTrace, Outcome, Recorder, Trace
+from foveate.core.windows import Windows
 
 __all__ = [
     "AttentionReader",
@@ -35,6 +36,7 @@ __all__ = [
     "Match",
     "MatchReducer",
     "Outcome",
+    "Recorder",
     "ReducedViT",
     "Reducer",
     "Schedule",
@@ -42,6 +44,7 @@ __all__ = [
     "Selection",
     "TokenState",
     "Trace",
+    "Windows",
     "attend",
     "check_blocks",
     "check_choice",
@@ -51,5 +54,6 @@ __all__ = [
     "linear_cost",
     "pool_mask",
     "pool_tokens",
+    "shift_odds",
     "stage_blocks",
 ]

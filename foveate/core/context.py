@@ -22,7 +22,10 @@ class Context:
         training: whether the reduced model was in training mode.
         mask: patches that take part at all, ``[B, H*W]`` bool; None means all of them.
         original: how many patches each image starts with; None means the whole grid.
-        rotary: table of rotary positions (see ``Embedded``), or None.
+        rotary: table of rotary positions (see ``Embedded``), or None. Where images differ in size
+            it holds a table for each of them, one after another.
+        grids: rows and columns of each image's own grid, which is all that takes part of it; None
+            where all fill the common grid or a keep mask chose the patches.
     """
 
     prefix: int
@@ -32,6 +35,7 @@ class Context:
     mask: Tensor | None = None
     original: tuple[int, ...] | None = None
     rotary: Tensor | None = None
+    grids: tuple[tuple[int, int], ...] | None = None
 
     @property
     def patches(self) -> int:

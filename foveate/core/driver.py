@@ -10,7 +10,7 @@ patched, subclassed or copied; its weights are shared.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from foveate.core.attention import AttentionReader, Heads, attend
-from foveate.core.backbone import Backbone
+from foveate.core.backbone import Backbone, Embedded
 from foveate.core.context import MODES, Context
+from foveate.core.embedding import embed_images, own_patches
 from foveate.core.gates import DECISIONS
 from foveate.core.hooks import call_with_hooks, check_sharding, has_hooks
 from foveate.core.host import HostedModel
@@ -27,7 +28,8 @@ from foveate.core.layout import Layout
 from foveate.core.reducer import Reducer
 from foveate.core.schedule import check_choice
 from foveate.core.tokens import TokenState
-from foveate.core.trace import BlockTrace, Outcome, Trace
+from foveate.core.trace import Outcome, Recorder, Trace
+from foveate.core.windows import Windows
 
 __all__ = ["ReducedViT", "dense"]
 
@@ -47,7 +49,10 @@ class ReducedViT(HostedModel):
             trains, gathered when all images have one count, packed otherwise.
         gate: how gates decide: "sample", "argmax", "topk", or None for the method's own way:
             sampling while it trains masked, its deterministic rule otherwise.
+        windows: attention inside windows, for the dense model alone; None is global attention.
     """
+
+    windows: Windows | None = None
 
     def __init__(self, backbone: Backbone, reducer: Reducer) -> None:
         super().__init__()
@@ -128,34 +133,59 @@ class ReducedViT(HostedModel):
     # One step at a time --------------------------------------------------------------------------
 
     def begin(
-        self, images: Tensor, keep_mask: Tensor | None = None, *, track: bool = False
+        self,
+        images: Tensor | Sequence[Tensor],
+        keep_mask: Tensor | None = None,
+        *,
+        track: bool = False,
+        prefix: bool = True,
     ) -> TokenState:
         """Embed images and return the tokens that enter the first block.
 
         Args:
-            images: preprocessed images ``[B, channels, H, W]`` of any size that the patch divides.
+            images: preprocessed images ``[B, channels, H, W]`` of any size that the patch divides;
+                or a list of images ``[channels, H, W]`` that may differ in size. Each of these has
+                the positions of its own grid, in the top left corner of the batch's common grid.
             keep_mask: patches that take part at all, ``[B, rows, columns]`` or ``[B, patches]``
                 bool: padding and regions of no interest stay out from the start.
             track: follow every patch through the network, for ``restore`` and ``add``.
+            prefix: False leaves out the class token and whatever else stands before the patches.
         """
         backbone, reducer = self.backbone, self.reducer
         spec = backbone.spec
-        if images.ndim != 4:
-            raise ValueError(f"images must be [B, channels, H, W], got {list(images.shape)}")
-        if images.shape[0] == 0:
-            raise ValueError("the batch is empty: at least one image is needed")
         check_sharding(self.vit)
-        grid = backbone.grid_of(images)
-        mode = self.resolved_mode(keep_mask is not None)
-        if mode == "gathered" and keep_mask is not None:
-            raise ValueError("with a keep_mask images differ in count: use mode 'packed'")
-        embedded = backbone.embed(images)
-        mask, original = None, None
-        if keep_mask is not None:
+        embedded, grids = embed_images(backbone, images)
+        grid, mask, original = embedded.grid, None, None
+        front = spec.prefix if prefix else 0
+        if front < spec.prefix:
+            embedded = Embedded(embedded.x[:, spec.prefix :], grid, embedded.table)
+        mode = self.resolved_mode(keep_mask is not None or grids is not None)
+        if keep_mask is not None or grids is not None:
+            if mode == "gathered":
+                what = "with a keep_mask images" if grids is None else "images of different sizes"
+                raise ValueError(f"{what} differ in count: use mode 'packed'")
             backbone.check_takes_masks()
-            mask = _checked_mask(keep_mask, embedded.x, grid, spec.pools_patches or not spec.prefix)
-            original = tuple(mask.sum(1).tolist())
-        context = Context(spec.prefix, grid, mode, self.training, mask, original, embedded.table)
+            if grids is not None:
+                mask = own_patches(grids, grid, embedded.x.device)
+                original = tuple(rows * columns for rows, columns in grids)
+            if keep_mask is not None:
+                kept = _checked_mask(keep_mask, embedded.x, grid)
+                mask = kept if mask is None else mask & kept
+                if spec.pools_patches or not front:  # a class token alone can be classified
+                    _check_not_empty(mask)
+                original = tuple(mask.sum(1).tolist())
+        context = Context(
+            prefix=front,
+            grid=grid,
+            mode=mode,
+            training=self.training,
+            mask=mask,
+            original=original,
+            rotary=embedded.table,
+            grids=grids if keep_mask is None else None,
+        )
+        if self.windows is not None:
+            self.windows.check(reducer.name, context, masked=keep_mask is not None)
         state = TokenState.begin(
             embedded.x,
             context,
@@ -165,7 +195,7 @@ class ReducedViT(HostedModel):
         if mode == "masked":
             alive = state.x.new_ones(state.batch, state.layout.longest, dtype=torch.float32)
             if mask is not None:
-                alive[:, spec.prefix :] = mask.float()
+                alive[:, front:] = mask.float()
             return state.replace(alive=alive)
         if mode == "packed":
             if mask is not None:
@@ -262,27 +292,32 @@ class ReducedViT(HostedModel):
         state = state.replace(x=state.x + out)
         if not reducer.acts_between(block):
             return state
-        reader = AttentionReader(
-            made[0], state, reducer.reads, spec.class_token, reducer.proportional
-        )
+        class_token = spec.class_token and state.prefix > 0
+        reader = AttentionReader(made[0], state, reducer.reads, class_token, reducer.proportional)
         return reducer.between(block, state, reader)
 
     def attend(self, block: int, heads: Heads, state: TokenState) -> Tensor:
         """Compute a block's attention output ``[T, H * d]``; subclasses may look at the heads."""
-        reducer = self.reducer
+        reducer, windows = self.reducer, self.windows
+        if windows is not None and block not in windows.global_blocks:
+            return windows.attend(heads, state)
         return attend(
             heads, state, proportional=reducer.proportional, softmax_eps=reducer.softmax_eps
         )
 
     # All of it -----------------------------------------------------------------------------------
 
-    def forward(self, images: Tensor, keep_mask: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor | Sequence[Tensor], keep_mask: Tensor | None = None) -> Tensor:
         """Return logits for ``images [B, 3, H, W]``; the arguments are those of ``begin``."""
         # Not through ``run``: where weights are sharded, both gather and release them.
         return self.backbone.head(self.tokens(images, keep_mask, track=False))
 
     def run(
-        self, images: Tensor, keep_mask: Tensor | None = None, *, track: bool = False
+        self,
+        images: Tensor | Sequence[Tensor],
+        keep_mask: Tensor | None = None,
+        *,
+        track: bool = False,
     ) -> Outcome:
         """Return logits together with the final tokens and the method's notes."""
         state = self.tokens(images, keep_mask, track=track)
@@ -290,7 +325,7 @@ class ReducedViT(HostedModel):
 
     def tokens(
         self,
-        images: Tensor,
+        images: Tensor | Sequence[Tensor],
         keep_mask: Tensor | None = None,
         *,
         track: bool = True,
@@ -310,16 +345,14 @@ class ReducedViT(HostedModel):
         return self.end(state)
 
     @torch.no_grad()
-    def trace(self, images: Tensor, keep_mask: Tensor | None = None) -> Trace:
+    def trace(self, images: Tensor | Sequence[Tensor], keep_mask: Tensor | None = None) -> Trace:
         """Run once and record every block's tokens."""
         state = self.begin(images, keep_mask, track=True)
-        records: list[BlockTrace] = []
+        records = Recorder()
         for block in range(self.backbone.spec.depth):
-            seen: dict[str, TokenState] = {}
-            state = self.step(block, state, seen.__setitem__)
-            records.append(BlockTrace(**seen))
+            state = self.step(block, state, records.watch)
         final = self.end(state)
-        return Trace(self.backbone.head(final), final.grid, records, final)
+        return Trace(self.backbone.head(final), final.grid, records.blocks, final)
 
     # Parameters --------------------------------------------------------------------------------
 
@@ -336,21 +369,27 @@ class _Dense(Reducer):
     maskable = True
 
 
-def dense(backbone: Backbone) -> ReducedViT:
+def dense(backbone: Backbone, windows: Windows | None = None) -> ReducedViT:
     """Drive a backbone with all tokens: for keep masks, final tokens and traces without a method.
 
     With a keep mask its mode "packed" computes only the patches that are kept, and "masked" all of
     them, hidden from each other by a key mask.
+
+    Args:
+        backbone: the parts of the model.
+        windows: keep attention inside windows in most blocks.
     """
     reducer = _Dense()
     reducer.build(backbone.spec)
     driver: type[ReducedViT] = backbone.driver or ReducedViT
-    return driver(backbone, reducer)
+    model = driver(backbone, reducer)
+    if windows is not None:
+        windows.build(backbone.spec.depth)
+    model.windows = windows
+    return model
 
 
-def _checked_mask(
-    keep_mask: Tensor, x: Tensor, grid: tuple[int, int], needs_patches: bool
-) -> Tensor:
+def _checked_mask(keep_mask: Tensor, x: Tensor, grid: tuple[int, int]) -> Tensor:
     batch, (rows, columns) = x.shape[0], grid
     legal = {(batch, rows, columns), (batch, rows * columns)}
     if tuple(keep_mask.shape) not in legal or keep_mask.dtype != torch.bool:
@@ -358,12 +397,13 @@ def _checked_mask(
             f"keep_mask must be bool [{batch}, {rows}, {columns}] or "
             f"[{batch}, {rows * columns}], got {keep_mask.dtype} {list(keep_mask.shape)}"
         )
-    mask = keep_mask.flatten(1).to(x.device)
-    if needs_patches:  # a class token alone can be classified
-        empty = (~mask.any(1)).nonzero().flatten().tolist()
-        if empty:
-            raise ValueError(f"keep_mask leaves no patch in image {empty[0]}")
-    return mask
+    return keep_mask.flatten(1).to(x.device)
+
+
+def _check_not_empty(mask: Tensor) -> None:
+    empty = (~mask.any(1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"keep_mask leaves no patch in image {empty[0]}")
 
 
 def _out_of_order(block: int, following: int, depth: int) -> str:
@@ -378,7 +418,10 @@ def _rotary(block: int, state: TokenState) -> Tensor | None:
     if table is None:
         return None
     assert state.place is not None
-    return (table[block] if table.ndim == 4 else table).index_select(0, state.place)
+    table, rows = table[block] if table.ndim == 4 else table, state.place
+    if table.shape[0] > state.patches + 1:  # one table an image: their grids differ
+        rows = rows + state.layout.image(rows.device) * (state.patches + 1)
+    return table.index_select(0, rows)
 
 
 def _dropped(module: nn.Module | None, values: Tensor, state: TokenState) -> Tensor:

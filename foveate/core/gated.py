@@ -84,7 +84,23 @@ class GatedReducer(ScoreReducer):
         """Carry out decisions in the masked mode, where they carry the gates' gradient."""
         return state.mask_out(keep)
 
+    def shift(self, stage: int, amount: float) -> None:
+        """Add a number to a gate's log-odds of keeping, for good: calibration does."""
+        raise ValueError(f"the gates of {self.name} have no bias of their own to calibrate")
+
     # Deciding ------------------------------------------------------------------------------------
+
+    def candidates(self, stage: int, state: TokenState, odds: Tensor) -> tuple[Tensor, int]:
+        """Return the odds of the tokens that a gate may keep, ``[M]``, and the count for its share.
+
+        A gate should keep its share of the patches (and prefix tokens) that images began with.
+        """
+        exempt = self.exempt(state)
+        free = None if exempt is None else ~exempt
+        free = _both(free, _both(self.usable(stage, state), self._present(stage, state)))
+        prefix = state.prefix - self.front(stage, state)
+        count = sum(self.original(state)) + prefix * state.batch
+        return (odds.flatten() if free is None else odds[free]), count
 
     def score(self, stage: int, state: TokenState, attention: AttentionReader | None) -> Tensor:
         """Score a token by the log-odds of keeping it."""

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveate.core.selection import Selection
 
-__all__ = ["DECISIONS", "decide"]
+__all__ = ["DECISIONS", "decide", "shift_odds"]
 
 DECISIONS = ("sample", "argmax", "topk")
 
@@ -74,3 +74,10 @@ def decide(
     # Adding a difference that is exactly zero keeps the decision exactly 0 or 1.
     soft = keep if candidates is None else keep * candidates
     return hard + (soft - soft.detach())
+
+
+@torch.no_grad()
+def shift_odds(last: nn.Module, amount: float) -> None:
+    """Add a number to the log-odds that a gate's last layer gives: keep is its first output."""
+    assert isinstance(last, nn.Linear) and last.bias is not None
+    last.bias.add_(last.bias.new_tensor([amount / 2, -amount / 2]))

@@ -61,6 +61,8 @@ class TokenState:
         extras: further values that follow their tokens, each ``[T, ...]``.
         parked: tokens that wait meanwhile, or None.
         notes: what methods leave behind, for later blocks, losses and traces.
+        intact: every patch still has a token of its own, in the order of the grid, right after the
+            prefix; then the full grid can be read without looking patches up.
     """
 
     x: Tensor
@@ -75,6 +77,7 @@ class TokenState:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     parked: Parked | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
+    intact: bool = True
 
     # Making and reading ----------------------------------------------------------------------
 
@@ -112,6 +115,7 @@ class TokenState:
             self.extras,
             self.parked,
             self.notes,
+            self.intact,
         )
         for name, value in changes.items():
             if name not in _FIELDS:
@@ -417,6 +421,9 @@ class TokenState:
         if self.parked is not None:
             return self.recalled().restore(gone)
         source = self._tracked()
+        whole = self._whole()
+        if whole is not None and self.alive is None:
+            return whole[:, self.prefix : self.prefix + self.patches]  # a view
         assert self.canvas is not None
         here = source >= 0
         if self.alive is not None:
@@ -439,6 +446,12 @@ class TokenState:
             )
         assert self.canvas is not None
         values = values.to(self.x.dtype)
+        whole = self._whole()
+        if whole is not None and self.alive is None and self.parked is None:
+            end = self.prefix + self.patches
+            parts = [whole[:, : self.prefix], whole[:, self.prefix : end] + values, whole[:, end:]]
+            x = torch.cat([part for part in parts if part.shape[1]], 1)
+            return self.replace(x=x.flatten(0, 1))  # no patch is gone, so nobody reads the canvas
         longest = self.layout.longest
         slots = torch.where(source < 0, longest, source)[..., None].expand(shape)
         total = values.new_zeros(self.batch, longest + 1, shape[2]).scatter_add(1, slots, values)
@@ -468,6 +481,16 @@ class TokenState:
         if self.source is None:
             raise RuntimeError("this pass does not track its patches: begin it with track=True")
         return self.source
+
+    def _whole(self) -> Tensor | None:
+        """View the tokens as ``[B, N, C]`` where every patch stands in its place, else None."""
+        if not self.intact:
+            return None
+        if self.layout.count is not None:
+            return self.tokens()
+        if len(set(self.layout.lengths)) > 1:  # something was appended to some images alone
+            return None
+        return self.x.view(self.batch, -1, self.x.shape[1])
 
     def _behind_prefix(self, values: Tensor) -> Tensor:
         """Turn values of the tokens after the prefix ``[B, N]`` into flat ones, 0 at the prefix."""
@@ -505,7 +528,11 @@ class TokenState:
             layout = Layout.even(self.layout.batch, kept.index.shape[1])
         else:
             layout = Layout.ragged(kept.lengths)
-        changes: dict[str, Any] = {"x": self.x.index_select(0, rows), "layout": layout}
+        changes: dict[str, Any] = {
+            "x": self.x.index_select(0, rows),
+            "layout": layout,
+            "intact": False,
+        }
         if self.place is not None:
             changes["place"] = self.place.index_select(0, rows)
         if self.size is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foveate.core.tokens import TokenState
 
-__all__ = ["BlockTrace", "Outcome", "Trace"]
+__all__ = ["BlockTrace", "Outcome", "Recorder", "Trace"]
 
 
 @dataclass(eq=False)
@@ -49,6 +49,25 @@ class BlockTrace:
         if alive is not None:
             here = here & (alive.detach().gather(1, source.clamp_min(0)) > 0)
         return here
+
+
+class Recorder:
+    """Collects what ``step`` shows of every block.
+
+    Attributes:
+        blocks: one record for each block that was watched to its end.
+    """
+
+    def __init__(self) -> None:
+        self.blocks: list[BlockTrace] = []
+        self._seen: dict[str, TokenState] = {}
+
+    def watch(self, name: str, state: TokenState) -> None:
+        """Take the tokens at "attention", "mlp" and "output" of a block."""
+        self._seen[name] = state
+        if name == "output":
+            self.blocks.append(BlockTrace(**self._seen))
+            self._seen = {}
 
 
 @dataclass(eq=False)

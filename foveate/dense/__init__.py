@@ -1,1 +1,33 @@
 """Dense tasks: maps of several strides from any ViT, reduced or not, and heads on them."""
+
+from foveate.core.calibration import calibrate
+from foveate.dense.backbone import DenseBackbone, Features, windowed
+from foveate.dense.canvas import Canvas
+from foveate.dense.deformable import DeformableAttention, Levels, sample_points
+from foveate.dense.detectors import ViTFasterRCNN, ViTMaskRCNN, faster_rcnn, mask_rcnn
+from foveate.dense.fpn import FpnBackbone
+from foveate.dense.segmenters import Segmenter, segmenter
+from foveate.dense.simple_pyramid import SimplePyramid, pyramid
+from foveate.dense.vit_adapter import ViTAdapter, adapter
+
+__all__ = [
+    "Canvas",
+    "DeformableAttention",
+    "DenseBackbone",
+    "Features",
+    "FpnBackbone",
+    "Levels",
+    "Segmenter",
+    "SimplePyramid",
+    "ViTAdapter",
+    "ViTFasterRCNN",
+    "ViTMaskRCNN",
+    "adapter",
+    "calibrate",
+    "faster_rcnn",
+    "mask_rcnn",
+    "pyramid",
+    "sample_points",
+    "segmenter",
+    "windowed",
+]

@@ -20,7 +20,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from foveate.core import BackboneSpec, GatedReducer, TokenState, linear_cost
+from foveate.core import BackboneSpec, GatedReducer, TokenState, linear_cost, shift_odds
 from foveate.registry import register
 
 __all__ = ["DynamicViT", "Predictor"]
@@ -51,6 +51,14 @@ class Predictor(nn.Module):
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
 
+    def shift(self, amount: float) -> None:
+        """Add a number to the log-odds of keeping."""
+        shift_odds(self.out[-1], amount)
+
+    def macs(self, tokens: int) -> int:
+        """Count multiply-adds: all layers once a token, but for the mean's part of the second."""
+        return tokens * linear_cost(self) - (tokens - 1) * linear_cost(self.global_out)
+
     def forward(self, state: TokenState) -> Tensor:
         """Score all tokens, ``[T, 2]``."""
         y = self.norm(state.x)
@@ -78,8 +86,14 @@ class DynamicViT(GatedReducer):
         """Ask the predictor of this stage about the live patches."""
         return state.after_prefix(self.predictors[stage](state))
 
-    def gate_macs(self, stage: int, tokens: int) -> int:
-        """Every layer runs once a token, but for the mean's part of the second layer."""
+    def shift(self, stage: int, amount: float) -> None:
+        """Move the last bias of this stage's predictor."""
         predictor = self.predictors[stage]
         assert isinstance(predictor, Predictor)
-        return tokens * linear_cost(predictor) - (tokens - 1) * linear_cost(predictor.global_out)
+        predictor.shift(amount)
+
+    def gate_macs(self, stage: int, tokens: int) -> int:
+        """Run this stage's predictor."""
+        predictor = self.predictors[stage]
+        assert isinstance(predictor, Predictor)
+        return predictor.macs(tokens)

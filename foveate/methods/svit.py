@@ -11,6 +11,9 @@ Training: required for the gates. All tokens are computed; ``x = m * block(x) + 
 the gates m also as a key mask, through which no gradient flows. The ratio loss (weight 4) holds
 the batch mean of each gate to its target, or each image's (``ratio="fixed"``).
 
+Ablations of the paper: ``ratio="fixed"``; ``reactivate=False, span=3``, whose three gates each
+decide for three blocks; ``network="predictor"``, DynamicViT's network as the gate.
+
 Deviations: prefix tokens are always active; the released checkpoints gate them in the last block
 (``gate_prefix_last=True``). The release samples its gates in evaluation; here evaluation is
 arg-max unless ``gate="sample"``.
@@ -33,7 +36,9 @@ from foveate.core import (
     TokenState,
     check_choice,
     linear_cost,
+    shift_odds,
 )
+from foveate.methods.dynamicvit import Predictor
 from foveate.registry import register
 
 __all__ = ["Gate", "SViT"]
@@ -44,12 +49,13 @@ _USABLE, _GATE, _BEFORE, _ALIVE = "svit.usable", "svit.gate", "svit.before", "sv
 class Gate(nn.Sequential):
     """Norm and a two-layer MLP with two outputs: keep and drop."""
 
-    def __init__(self, width: int, keep_bias: float) -> None:
-        out = nn.Linear(width // 4, 2)
-        if keep_bias:
-            with torch.no_grad():
-                out.bias.copy_(torch.tensor([keep_bias / 2, -keep_bias / 2]))
+    def __init__(self, width: int) -> None:
+        out = nn.Linear(width // 4, 2)  # made first, so that a seed gives the same gates as ever
         super().__init__(nn.LayerNorm(width), nn.Linear(width, width // 4), nn.GELU(), out)
+
+    def shift(self, amount: float) -> None:
+        """Add a number to the log-odds of keeping."""
+        shift_odds(self[-1], amount)
 
 
 @register("svit")
@@ -62,6 +68,8 @@ class SViT(GatedReducer):
 
     Attributes:
         reactivate: tokens left out may be used again; False keeps them out.
+        span: blocks that one decision holds for.
+        network: "mlp" decides by a token alone, "predictor" by the mean of all tokens too.
         ratio: "dynamic" holds the batch to the target, "fixed" each image.
         gate_prefix_last: the last gate decides about prefix tokens too.
         keep_bias: initial bias of the gates towards keeping; the release has none.
@@ -70,6 +78,8 @@ class SViT(GatedReducer):
     rounding: str = "nearest"
     rest: str = "park"
     reactivate: bool = True
+    span: int = 1
+    network: str = "mlp"
     ratio: str = "dynamic"
     gate_prefix_last: bool = False
     keep_bias: float = 0.0
@@ -88,11 +98,14 @@ class SViT(GatedReducer):
         super().validate()
         check_choice("rest", self.rest, ("park",))
         check_choice("ratio", self.ratio, ("dynamic", "fixed"))
+        check_choice("network", self.network, ("mlp", "predictor"))
+        if self.span < 1:
+            raise ValueError(f"span must be at least 1 block, got {self.span}")
         vars(self)["ratio_per_image"] = self.ratio == "fixed"
 
     def default_blocks(self, depth: int) -> tuple[int, ...]:
-        """Gate every block from a quarter of the depth on."""
-        return tuple(range(depth // 4, depth))
+        """Gate every block from a quarter of the depth on, or the first of each span."""
+        return tuple(range(depth // 4, depth, self.span))
 
     def rates(self, stages: int) -> float | tuple[float, ...]:
         """One rate falls in thirds of the gated blocks."""
@@ -103,7 +116,16 @@ class SViT(GatedReducer):
     def build(self, spec: BackboneSpec) -> None:
         """Make one gate a block."""
         super().build(spec)
-        self.gates = nn.ModuleList(Gate(spec.width, self.keep_bias) for _ in self.active_blocks)
+        following = (*self.active_blocks[1:], spec.depth)
+        self._ends = tuple(
+            min(block + self.span, after) - 1
+            for block, after in zip(self.active_blocks, following, strict=True)
+        )
+        kind = Gate if self.network == "mlp" else Predictor
+        self.gates = nn.ModuleList(kind(spec.width) for _ in self.active_blocks)
+        if self.keep_bias:
+            for stage in range(len(self.gates)):
+                self.shift(stage, self.keep_bias)
 
     # Deciding: over the patches, and in the last block over the prefix too if asked ---------------
 
@@ -114,7 +136,15 @@ class SViT(GatedReducer):
 
     def logits(self, stage: int, state: TokenState) -> Tensor:
         """Ask the gate about every token."""
-        return state.layout.rect(self.gates[stage](state.x))[:, self.front(stage, state) :]
+        gate = self.gates[stage]
+        odds = gate(state) if isinstance(gate, Predictor) else gate(state.x)
+        return state.layout.rect(odds)[:, self.front(stage, state) :]
+
+    def shift(self, stage: int, amount: float) -> None:
+        """Move the last bias of a gate."""
+        gate = self.gates[stage]
+        assert isinstance(gate, (Gate, Predictor))
+        gate.shift(amount)
 
     def usable(self, stage: int, state: TokenState) -> Tensor | None:
         """Bar the tokens that an earlier gate left out, unless they may be used again."""
@@ -187,26 +217,33 @@ class SViT(GatedReducer):
         return state.replace(extras={**state.extras, _USABLE: state.layout.flat(usable)})
 
     def after(self, block: int, state: TokenState) -> TokenState:
-        """Put processed and waiting tokens together again."""
-        if block not in self.active_blocks or _GATE not in state.extras:
-            return super().after(block, state)
+        """Put processed and waiting tokens together again at the end of a span."""
+        last = block in self._ends
+        if _GATE not in state.extras:
+            return state.recall() if last and state.parked is not None else state
         extras = dict(state.extras)
-        gate, before = extras.pop(_GATE)[:, None], extras.pop(_BEFORE)
+        gate = extras[_GATE][:, None]
+        x = gate * state.x + (1 - gate) * extras[_BEFORE]
+        if not last:  # the next block goes on with the same tokens
+            return state.replace(x=x, extras={**extras, _BEFORE: x})
+        del extras[_GATE], extras[_BEFORE]
         alive = state.layout.rect(extras.pop(_ALIVE))
-        x = gate * state.x + (1 - gate) * before
         return state.replace(x=x, alive=alive, extras=extras)
+
+    def parked_blocks(self) -> frozenset[int]:
+        """Tokens wait during all blocks of a span."""
+        spans = zip(self.active_blocks, self._ends, strict=True)
+        return frozenset(block for first, last in spans for block in range(first, last + 1))
 
     # Counts that depend on the image -------------------------------------------------------------
 
     def gate_macs(self, stage: int, tokens: int) -> int:
         """Run the gate on every token."""
-        return tokens * linear_cost(self.gates[stage])
+        gate = self.gates[stage]
+        return gate.macs(tokens) if isinstance(gate, Predictor) else tokens * linear_cost(gate)
 
     def expected_count(self, block: int, hook: str, current: int, grid: tuple[int, int]) -> int:
-        """Expect the target share inside a gated block, everything outside."""
-        if block not in self.active_blocks or hook == "between":
-            return current
-        patches = grid[0] * grid[1]
-        return (
-            patches if hook == "after" else self._count(self.active_blocks.index(block), patches, 0)
-        )
+        """Expect the target share inside a span, everything outside."""
+        if hook == "before" and block in self.active_blocks:
+            return self._count(self.active_blocks.index(block), grid[0] * grid[1], 0)
+        return grid[0] * grid[1] if hook == "after" and block in self._ends else current

@@ -61,6 +61,7 @@ METHODS = (
     Row("svit(keep=0.7)", (P, M)),
     Row("svit(keep=0.7, gate='topk')", (G, P, M)),
     Row("svit(keep=0.7, reactivate=False, gate_prefix_last=True)", (P, M)),
+    Row("svit(keep=0.7, reactivate=False, span=2, network='predictor')", (P, M)),
     Row("tokenmergence(keep=0.7)", (G, P)),
     Row("tokenmergence(keep=0.7, similarity='attention')", (G, P)),
     Row("tome(r=5)", (G, P)),

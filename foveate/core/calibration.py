@@ -1,0 +1,114 @@
+"""Calibration: make the gates of a trained method keep their target shares by arg-max too.
+
+The ratio loss holds the share that *sampled* gates keep. A gate whose odds lie on one side of even
+for almost every token samples the right share and decides for all or none. ``calibrate`` shifts
+each gate's odds so that, over some training images, arg-max keeps the share that the schedule asks
+for. Counts still differ from image to image, and evaluation stays deterministic.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.core.driver import ReducedViT
+from foveate.core.evaluation import evaluating
+from foveate.core.gated import GatedReducer, log_odds
+from foveate.core.tokens import TokenState
+
+__all__ = ["calibrate"]
+
+_log = logging.getLogger(__name__)
+
+
+class _Reached(Exception):
+    """The gate that is looked at has said everything; the rest of the pass is not needed."""
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, images: Iterable[Any]) -> dict[int, float]:
+    """Shift the gates of a model in place so that arg-max keeps the target shares on average.
+
+    The gates are taken one after another, because each sees what the earlier ones left: the images
+    run as often as there are gates, up to the gate in question.
+
+    Args:
+        model: a model with a gated method inside: from ``foveate.apply``, or a dense one.
+        images: batches of training images as the model takes them, without targets.
+
+    Returns:
+        What was added to the log-odds of keeping, by block.
+    """
+    reducer = _gated(model)
+    batches = list(images)
+    if not batches:
+        raise ValueError("calibrate needs at least one batch of images")
+    given, shifts = reducer.gate, {}
+    reducer.gate = "argmax"
+    try:
+        with evaluating(model):
+            for stage, block in enumerate(reducer.active_blocks):
+                shifts[block] = _calibrate_gate(model, reducer, stage, batches)
+    finally:
+        reducer.gate = given
+    _log.info("gates of %s were shifted by block: %s", reducer.name, shifts)
+    return shifts
+
+
+def _gated(model: nn.Module) -> GatedReducer:
+    found = [m for m in model.modules() if isinstance(m, ReducedViT)]
+    if len(found) != 1:
+        raise ValueError(f"calibrate needs a model with one reduced ViT inside, found {len(found)}")
+    reducer = found[0].reducer
+    if not isinstance(reducer, GatedReducer):
+        raise ValueError(f"{reducer.name} has no gates to calibrate")
+    return reducer
+
+
+def _calibrate_gate(
+    model: nn.Module, reducer: GatedReducer, stage: int, batches: list[Any]
+) -> float:
+    odds: list[Tensor] = []
+    wanted = 0.0
+    ask = reducer.logits
+
+    def listen(now: int, state: TokenState) -> Tensor:
+        nonlocal wanted
+        logits = ask(now, state)
+        if now == stage:
+            found, count = reducer.candidates(stage, state, log_odds(logits))
+            odds.append(found)
+            wanted += reducer.target(stage) * count
+            raise _Reached
+        return logits
+
+    vars(reducer)["logits"] = listen  # in front of the method of the class
+    try:
+        for batch in batches:
+            try:
+                model(batch)
+            except _Reached:
+                continue
+            raise RuntimeError(f"the model never asked gate {stage} of {reducer.name}")
+    finally:
+        del vars(reducer)["logits"]
+    shift = _shift(torch.cat(odds), round(wanted))
+    reducer.shift(stage, shift)
+    return shift
+
+
+def _shift(odds: Tensor, keep: int) -> float:
+    """Return what makes so many of some log-odds positive: minus the middle between two of them."""
+    ordered = odds.sort(descending=True).values
+    if len(ordered) == 0:
+        return 0.0
+    keep = min(max(keep, 0), len(ordered))
+    if keep == 0:
+        return float(-ordered[0]) - 1.0
+    if keep == len(ordered):
+        return max(0.0, float(-ordered[-1]) + 1.0)
+    return float(-(ordered[keep - 1] + ordered[keep]) / 2)

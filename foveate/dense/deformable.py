@@ -1,0 +1,214 @@
+"""Multi-scale deformable attention: every query reads a few points that it chooses itself.
+
+Paper: Zhu et al., "Deformable DETR: Deformable Transformers for End-to-End Object Detection",
+ICLR 2021.
+
+Reading a point bilinearly means a weighted sum of four cells, so a query's whole answer is a
+weighted sum of rows of one table. torch calls that an embedding bag with weights, and it needs no
+kernel of ours. Both the table of values and the answer lie in token order; nothing is transposed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from foveate.dense.canvas import Canvas
+
+__all__ = ["DeformableAttention", "Levels", "choose_heads", "sample_points"]
+
+
+@dataclass(eq=False)
+class Levels:
+    """Maps of several sizes over one canvas, their cells in one row of tokens.
+
+    Attributes:
+        scales: cells a patch, by level.
+        shapes: rows and columns of each map.
+        extent: columns and rows of each level that are real: two numbers, or two ``[B]`` where
+            images differ.
+        positions: where in the canvas the middle of each cell is, in patches: ``[S, 2]``, x first.
+    """
+
+    scales: tuple[float, ...]
+    shapes: tuple[tuple[int, int], ...]
+    extent: tuple[tuple[int | Tensor, int | Tensor], ...]
+    positions: Tensor
+
+    @classmethod
+    def of(
+        cls, canvas: Canvas, scales: tuple[float, ...], grid: tuple[int, int] | None = None
+    ) -> Levels:
+        """Describe maps over a canvas; ``grid`` is the size of a single map that is smaller."""
+        device = canvas.images.device
+        shapes = tuple(canvas.cells(scale) if grid is None else grid for scale in scales)
+        grids = (canvas.grid,) if canvas.whole else canvas.grids
+        extent = tuple(
+            (
+                _common([math.ceil(w * scale) for _, w in grids], device),
+                _common([math.ceil(h * scale) for h, _ in grids], device),
+            )
+            for scale in scales
+        )
+        middles = []
+        for (rows, columns), scale in zip(shapes, scales, strict=True):
+            y = (torch.arange(rows, device=device) + 0.5) / scale
+            x = (torch.arange(columns, device=device) + 0.5) / scale
+            across, down = torch.meshgrid(x, y, indexing="xy")
+            middles.append(torch.stack([across, down], -1).flatten(0, 1))
+        return cls(scales, shapes, extent, torch.cat(middles))
+
+    @property
+    def lengths(self) -> list[int]:
+        """Cells of each level."""
+        return [rows * columns for rows, columns in self.shapes]
+
+    @property
+    def columns(self) -> list[int]:
+        """Columns of each level."""
+        return [columns for _, columns in self.shapes]
+
+
+def _common(numbers: list[int], device: torch.device) -> int | Tensor:
+    """Return one number where all are equal, else a tensor of all of them."""
+    return numbers[0] if len(set(numbers)) == 1 else torch.tensor(numbers, device=device)
+
+
+def sample_points(value: Tensor, levels: Levels, points: Tensor, weights: Tensor) -> Tensor:
+    """Sum bilinear samples, ``[B, Q, heads, d]``.
+
+    What lies outside an image counts as zero, also where its level is padded.
+
+    Args:
+        value: cells of all levels, ``[B, S, heads, d]``.
+        levels: sizes of the levels and what of them is real.
+        points: where each query samples, ``[B, Q, heads, levels, points, 2]``, x first; the middle
+            of the first cell of a level is at 0.
+        weights: weight of each sample, ``[B, Q, heads, levels, points]``.
+    """
+    batch, cells, heads, width = value.shape
+    points, weights = _precise(points), _precise(weights)
+    table = value.reshape(batch * cells * heads, width)
+    kind = torch.int32 if len(table) < 2**31 else torch.int64
+    image = torch.arange(batch, device=value.device, dtype=kind).view(-1, 1, 1, 1, 1, 1) * cells
+    head = torch.arange(heads, device=value.device, dtype=kind).view(-1, 1, 1, 1)
+    total: Tensor | None = None
+    start = 0
+    for level, (length, columns) in enumerate(zip(levels.lengths, levels.columns, strict=True)):
+        x, y = points[:, :, :, level].unbind(-1)  # [B, Q, heads, points]
+        extent = levels.extent[level]
+        x, part_x = _corners(x, extent[0])
+        y, part_y = _corners(y, extent[1])
+        cell = (y * columns)[..., :, None] + x[..., None, :]  # [..., points, 2 (y), 2 (x)]
+        first = (image + start) * heads + head
+        row = torch.add(first, cell.to(kind), alpha=heads)
+        share = weights[:, :, :, level, :, None] * part_y
+        share = share[..., :, None] * part_x[..., None, :]
+        bags = row.flatten(0, 2).flatten(1)
+        found = F.embedding_bag(
+            bags, table, mode="sum", per_sample_weights=share.reshape(bags.shape).to(table.dtype)
+        )
+        total = found if total is None else total + found
+        start += length
+    assert total is not None
+    return total.view(batch, -1, heads, width)
+
+
+def _corners(places: Tensor, extent: int | Tensor) -> tuple[Tensor, Tensor]:
+    """Return the two cells around each place on a line, and how much of each is read.
+
+    Both are ``[..., 2]``. Cells outside ``extent`` are moved inside and not read. Coordinates stay
+    floats, which are exact here and faster on a CPU.
+    """
+    low = places.detach().floor()
+    cells = torch.stack([low, low + 1], -1)
+    if isinstance(extent, int):
+        inside = cells.clamp(0, extent - 1)
+    else:
+        inside = cells.clamp_min(0).minimum(extent.view(-1, 1, 1, 1, 1) - 1)
+    fraction = places - low
+    return inside, torch.stack([1 - fraction, fraction], -1) * (cells == inside)
+
+
+def _precise(values: Tensor) -> Tensor:
+    """Return float32 at least: half precision would round where a point lies."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def choose_heads(width: int, heads: int | None, fallback: int) -> int:
+    """Return the number of heads: the one given, or 6 as in the paper where that divides.
+
+    Args:
+        width: width of the tokens, which the heads must divide.
+        heads: what the user asked for; None chooses.
+        fallback: the ViT's own number of heads, where 6 does not divide.
+    """
+    if heads is None:
+        heads = 6 if width % 6 == 0 else fallback
+    if heads < 1 or width % heads:
+        legal = [n for n in range(1, 33) if width % n == 0]
+        raise ValueError(
+            f"heads of deformable attention must divide the width {width}, got {heads}; "
+            f"those that do: {', '.join(map(str, legal))}"
+        )
+    return heads
+
+
+class DeformableAttention(nn.Module):
+    """Queries read ``points`` places on each level, around where they stand."""
+
+    def __init__(
+        self, width: int, *, heads: int, levels: int, points: int = 4, value_ratio: float = 1.0
+    ) -> None:
+        super().__init__()
+        inner = int(width * value_ratio)
+        if inner < 1 or inner % heads:
+            raise ValueError(
+                f"value_ratio {value_ratio} makes values {inner} wide, which {heads} heads do "
+                "not divide"
+            )
+        self.heads, self.levels, self.points = heads, levels, points
+        self.sampling_offsets = nn.Linear(width, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(width, heads * levels * points)
+        self.value_proj = nn.Linear(width, inner)
+        self.output_proj = nn.Linear(inner, width)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """Begin with equal weights and one direction a head, the points at growing distance."""
+        angles = torch.arange(self.heads) * (2 * math.pi / self.heads)
+        direction = torch.stack([angles.cos(), angles.sin()], -1)
+        direction = direction / direction.abs().amax(-1, keepdim=True)
+        steps = torch.arange(1, self.points + 1).view(1, 1, -1, 1)
+        offsets = direction[:, None, None] * steps.expand(-1, self.levels, -1, 1)
+        with torch.no_grad():
+            nn.init.zeros_(self.sampling_offsets.weight)
+            self.sampling_offsets.bias.copy_(offsets.flatten())
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for layer in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, query: Tensor, positions: Tensor, value: Tensor, levels: Levels) -> Tensor:
+        """Answer queries ``[B, Q, C]`` from the cells of all levels ``[B, S, C]``.
+
+        Args:
+            query: what asks, normed.
+            positions: where each query stands, in patches: ``[Q, 2]``, x first.
+            value: what is read, normed.
+            levels: sizes of the levels of ``value``.
+        """
+        shape = (*query.shape[:2], self.heads, self.levels, self.points)
+        offsets = self.sampling_offsets(query).view(*shape, 2)
+        weights = self.attention_weights(query).view(*shape[:3], -1)
+        weights = weights.softmax(-1, dtype=torch.float32).view(shape)
+        scales = positions.new_tensor(levels.scales)[:, None]
+        middle = positions[:, None] * scales - 0.5  # [Q, levels, 2]
+        points = middle[:, None, :, None] + offsets.float()
+        values = self.value_proj(value).unflatten(-1, (self.heads, -1))
+        return self.output_proj(sample_points(values, levels, points, weights).flatten(2))

@@ -1,0 +1,341 @@
+"""torchvision's Faster R-CNN and Mask R-CNN on a vision transformer, with SViT's settings.
+
+Paper: Liu et al., "Revisiting Token Pruning for Object Detection and Instance Segmentation",
+WACV 2024, which takes Mask R-CNN with a feature pyramid network as ViT-Adapter has it.
+
+torchvision hands its backbones padded images and nothing else. These detectors hand over the sizes
+too, so that padding never becomes a token and no anchor stands in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import initLevelMapper
+
+from foveate.backbones import image_settings
+from foveate.core import Outcome, Trace
+from foveate.dense.backbone import DenseBackbone, Hosting
+from foveate.dense.fpn import FpnBackbone
+from foveate.dense.vit_adapter import adapter
+
+__all__ = [
+    "Preparation",
+    "ViTFasterRCNN",
+    "ViTMaskRCNN",
+    "as_backbone",
+    "faster_rcnn",
+    "mask_rcnn",
+]
+
+Target = dict[str, Tensor]
+_M = TypeVar("_M", bound="_Detector")
+_RATIOS = (0.5, 1.0, 2.0)
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+_FAR = 1e4  # pixels: anchors of the padding are moved there, where no box can come back from
+
+
+class _Detector(Hosting):
+    """What both detectors add to torchvision's: image sizes for the backbone, the method's losses.
+
+    Labels count from 0, in targets and answers, as those of data sets here do; the background is
+    torchvision's own business.
+    """
+
+    inner = "backbone"
+    num_classes: int
+    transform: Any
+    rpn: Any
+    roi_heads: Any
+    backbone: FpnBackbone
+
+    def forward(
+        self, images: Sequence[Tensor], targets: Sequence[Target] | None = None
+    ) -> dict[str, Tensor] | list[Target]:
+        """Return losses in training, and otherwise boxes, labels, scores (and masks) by image.
+
+        The losses are torchvision's and, as ``loss_ratio`` and the like, the method's own ones,
+        weighted: their sum is what training minimises.
+
+        Args:
+            images: images ``[channels, h, w]`` with values from 0 to 1, of any sizes.
+            targets: in training ``boxes`` (x1, y1, x2, y2 in pixels), ``labels`` and ``masks``.
+        """
+        return self.run(images, targets)[0]
+
+    def run(
+        self, images: Sequence[Tensor], targets: Sequence[Target] | None = None
+    ) -> tuple[dict[str, Tensor] | list[Target], Outcome]:
+        """Return what ``forward`` returns, and the pass's tokens and notes."""
+        if self.training:
+            self._check(targets, len(images))
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        given = None
+        if targets is not None:
+            given = [{**target, "labels": target["labels"] + 1} for target in targets]
+        batch, given = self.transform(list(images), given)
+        found = self.backbone.features(batch)
+        proposals, losses = self.rpn(batch, found.maps, given)
+        # RoIAlign repeats the border of a map; here that is the border of each image.
+        maps = {
+            name: found.canvas.extend(values, scale)
+            for (name, values), scale in zip(found.maps.items(), self.backbone.scales, strict=True)
+            if name != "pool"
+        }
+        boxes, more = self.roi_heads(maps, proposals, batch.image_sizes, given)
+        outcome = found.outcome
+        if self.training:
+            return {**losses, **more, **self.method_losses(outcome)}, outcome
+        answers = self.transform.postprocess(boxes, batch.image_sizes, sizes)
+        return [{**answer, "labels": answer["labels"] - 1} for answer in answers], outcome
+
+    @torch.no_grad()
+    def trace(self, images: Sequence[Tensor]) -> Trace:
+        """Run the backbone once and record every block's tokens."""
+        batch, _ = self.transform(list(images))
+        return self.backbone.body.trace(batch)
+
+    def _check(self, targets: Sequence[Target] | None, count: int) -> None:
+        if targets is None or len(targets) != count:
+            found = "none" if targets is None else len(targets)
+            raise ValueError(f"training needs a target for each of {count} images, got {found}")
+        for number, target in enumerate(targets):
+            boxes, labels = target["boxes"], target["labels"]
+            if boxes.ndim != 2 or boxes.shape[1] != 4 or len(labels) != len(boxes):
+                raise ValueError(
+                    f"boxes must be [N, 4] with N labels, got {list(boxes.shape)} and "
+                    f"{list(labels.shape)} for image {number}"
+                )
+            if len(boxes) and bool((boxes[:, 2:] <= boxes[:, :2]).any()):
+                flat = (boxes[:, 2:] <= boxes[:, :2]).any(1).nonzero()[0, 0]
+                raise ValueError(f"box {boxes[flat].tolist()} of image {number} has no area")
+            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+                raise ValueError(
+                    f"labels must lie in 0..{self.num_classes - 1}, got "
+                    f"{int(labels.min())}..{int(labels.max())} for image {number}"
+                )
+
+
+class ViTFasterRCNN(_Detector, FasterRCNN):
+    """Faster R-CNN on a ``FpnBackbone``; see ``faster_rcnn``."""
+
+
+class ViTMaskRCNN(_Detector, MaskRCNN):
+    """Mask R-CNN on a ``FpnBackbone``; see ``mask_rcnn``."""
+
+
+class _Anchors(AnchorGenerator):
+    """Anchors at the exact strides of the maps, and none in the padding."""
+
+    def __init__(
+        self, sizes: Sequence[float], patch: tuple[int, int], scales: Sequence[float]
+    ) -> None:
+        super().__init__(tuple((size,) for size in sizes), (_RATIOS,) * len(sizes))
+        self.strides = [(patch[0] / scale, patch[1] / scale) for scale in scales]
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        """Return the anchors of each image, ``[A, 4]`` float32."""
+        device = feature_maps[0].device
+        self.set_cell_anchors(torch.float32, device)  # half precision would round their places
+        grids = [list(values.shape[-2:]) for values in feature_maps]
+        strides = [[torch.tensor(side, device=device) for side in pair] for pair in self.strides]
+        anchors = torch.cat(self.grid_anchors(grids, strides))
+        middle = (anchors[:, :2] + anchors[:, 2:]) / 2
+        each = []
+        for height, width in image_list.image_sizes:
+            padding = (middle >= middle.new_tensor([width, height])).any(1)
+            each.append(anchors + padding[:, None] * _FAR)
+        return each
+
+
+def _roi_align(
+    maps: Sequence[str], size: int, strides: Sequence[float], canonical: tuple[int, int]
+) -> MultiScaleRoIAlign:
+    """Make RoIAlign that knows the strides; torchvision's would guess them from the first batch."""
+    pool = MultiScaleRoIAlign(list(maps), size, 2, canonical_scale=canonical[0])
+    pool.scales = [1 / stride for stride in strides]
+    first, last = (round(math.log2(strides[n])) for n in (0, -1))
+    pool.map_levels = initLevelMapper(first, last, canonical[0], canonical[1])
+    return pool
+
+
+def as_backbone(vit: nn.Module) -> DenseBackbone:
+    """Return a dense backbone as it is, and put ViT-Adapter around a ViT."""
+    return vit if isinstance(vit, DenseBackbone) else adapter(vit)
+
+
+class Preparation(GeneralizedRCNNTransform):
+    """torchvision's preparation of images: normed as the ViT wants them, resized, padded.
+
+    ``image_size`` is the shorter side and the most that the longer may have; None takes images
+    as they come.
+    """
+
+    def __init__(self, body: DenseBackbone, image_size: tuple[int, int] | None) -> None:
+        mean, std = _image_statistics(body)
+        shorter, longer = image_size or (1, 1)
+        super().__init__(shorter, longer, mean, std, size_divisible=body.size_divisible)
+        self.image_size = image_size
+
+    def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:
+        """Resize an image with its boxes and masks, if anything is to be resized."""
+        return (image, target) if self.image_size is None else super().resize(image, target)
+
+
+def _image_statistics(body: DenseBackbone) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation by which the ViT wants its images normed."""
+    stated = {**_IMAGENET, **image_settings(body.reduced.vit)}
+    channels = body.reduced.backbone.channels
+    found = {name: list(stated[name]) for name in ("mean", "std")}
+    for name, values in found.items():
+        if len(values) != channels:  # ImageNet's are of three channels
+            found[name] = [sum(values) / len(values)] * channels
+    return found["mean"], found["std"]
+
+
+def _settings(
+    vit: nn.Module,
+    num_classes: int,
+    *,
+    channels: int,
+    box_channels: int,
+    anchor_scale: float,
+    proposals: tuple[int, int],
+    detections: int,
+    canonical: tuple[int, int],
+) -> dict[str, Any]:
+    """Make the parts that both detectors share, as torchvision's constructors take them."""
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1 (without background), got {num_classes}")
+    body = as_backbone(vit)
+    backbone = FpnBackbone(body, channels)
+    patch = body.reduced.backbone.spec.patch
+    strides = [max(patch) / scale for scale in backbone.scales]
+    names = [str(n) for n in range(len(body.scales))]
+    return {
+        "backbone": backbone,
+        "rpn_anchor_generator": _Anchors(
+            [anchor_scale * stride for stride in strides], patch, backbone.scales
+        ),
+        "rpn_post_nms_top_n_train": proposals[0],
+        "rpn_post_nms_top_n_test": proposals[1],
+        "rpn_nms_thresh": 0.7,
+        "box_roi_pool": _roi_align(names, 7, strides[:-1], canonical),
+        "box_head": TwoMLPHead(channels * 7 * 7, box_channels),
+        "box_predictor": FastRCNNPredictor(box_channels, num_classes + 1),
+        "box_score_thresh": 0.05,
+        "box_nms_thresh": 0.5,
+        "box_detections_per_img": detections,
+    }
+
+
+def _finished(model: _M, num_classes: int, image_size: tuple[int, int] | None) -> _M:
+    model.num_classes = num_classes
+    model.transform = Preparation(model.backbone.body, image_size)
+    return model
+
+
+def faster_rcnn(
+    vit: nn.Module,
+    num_classes: int,
+    *,
+    channels: int = 256,
+    box_channels: int = 1024,
+    anchor_scale: float = 8.0,
+    proposals: tuple[int, int] = (1000, 1000),
+    detections: int = 100,
+    image_size: tuple[int, int] | None = (800, 1333),
+    canonical: tuple[int, int] = (224, 4),
+    **options: Any,
+) -> ViTFasterRCNN:
+    """Make a Faster R-CNN on a vision transformer. The defaults are the paper's settings.
+
+    Args:
+        vit: a ViT, plain or reduced, which gets a ViT-Adapter; or a dense backbone.
+        num_classes: classes of objects, without background.
+        channels: channels of the feature pyramid network.
+        box_channels: width of the box head's two layers.
+        anchor_scale: side of an anchor in cells of its map.
+        proposals: proposals that are left in training and in evaluation.
+        detections: boxes that are left for an image.
+        image_size: the shorter side that images are resized to and the most that the longer may
+            have; None takes images as they come.
+        canonical: side of a box in pixels, and the level (as a power of two of its stride) that
+            boxes of that size are read from.
+        options: further settings of torchvision's ``FasterRCNN``.
+    """
+    settings = _settings(
+        vit,
+        num_classes,
+        channels=channels,
+        box_channels=box_channels,
+        anchor_scale=anchor_scale,
+        proposals=proposals,
+        detections=detections,
+        canonical=canonical,
+    )
+    return _finished(ViTFasterRCNN(**{**settings, **options}), num_classes, image_size)
+
+
+def mask_rcnn(
+    vit: nn.Module,
+    num_classes: int,
+    *,
+    channels: int = 256,
+    box_channels: int = 1024,
+    mask_channels: int = 256,
+    mask_layers: int = 4,
+    anchor_scale: float = 8.0,
+    proposals: tuple[int, int] = (1000, 1000),
+    detections: int = 100,
+    image_size: tuple[int, int] | None = (800, 1333),
+    canonical: tuple[int, int] = (224, 4),
+    **options: Any,
+) -> ViTMaskRCNN:
+    """Make a Mask R-CNN on a vision transformer. The defaults are the paper's settings.
+
+    Args:
+        vit: a ViT, plain or reduced, which gets a ViT-Adapter; or a dense backbone.
+        num_classes: classes of objects, without background.
+        channels: channels of the feature pyramid network.
+        box_channels: width of the box head's two layers.
+        mask_channels: channels of the mask head.
+        mask_layers: convolutions of the mask head.
+        anchor_scale: side of an anchor in cells of its map.
+        proposals: proposals that are left in training and in evaluation.
+        detections: boxes that are left for an image.
+        image_size: the shorter side that images are resized to and the most that the longer may
+            have; None takes images as they come.
+        canonical: side of a box in pixels, and the level (as a power of two of its stride) that
+            boxes of that size are read from.
+        options: further settings of torchvision's ``MaskRCNN``.
+    """
+    settings = _settings(
+        vit,
+        num_classes,
+        channels=channels,
+        box_channels=box_channels,
+        anchor_scale=anchor_scale,
+        proposals=proposals,
+        detections=detections,
+        canonical=canonical,
+    )
+    box_pool = settings["box_roi_pool"]
+    strides = [1 / scale for scale in box_pool.scales]
+    settings |= {
+        "mask_roi_pool": _roi_align(box_pool.featmap_names, 14, strides, canonical),
+        "mask_head": MaskRCNNHeads(channels, (mask_channels,) * mask_layers, 1),
+        "mask_predictor": MaskRCNNPredictor(mask_channels, mask_channels, num_classes + 1),
+    }
+    return _finished(ViTMaskRCNN(**{**settings, **options}), num_classes, image_size)

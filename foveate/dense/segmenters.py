@@ -1,0 +1,251 @@
+"""Semantic segmentation on a vision transformer: a light head, and one like UPerNet's.
+
+Papers: Kirillov et al., "Panoptic Feature Pyramid Networks", CVPR 2019 (the light one); Xiao et
+al., "Unified Perceptual Parsing for Scene Understanding", ECCV 2018 (UPerNet).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from foveate.core import Outcome, Trace, check_choice
+from foveate.dense.backbone import DenseBackbone, Hosting
+from foveate.dense.canvas import Canvas
+from foveate.dense.detectors import Preparation, as_backbone
+from foveate.dense.fpn import MaskedFpn
+from foveate.dense.layers import ConvNorm
+
+__all__ = ["Segmenter", "SemanticFpn", "UPerNet", "segmenter"]
+
+_BINS = (1, 2, 3, 6)  # rows and columns of what UPerNet pools the coarsest map to
+
+
+class SemanticFpn(nn.Module):
+    """A feature pyramid network whose maps are brought to the finest's size and summed."""
+
+    def __init__(self, body: DenseBackbone, channels: int, num_classes: int, norm: str) -> None:
+        super().__init__()
+        self.scales = body.scales
+        self.fpn = MaskedFpn([body.out_channels] * len(self.scales), channels)
+        half = channels // 2
+        self.branches = nn.ModuleList()
+        for scale in self.scales:
+            steps = max(1, round(math.log2(self.scales[0] / scale)))
+            self.branches.append(
+                nn.ModuleList(
+                    ConvNorm(
+                        half if step else channels,
+                        half,
+                        3,
+                        scale=scale * 2**step,
+                        norm=norm,
+                        act=nn.ReLU,
+                    )
+                    for step in range(steps)
+                )
+            )
+        self.classify = nn.Conv2d(half, num_classes, 1)
+
+    def forward(self, maps: OrderedDict[str, Tensor], canvas: Canvas) -> Tensor:
+        """Return class scores at the finest map's size, ``[B, classes, h, w]``."""
+        pyramid = self.fpn(list(maps.values()), canvas, self.scales)
+        total: Tensor | None = None
+        for values, scale, branch in zip(pyramid, self.scales, self.branches, strict=True):
+            for layer in branch:  # type: ignore[attr-defined]
+                values = layer(values, canvas)
+                if scale < self.scales[0]:
+                    values = canvas.enlarge(values, layer.scale, 2)
+            total = values if total is None else total + values
+        assert total is not None
+        return self.classify(total)
+
+
+class UPerNet(nn.Module):
+    """Pyramid pooling on the coarsest map, a feature pyramid, and all its maps side by side."""
+
+    def __init__(self, body: DenseBackbone, channels: int, num_classes: int, norm: str) -> None:
+        super().__init__()
+        self.scales, width = body.scales, body.out_channels
+
+        def conv(inner: int, kernel: int, scale: float) -> ConvNorm:
+            return ConvNorm(inner, channels, kernel, scale=scale, norm=norm, act=nn.ReLU)
+
+        coarsest = self.scales[-1]
+        self.pools = nn.ModuleList(conv(width, 1, coarsest) for _ in _BINS)
+        self.bottleneck = conv(width + len(_BINS) * channels, 3, coarsest)
+        self.lateral = nn.ModuleList(conv(width, 1, scale) for scale in self.scales[:-1])
+        self.smooth = nn.ModuleList(conv(channels, 3, scale) for scale in self.scales[:-1])
+        self.fuse = conv(len(self.scales) * channels, 3, self.scales[0])
+        self.classify = nn.Conv2d(channels, num_classes, 1)
+
+    def forward(self, maps: OrderedDict[str, Tensor], canvas: Canvas) -> Tensor:
+        """Return class scores at the finest map's size, ``[B, classes, h, w]``."""
+        *finer, coarsest = maps.values()
+        pooled = [
+            self._pooled(coarsest, bins, layer, canvas)
+            for bins, layer in zip(_BINS, self.pools, strict=True)
+        ]
+        above = self.bottleneck(torch.cat([coarsest, *pooled], 1), canvas)
+        found = [above]
+        for n in reversed(range(len(finer))):
+            factor = round(self.scales[n] / self.scales[n + 1])
+            above = canvas.enlarge(above, self.scales[n + 1], factor)
+            above = self.lateral[n](finer[n], canvas) + above
+            found.insert(0, self.smooth[n](above, canvas))
+        side = [
+            canvas.enlarge(values, scale, round(self.scales[0] / scale))
+            for values, scale in zip(found, self.scales, strict=True)
+        ]
+        return self.classify(self.fuse(torch.cat(side, 1), canvas))
+
+    def _pooled(self, values: Tensor, bins: int, layer: nn.Module, canvas: Canvas) -> Tensor:
+        """Average each image over a few cells and lay these out on its own part of the map."""
+        assert isinstance(layer, ConvNorm)
+        scale = self.scales[-1]
+        out = values.new_zeros(len(values), layer.conv.out_channels, *values.shape[-2:])
+        for n, (rows, columns) in enumerate(canvas.grids):
+            h, w = math.ceil(rows * scale), math.ceil(columns * scale)
+            few = F.adaptive_avg_pool2d(values[n : n + 1, :, :h, :w], bins)
+            few = layer.act(layer.norm(layer.conv(few)))
+            out[n, :, :h, :w] = F.interpolate(few, (h, w), mode="bilinear", align_corners=False)[0]
+        return out
+
+
+_HEADS = {"fpn": SemanticFpn, "upernet": UPerNet}
+
+
+class Segmenter(Hosting):
+    """A dense backbone with a head that gives a class to each pixel; see ``segmenter``.
+
+    Attributes:
+        backbone: the dense backbone.
+        head: turns its maps into class scores.
+        transform: norms, resizes and pads images.
+        num_classes: number of classes.
+        ignore: label of pixels that do not count.
+    """
+
+    inner = "backbone"
+
+    def __init__(
+        self,
+        backbone: DenseBackbone,
+        head: nn.Module,
+        transform: Preparation,
+        *,
+        num_classes: int,
+        ignore: int,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.head, self.transform = backbone, head, transform
+        self.num_classes, self.ignore = num_classes, ignore
+
+    def forward(
+        self, images: Sequence[Tensor], targets: Sequence[Tensor] | None = None
+    ) -> dict[str, Tensor] | list[Tensor]:
+        """Return losses in training, and otherwise a map of labels ``[h, w]`` for each image.
+
+        The losses are the cross entropy and the method's own ones, weighted.
+
+        Args:
+            images: images ``[channels, h, w]`` with values from 0 to 1, of any sizes.
+            targets: in training a map of labels ``[h, w]`` for each image.
+        """
+        return self.run(images, targets)[0]
+
+    def run(
+        self, images: Sequence[Tensor], targets: Sequence[Tensor] | None = None
+    ) -> tuple[dict[str, Tensor] | list[Tensor], Outcome]:
+        """Return what ``forward`` returns, and the pass's tokens and notes."""
+        scores, outcome = self._scores(images)
+        if not self.training:
+            return [score.argmax(0) for score in scores], outcome
+        if targets is None or len(targets) != len(images):
+            found = "none" if targets is None else len(targets)
+            raise ValueError(
+                f"training needs a map of labels for each of {len(images)} images, got {found}"
+            )
+        total, count = scores[0].new_zeros(()), scores[0].new_zeros(())
+        for number, (score, labels) in enumerate(zip(scores, targets, strict=True)):
+            if labels.shape != score.shape[-2:]:
+                raise ValueError(
+                    f"the labels of image {number} are {list(labels.shape)}, the image is "
+                    f"{list(score.shape[-2:])}"
+                )
+            labels = labels.long()
+            total = total + F.cross_entropy(
+                score[None].float(), labels[None], ignore_index=self.ignore, reduction="sum"
+            )
+            count = count + (labels != self.ignore).sum()
+        losses = {"loss_segment": total / count.clamp_min(1)}
+        return {**losses, **self.method_losses(outcome)}, outcome
+
+    def scores(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """Return class scores ``[classes, h, w]`` of each image."""
+        return self._scores(images)[0]
+
+    @torch.no_grad()
+    def trace(self, images: Sequence[Tensor]) -> Trace:
+        """Run the backbone once and record every block's tokens."""
+        return self.backbone.trace(self.transform(list(images))[0])
+
+    def _scores(self, images: Sequence[Tensor]) -> tuple[list[Tensor], Outcome]:
+        batch, _ = self.transform(list(images))
+        found = self.backbone.features(batch)
+        scores = self.head(found.maps, found.canvas)
+        canvas, scale = found.canvas, self.backbone.scales[0]
+        each = []
+        for score, image, size, grid in zip(
+            scores, images, batch.image_sizes, canvas.grids, strict=True
+        ):
+            own = score[None, :, : math.ceil(grid[0] * scale), : math.ceil(grid[1] * scale)]
+            pixels = [cells * side for cells, side in zip(grid, canvas.patch, strict=True)]
+            own = F.interpolate(own, pixels, mode="bilinear", align_corners=False)
+            own = own[..., : size[0], : size[1]]
+            if own.shape[-2:] != image.shape[-2:]:  # the image was resized
+                own = F.interpolate(own, image.shape[-2:], mode="bilinear", align_corners=False)
+            each.append(own[0])
+        return each, found.outcome
+
+
+def segmenter(
+    vit: nn.Module,
+    num_classes: int,
+    *,
+    head: str = "fpn",
+    channels: int | None = None,
+    norm: str = "layer",
+    image_size: tuple[int, int] | None = None,
+    ignore: int = 255,
+) -> Segmenter:
+    """Make a network for semantic segmentation on a vision transformer.
+
+    Args:
+        vit: a ViT, plain or reduced, which gets a ViT-Adapter; or a dense backbone.
+        num_classes: number of classes; labels count from 0.
+        head: "fpn", the light one, or "upernet".
+        channels: channels of the head; None is 256 for "fpn" and 512 for "upernet".
+        norm: norms of the head: "layer", "batch" or "frozen".
+        image_size: the shorter side that images are resized to and the most that the longer may
+            have; None takes images as they come.
+        ignore: label of pixels that do not count.
+    """
+    check_choice("head", head, tuple(_HEADS))
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    body = as_backbone(vit)
+    if channels is None:
+        channels = 256 if head == "fpn" else 512
+    return Segmenter(
+        body,
+        _HEADS[head](body, channels, num_classes, norm),
+        Preparation(body, image_size),
+        num_classes=num_classes,
+        ignore=ignore,
+    )
