@@ -85,6 +85,8 @@ def open_watched(recipe: Pretrain, vit: nn.Module) -> Watched | None:
     data = recipe.data
     watched = Data(
         train=recipe.probe.data,
+        val_share=data.val_share,  # of the same set, what pre-training holds out too
+        split_seed=data.split_seed,
         mean=data.mean,
         std=data.std,
         crop_pct=data.crop_pct,

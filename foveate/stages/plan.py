@@ -20,13 +20,13 @@ from foveate import api, config
 from foveate.backbones import backbone_for
 from foveate.core import ReducedViT
 from foveate.data import final_images
-from foveate.data.splits import NONE, holds_out, place
+from foveate.data.splits import NONE
 from foveate.measure import at_rate
 from foveate.measure.cells import EVALUATE, Cell, Key, Work, plain
 from foveate.measure.occlusion import check_ratios
 from foveate.registry import suggest
 from foveate.stages.recipe import Measured, Pipeline, Stage
-from foveate.train.build import make_model, open_start
+from foveate.train.build import check_unseen, make_model, open_start
 from foveate.train.reduce import ReduceTask
 
 __all__ = ["EVALUATION", "Planned", "plan"]
@@ -284,7 +284,8 @@ def _check_data(stages: Sequence[Planned]) -> None:
                 )
     for one in stages:
         if one.stage.job == "pretrain":
-            _check_unseen(one, first)
+            seen, judged = one.recipe.data, first.recipe.data
+            check_unseen(seen, one.stage.where, judged, first.stage.where)
         for name in ("mean", "std") if one.start is not None else ():
             assert one.start is not None
             mine, its = (getattr(each.recipe.data, name) for each in (one, one.start))
@@ -293,27 +294,6 @@ def _check_data(stages: Sequence[Planned]) -> None:
                     f"{one.stage.where} has data.{name}={list(mine)} and {one.start.stage.where}, "
                     f"which it starts from, {list(its)}: they must be the same"
                 )
-
-
-def _check_unseen(one: Planned, judged: Planned) -> None:
-    """Refuse pre-training on images that the stages with labels are validated or tested on."""
-    seen, data, where = one.recipe.data, judged.recipe.data, one.stage.where
-    for name in ("val", "test"):
-        spec = getattr(data, name)
-        if spec is not None and place(spec) == place(seen.train):
-            raise ValueError(
-                f"{where} pre-trains on {spec}, which is data.{name} of {judged.stage.where}: no "
-                "stage may learn from the images that models are judged by"
-            )
-    if place(data.train) != place(seen.train) or not holds_out(data.train, data.val):
-        return
-    for name in ("val", "val_share", "split_seed"):
-        mine, its = getattr(seen, name), getattr(data, name)
-        if mine != its:
-            raise ValueError(
-                f"{where} has data.{name}={mine} and {judged.stage.where} {its}: it would "
-                "pre-train on images that are held out for validation, so both must be the same"
-            )
 
 
 # The end ------------------------------------------------------------------------------------------

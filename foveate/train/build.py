@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import copy
 import logging
+from pathlib import Path
 from typing import Any
 
 import timm
 from timm.layers import DropPath, calculate_drop_path_rates
 from torch import nn
 
-from foveate import api
+from foveate import api, config
 from foveate.backbones import backbone_for, image_settings, lvvit_m, lvvit_s, multiscale
 from foveate.convert import Settings, open_model
 from foveate.core import Backbone, ReducedViT
 from foveate.data import Splits, open_splits
 from foveate.data.demo import demo_vit
-from foveate.data.splits import NONE
+from foveate.data.splits import NONE, holds_out, place
 from foveate.train import recipe as recipes
 from foveate.train.finetune import FinetuneTask
 from foveate.train.images import ImageTask
 from foveate.train.reduce import ReduceTask
 
-__all__ = ["make_finetune", "make_model", "make_reduce", "open_data", "open_start"]
+__all__ = [
+    *("check_start", "check_unseen", "make_finetune", "make_model", "make_reduce", "open_data"),
+    "open_start",
+]
 
 _log = logging.getLogger(__name__)
 _OURS = {"lvvit_s": lvvit_s, "lvvit_m": lvvit_m}
@@ -100,6 +104,48 @@ def open_data(data: recipes.Data, *, labels: bool = True) -> Splits:
                 ", ".join(lost),
             )
     return splits
+
+
+def check_start(data: recipes.Data, start: Any) -> None:
+    """Refuse a start that learnt from images which this run is judged by, if its recipe tells."""
+    if not isinstance(start, (str, Path)):
+        return
+    folder = Path(start) if Path(start).is_dir() else Path(start).parent
+    path = folder / "recipe.yaml"
+    if not path.is_file():
+        return
+    tree = config.load(path).get("data")
+    if isinstance(tree, dict) and "train" in tree:
+        check_unseen(
+            config.parse(recipes.Data, tree, where=str(path)), str(start), data, "this run"
+        )
+
+
+def check_unseen(seen: recipes.Data, who: str, data: recipes.Data, whose: str) -> None:
+    """Refuse images that somebody was trained on where they are to judge.
+
+    Args:
+        seen: images that were trained on.
+        who: was trained on them.
+        data: images of whom is judged.
+        whose: a name for that.
+    """
+    for name in ("val", "test"):
+        spec = getattr(data, name)
+        if spec is not None and place(spec) == place(seen.train):
+            raise ValueError(
+                f"{who} trains on {spec}, which is data.{name} of {whose}: nothing may learn from "
+                "the images that models are judged by"
+            )
+    if place(data.train) != place(seen.train) or not holds_out(data.train, data.val):
+        return
+    for name in ("val", "val_share", "split_seed"):
+        mine, its = getattr(seen, name), getattr(data, name)
+        if mine != its:
+            raise ValueError(
+                f"{who} has data.{name}={mine} and {whose} {its}, on the same images: it would be "
+                "trained on some that are held out for validation, so both must be the same"
+            )
 
 
 def make_finetune(recipe: recipes.Finetune, classes: int) -> FinetuneTask:

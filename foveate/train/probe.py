@@ -26,7 +26,7 @@ from foveate.core import Backbone, ReducedViT, dense
 from foveate.data import Inputs, Loader, Source, device_batches, limited, usual_workers
 from foveate.files import write_text
 from foveate.train import recipe as recipes
-from foveate.train.build import make_model, open_data
+from foveate.train.build import check_start, make_model, open_data
 from foveate.train.draws import seed_step
 from foveate.train.images import image_inputs
 from foveate.train.result import Result
@@ -55,6 +55,7 @@ def probe(recipe: recipes.Probe, out: Path, progress: _Progress = lambda *_: Non
     write_text(out / "recipe.yaml", config.dump(recipe))
     device = torch.device(machine.device_of("auto"))
     model = make_model(recipe.model, None)
+    check_start(recipe.data, recipe.model.start)
     splits = open_data(recipe.data)
     if recipe.split == "test" and splits.test is None:
         raise ValueError(f"{recipe.data.train} has no test images: data.test names some")

@@ -45,7 +45,7 @@ from foveate.files import write_text
 from foveate.train import recipe as recipes
 from foveate.train.bars import LineBar, RichBar
 from foveate.train.best import Best
-from foveate.train.build import make_finetune, make_reduce, open_data
+from foveate.train.build import check_start, make_finetune, make_reduce, open_data
 from foveate.train.callbacks import Pictures, TokenCounts
 from foveate.train.checkpoints import Checkpoints, WholeFiles, any_checkpoint, newest
 from foveate.train.logs import MetricsFile
@@ -255,6 +255,7 @@ def make_loaders(
 
 def _build(recipe: recipes.Finetune | recipes.Reduce) -> tuple[Task, Splits]:
     """Build the task after its data are opened, since the head is made for their classes."""
+    check_start(recipe.data, recipe.model.start)
     splits = open_data(recipe.data)
     classes = splits.train.classes or ()
     task: Task

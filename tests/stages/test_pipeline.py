@@ -285,7 +285,7 @@ def test_the_function_does_the_same(out: Path, trained: list[str]) -> None:
             "stages.pretrain.data.val=none",
             "stages.pretrain has data.val=none and stages.probe None",
         ),
-        ("stages.pretrain.data.val_share=0.05", "would pre-train on images that are held out"),
+        ("stages.pretrain.data.val_share=0.05", "it would be trained on some that are held out"),
         ("stages.pretrain.data.split_seed=1", "has data.split_seed=1 and stages.probe 0"),
         ("data.train=folder:nowhere", "nowhere"),
         ("stages.masked.data={mean: [0.5], std: [0.5]}", "data.mean=[0.5]"),
@@ -315,7 +315,7 @@ def test_pretraining_may_see_what_no_other_stage_is_judged_by(tmp_path: Path) ->
     for name in ("val", "test"):
         pretrain = {**TREE["stages"]["pretrain"], "data": {**other, "train": labelled[name]}}
         tree = {**TREE, "data": labelled, "stages": {**TREE["stages"], "pretrain": pretrain}}
-        with pytest.raises(ValueError, match=f"pre-trains on .*, which is data.{name} of stages.p"):
+        with pytest.raises(ValueError, match=f"trains on .*, which is data.{name} of stages.p"):
             plan(config.parse(Pipeline, tree), tmp_path / "out")
 
 

@@ -102,3 +102,30 @@ def test_a_warm_up_longer_than_the_run(tmp_path: Path, caplog: pytest.LogCapture
         "optim.warmup_epochs=5 is longer than loop.epochs=2: the warm-up takes 2 of its 8 updates"
     )
     assert said in caplog.text
+
+
+def test_a_start_that_has_seen_the_held_out_images(tmp_path: Path) -> None:
+    """However much of the same set it held out itself; another set is another matter."""
+    start = tmp_path / "start"
+    run(finetune("loop.max_steps=1"), start)
+    for path in (start, start / "model.safetensors"):
+        with pytest.raises(
+            ValueError, match=r"has data.val_share=0.1 and this run 0.3, on the same"
+        ):
+            run(finetune("data.val_share=0.3", model={"start": str(path)}), tmp_path / "run")
+    with pytest.raises(ValueError, match="has data.split_seed=0 and this run 1"):
+        run(finetune("data.split_seed=1", model={"start": str(start)}), tmp_path / "run")
+    photos = noise(tmp_path / "photos", 40)
+    other = finetune(
+        *(f"data.train=folder:{photos}", "data.val_share=0.3", "loop.max_steps=1"),
+        *("model.new_head=true", "data.limit=null", "data.val_limit=null"),
+        model={"start": str(start)},
+    )
+    run(other, tmp_path / "other")
+    judged = finetune(
+        f"data.train=folder:{noise(tmp_path / 'more', 30)}",
+        f"data.val=folder:{photos}",
+        model={"start": str(tmp_path / "other")},
+    )
+    with pytest.raises(ValueError, match="trains on .*photos, which is data.val of this run"):
+        run(judged, tmp_path / "judged")
