@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from foveate.core import Schedule
     from foveate.facts import count, describe
     from foveate.jobs import evaluate, finetune, pipeline, pretrain, probe, reduce
+    from foveate.predictions import Predictions, predict
     from foveate.registry import list_methods
 
 __all__ = [
