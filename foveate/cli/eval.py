@@ -214,6 +214,9 @@ def _images(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     from foveate.data import final_images
 
     found = {json.dumps(data): data for name in names if (data := _trained_on(Path(name)))}
+    for name in names:
+        if (Path(name).suffix or "/" in name) and not Path(name).exists():
+            raise ValueError(f"{name} does not exist")
     if len(found) != 1:
         raise ValueError("say with --data what to evaluate on, such as folder:PATH")
     data = next(iter(found.values()))

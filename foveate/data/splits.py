@@ -260,9 +260,10 @@ def divide(source: Source, share: float, seed: int) -> tuple[np.ndarray, np.ndar
     digests = np.frombuffer(content, dtype="<u8")
     order = np.unique(digests)
     if len(order) < 2:
+        what = "1 image" if len(source) == 1 else f"{len(source)} images, all alike"
         raise ValueError(
-            f"{source.spec} has {len(order)} image to divide into training and validation: two "
-            "that differ are needed, or data.val names a set of its own"
+            f"{source.spec} has {what}: to divide it into training and validation two that differ "
+            "are needed, or data.val names a set of its own"
         )
     # Both sides have an image at least.
     end = min(max(int(share * 2**64), int(order[0]) + 1), int(order[-1]))

@@ -115,10 +115,11 @@ def check_start(data: recipes.Data, start: Any) -> None:
     if not path.is_file():
         return
     tree = config.load(path).get("data")
-    if isinstance(tree, dict) and "train" in tree:
-        check_unseen(
-            config.parse(recipes.Data, tree, where=str(path)), str(start), data, "this run"
-        )
+    # A data set of one's own is written as what it says of itself, which opens nothing.
+    if isinstance(tree, dict) and isinstance(tree.get("train"), str):
+        keys = [key for key in ("train", "val", "val_share", "split_seed") if key in tree]
+        seen = config.parse(recipes.Data, {key: tree[key] for key in keys}, where=str(path))
+        check_unseen(seen, str(start), data, "this run")
 
 
 def check_unseen(seen: recipes.Data, who: str, data: recipes.Data, whose: str) -> None:

@@ -6,6 +6,7 @@ by all jobs; each job's recipe is a class of its own at the end.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,6 +144,8 @@ class Data:
         _at_least("data.repeats", self.repeats, 1)
         _at_least("data.split_seed", self.split_seed, 0)
         _at_least("data.overlap", self.overlap, 0)
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"data.crop_pct must lie in (0, 1], got {self.crop_pct}")
         if not 0 < self.val_share < 1:
             raise ValueError(f"data.val_share must lie between 0 and 1, got {self.val_share}")
         for name, value in (
@@ -233,8 +236,10 @@ class Optim:
     fixed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"optim.lr must be above 0, got {self.lr}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"optim.lr must be a number above 0, got {self.lr}")
+        if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas must lie in [0, 1), got {list(self.betas)}")
         for name in ("min_lr", "warmup_lr", "weight_decay", "backbone_scale", "frozen_epochs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"optim.{name} must be at least 0, got {getattr(self, name)}")

@@ -209,3 +209,14 @@ def test_objects_and_pixels_of_a_data_set(key: str, what: str) -> None:
     assert splits.val is not None and key in splits.val.sample(0)
     with pytest.raises(ValueError, match=f"has labels of {what}; this job needs labels of whole"):
         open_splits(Set())
+
+
+def test_an_error_of_the_data_sets_own_code_names_the_item() -> None:
+    class Broken(Numbered):
+        def __getitem__(self, index: int) -> Any:
+            return super().__getitem__(index) if index < 2 else {}["path"]
+
+    source = DatasetSource(Broken(), "train", labels=False)
+    assert source.image(1) is not None
+    with pytest.raises(ValueError, match="item 2 of Broken.* cannot be read: KeyError: 'path'"):
+        source.image(2)

@@ -79,7 +79,7 @@ def test_copies_stay_together_and_no_side_is_empty() -> None:
         assert least <= len(out) <= most and len(kept) + len(out) == 40
         wider = divide(Numbers(count=40), min(1.0, 1.5 * share), 0)[1]
         assert set(out.tolist()) <= set(wider.tolist())
-    with pytest.raises(ValueError, match="numbers has 1 image to divide into training and valid"):
+    with pytest.raises(ValueError, match="numbers has 1 image: to divide it into training and val"):
         divide(Numbers(count=1), 0.5, 0)
 
 

@@ -123,6 +123,8 @@ def test_several_saved_models(
 def test_errors(photos: Path, tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     foveate.save(foveate.apply(randomise(vit()), "evit(keep=0.7)"), saved, everything=True)
+    with pytest.raises(ValueError, match=r"nowhere/model.pth does not exist"):
+        run("nowhere/model.pth")
     with pytest.raises(ValueError, match="say with --data what to evaluate on"):
         run(str(saved))
     with pytest.raises(ValueError, match="was saved with its method evit"):

@@ -60,7 +60,7 @@ def test_what_cannot_be_divided_is_said(tmp_path: Path, caplog: pytest.LogCaptur
     single = noise(tmp_path / "single", 1, "a")
     with pytest.raises(ValueError, match="has the class a alone: two are needed at least"):
         open_data(finetune(f"data.train=folder:{single}").data)
-    with pytest.raises(ValueError, match="has 1 image to divide into training and validation"):
+    with pytest.raises(ValueError, match="has 1 image: to divide it into training and validation"):
         open_data(finetune(f"data.train=folder:{single}").data, labels=False)
     with pytest.raises(ValueError, match="data.val=none is for pre-training"):
         open_data(finetune("data.val=none").data)

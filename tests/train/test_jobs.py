@@ -128,7 +128,7 @@ def test_what_is_random_in_a_data_set_resumes() -> None:
 @pytest.mark.parametrize(
     ("dataset", "words"),
     [
-        (iter([]), "list_iterator has no __len__ and __getitem__: images are read by their number"),
+        (iter([]), "list_iterator has no __getitem__ and no __len__: images are read by their num"),
         ([], r"list \(0 items\) is empty"),
         (Clothes, "the class Clothes is not a data set: give an object of it"),
         ([(Image.new("L", (28, 28)), 0.5)] * 40, "has the label 0.5: a whole number is needed"),

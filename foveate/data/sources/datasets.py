@@ -40,9 +40,10 @@ class DatasetSource(Source):
         if isinstance(dataset, type):
             raise ValueError(f"{self.spec} is not a data set: give an object of it")
         self._images_alone, self.classes = not labels, None
-        if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        lacking = [name for name in ("__getitem__", "__len__") if not hasattr(dataset, name)]
+        if lacking:
             raise ValueError(
-                f"{self.spec} has no __len__ and __getitem__: images are read by their number, "
+                f"{self.spec} has no {' and no '.join(lacking)}: images are read by their number, "
                 "so that a run can be resumed; a stream cannot be"
             )
         if not len(dataset):
@@ -77,8 +78,11 @@ class DatasetSource(Source):
             if isinstance(error, Unreadable):  # as ``read_image`` raises it
                 raise
             raise ValueError(f"{self.name(index)}: {error}") from error
+        except (LookupError, TypeError, AttributeError) as error:  # of the data set's own code
+            kind = type(error).__name__
+            raise ValueError(f"{self.name(index)} cannot be read: {kind}: {error}") from error
         found = self._as_sample(item, index)
-        if self.classes is not None:
+        if self.classes is not None and IMAGE in self.labels_of:
             self._check_label(found, index)
         return found
 
