@@ -19,7 +19,7 @@ RECIPE = (
 )
 SHORT = [
     *("data.limit=64", "data.val_limit=64", "data.batch=32", "loop.epochs=1", "loop.log_every=1"),
-    *("loop.check_every=1", "loop.loggers=[]", "optim.warmup_epochs=0"),
+    *("loop.check_every=1", "loop.loggers=[]", "optim.warmup_epochs=0", "data.val_share=0.2"),
     "optim.frozen_epochs=0",
 ]
 METHOD = "reduced/masked/dynamicvit-0.5"
