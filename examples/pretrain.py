@@ -75,7 +75,7 @@ def main() -> None:
     model = Means(vit)
     model.initialise()
     images = normalise(fashion_mnist_mini("train")[0])
-    hiding, choices, steps = Hiding().filled(model.hiding), Mto(), 60
+    hiding, choices, steps = Hiding().filled(model.hiding), Mto(), 40
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for step in range(steps):
         batch = images[torch.randint(len(images), (64,))]
@@ -87,7 +87,7 @@ def main() -> None:
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        if step % 20 == 0:
+        if step % 10 == 0:
             print(step, {name: round(value.item(), 3) for name, value in losses.items()})
     (layers,) = measure_layers(model.eval(), images[:64], mask)
     print("heterogeneity by layer:", [round(level, 2) for level in layers.heterogeneity])

@@ -49,8 +49,8 @@ def crossed(forms: list[str], every: int) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("row, name", cases)
 
 
-many, counted, few = crossed(list(FORMS), 3), crossed(list(FORMS), 6), crossed(FEW, 3)
-masked = crossed(MASKED, 3)
+many, counted, few = crossed(list(FORMS), 5), crossed(list(FORMS), 9), crossed(FEW, 5)
+masked = crossed(MASKED, 5)
 
 
 def run(model: ReducedViT, x: Tensor, **options: object) -> Tensor:

@@ -446,7 +446,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pretrain, Pat
 
 
 @pytest.mark.parametrize(
-    ("kill", "workers"), [("1,5", 0), ("0,3", 2), ("end0", 2), ("end1", 0), ("val1", 0)]
+    ("kill", "workers"),
+    [
+        ("1,5", 0),
+        pytest.param("0,3", 2, marks=pytest.mark.slow),
+        ("end0", 2),
+        pytest.param("end1", 0, marks=pytest.mark.slow),
+        ("val1", 0),
+    ],
 )
 def test_killed_runs_go_on(
     kill: str, workers: int, undisturbed: tuple[Pretrain, Path], tmp_path: Path

@@ -164,6 +164,7 @@ def test_a_finished_pipeline_runs_nothing(
     assert "stages   1-pretrain: pretrain (done)" in said and "next     foveate show" in said
 
 
+@pytest.mark.slow
 def test_it_goes_on_between_stages(recipe: Path, out: Path, trained: list[str]) -> None:
     for name in ("4-masked", "5-reduce", "evaluation"):
         (out / name).rename(out.parent / name)

@@ -163,6 +163,7 @@ def test_a_detector_learns(whole: Any) -> None:
     assert (whole.path / "detector.pt").is_file()
 
 
+@pytest.mark.slow
 def test_what_a_task_counts_goes_on(
     tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

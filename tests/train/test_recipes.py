@@ -84,7 +84,18 @@ def shrunk(recipe: Any, folder: Path) -> Any:
     return dataclasses.replace(recipe, **changes, loop=loop)
 
 
-@pytest.mark.parametrize(("job", "name"), ALL)
+# Like others but for the method, the size or the start: their files are read above all the same.
+ALIKE = {
+    *("imagenet_deit_b_dynamicvit", "imagenet_mae_b_dynamicvit", "imagenet_deit_s_tome_scratch"),
+    *("imagenet_deit_s_evit_scratch", "imagenet_deit_s_evovit_scratch", "imagenet_deit_b"),
+    *("imagenet_deit_b_masked_scratch", "imagenet_mae_b_full", "imagenet_deit_s_svit"),
+}
+RUN = [
+    pytest.param(job, name, marks=pytest.mark.slow if name in ALIKE else ()) for job, name in ALL
+]
+
+
+@pytest.mark.parametrize(("job", "name"), RUN)
 def test_a_recipe_runs(
     job: str, name: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
