@@ -6,10 +6,12 @@ import json
 import shutil
 import time
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from threading import Lock
 
 import pytest
+from PIL import Image
 from tiny import METHOD, Here, compare, write_config
 
 from foveate import config as configs
@@ -264,6 +266,33 @@ def test_the_comparisons_of_pretraining_ask_for_what_they_did(tmp_path: Path) ->
     assert labels.work.settings.model.start == str(tmp_path.resolve() / "models/mae_mto/seed1")
     assert labels.needs == ("models/mae_mto/seed1",) and labels.work.settings.data.limit == 150
     assert comparison.root("mae_mto_raw") == "mae"
+
+
+@pytest.mark.parametrize("name", ["mergence_part", "yardstick_cifar10"])
+def test_the_other_comparisons_that_ship(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All cells can be made, and methods of pre-training are compared with themselves."""
+    monkeypatch.chdir(tmp_path)
+    for split, kind in product(("train", "test"), "ab"):
+        folder = tmp_path / "data/cifar10" / split / kind
+        folder.mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(folder / "1.png")
+    comparison = configs.read(Comparison, configs.find_recipe("compare", name))
+    cells = make_cells(comparison, tmp_path)
+    jobs = Counter(cell.work.job for cell in cells.values())
+    if name == "mergence_part":
+        assert jobs == {"finetune": 3, "reduce": 3 * 3 + 7, "evaluate": 3 + 3 * 3 + 7}
+        one = cells["models/multiscale_05/seed2"].work.settings
+        assert (
+            one.model.multiscale == {}
+            and one.method == cells["models/mergence_05/seed2"].work.settings.method
+        )
+        assert "similarity" in str(cells["models/l2_05/seed0"].work.settings.method)
+    else:
+        assert jobs == {"pretrain": 9 * 3, "finetune": 10 * 3, "evaluate": 10 * 3}
+        assert comparison.root("conmim_mto") == "conmim" and comparison.root("mae_short") == "mae"
+        assert cells["models/bootmae_mto/seed0"].work.settings.loop.epochs == 4
 
 
 def test_the_study_of_decoder_depth(tmp_path: Path) -> None:
