@@ -11,7 +11,16 @@ if TYPE_CHECKING:
     from foveate.convert import load, save
     from foveate.core import Schedule
     from foveate.facts import count, describe
-    from foveate.jobs import evaluate, finetune, pipeline, pretrain, probe, reduce
+    from foveate.jobs import (
+        detect,
+        evaluate,
+        finetune,
+        pipeline,
+        pretrain,
+        probe,
+        reduce,
+        segment,
+    )
     from foveate.registry import list_methods
 
 __all__ = [
@@ -20,6 +29,7 @@ __all__ = [
     "apply",
     "count",
     "describe",
+    "detect",
     "evaluate",
     "finetune",
     "list_methods",
@@ -30,6 +40,7 @@ __all__ = [
     "probe",
     "reduce",
     "save",
+    "segment",
     "unwrap",
 ]
 
@@ -39,6 +50,7 @@ _HOMES = {
     "apply": "api",
     "count": "facts",
     "describe": "facts",
+    "detect": "jobs",
     "evaluate": "jobs",
     "finetune": "jobs",
     "list_methods": "registry",
@@ -49,6 +61,7 @@ _HOMES = {
     "reduce": "jobs",
     "predict": "predictions",
     "save": "convert",
+    "segment": "jobs",
     "unwrap": "api",
 }
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from foveate.core import ReducedViT
 from foveate.data import Source, Unreadable
 from foveate.files import write_whole
-from foveate.train.images import ImageTask
 from foveate.train.module import Module
 
 __all__ = ["Pictures", "TokenCounts"]
@@ -42,10 +41,11 @@ class TokenCounts(Callback):
     ) -> None:
         """Trace a batch."""
         assert isinstance(module, Module)
-        model, task = module.exported, module.task
-        if isinstance(model, ReducedViT) and index < self.batches:
-            assert isinstance(task, ImageTask)
-            counts = model.trace(task.pixels(batch)).counts()
+        if index >= self.batches:
+            return
+        trace = module.task.trace(module.exported, batch)
+        if trace is not None:
+            counts = trace.counts()
             self._counts.append(torch.tensor(counts, dtype=torch.float32))  # [blocks, B]
 
     def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
