@@ -32,13 +32,15 @@ def save_dense(model: DenseModel, folder: str | os.PathLike[str]) -> None:
     """Write a detector or a segmenter with its method to a folder: safetensors and JSON."""
     reduced, folder = model.reduced, Path(folder)
     recipe = reduced.backbone.recipe()
-    if not model.settings or recipe is None:
-        what = (
-            "model was put together by hand" if not model.settings else "ViT inside is not timm's"
-        )
+    if not model.settings:
         raise ValueError(
-            f"this {type(model).__name__} cannot be made again from plain data, since its {what}: "
-            "make it with foveate.dense.make_dense, or save its state_dict()"
+            f"this {type(model).__name__} was put together by hand, so it cannot be made again "
+            "from a folder: make it with foveate.dense.make_dense, or save its state_dict()"
+        )
+    if recipe is None:
+        raise ValueError(
+            f"the {type(reduced.vit).__name__} inside cannot be made again from plain data: save "
+            "the model's state_dict()"
         )
     config = {
         "format": _FORMAT,
