@@ -16,7 +16,7 @@ from foveate.data import Source, Unreadable
 from foveate.files import write_whole
 from foveate.train.module import Module
 
-__all__ = ["Pictures", "TokenCounts"]
+__all__ = ["Pictures", "TokenCounts", "as_picture"]
 
 
 class TokenCounts(Callback):
@@ -81,7 +81,7 @@ class Pictures(Callback):
                 break
             if source.label(index) not in labels:
                 try:
-                    self._images[source.name(index)] = _picture(source.image(index))
+                    self._images[source.name(index)] = as_picture(source.image(index))
                 except Unreadable:  # evaluation says so, if it is to
                     continue
                 labels.add(source.label(index))
@@ -102,7 +102,7 @@ class Pictures(Callback):
         write_whole(path, lambda partial: picture.save(partial, format="png"))
 
 
-def _picture(image: Image.Image | np.ndarray) -> Image.Image:
+def as_picture(image: Image.Image | np.ndarray) -> Image.Image:
     """Return a source's image in the form that pictures are drawn on."""
     if isinstance(image, Image.Image):
         return image

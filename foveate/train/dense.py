@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from foveate import api
@@ -18,14 +20,17 @@ from foveate.convert import save
 from foveate.core import Trace
 from foveate.core.evaluation import evaluating
 from foveate.data import (
+    Source,
     Splits,
     Transform,
+    Unreadable,
     dense_eval_transform,
     dense_train_transform,
     limited,
     listed,
 )
 from foveate.dense import DenseModel, make_dense
+from foveate.predictions import predict_dense
 from foveate.registry import suggest
 from foveate.train.build import (
     make_model,
@@ -34,9 +39,10 @@ from foveate.train.build import (
     set_checkpointing,
     set_drop_path,
 )
-from foveate.train.callbacks import TokenCounts
+from foveate.train.callbacks import TokenCounts, as_picture
 from foveate.train.dense_recipe import DenseData, DenseRecipe
 from foveate.train.draws import Draws
+from foveate.train.module import Module
 from foveate.train.processes import device_of, processes
 from foveate.train.result import Result
 from foveate.train.run import Loaders, fit
@@ -276,4 +282,41 @@ def _callbacks(recipe: Any, task: Task, loaders: Loaders, out: Path) -> list[Cal
     found: list[Callback] = []
     if loop.statistics:
         found.append(TokenCounts())
+    if loop.pictures_every is not None:
+        assert loaders.val is not None
+        found.append(DensePictures(out / "pictures", loop.pictures_every, loaders.val.source))
     return found
+
+
+class DensePictures(Callback):
+    """Draws every few epochs what is found in the first validation images.
+
+    Args:
+        folder: of the pictures, with a folder for each epoch.
+        every: epochs between pictures.
+        source: the validation images.
+        number: of images.
+    """
+
+    def __init__(self, folder: Path, every: int, source: Source, number: int = 4) -> None:
+        if source.finished:
+            raise ValueError(
+                f"loop.pictures_every draws on pictures, and {source.spec} gives tensors: leave it "
+                "out"
+            )
+        self.folder, self.every = folder, every
+        self.source, self.number = source, number
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Draw on one process, also after epochs without an evaluation."""
+        assert isinstance(module, Module)
+        epoch = trainer.current_epoch + 1
+        if epoch % self.every or not trainer.is_global_zero:
+            return
+        model: Any = module.exported
+        images: list[Image] = []
+        for index in range(len(self.source)):
+            if len(images) < self.number:
+                with suppress(Unreadable):  # evaluation says so, if it is to
+                    images.append(as_picture(self.source.image(index)))
+        predict_dense(model, images, pictures=self.folder / f"epoch-{epoch:03d}", least=0.3)

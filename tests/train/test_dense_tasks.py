@@ -73,7 +73,10 @@ def svit(dense: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any
     return made, run(made, out)
 
 
-RESUMED = ("loop.save_every=1", "loop.statistics=true", "loop.epochs=2", "loop.ema=0.5")
+RESUMED = (
+    *("loop.save_every=1", "loop.statistics=true", "loop.epochs=2", "loop.ema=0.5"),
+    "loop.pictures_every=2",
+)
 
 
 def scenes(job: str) -> list[torch.Tensor]:
@@ -115,6 +118,7 @@ def test_sparse_fine_tuning_goes_on_from_the_dense_detector(
     model = foveate.load(result.path)
     assert model.reducer.name == "svit" and model.settings == dense["detect"].model.settings
     assert {"train/ratio", "tokens/block02"} <= set(result.history)
+    assert len(list((result.path / "pictures/epoch-002").iterdir())) == 4
     far = [
         (value - dense["detect"].model.state_dict()[name]).abs().max()
         for name, value in model.state_dict().items()
