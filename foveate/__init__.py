@@ -11,7 +11,16 @@ if TYPE_CHECKING:
     from foveate.convert import load, save
     from foveate.core import Schedule
     from foveate.facts import count, describe
-    from foveate.jobs import evaluate, finetune, pipeline, pretrain, probe, reduce
+    from foveate.jobs import (
+        detect,
+        evaluate,
+        finetune,
+        pipeline,
+        pretrain,
+        probe,
+        reduce,
+        segment,
+    )
     from foveate.predictions import Predictions, predict
     from foveate.registry import list_methods
 
@@ -21,6 +30,7 @@ __all__ = [
     "apply",
     "count",
     "describe",
+    "detect",
     "evaluate",
     "finetune",
     "list_methods",
@@ -31,6 +41,7 @@ __all__ = [
     "probe",
     "reduce",
     "save",
+    "segment",
     "unwrap",
 ]
 
@@ -40,6 +51,7 @@ _HOMES = {
     "apply": "api",
     "count": "facts",
     "describe": "facts",
+    "detect": "jobs",
     "evaluate": "jobs",
     "finetune": "jobs",
     "list_methods": "registry",
@@ -50,6 +62,7 @@ _HOMES = {
     "reduce": "jobs",
     "predict": "predictions",
     "save": "convert",
+    "segment": "jobs",
     "unwrap": "api",
 }
 

@@ -35,6 +35,11 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
+_RECIPES = {
+    **{"pretrain": "mim.recipe", "pipeline": "stages.recipe"},
+    **{"detect": "train.dense_recipe", "segment": "train.dense_recipe"},
+}
+_NAMED = [["method"], ["backbone"], ["head"]]  # groups of a name and its options
 _METHOD = "method"  # of the groups, the one that is also written as one word
 
 
@@ -149,8 +154,8 @@ def explain(cls: type, width: int = 96) -> str:
 
 def recipe_class(job: str) -> type:
     """Return the class whose fields are the settings of a job; the rooms above have it."""
-    room = {"pretrain": "mim", "pipeline": "stages"}.get(job, "train")
-    found: type = getattr(import_module(f"foveate.{room}.recipe"), job.capitalize())
+    room = _RECIPES.get(job, "train.recipe")
+    found: type = getattr(import_module(f"foveate.{room}"), job.capitalize())
     return found
 
 
@@ -204,11 +209,13 @@ def _override(tree: dict[str, Any], text: str) -> None:
     for step in path:
         if step == _METHOD and isinstance(tree.get(step), str):
             tree[step] = _spread(tree[step], key)
-        tree = tree.setdefault(step, {})
+        if tree.get(step) is None:
+            tree[step] = {}
+        tree = tree[step]
         if not isinstance(tree, dict):
             raise ValueError(f"{text!r}: {step} is a single value, not a group of settings")
-    # What the file says of a whole group belongs to another preset, or to another method.
-    if last == "preset" or (last == "name" and path == [_METHOD]):
+    # What the file says of a whole group belongs to another preset, or to what had another name.
+    if last == "preset" or (last == "name" and path[-1:] in _NAMED):
         tree.clear()
     try:
         tree[last] = yaml.safe_load(value)

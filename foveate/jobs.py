@@ -31,12 +31,17 @@ from foveate.registry import suggest
 from foveate.stages import Measured, Pipeline
 from foveate.stages import run as run_stages
 from foveate.train import recipe as recipes
+from foveate.train.dense_recipe import Detect, Segment
+from foveate.train.detect import detect as run_detect
 from foveate.train.probe import probe as run_probe
 from foveate.train.processes import device_of, processes
 from foveate.train.result import Result
 from foveate.train.run import train
+from foveate.train.segment import segment as run_segment
 
-__all__ = ["evaluate", "finetune", "pipeline", "pretrain", "probe", "reduce"]
+__all__ = [
+    *("detect", "evaluate", "finetune", "pipeline", "pretrain", "probe", "reduce", "segment"),
+]
 
 _R = TypeVar("_R")
 Settings = Mapping[str, Any]
@@ -130,6 +135,87 @@ def reduce(
     return train(
         made, _folder("reduce", out, made.loop, resume), resume=resume, progress=progress, say=say
     )
+
+
+def detect(
+    model: str | Path | nn.Module | recipes.Model | Settings | None = None,
+    data: Any = None,
+    *,
+    backbone: Settings | None = None,
+    head: Settings | None = None,
+    method: str | Settings | Reducer | None = None,
+    optim: recipes.Optim | Settings | None = None,
+    loop: recipes.Loop | Settings | None = None,
+    weights: Mapping[str, float] | None = None,
+    recipe: str | Path | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    say: Say = print,
+) -> Result:
+    """Train a detector on a ViT, dense or with a method.
+
+    Args:
+        model: as in ``finetune``, without a head; also a detector, or the path of one, to go on
+            with.
+        data: images with objects: a spec such as "coco:photos", a data set of one's own, or the
+            group "data".
+        backbone: name and options of what makes maps, such as {"name": "pyramid"}.
+        head: name and options of the detector, such as {"name": "faster_rcnn"}.
+        method: such as "svit(keep=0.7)"; None trains dense.
+        optim: the group of that name, as a dictionary or its class.
+        loop: likewise.
+        weights: factors of losses, such as {"mask": 2.0, "ratio": 4.0}.
+        recipe: one that ships, by name, or a YAML file; the groups change it.
+        out: folder of the run; None takes runs/detect, or the next that is free.
+        resume: go on with the run in ``out``.
+        progress: show a progress bar.
+        say: is told what is trained on what before it begins.
+    """
+    parts = {"backbone": backbone, "head": head, "method": method, "weights": weights}
+    made = _recipe(Detect, "detect", recipe, model, data, {**parts, "optim": optim, "loop": loop})
+    folder = _folder("detect", out, made.loop, resume)
+    return run_detect(made, folder, resume=resume, progress=progress, say=say)
+
+
+def segment(
+    model: str | Path | nn.Module | recipes.Model | Settings | None = None,
+    data: Any = None,
+    *,
+    backbone: Settings | None = None,
+    head: Settings | None = None,
+    method: str | Settings | Reducer | None = None,
+    optim: recipes.Optim | Settings | None = None,
+    loop: recipes.Loop | Settings | None = None,
+    weights: Mapping[str, float] | None = None,
+    recipe: str | Path | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    say: Say = print,
+) -> Result:
+    """Train a network for semantic segmentation on a ViT, dense or with a method.
+
+    Args:
+        model: as in ``detect``.
+        data: images with a class for each pixel: a spec such as "masks:photos", a data set of
+            one's own, or the group "data".
+        backbone: as in ``detect``.
+        head: name and options of the head, such as {"name": "upernet"}.
+        method: such as "svit(keep=0.7)"; None trains dense.
+        optim: the group of that name, as a dictionary or its class.
+        loop: likewise.
+        weights: factors of losses, such as {"ratio": 4.0}.
+        recipe: one that ships, by name, or a YAML file; the groups change it.
+        out: folder of the run; None takes runs/segment, or the next that is free.
+        resume: go on with the run in ``out``.
+        progress: show a progress bar.
+        say: is told what is trained on what before it begins.
+    """
+    parts = {"backbone": backbone, "head": head, "method": method, "weights": weights}
+    made = _recipe(Segment, "segment", recipe, model, data, {**parts, "optim": optim, "loop": loop})
+    folder = _folder("segment", out, made.loop, resume)
+    return run_segment(made, folder, resume=resume, progress=progress, say=say)
 
 
 def pretrain(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,14 +52,22 @@ def patch_grid(images: Tensor, patch: tuple[int, int]) -> tuple[int, int]:
 
 
 def same_modules(model: nn.Module, twin: nn.Module) -> bool:
-    """Tell whether two models have the same layers, sizes and settings, whatever their weights."""
+    """Tell whether two models have the same layers, sizes and settings, whatever their weights.
+
+    Stochastic depth may differ: it is a setting of training, and does nothing afterwards.
+    """
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     heads = [_head_count(module) for module in model.modules()]
     return (
-        str(model) == str(twin)  # names every layer with its eps, rates and activations
+        _layers(model) == _layers(twin)
         and shapes == {key: value.shape for key, value in twin.state_dict().items()}
         and heads == [_head_count(module) for module in twin.modules()]
     )
+
+
+def _layers(model: nn.Module) -> str:
+    """Name every layer with its eps, rates and activations."""
+    return re.sub(r"DropPath\(.*?\)", "Identity()", str(model))
 
 
 def _head_count(module: nn.Module) -> int | None:

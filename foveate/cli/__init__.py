@@ -17,8 +17,9 @@ from collections.abc import Callable, Sequence
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = (
-    *("bench", "compare", "convert", "data", "demo", "describe", "env", "eval", "finetune", "list"),
-    *("look", "pipeline", "predict", "pretrain", "probe", "rauc", "reduce", "show"),
+    *("bench", "compare", "convert", "data", "demo", "describe", "detect", "env", "eval"),
+    *("finetune", "list", "look", "pipeline", "predict", "pretrain", "probe", "rauc", "reduce"),
+    *("segment", "show"),
 )
 
 

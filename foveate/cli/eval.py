@@ -1,4 +1,4 @@
-"""Evaluate models: accuracy, occlusion, pruning without training, statistics of tokens, speed.
+"""Evaluate models: accuracy (AP, mIoU), occlusion, pruning, statistics of tokens, speed.
 
 Accuracy and multiply-adds are always measured, of every model and every method on it. A method
 that does not name its rate is taken at every one of --rates; a model that was saved with a method
@@ -9,10 +9,14 @@ for by name:
   --statistics  which patches each method keeps, where, how often, and what it brings back
   --speed       images a second, all models and methods in one interleaved run at each batch size
 
+Detectors and segmenters have their AP or mean IoU, multiply-adds and patches used as they ran, and
+with --speed images a second of network and backbone; their dense model is measured beside them.
+
 In a terminal:
   foveate eval demo evit "tome(r=3)" --rates .5 .7 .9 --speed --out results/
   foveate eval vit.safetensors --data folder:photos --occlusion --pruning --out results/
   foveate eval full/ --models masked/ --data folder:photos --occlusion 0 .5 .9 --mask-seeds 5
+  foveate eval runs/detect-scenes_svit --speed --calibrate 64 --out results/
   foveate eval svit/ --data folder:photos --statistics --device cuda --precision bf16 --workers 8
 """
 
@@ -69,9 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--batch",
         type=int,
-        default=64,
         metavar="N",
-        help="number of images in one pass (default: 64)",
+        help="number of images in one pass (default: 64; 1 for detectors and segmenters)",
     )
     add(
         "--workers",
@@ -135,6 +138,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of timed rounds of --speed (default: 30)",
     )
+    add(
+        "--calibrate",
+        type=int,
+        default=0,
+        metavar="N",
+        help="for a detector or segmenter with gates: also evaluate it with gates shifted over N "
+        "training images, so that they keep their shares by arg-max",
+    )
     add("--device", default="auto", help="cpu, cuda, or auto for a GPU if there is one (default)")
     add(
         "--precision",
@@ -172,10 +183,17 @@ def run(args: argparse.Namespace) -> None:
 
     from foveate.bench.progress import progress_bar
     from foveate.convert import open_base
+    from foveate.dense import DenseModel
     from foveate.measure import RATES, RATIOS, Plan, evaluate, write
     from foveate.measure.sheets import sheets, show, terminal
 
-    plain = ("mask_seeds", "statistics", "rounds", "batch", "workers", "limit", "precision")
+    models = {
+        label: open_base(name, untrained=args.untrained)
+        for label, name in zip(_labels(names), names, strict=True)
+    }
+    dense = isinstance(next(iter(models.values())), DenseModel)
+    batch = args.batch or (1 if dense else 64)
+    plain = ("mask_seeds", "statistics", "rounds", "workers", "limit", "precision")
     plan = Plan(
         **images,
         **{name: getattr(args, name) for name in (*plain, "strict", "seed")},
@@ -183,13 +201,15 @@ def run(args: argparse.Namespace) -> None:
         rates=tuple(args.rates),
         occlusion=_chosen(args.occlusion, RATIOS),
         pruning=_chosen(args.pruning, RATES),
-        speed=_chosen(args.speed, (args.batch,)),
+        speed=_chosen(args.speed, (batch,)),
+        batch=batch,
         device=device,
     )
-    models = {
-        label: open_base(name, untrained=args.untrained)
-        for label, name in zip(_labels(names), names, strict=True)
-    }
+    if dense:
+        _run_dense(args, models, plan)
+        return
+    if args.calibrate:
+        raise ValueError("--calibrate is for detectors and segmenters")
     with progress_bar() as progress:
         found = evaluate(models, plan, command=machine.command("foveate"), progress=progress)
     if args.untrained:
@@ -202,6 +222,39 @@ def run(args: argparse.Namespace) -> None:
             print(f"{label}: {about['unreadable']} images could not be read")
     if args.out is not None:
         for path in write(found, args.out):
+            print(f"wrote    {path}")
+
+
+def _run_dense(args: argparse.Namespace, models: dict[str, Any], plan: Any) -> None:
+    """Evaluate detectors or segmenters, print, and write."""
+    from foveate.bench import machine
+    from foveate.bench.progress import progress_bar
+    from foveate.dense import DenseModel
+    from foveate.files import write_text
+    from foveate.measure import dense_sheets, evaluate_dense
+    from foveate.measure.sheets import markdown, show, terminal
+
+    for label, model in models.items():
+        if not isinstance(model, DenseModel):
+            raise ValueError(
+                f"{label} is neither a detector nor a segmenter, as the first model is"
+            )
+    with progress_bar() as progress:
+        found = evaluate_dense(
+            models,
+            plan,
+            calibration=args.calibrate,
+            command=machine.command("foveate"),
+            progress=progress,
+        )
+    console, sheets = terminal(), dense_sheets(found)
+    for sheet in sheets:
+        show(sheet, console)
+    if args.out is not None:
+        written = found.save(args.out / "eval.json")
+        page = args.out / "eval.md"
+        write_text(page, markdown(found, first=sheets))
+        for path in (*written, page):
             print(f"wrote    {path}")
 
 

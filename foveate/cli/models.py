@@ -36,11 +36,12 @@ def open_models(
     """Open a model once for each method; the weights are shared. Without methods, as it is."""
     from foveate import api
     from foveate.convert import open_base
-    from foveate.core import ReducedViT
+    from foveate.core import Reducer
 
     model = open_base(name, untrained=untrained)
     if not methods:
         return [model]
-    if isinstance(model, ReducedViT):
-        raise ValueError(f"{name} was saved with its method {model.reducer!r}; name no other")
+    own = getattr(model, "reducer", None)  # of a reduced ViT, or of a model around one
+    if isinstance(own, Reducer) and own.name != "dense":
+        raise ValueError(f"{name} was saved with its method {own!r}; name no other")
     return [api.apply(model, method, budget=budget).eval() for method in methods]

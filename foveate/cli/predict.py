@@ -1,4 +1,4 @@
-"""Predict labels for images, as a table, a CSV or JSON file, and pictures of what was used.
+"""Predict labels, objects or classes of pixels: a table, files, and pictures of what was used.
 
 Images are prepared as evaluation prepares them. METHODs are applied to a plain model without
 training. Labels are numbers where the model does not carry the names of its classes. The exit
@@ -9,6 +9,8 @@ In a terminal:
   foveate predict demo "evit(keep=0.7)" "tome(r=3)" --images photos/ --pictures pictures/
   foveate predict runs/finetune-photos --images cat.jpg dog.jpg --top 3 --out answers.csv
   foveate predict deit_small_patch16_224 evit --images photos/ --out answers.json --device cuda
+  foveate predict runs/detect-scenes --images photos/ --out coco.json --pictures pictures/
+  foveate predict runs/segment-scenes --images photos/ --out maps/
 """
 
 from __future__ import annotations
@@ -53,14 +55,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="number of answers for each image (default: 3)",
     )
-    add("--out", type=Path, metavar="FILE", help=".csv or .json file for all answers")
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help=".csv or .json file for all answers; .json (as COCO has it) for a detector's, and a "
+        "folder of label maps for a segmenter's",
+    )
     add("--pictures", type=Path, metavar="DIR", help="folder for one picture of each image")
     add(
         "--batch",
         type=int,
-        default=32,
         metavar="N",
-        help="number of images in one pass (default: 32)",
+        help="number of images in one pass (default: 32; 1 for detectors and segmenters)",
+    )
+    add(
+        "--least",
+        type=float,
+        default=0.5,
+        metavar="SCORE",
+        help="least score of an object that is drawn (default: 0.5)",
     )
     add("--device", default="auto", help="cpu, cuda, or auto for a GPU if there is one (default)")
     add(
@@ -79,8 +93,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Predict, print and write; give 1 if some images could not be read."""
-    if args.out is not None and args.out.suffix.lower() not in (".csv", ".json"):
-        raise ValueError(f"{args.out}: answers are written as .csv or .json")
     # An unwritable place is said before the work.
     for folder in (args.out and args.out.parent, args.pictures):
         if folder:
@@ -88,11 +100,18 @@ def run(args: argparse.Namespace) -> int:
 
     from foveate.bench import machine
     from foveate.cli.models import open_models
+    from foveate.dense import DenseModel
 
     device = machine.device_of(args.device)
     models = open_models(args.model, args.methods, untrained=args.untrained)
     for model in models:
         model.to(device)
+    if isinstance(models[0], DenseModel):
+        from foveate.cli.predict_dense import run_dense
+
+        return run_dense(args, models)
+    if args.out is not None and args.out.suffix.lower() not in (".csv", ".json"):
+        raise ValueError(f"{args.out}: answers are written as .csv or .json")
     found = _predictions(args, models)
     console = _console()
     console.print(_table(found, models, console))
@@ -131,7 +150,7 @@ def _predictions(args: argparse.Namespace, models: Sequence[nn.Module]) -> Predi
                     model,
                     images,
                     top=args.top,
-                    batch=args.batch,
+                    batch=args.batch or 32,
                     precision=args.precision,
                     strict=args.strict,
                     progress=told,

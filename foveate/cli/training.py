@@ -8,6 +8,8 @@ from typing import Any
 
 __all__ = ["add_recipe_arguments", "begin", "run_job", "show_recipes"]
 
+_TRAINERS = {"detect": ("detect", "detect"), "segment": ("segment", "segment")}
+
 
 def add_recipe_arguments(parser: Any, job: str, *, resumable: bool) -> None:
     """Describe the command line of a job; its settings are listed when help is asked for."""
@@ -120,9 +122,12 @@ def run_job(job: str, args: argparse.Namespace) -> None:
     if begun is None:
         return
     recipe, out = begun
-    from foveate.train.run import train
+    from importlib import import_module
+
     from foveate.train.screens import last_screen
 
+    room, name = _TRAINERS.get(job, ("run", "train"))
+    train = getattr(import_module(f"foveate.train.{room}"), name)
     result = train(recipe, out, resume=args.resume, say=print)
     if "model" in result:  # the first of several processes
         print(last_screen(job, result, out))

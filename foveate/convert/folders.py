@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import nn
 
 from foveate.api import apply, check_driven, unwrap
 from foveate.backbones import (
@@ -21,8 +20,11 @@ from foveate.backbones import (
     set_class_names,
     set_image_settings,
 )
+from foveate.convert.dense import save_dense
+from foveate.convert.parts import plain_options, read_tensors, version
 from foveate.core import Chain, ReducedViT
 from foveate.core.backbone import BackboneSpec
+from foveate.dense import DenseModel
 from foveate.files import read_json, write_text, write_whole
 from foveate.registry import make, method_class
 
@@ -33,14 +35,19 @@ _WEIGHTS = "foveate.safetensors"
 _FORMAT = 1
 
 
-def save(model: ReducedViT, folder: str | os.PathLike[str], *, everything: bool = False) -> None:
+def save(
+    model: ReducedViT | DenseModel, folder: str | os.PathLike[str], *, everything: bool = False
+) -> None:
     """Write a model's method and the method's parameters to a folder: safetensors and JSON.
 
     Args:
-        model: a model from ``apply``.
+        model: a model from ``apply``; or a detector or segmenter, of which everything is written.
         folder: folder to write, made if it is missing.
         everything: write the backbone's weights too, so that the folder loads without a model.
     """
+    if isinstance(model, DenseModel):
+        save_dense(model, folder)
+        return
     vit, folder = unwrap(model), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     prefixes = ("reducer.", "vit.") if everything else ("reducer.",)
@@ -52,9 +59,10 @@ def save(model: ReducedViT, folder: str | os.PathLike[str], *, everything: bool 
     spec = model.backbone.spec
     config = {
         "format": _FORMAT,
-        "foveate": _version(),
+        "foveate": version(),
         "methods": [
-            {"name": part.name, "options": _plain(part.config())} for part in model.reducer.members
+            {"name": part.name, "options": plain_options(part.config())}
+            for part in model.reducer.members
         ],
         "mode": model.mode,
         "backbone": {
@@ -82,7 +90,7 @@ def open_folder(folder: Path, model: nn.Module | None = None) -> ReducedViT:
         model: the backbone. It may be left out if everything was saved and the backbone is a timm
             or Hugging Face model that can be made again.
     """
-    config, tensors = _read_config(folder), _read_tensors(folder / _WEIGHTS)
+    config, tensors = _read_config(folder), read_tensors(folder / _WEIGHTS)
     if model is None:
         model = _rebuild(folder, config)
     parts = [make(part["name"], part["options"]) for part in config["methods"]]
@@ -109,17 +117,6 @@ def open_folder(folder: Path, model: nn.Module | None = None) -> ReducedViT:
     reduced.mode = config["mode"]
     check_driven(reduced.backbone)
     return reduced
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("foveate")
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree
-        return "0+source"
-
-
-def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
 
 
 def _rebuild(folder: Path, config: Mapping[str, Any]) -> nn.Module:
@@ -177,12 +174,3 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         raise ValueError(f"{path} is not what foveate.save writes: see its field 'class_names'")
     if not config["methods"]:
         raise ValueError(f"{path} names no method")
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing")
-    try:
-        return load_file(path)
-    except Exception as error:  # safetensors raises its own type for each kind of damage
-        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error

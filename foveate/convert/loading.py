@@ -26,6 +26,7 @@ from foveate.backbones import (
     set_image_settings,
 )
 from foveate.convert.beit_geometry import BeitGeometry
+from foveate.convert.dense import DENSE, open_dense
 from foveate.convert.folders import CONFIG, open_folder
 from foveate.convert.geometry import (
     CLASSES,
@@ -147,6 +148,12 @@ def open_model(
     if method is not None or options:
         given = shorten([*["method"] * (method is not None), *options])
         raise ValueError(f"{path} was saved with its method; leave {given} out")
+    if (path / DENSE).is_file():
+        if model is not None:
+            raise ValueError(
+                f"{path} holds a detector or segmenter with its own ViT; leave model out"
+            )
+        return Loaded(open_dense(path), "foveate")
     return Loaded(open_folder(path, model), "foveate")
 
 

@@ -1,7 +1,8 @@
 """Dense tasks: maps of several strides from any ViT, reduced or not, and heads on them."""
 
 from foveate.core.calibration import calibrate
-from foveate.dense.backbone import DenseBackbone, Features, windowed
+from foveate.dense.backbone import DenseBackbone, DenseModel, Features, windowed
+from foveate.dense.build import make_dense
 from foveate.dense.canvas import Canvas
 from foveate.dense.deformable import DeformableAttention, Levels, sample_points
 from foveate.dense.detectors import ViTFasterRCNN, ViTMaskRCNN, faster_rcnn, mask_rcnn
@@ -14,6 +15,7 @@ __all__ = [
     "Canvas",
     "DeformableAttention",
     "DenseBackbone",
+    "DenseModel",
     "Features",
     "FpnBackbone",
     "Levels",
@@ -25,6 +27,7 @@ __all__ = [
     "adapter",
     "calibrate",
     "faster_rcnn",
+    "make_dense",
     "mask_rcnn",
     "pyramid",
     "sample_points",

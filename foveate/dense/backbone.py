@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -32,7 +33,7 @@ from foveate.core import (
 from foveate.core.driver import Watch
 from foveate.dense.canvas import Canvas
 
-__all__ = ["DenseBackbone", "Features", "Hosting", "drive", "windowed"]
+__all__ = ["DenseBackbone", "DenseModel", "Features", "Hosting", "drive", "windowed"]
 
 GONE = ("last", "zero")
 Images: TypeAlias = Tensor | ImageList | Sequence[Tensor]
@@ -112,6 +113,26 @@ class Hosting(nn.Module):
         known = {id(p) for group in groups.values() for p in group}
         head = [p for p in self.parameters() if p.requires_grad and id(p) not in known]
         return {**groups, "head": head}
+
+
+class DenseModel(Hosting):
+    """Base of detectors and segmenters.
+
+    Attributes:
+        num_classes: number of classes.
+        class_names: their names; empty where nobody gave them.
+        settings: what ``make_dense`` made the model of, so that it can be made again; empty for a
+            model that was put together by hand.
+    """
+
+    inner = "backbone"
+    num_classes: int
+    class_names: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = MappingProxyType({})
+
+    def trace(self, images: Sequence[Tensor]) -> Trace:
+        """Run the backbone once and record every block's tokens."""
+        raise NotImplementedError
 
 
 class DenseBackbone(Hosting):

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -26,7 +27,7 @@ from torchvision.ops.poolers import initLevelMapper
 
 from foveate.backbones import image_settings
 from foveate.core import Outcome, Trace
-from foveate.dense.backbone import DenseBackbone, Hosting
+from foveate.dense.backbone import DenseBackbone, DenseModel
 from foveate.dense.fpn import FpnBackbone
 from foveate.dense.vit_adapter import adapter
 
@@ -46,15 +47,13 @@ _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 _FAR = 1e4  # pixels: anchors of the padding are moved there, where no box can come back from
 
 
-class _Detector(Hosting):
+class _Detector(DenseModel):
     """What both detectors add to torchvision's: image sizes for the backbone, the method's losses.
 
     Labels count from 0, in targets and answers, as those of data sets here do; the background is
     torchvision's own business.
     """
 
-    inner = "backbone"
-    num_classes: int
     transform: Any
     rpn: Any
     roi_heads: Any
@@ -178,9 +177,13 @@ def as_backbone(vit: nn.Module) -> DenseBackbone:
 class Preparation(GeneralizedRCNNTransform):
     """torchvision's preparation of images: normed as the ViT wants them, resized, padded.
 
-    ``image_size`` is the shorter side and the most that the longer may have; None takes images
-    as they come.
+    Attributes:
+        image_size: the shorter side that images are resized to, and the most that the longer may
+            have; None takes images as they come.
+        resizes_training: resize training images too; False is for images that come augmented.
     """
+
+    resizes_training: bool = True
 
     def __init__(self, body: DenseBackbone, image_size: tuple[int, int] | None) -> None:
         mean, std = _image_statistics(body)
@@ -190,7 +193,21 @@ class Preparation(GeneralizedRCNNTransform):
 
     def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:
         """Resize an image with its boxes and masks, if anything is to be resized."""
-        return (image, target) if self.image_size is None else super().resize(image, target)
+        if self.image_size is None or (self.training and not self.resizes_training):
+            return image, target
+        if target is not None:
+            return super().resize(image, target)
+        # As torchvision does, but with antialiasing, as training images are resized.
+        short, long = self.image_size
+        sides = image.shape[-2:]
+        factor = min(short / min(sides), long / max(sides))
+        size = [max(1, int(side * factor)) for side in sides]
+        if factor == 1:
+            return image, target
+        resized = F.interpolate(
+            image[None], size=size, mode="bilinear", align_corners=False, antialias=True
+        )
+        return resized[0], target
 
 
 def _image_statistics(body: DenseBackbone) -> tuple[list[float], list[float]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.core import Outcome, Trace, check_choice
-from foveate.dense.backbone import DenseBackbone, Hosting
+from foveate.dense.backbone import DenseBackbone, DenseModel
 from foveate.dense.canvas import Canvas
 from foveate.dense.detectors import Preparation, as_backbone
 from foveate.dense.fpn import MaskedFpn
@@ -108,19 +108,26 @@ class UPerNet(nn.Module):
         """Average each image over a few cells and lay these out on its own part of the map."""
         assert isinstance(layer, ConvNorm)
         scale = self.scales[-1]
-        out = values.new_zeros(len(values), layer.conv.out_channels, *values.shape[-2:])
-        for n, (rows, columns) in enumerate(canvas.grids):
-            h, w = math.ceil(rows * scale), math.ceil(columns * scale)
-            few = F.adaptive_avg_pool2d(values[n : n + 1, :, :h, :w], bins)
-            few = layer.act(layer.norm(layer.conv(few)))
-            out[n, :, :h, :w] = F.interpolate(few, (h, w), mode="bilinear", align_corners=False)[0]
+        sizes = [(math.ceil(h * scale), math.ceil(w * scale)) for h, w in canvas.grids]
+        few = torch.cat(
+            [
+                F.adaptive_avg_pool2d(values[n : n + 1, :, :h, :w], bins)
+                for n, (h, w) in enumerate(sizes)
+            ]
+        )
+        few = layer.act(layer.norm(layer.conv(few)))  # a batch norm sees the whole batch
+        out = few.new_zeros(len(values), few.shape[1], *values.shape[-2:])
+        for n, (h, w) in enumerate(sizes):
+            out[n, :, :h, :w] = F.interpolate(
+                few[n : n + 1], (h, w), mode="bilinear", align_corners=False
+            )[0]
         return out
 
 
 _HEADS = {"fpn": SemanticFpn, "upernet": UPerNet}
 
 
-class Segmenter(Hosting):
+class Segmenter(DenseModel):
     """A dense backbone with a head that gives a class to each pixel; see ``segmenter``.
 
     Attributes:
@@ -130,8 +137,6 @@ class Segmenter(Hosting):
         num_classes: number of classes.
         ignore: label of pixels that do not count.
     """
-
-    inner = "backbone"
 
     def __init__(
         self,

@@ -27,7 +27,7 @@ from foveate.measure.table import Results, frame, pd, rows
 from foveate.measure.tokens import TokenStatistics, gather
 from foveate.measure.variants import fresh, variants
 
-__all__ = ["Evaluation", "Plan", "Progress", "evaluate"]
+__all__ = ["Evaluation", "Plan", "Progress", "evaluate", "record"]
 
 # Told what is done, how many steps of it are over, and how many there are.
 Progress = Callable[[str, int, int], None]
@@ -149,13 +149,13 @@ def evaluate(
         "command": command,
         "commit": commit,
         "machine": here,
-        "settings": _record(plan),
+        "settings": record(plan),
         "models": {job.label: job.about() for job in jobs},
     }
     return found
 
 
-def _record(plan: Plan) -> dict[str, Any]:
+def record(plan: Plan) -> dict[str, Any]:
     """Return the plan as JSON has it, with seeds instead of their number."""
     found = {one.name: getattr(plan, one.name) for one in fields(plan)}
     if not isinstance(plan.data, (str, Path)):

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
-from foveate.core import ReducedViT
+from foveate.core import Reducer
 from foveate.train.checkpoints import save_whole
 from foveate.train.module import Module
 from foveate.train.sharded import whole_state
@@ -58,7 +58,8 @@ class Best(Callback):
         """Compare the newest score with the best."""
         assert isinstance(module, Module)
         model = module.exported
-        if isinstance(model, ReducedViT) and not model.reducer.settled:
+        reducer = getattr(model, "reducer", None)  # of a reduced ViT, or of a model around one
+        if isinstance(reducer, Reducer) and not reducer.settled:
             return
         value, higher = module.judged()
         better = self.value is None or (value > self.value if higher else value < self.value)

@@ -17,6 +17,7 @@ from foveate.convert import Settings, open_model
 from foveate.core import Backbone, ReducedViT
 from foveate.data import Splits, open_splits
 from foveate.data.demo import demo_vit
+from foveate.data.sources.base import IMAGE
 from foveate.data.splits import NONE, holds_out, place
 from foveate.train import recipe as recipes
 from foveate.train.finetune import FinetuneTask
@@ -25,7 +26,7 @@ from foveate.train.reduce import ReduceTask
 
 __all__ = [
     *("check_start", "check_unseen", "make_finetune", "make_model", "make_reduce", "open_data"),
-    "open_start",
+    *("open_start", "set_checkpointing", "set_drop_path"),
 ]
 
 _log = logging.getLogger(__name__)
@@ -56,9 +57,9 @@ def _started(recipe: recipes.Model, classes: int | None) -> tuple[nn.Module, boo
     if classes is not None:
         new |= _give_head(model, recipe, classes)
     if recipe.drop_path:
-        _set_drop_path(backbone_for(model), recipe.drop_path)
+        set_drop_path(backbone_for(model), recipe.drop_path)
     if recipe.checkpointing:
-        _checkpoint(model)
+        set_checkpointing(model)
     return model, new
 
 
@@ -81,8 +82,14 @@ def open_start(path: str | nn.Module, weights: str = "auto") -> nn.Module:
     return open_model(path, None, None, {}, Settings(weights=weights)).model
 
 
-def open_data(data: recipes.Data, *, labels: bool = True) -> Splits:
-    """Open the images that a recipe names, and check that no two splits share any."""
+def open_data(data: recipes.Data, *, labels: bool = True, labels_of: str = IMAGE) -> Splits:
+    """Open the images that a recipe names, and check that no two splits share any.
+
+    Args:
+        data: the recipe's.
+        labels: without them images need none.
+        labels_of: what must have labels: the whole "image", "objects" or "pixels".
+    """
     if labels and data.val == NONE:
         raise ValueError("data.val=none is for pre-training: this job chooses by validation images")
     splits = open_splits(
@@ -93,9 +100,10 @@ def open_data(data: recipes.Data, *, labels: bool = True) -> Splits:
         seed=data.split_seed,
         allowed=data.overlap,
         labels=labels,
+        labels_of=labels_of,
     )
     classes = splits.train.classes
-    if splits.held_out is not None and classes is not None:
+    if splits.held_out is not None and classes is not None and labels_of == IMAGE:
         left = {splits.train.label(i) for i in range(len(splits.train))}
         lost = [name for number, name in enumerate(classes) if number not in left]
         if lost:
@@ -333,7 +341,7 @@ def _give_head(model: Any, recipe: recipes.Model, classes: int) -> bool:
     return keep is None
 
 
-def _checkpoint(model: Any) -> None:
+def set_checkpointing(model: Any) -> None:
     """Recompute activations in the backward pass."""
     for name in ("set_grad_checkpointing", "gradient_checkpointing_enable"):  # timm, transformers
         if hasattr(model, name):
@@ -342,7 +350,7 @@ def _checkpoint(model: Any) -> None:
     raise ValueError(f"model.checkpointing: {type(model).__name__} has no such switch")
 
 
-def _set_drop_path(backbone: Backbone, rate: float) -> None:
+def set_drop_path(backbone: Backbone, rate: float) -> None:
     """Add stochastic depth that grows linearly over the blocks to a model that was made without."""
     blocks = [*backbone.early_blocks, *backbone.blocks]
     rates: Any = calculate_drop_path_rates(rate, len(blocks))

@@ -14,10 +14,9 @@ from torch import Tensor
 from foveate.core import ReducedViT
 from foveate.data import Source, Unreadable
 from foveate.files import write_whole
-from foveate.train.images import ImageTask
 from foveate.train.module import Module
 
-__all__ = ["Pictures", "TokenCounts"]
+__all__ = ["Pictures", "TokenCounts", "as_picture"]
 
 
 class TokenCounts(Callback):
@@ -42,10 +41,11 @@ class TokenCounts(Callback):
     ) -> None:
         """Trace a batch."""
         assert isinstance(module, Module)
-        model, task = module.exported, module.task
-        if isinstance(model, ReducedViT) and index < self.batches:
-            assert isinstance(task, ImageTask)
-            counts = model.trace(task.pixels(batch)).counts()
+        if index >= self.batches:
+            return
+        trace = module.task.trace(module.exported, batch)
+        if trace is not None:
+            counts = trace.counts()
             self._counts.append(torch.tensor(counts, dtype=torch.float32))  # [blocks, B]
 
     def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -81,7 +81,7 @@ class Pictures(Callback):
                 break
             if source.label(index) not in labels:
                 try:
-                    self._images[source.name(index)] = _picture(source.image(index))
+                    self._images[source.name(index)] = as_picture(source.image(index))
                 except Unreadable:  # evaluation says so, if it is to
                     continue
                 labels.add(source.label(index))
@@ -102,7 +102,7 @@ class Pictures(Callback):
         write_whole(path, lambda partial: picture.save(partial, format="png"))
 
 
-def _picture(image: Image.Image | np.ndarray) -> Image.Image:
+def as_picture(image: Image.Image | np.ndarray) -> Image.Image:
     """Return a source's image in the form that pictures are drawn on."""
     if isinstance(image, Image.Image):
         return image

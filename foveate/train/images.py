@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from foveate.backbones import backbone_of, set_image_settings
+from foveate.core import ReducedViT, Trace
 from foveate.core.evaluation import logits_of
 from foveate.data import Inputs, Transform, train_transform
 from foveate.train.recipe import Data, Mix
@@ -83,6 +84,10 @@ class ImageTask(Task):
     def units(self) -> list[nn.Module]:
         """Return the blocks of the ViT."""
         return list(self._backbone.blocks)
+
+    def trace(self, model: nn.Module, batch: Mapping[str, Any]) -> Trace | None:
+        """Record the tokens of a batch in every block."""
+        return model.trace(self.pixels(batch)) if isinstance(model, ReducedViT) else None
 
     def pixels(self, batch: Mapping[str, Any]) -> Tensor:
         """Normalise images ``[B, C, H, W]``; floating-point ones are taken as normalised."""

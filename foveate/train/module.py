@@ -281,7 +281,7 @@ class Module(LightningModule):
             if math.isnan(value) and self.trainer.is_global_zero:
                 _log.warning(
                     "%s is NaN at update %d: the model's answers to some validation images contain "
-                    "NaN",
+                    "NaN, or these images have nothing to be right about",
                     *(name, self.evaluated),
                 )
             self.log(name, value, prog_bar=name == f"val/{self.task.score}", rank_zero_only=True)

@@ -7,6 +7,7 @@ by all jobs; each job's recipe is a class of its own at the end.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,9 @@ __all__ = [
     "Reading",
     "Recipe",
     "Reduce",
+    "at_least",
+    "checked_weights",
+    "one_word",
 ]
 
 LENGTHS = ("epochs", "max_steps", "patience")  # of ``Loop``: what may change as a run is resumed
@@ -138,12 +142,12 @@ class Data:
 
     def __post_init__(self) -> None:
         check_choice("data.corrupt", self.corrupt, ("skip", "fail"))
-        _at_least("data.batch", self.batch, 1)
+        at_least("data.batch", self.batch, 1)
         if self.workers is not None:
-            _at_least("data.workers", self.workers, 0)
-        _at_least("data.repeats", self.repeats, 1)
-        _at_least("data.split_seed", self.split_seed, 0)
-        _at_least("data.overlap", self.overlap, 0)
+            at_least("data.workers", self.workers, 0)
+        at_least("data.repeats", self.repeats, 1)
+        at_least("data.split_seed", self.split_seed, 0)
+        at_least("data.overlap", self.overlap, 0)
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"data.crop_pct must lie in (0, 1], got {self.crop_pct}")
         if not 0 < self.val_share < 1:
@@ -154,7 +158,7 @@ class Data:
             ("val_limit", self.val_limit),
         ):
             if value is not None:
-                _at_least(f"data.{name}", value, 1)
+                at_least(f"data.{name}", value, 1)
         if (self.mean is None) != (self.std is None):
             raise ValueError("data.mean and data.std are given together or not at all")
         if self.std is not None and not all(value > 0 for value in self.std):
@@ -261,7 +265,7 @@ class Optim:
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"optim.clip must be above 0, got {self.clip}")
         if self.lr_batch is not None:
-            _at_least("optim.lr_batch", self.lr_batch, 1)
+            at_least("optim.lr_batch", self.lr_batch, 1)
 
 
 @dataclass(kw_only=True)
@@ -330,10 +334,10 @@ class Loop:
         for name in self.loggers:
             check_choice("loop.loggers", name, ("tensorboard", "wandb"))
         for name in ("epochs", "accumulate", "check_every", "keep_last", "log_every", "num_nodes"):
-            _at_least(f"loop.{name}", getattr(self, name), 1)
+            at_least(f"loop.{name}", getattr(self, name), 1)
         for name in ("max_steps", "patience", "save_every", "pictures_every", "devices"):
             if getattr(self, name) is not None:
-                _at_least(f"loop.{name}", getattr(self, name), 1)
+                at_least(f"loop.{name}", getattr(self, name), 1)
         if self.ema is not None:
             _share("loop.ema", self.ema, below_one=True)
 
@@ -444,11 +448,9 @@ class Reduce(Recipe):
     token_loss: str = "mse"
 
     def __post_init__(self) -> None:
-        self.method = _method(self.method)
+        self.method = one_word(self.method)
         check_choice("token_loss", self.token_loss, ("mse", "kl"))
-        for name, value in self.weights.items():
-            if value < 0:
-                raise ValueError(f"weights.{name} must be at least 0, got {value}")
+        checked_weights(self.weights)
 
 
 @dataclass(kw_only=True)
@@ -484,9 +486,9 @@ class Reading:
         check_choice("feature", self.feature, ("token", "avg"))
         self.precision = str(self.precision)
         check_choice("precision", self.precision, ("32", "bf16-mixed"))
-        _at_least("epochs", self.epochs, 1)
-        _at_least("batch", self.batch, 2)
-        _at_least("neighbours", self.neighbours, 0)
+        at_least("epochs", self.epochs, 1)
+        at_least("batch", self.batch, 2)
+        at_least("neighbours", self.neighbours, 0)
         if not self.linear and not self.neighbours:
             raise ValueError("linear=false and neighbours=0 leave nothing to measure")
 
@@ -511,7 +513,14 @@ class Probe(Reading):
         check_choice("split", self.split, (None, "val", "test"))
 
 
-def _method(given: str | dict[str, Any]) -> str:
+def checked_weights(weights: Mapping[str, float]) -> None:
+    """Refuse weights of losses below zero."""
+    for name, value in weights.items():
+        if value < 0:
+            raise ValueError(f"weights.{name} must be at least 0, got {value}")
+
+
+def one_word(given: str | dict[str, Any]) -> str:
     """Write a method as one string, also one that was given as a name and options."""
     if isinstance(given, str):
         return given
@@ -526,6 +535,7 @@ def _share(name: str, value: float, below_one: bool = False) -> None:
         raise ValueError(f"{name} must lie in [0, 1{')' if below_one else ']'}, got {value}")
 
 
-def _at_least(name: str, value: int, least: int) -> None:
+def at_least(name: str, value: int, least: int) -> None:
+    """Refuse a number that is too small."""
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-from foveate.core import ReducedViT
+from foveate.core import ReducedViT, Reducer
 from foveate.data import Splits
 from foveate.train.task import Task
 
 __all__ = ["first_screen", "last_screen"]
 
+_DENSE = ("detect", "segment")
+_SHARES = {"box_ap": "box AP", "mask_ap": "mask AP", "miou": "mean IoU"}  # said in per cent
 _NAMED = 5  # classes that are named
 
 
@@ -24,10 +26,11 @@ def first_screen(recipe: Any, task: Task, splits: Splits, trainer: Trainer, out:
     plain = model.vit if isinstance(model, ReducedViT) else model
     millions = sum(p.numel() for p in plain.parameters()) / 1e6
     lines = {"model": f"{_name(recipe, plain)}, {millions:.1f} million parameters"}
-    if isinstance(model, ReducedViT):
-        lines["method"] = repr(model.reducer)
+    reducer = getattr(model, "reducer", None)  # of a reduced ViT, or of a model around one
+    if isinstance(reducer, Reducer) and reducer.name != "dense":
+        lines["method"] = repr(reducer)
     lines["images"] = splits.sentence()
-    classes = splits.train.classes
+    classes = getattr(model, "class_names", None) or splits.train.classes
     if classes:
         named = ", ".join(classes[:_NAMED])
         more = ", ..." if len(classes) > _NAMED else ""
@@ -54,21 +57,31 @@ def _name(recipe: Any, model: torch.nn.Module) -> str:
 
 def last_screen(job: str, result: Mapping[str, Any], out: Path) -> str:
     """Say what came of a run, and what to type next."""
-    images = result["images"]["val"]
+    images, best = result["images"]["val"], result.get("best", {})
     lines = [
-        f"accuracy {result['accuracy']:.2f} % of {images} validation images, the model is "
-        f"{out / result['model']}"
+        f"{_scores(result)} of {images} validation images, the model is {out / result['model']}"
     ]
-    best = result.get("best", {})
     if best.get("model", result["model"]) != result["model"]:
+        said = _scores({result["score"]: best["score"]}).removeprefix("accuracy ")
         lines.append(
-            f"best     {best['score']:.2f} % after update {best['update']}, its model is "
-            f"{out / best['model']}"
+            f"best     {said} after update {best['update']}, its model is {out / best['model']}"
         )
     what = "    # on the test images" if "test" in result["splits"] else ""
     lines.append(f"next     foveate eval {out}{what}")
-    if job == "finetune":
+    if job in _DENSE:
+        lines.append(f"         foveate predict {out} --images FOLDER --pictures FOLDER")
+        lines.append(
+            f"         foveate {job} RECIPE model.start={out} method=svit    # fewer tokens"
+        )
+    elif job == "finetune":
         lines.append(f"         foveate reduce RECIPE model.start={out}    # with fewer tokens")
     else:
         lines.append(f"         foveate show {out} --images FOLDER    # what it keeps")
     return "\n".join(lines)
+
+
+def _scores(result: Mapping[str, Any]) -> str:
+    if "accuracy" in result:
+        return f"accuracy {result['accuracy']:.2f} %"
+    known = {words: result[name] for name, words in _SHARES.items() if name in result}
+    return ", ".join(f"{words} {100 * value:.1f} %" for words, value in known.items())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from foveate.core import Trace
 from foveate.data import Transform, stacked
 from foveate.train.draws import Draws
 
@@ -94,6 +95,10 @@ class Task(nn.Module):
     ) -> None:
         """Count a batch, the number-th of this process."""
         raise NotImplementedError
+
+    def trace(self, model: nn.Module, batch: Mapping[str, Any]) -> Trace | None:
+        """Record what a method does to the tokens of a batch; None where there is no method."""
+        return None
 
     # What learns, and what comes of it ------------------------------------------------------------
 

@@ -6,6 +6,7 @@
 
 from foveate.viz.answers import answers
 from foveate.viz.captions import caption
+from foveate.viz.found import found_objects, found_pixels
 from foveate.viz.layout import stacked
 from foveate.viz.relevance import HEATS, heat_map
 from foveate.viz.show import KINDS, SHEETS, draw, heat, sheet
@@ -20,6 +21,8 @@ __all__ = [
     "caption",
     "depth",
     "draw",
+    "found_objects",
+    "found_pixels",
     "groups",
     "heat",
     "heat_map",

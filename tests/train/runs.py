@@ -20,8 +20,11 @@ from foveate import config
 from foveate.convert import save_plain
 from foveate.train import recipe as recipes
 from foveate.train.build import make_model
+from foveate.train.dense_recipe import Detect, Segment
+from foveate.train.detect import detect
 from foveate.train.module import Module
 from foveate.train.run import train
+from foveate.train.segment import segment
 
 MODEL: dict[str, Any] = {
     "name": "vit_tiny_patch16_224",
@@ -62,15 +65,16 @@ def checkpoint(path: Path, **changes: Any) -> str:
     return str(path)
 
 
-def run(recipe: Any, out: Path, **options: Any) -> dict[str, Any]:
+def run(recipe: Any, out: Path, **options: Any) -> Any:
     """Train in this process."""
-    return train(recipe, out, progress=False, **options)
+    known: dict[type, Any] = {Detect: detect, Segment: segment}
+    return known.get(type(recipe), train)(recipe, out, progress=False, **options)
 
 
 def exported(out: Path) -> dict[str, Tensor]:
     """The weights that a run exported."""
-    path = out / "model.safetensors"
-    return load_file(path if path.is_file() else out / "model" / "foveate.safetensors")
+    places = ("model.safetensors", "model/foveate.safetensors", "model/dense.safetensors")
+    return load_file(next(out / place for place in places if (out / place).is_file()))
 
 
 def same_run(one: Path, other: Path) -> bool:

@@ -23,10 +23,11 @@ from foveate.core import ReducedViT, TokenState
 from foveate.core.evaluation import PRECISIONS, answering, evaluating
 from foveate.core.schedule import check_choice
 from foveate.data import ImageFiles, Inputs, to_rgb
+from foveate.dense import DenseModel
 from foveate.files import write_text
 from foveate.viz import answers
 
-__all__ = ["Prediction", "Predictions", "picture", "predict"]
+__all__ = ["Images", "Prediction", "Predictions", "named_images", "picture", "predict"]
 
 Images = str | os.PathLike[str] | Image.Image | Sequence[Any]
 
@@ -167,9 +168,9 @@ def predict(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
     check_choice("precision", precision, PRECISIONS)
-    pictures, count = _pictures(images, strict)
+    pictures, count = named_images(images, strict)
     if isinstance(model, nn.Module):
-        title = type(backbone_of(model).model).__name__
+        title = type(getattr(model, "vit", model)).__name__
         place = None if device == "auto" else machine.device_of(device)
     else:
         title, place = os.fspath(model), machine.device_of(device)
@@ -211,7 +212,7 @@ def picture(model: nn.Module, image: Image.Image, prediction: Prediction) -> Ima
     )
 
 
-def _pictures(
+def named_images(
     images: Images, strict: bool
 ) -> tuple[ImageFiles | list[tuple[str | Path, Image.Image]], int]:
     """Return pairs of a name and an RGB image, and how many there are at most."""
@@ -233,6 +234,11 @@ class _Classifier:
     """A model, how its images are prepared, and what its classes are called."""
 
     def __init__(self, model: nn.Module) -> None:
+        if isinstance(model, DenseModel):
+            raise ValueError(
+                f"a {type(model).__name__} has no class for a whole image: use "
+                "foveate.predictions.predict_dense"
+            )
         self.model = model
         self.backbone = backbone_of(model)
         if not self.backbone.classifies:

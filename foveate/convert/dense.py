@@ -1,0 +1,109 @@
+"""Folders of detectors and segmenters: weights, and all that they are made again from."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from foveate.api import apply
+from foveate.backbones import image_settings, rebuild, set_image_settings
+from foveate.convert.parts import plain_options, read_tensors, version
+from foveate.core import Chain
+from foveate.dense import DenseModel, make_dense
+from foveate.files import read_json, write_text, write_whole
+from foveate.registry import make
+
+__all__ = ["DENSE", "open_dense", "save_dense"]
+
+DENSE = "dense.json"  # its presence tells such a folder from others
+_WEIGHTS = "dense.safetensors"
+_FORMAT = 1
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    **{"methods": list, "mode": str, "family": str, "vit": dict, "images": dict},
+    **{"class_names": list, "backbone": dict, "head": dict, "image_size": (list, type(None))},
+}
+
+
+def save_dense(model: DenseModel, folder: str | os.PathLike[str]) -> None:
+    """Write a detector or a segmenter with its method to a folder: safetensors and JSON."""
+    reduced, folder = model.reduced, Path(folder)
+    recipe = reduced.backbone.recipe()
+    if not model.settings:
+        raise ValueError(
+            f"this {type(model).__name__} was put together by hand, so it cannot be made again "
+            "from a folder: make it with foveate.dense.make_dense, or save its state_dict()"
+        )
+    if recipe is None:
+        raise ValueError(
+            f"the {type(reduced.vit).__name__} inside cannot be made again from plain data: save "
+            "the model's state_dict()"
+        )
+    config = {
+        "format": _FORMAT,
+        "foveate": version(),
+        "methods": [
+            {"name": part.name, "options": plain_options(part.config())}
+            for part in reduced.reducer.members
+            if part.name != "dense"
+        ],
+        "mode": reduced.mode,
+        "family": reduced.backbone.spec.family,
+        "vit": recipe,
+        "images": image_settings(reduced.vit),
+        "class_names": list(model.class_names),
+        **model.settings,
+    }
+    tensors = {
+        name: value.detach().contiguous().clone() for name, value in model.state_dict().items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / _WEIGHTS, lambda path: save_file(tensors, path))
+    write_text(folder / DENSE, json.dumps(config, indent=2) + "\n")
+
+
+def open_dense(folder: Path) -> DenseModel:
+    """Open what ``save_dense`` wrote, in evaluation mode."""
+    path = folder / DENSE
+    config = read_json(path, f"{folder} holds no {DENSE}: not a detector or segmenter of foveate")
+    _check(path, config)
+    size = config["image_size"]
+    try:
+        vit = rebuild(config["family"], config["vit"])
+        set_image_settings(vit, config["images"])
+        model = make_dense(
+            vit,
+            config["class_names"],
+            config["backbone"],
+            config["head"],
+            None if size is None else (int(size[0]), int(size[1])),
+        )
+        parts = [make(part["name"], part["options"]) for part in config["methods"]]
+        if parts:
+            model = apply(model, parts[0] if len(parts) == 1 else Chain(*parts), check=False)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{path} cannot be made again: {error}") from error
+    model.reduced.mode = config["mode"]
+    tensors = read_tensors(folder / _WEIGHTS)
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{folder / _WEIGHTS} has NaN or infinity in {name}")
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{folder / _WEIGHTS} does not fit {path}: {' '.join(str(error).split())}"
+        ) from None
+    return model.eval()
+
+
+def _check(path: Path, config: Any) -> None:
+    if not isinstance(config, dict) or config.get("format") != _FORMAT:
+        found = config.get("format") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"{path} has format {found!r}; this version reads {_FORMAT}")
+    for key, kind in _FIELDS.items():
+        if key not in config or not isinstance(config[key], kind):
+            raise ValueError(f"{path} is not what foveate.save writes: see its field {key!r}")

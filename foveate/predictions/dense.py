@@ -1,0 +1,254 @@
+"""Predict objects or classes of pixels for images of any size, with a detector or a segmenter."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from foveate.bench import machine
+from foveate.convert import open_base
+from foveate.core import Trace
+from foveate.core.evaluation import answering
+from foveate.data import ImageFiles
+from foveate.dense import DenseModel
+from foveate.dense.metrics import coco_predictions
+from foveate.files import write_text, write_whole
+from foveate.predictions.classify import Images, named_images
+from foveate.viz import found_objects, found_pixels
+
+__all__ = ["DensePrediction", "DensePredictions", "predict_dense"]
+
+
+@dataclass(frozen=True)
+class DensePrediction:
+    """What was found in one image.
+
+    Attributes:
+        image: path of the image, or "image N" for a PIL image.
+        size: height and width in pixels.
+        classes: number of each object; of a segmenter the numbers that occur, the largest area
+            first.
+        scores: confidence of each object; of a segmenter the share of the pixels.
+        objects: COCO's entries of the objects; empty for a segmenter.
+        usage: share of the patches that the blocks worked on; None without a method.
+    """
+
+    image: str
+    size: tuple[int, int]
+    classes: tuple[int, ...]
+    scores: tuple[float, ...]
+    objects: tuple[dict[str, Any], ...]
+    usage: float | None
+
+
+@dataclass(frozen=True)
+class DensePredictions(Sequence[DensePrediction]):
+    """Predictions for several images, in their order.
+
+    Attributes:
+        model: name of the model, or its class.
+        class_names: names of its classes.
+        records: one prediction for each image.
+        unreadable: files that were skipped, with the reasons.
+    """
+
+    model: str
+    class_names: tuple[str, ...]
+    records: tuple[DensePrediction, ...]
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.records[index]
+
+    def coco(self, path: str | os.PathLike[str]) -> None:
+        """Write images, categories and found objects as COCO has them, ids from 1 on.
+
+        Boxes are left, top, width and height in pixels; masks are run lengths.
+        """
+        objects = [one for record in self.records for one in record.objects]
+        content = {
+            "images": [
+                {"id": n, "file_name": one.image, "height": one.size[0], "width": one.size[1]}
+                for n, one in enumerate(self.records, 1)
+            ],
+            "categories": [{"id": n, "name": name} for n, name in enumerate(self.class_names, 1)],
+            "annotations": [{"id": n, "iscrowd": 0, **one} for n, one in enumerate(objects, 1)],
+        }
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(content, ensure_ascii=False) + "\n")
+
+
+@torch.no_grad()
+def predict_dense(
+    model: DenseModel | str | os.PathLike[str],
+    images: Images,
+    *,
+    pictures: str | os.PathLike[str] | None = None,
+    maps: str | os.PathLike[str] | None = None,
+    least: float = 0.5,
+    batch: int = 1,
+    device: str = "auto",
+    precision: str = "fp32",
+    strict: bool = False,
+    progress: Callable[[int, int], object] | None = None,
+) -> DensePredictions:
+    """Find objects, or a class for each pixel.
+
+    Args:
+        model: a detector or a segmenter, or the file or folder of one.
+        images: paths of files and folders, or PIL images.
+        pictures: folder for one picture of each image: what was found, and for a model with a
+            method how many blocks worked on each patch.
+        maps: folder for one label map of each image as PNG, from a segmenter.
+        least: least score of an object that is drawn.
+        batch: number of images in a forward pass.
+        device: "cpu" or "cuda". "auto" leaves a given model where it is, and opens others on a GPU
+            if there is one.
+        precision: "fp32", or "bf16" for automatic mixed precision.
+        strict: raise an error for the first file that cannot be read, instead of skipping it.
+        progress: called with the number of images done and the number of all.
+    """
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"batch must be a whole number from 1, got {batch!r}")
+    if not 0 <= least <= 1:
+        raise ValueError(f"least must lie in [0, 1], got {least}")
+    named, count = named_images(images, strict)
+    title, place = type(model).__name__, None
+    if not isinstance(model, DenseModel):
+        title = os.fspath(model)
+        opened, place = open_base(title), machine.device_of(device)
+        if not isinstance(opened, DenseModel):
+            raise ValueError(f"{title} is neither a detector nor a segmenter: use foveate.predict")
+        model = opened
+    elif device != "auto":
+        place = machine.device_of(device)
+    if place is not None:
+        model.to(place)
+    folders = [None if one is None else Path(one) for one in (pictures, maps)]
+    for folder in filter(None, folders):
+        folder.mkdir(parents=True, exist_ok=True)
+    names = _Names()
+    records: list[DensePrediction] = []
+    stream: Iterator[tuple[str | Path, Image.Image]] = iter(named)
+    with answering(model, precision=precision):
+        while some := list(islice(stream, batch)):
+            tensors = [_pixels(image, model) for _, image in some]
+            for (name, image), tensor, answer in zip(some, tensors, model(tensors), strict=True):
+                trace = None if model.reducer.name == "dense" else model.trace([tensor])
+                number = len(records) + 1
+                record = _record(str(name), image, answer, trace, number)
+                records.append(record)
+                file = names.free(Path(str(name)).stem)
+                if folders[0] is not None:
+                    drawn = _picture(model, image, record, answer, trace, least)
+                    _save(drawn, folders[0] / f"{file}.png")
+                if folders[1] is not None and isinstance(answer, Tensor):
+                    drawn = Image.fromarray(answer.cpu().numpy().astype(np.uint16))
+                    if len(model.class_names) <= 256:
+                        drawn = Image.fromarray(answer.cpu().numpy().astype(np.uint8))
+                    _save(drawn, folders[1] / f"{file}.png")
+            if progress is not None:
+                progress(len(records), count)
+    broken = named.broken if isinstance(named, ImageFiles) else {}
+    unreadable = {str(path): why for path, why in broken.items()}
+    return DensePredictions(title, model.class_names, tuple(records), unreadable)
+
+
+def _pixels(image: Image.Image, model: DenseModel) -> Tensor:
+    """Return an image ``[channels, h, w]`` from 0 to 1 on the model's device."""
+    like = next(model.parameters())
+    channels = model.reduced.backbone.channels
+    array = np.array(image.convert("L" if channels == 1 else "RGB"))
+    tensor = torch.from_numpy(array).reshape(image.height, image.width, channels)
+    return tensor.permute(2, 0, 1).to(like.device).to(like.dtype) / 255
+
+
+def _record(
+    name: str, image: Image.Image, answer: Any, trace: Trace | None, number: int
+) -> DensePrediction:
+    size, usage = (image.height, image.width), None
+    if trace is not None:
+        usage = float(trace.depth().float().mean()) / len(trace.blocks)
+    if isinstance(answer, Tensor):
+        found, counts = answer.unique(return_counts=True)
+        order = counts.argsort(descending=True)
+        shares = (counts[order] / answer.numel()).tolist()
+        return DensePrediction(name, size, tuple(found[order].tolist()), tuple(shares), (), usage)
+    if not bool(answer["scores"].isfinite().all()):
+        raise ValueError(f"{name}: the answers contain NaN or infinity: the weights are broken")
+    entries = coco_predictions([{**answer, "image_id": number}], None)
+    for entry in entries:
+        entry["category_id"] += 1
+    return DensePrediction(
+        name,
+        size,
+        tuple(answer["labels"].tolist()),
+        tuple(answer["scores"].tolist()),
+        tuple(entries),
+        usage,
+    )
+
+
+def _picture(
+    model: DenseModel,
+    image: Image.Image,
+    record: DensePrediction,
+    answer: Any,
+    trace: Trace | None,
+    least: float,
+) -> Image.Image:
+    title = [Path(record.image).name, *([] if trace is None else [repr(model.reducer)])]
+    names = model.class_names or tuple(f"class {n}" for n in range(model.num_classes))
+    given: dict[str, Any] = {"title": title, "trace": trace, "box": _covered(model, image, trace)}
+    if isinstance(answer, Tensor):
+        return found_pixels(image, answer.cpu(), names, **given)
+    answer = {key: value.cpu() for key, value in answer.items()}
+    return found_objects(image, answer, names, least=least, **given)
+
+
+def _covered(
+    model: DenseModel, image: Image.Image, trace: Trace | None
+) -> tuple[float, float, float, float] | None:
+    """Return the part of an image that the patches cover: its last ones may reach beyond it."""
+    if trace is None:
+        return None
+    blank = torch.zeros(1, image.height, image.width)
+    transform: Any = model.transform
+    height, width = transform.resize(blank)[0].shape[-2:]
+    (rows, columns), patch = trace.grid, model.reduced.backbone.spec.patch
+    across = columns * patch[1] / width * image.width
+    return 0.0, 0.0, across, rows * patch[0] / height * image.height
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    write_whole(path, lambda partial: image.save(partial, format="png"))
+
+
+class _Names:
+    """Names of files that were not given yet: folders may hold images of one name."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+
+    def free(self, stem: str) -> str:
+        """Return the name, with a number behind it where it is taken."""
+        name, number = stem, 1
+        while name in self._taken:
+            number += 1
+            name = f"{stem}-{number}"
+        self._taken.add(name)
+        return name

@@ -1,0 +1,134 @@
+"""Draw what a detector or a segmenter found, and beside it how many blocks worked on each patch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+from foveate.core import Trace
+from foveate.viz.colours import OKABE_ITO
+from foveate.viz.grid import Box, as_image, panel
+from foveate.viz.layout import Bar, Cell, Key, page
+from foveate.viz.tokens import depth_bar, with_depth
+
+__all__ = ["found_objects", "found_pixels"]
+
+_LONGEST = 448  # longer side of a panel, in pixels
+_NAMED = 12  # classes in a legend
+
+
+def found_objects(
+    image: Any,
+    answer: dict[str, Tensor],
+    class_names: Sequence[str],
+    *,
+    least: float = 0.5,
+    title: Sequence[str] = (),
+    trace: Trace | None = None,
+    box: Box | None = None,
+) -> Image.Image:
+    """Draw boxes and masks in the colours of their classes.
+
+    Args:
+        image: path, PIL image or uint8 pixels.
+        answer: a detector's answer: boxes, labels, scores and perhaps masks, in the image's pixels.
+        class_names: names of the classes.
+        least: least score of what is drawn.
+        title: lines above, the first in bold.
+        trace: a trace of the image; None is for a model without a method.
+        box: part of the image that the patches of the trace cover; None is the whole image.
+    """
+    picture, factor = _drawable(as_image(image))
+    shown = answer["scores"] >= least
+    labels = answer["labels"][shown].tolist()
+    colours = [OKABE_ITO[label % len(OKABE_ITO)] for label in labels]
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    if "masks" in answer and labels:
+        masks = torch.nn.functional.interpolate(
+            answer["masks"][shown].float(), pixels.shape[-2:], mode="bilinear"
+        )
+        pixels = draw_segmentation_masks(pixels, masks[:, 0] >= 0.5, 0.45, colours)
+    words = [
+        f"{class_names[label]} {100 * score:.0f}"
+        for label, score in zip(labels, answer["scores"][shown].tolist(), strict=True)
+    ]
+    if labels:
+        boxes = answer["boxes"][shown] * torch.tensor([*factor, *factor])
+        pixels = draw_bounding_boxes(pixels, boxes, words, colours, width=2)
+    drawn = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    said = f"{len(labels)} of {len(shown)} objects, from {100 * least:.0f} % on"
+    cells, bar = _with_usage([Cell(drawn, [said])], picture, factor, trace, box)
+    return page(cells, title, bar=bar, columns=len(cells))
+
+
+def found_pixels(
+    image: Any,
+    answer: Tensor,
+    class_names: Sequence[str],
+    *,
+    title: Sequence[str] = (),
+    trace: Trace | None = None,
+    box: Box | None = None,
+) -> Image.Image:
+    """Draw a map of classes over its image.
+
+    Args:
+        image: path, PIL image or uint8 pixels.
+        answer: class of each pixel, ``[h, w]``.
+        class_names: names of the classes.
+        title: lines above, the first in bold.
+        trace: a trace of the image; None is for a model without a method.
+        box: part of the image that the patches of the trace cover; None is the whole image.
+    """
+    picture, factor = _drawable(as_image(image))
+    labels = torch.nn.functional.interpolate(answer[None, None].float(), picture.size[::-1])[0, 0]
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    found, counts = labels.long().unique(return_counts=True)
+    classes = found[counts.argsort(descending=True)].tolist()
+    colours = [OKABE_ITO[number % len(OKABE_ITO)] for number in classes]
+    masks = torch.stack([labels == number for number in classes])
+    pixels = draw_segmentation_masks(pixels, masks, 0.55, colours)
+    drawn = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    pairs = list(zip(classes, colours, strict=True))[:_NAMED]
+    legend = [Key(class_names[number], (colour,)) for number, colour in pairs]
+    cells, bar = _with_usage(
+        [Cell(drawn, [f"{len(classes)} classes"])], picture, factor, trace, box
+    )
+    return page(cells, title, legend=legend, bar=bar, columns=len(cells))
+
+
+def _drawable(image: Image.Image) -> tuple[Image.Image, tuple[float, float]]:
+    """Resize an image to a panel; return the factors of its width and height too."""
+    longest = max(image.size)
+    size = (
+        max(1, round(image.width * _LONGEST / longest)),
+        max(1, round(image.height * _LONGEST / longest)),
+    )
+    picture = image.resize(size, Image.Resampling.BICUBIC)
+    return picture, (size[0] / image.width, size[1] / image.height)
+
+
+def _with_usage(
+    cells: list[Cell],
+    picture: Image.Image,
+    factor: tuple[float, float],
+    trace: Trace | None,
+    box: Box | None,
+) -> tuple[list[Cell], Bar | None]:
+    """Put the image first, and the usage of its patches last."""
+    cells = [Cell(picture, ["input"]), *cells]
+    if trace is None:
+        return cells, None
+    if box is not None:
+        across, down = factor
+        box = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
+    drawn, mean = with_depth(panel(picture, trace.grid, box), trace, 0)
+    blocks = len(trace.blocks)
+    cells.append(Cell(drawn.image(), [f"{mean:.1f} of {blocks} blocks per patch"]))
+    return cells, depth_bar(blocks)

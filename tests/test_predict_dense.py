@@ -1,0 +1,128 @@
+"""Predicting with detectors and segmenters: COCO files, label maps, pictures, the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from small import randomise, vit
+
+import foveate
+from foveate import cli
+from foveate.dense import DenseModel, make_dense
+from foveate.predictions import predict_dense
+
+NAMES = ("cat", "dog", "car")
+HEADS: dict[str, Any] = {
+    "detect": {
+        **{"name": "mask_rcnn", "channels": 16, "box_channels": 24, "mask_channels": 16},
+        **{"mask_layers": 1, "proposals": [40, 30], "detections": 5, "box_score_thresh": 0.0},
+    },
+    "segment": {"name": "fpn", "channels": 16},
+}
+
+
+def dense(job: str, method: str | None = None) -> DenseModel:
+    torch.manual_seed(0)
+    backbone = {"name": "pyramid", "scales": [1, 0.5], "channels": 16}
+    found = make_dense(randomise(vit()), NAMES, backbone, HEADS[job], (48, 64))
+    return (found if method is None else foveate.apply(found, method, check=False)).eval()
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    draw = np.random.RandomState(0)
+    for name, size in (("one.png", (70, 96)), ("two.png", (90, 60))):
+        Image.fromarray(draw.randint(0, 255, (*size, 3)).astype(np.uint8)).save(folder / name)
+    (folder / "torn.png").write_bytes(b"no image")
+    return folder
+
+
+def test_objects_as_coco_has_them(photos: Path, tmp_path: Path) -> None:
+    model = dense("detect", "svit(keep=0.7)")
+    found = predict_dense(model, photos, pictures=tmp_path / "pictures")
+    assert [Path(one.image).name for one in found] == ["one.png", "two.png"]
+    assert [one.size for one in found] == [(70, 96), (90, 60)] and len(found.unreadable) == 1
+    assert all(0 < one.usage <= 1 and len(one.objects) == 5 for one in found)
+    found.coco(tmp_path / "found.json")
+    coco = COCO(tmp_path / "found.json")
+    assert [one["name"] for one in coco.loadCats(coco.getCatIds())] == list(NAMES)
+    for image in coco.loadImgs(coco.getImgIds()):
+        entries = coco.loadAnns(coco.getAnnIds(image["id"]))
+        assert len(entries) == 5
+        for entry in entries:
+            left, top, width, height = entry["bbox"]
+            assert left >= 0 and top >= 0 and 0 <= entry["score"] <= 1
+            assert left + width <= image["width"] + 0.02
+            assert top + height <= image["height"] + 0.02
+            assert coco.annToMask(entry).shape == (image["height"], image["width"])
+    with Image.open(tmp_path / "pictures/two.png") as drawn:
+        assert drawn.width > 3 * 200  # the image, what was found, and the usage
+    with pytest.raises(ValueError, match="use foveate.predictions.predict_dense"):
+        foveate.predict(model, photos)
+
+
+def test_an_image_alone_and_in_a_batch(photos: Path) -> None:
+    model = dense("detect")
+    alone, together = (predict_dense(model, photos, batch=n) for n in (1, 2))
+    assert alone[0].usage is None
+    for one, other in zip(alone, together, strict=True):
+        assert one.scores == pytest.approx(other.scores, abs=1e-4)
+
+
+def test_label_maps(photos: Path, tmp_path: Path) -> None:
+    model = dense("segment", "svit(keep=0.7)")
+    found = predict_dense(model, photos, maps=tmp_path / "maps", pictures=tmp_path / "pictures")
+    for record in found:
+        with Image.open(tmp_path / "maps" / Path(record.image).name) as file:
+            labels = np.array(file)
+        assert labels.shape == record.size
+        assert set(np.unique(labels)) == set(record.classes) <= {0, 1, 2}
+        assert sum(record.scores) == pytest.approx(1, abs=1e-5)
+    assert len(list((tmp_path / "pictures").iterdir())) == 2
+
+
+def test_the_command(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for job in HEADS:
+        foveate.save(dense(job, "svit(keep=0.7)"), tmp_path / job)
+    detector, segmenter, out = (str(tmp_path / name) for name in ("detect", "segment", "out"))
+    images = ["--images", str(photos)]
+    assert cli.main(["predict", detector, *images, "--out", f"{out}.json", "--least", "0"]) == 1
+    said = capsys.readouterr().out
+    assert "out.json (10 objects)" in said and "1 of 3 images could not be read" in said
+    assert len(json.loads(Path(f"{out}.json").read_text())["annotations"]) == 10
+    assert cli.main(["predict", segmenter, *images, "--out", out, "--pictures", f"{out}-p"]) == 1
+    assert "(2 label maps)" in capsys.readouterr().out
+    for command, words in (
+        ([detector, *images, "--out", "found.csv"], "objects are written as .json"),
+        ([segmenter, *images, "--out", "maps.png"], "written into a folder"),
+        ([detector, "evit", *images], "was saved with its method"),
+    ):
+        assert cli.main(["predict", *command]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_damaged_folders(tmp_path: Path) -> None:
+    folder = tmp_path / "detect"
+    foveate.save(dense("detect"), folder)
+    config = json.loads((folder / "dense.json").read_text())
+    for change, words in (
+        ({"class_names": NAMES[:2]}, "does not fit"),
+        ({"head": {"name": "mask_rcn"}}, "did you mean 'mask_rcnn'"),
+        ({"vit": None}, "see its field 'vit'"),
+        ({"format": 9}, "has format 9; this version reads 1"),
+    ):
+        (folder / "dense.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ValueError, match=words):
+            foveate.load(folder)
+    by_hand = foveate.dense.mask_rcnn(vit(), 3, channels=16, box_channels=16)
+    with pytest.raises(ValueError, match="was put together by hand, .*: make it with"):
+        foveate.save(by_hand, tmp_path / "by-hand")

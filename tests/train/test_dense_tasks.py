@@ -1,0 +1,247 @@
+"""Detection and segmentation on the engine: what is trained, saved, resumed, and refused."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import checkpoint, elsewhere, exported, run, same_run, together
+from torch import nn
+
+import foveate
+from foveate import config
+from foveate.data import open_source
+from foveate.dense import DenseModel
+from foveate.train.dense_recipe import Detect, Segment
+from foveate.train.detect import DetectTask
+
+SCENES = "scenes:size=32,train=16,val=6,test=4"
+TREE: dict[str, Any] = {
+    "model": {},
+    "data": {
+        **{"train": SCENES, "mean": [0.286], "std": [0.353], "batch": 4, "val_batch": 4},
+        **{"augment": {"resize": "none"}, "short": None},
+    },
+    "backbone": {"name": "pyramid", "scales": [1, 0.5], "channels": 16},
+    "optim": {"lr": 1e-3, "clip": 1.0},
+    "loop": {"epochs": 1, "log_every": 1, "loggers": []},
+}
+BOXES = {
+    **{"channels": 16, "box_channels": 24, "anchor_scale": 4, "proposals": [40, 30]},
+    **{"detections": 10, "box_batch_size_per_image": 16, "rpn_batch_size_per_image": 32},
+}
+HEADS: dict[str, Any] = {
+    "detect": {"name": "mask_rcnn", **BOXES, "mask_channels": 16, "mask_layers": 1},
+    "segment": {"name": "fpn", "channels": 16},
+}
+JOBS: dict[str, type] = {"detect": Detect, "segment": Segment}
+
+
+def recipe(job: str, start: str, *overrides: str, **parts: Any) -> Any:
+    """Four updates of four scenes of 32 pixels, on a ViT of three blocks."""
+    tree = {**TREE, "head": HEADS[job], "model": {"start": start}, **parts}
+    return config.parse(JOBS[job], tree, overrides)
+
+
+def going_on(job: str, start: str, *overrides: str) -> Any:
+    """The same from a dense model."""
+    tree = {k: v for k, v in TREE.items() if k != "backbone"}
+    return config.parse(JOBS[job], {**tree, "model": {"start": start}}, overrides)
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("vit") / "vit.safetensors"
+    return checkpoint(path, patch_size=4, in_chans=1)
+
+
+@pytest.fixture(scope="module")
+def dense(vit: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    root = tmp_path_factory.mktemp("dense")
+    return {job: run(recipe(job, vit), root / job) for job in JOBS}
+
+
+@pytest.fixture(scope="module")
+def svit(dense: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Sparse fine-tuning of the dense detector, killed by nobody."""
+    out = tmp_path_factory.mktemp("svit") / "run"
+    made = going_on("detect", str(dense["detect"].path), "method=svit(keep=0.7)", *RESUMED)
+    return made, run(made, out)
+
+
+RESUMED = (
+    *("loop.save_every=1", "loop.statistics=true", "loop.epochs=2", "loop.ema=0.5"),
+    "loop.pictures_every=2",
+)
+
+
+def scenes(job: str) -> list[torch.Tensor]:
+    source = open_source(SCENES, "test")
+    return [torch.from_numpy(source.image(i)).permute(2, 0, 1) / 255 for i in range(4)]
+
+
+@pytest.mark.parametrize("job", list(JOBS))
+def test_a_dense_run_says_what_it_reached_and_opens_again(job: str, dense: dict[str, Any]) -> None:
+    result = dense[job]
+    names = {"detect": ("box_ap", "mask_ap"), "segment": ("miou",)}[job]
+    assert result["score"] == names[0] and all(0 <= result[name] <= 1 for name in names)
+    losses = {"objectness", "rpn_box_reg", "classifier", "box_reg", "mask"}
+    losses = losses if job == "detect" else {"segment"}
+    columns = {c.removeprefix("train/") for c in result.history if c.startswith("train/")}
+    assert columns == losses | {"loss"}
+    model = foveate.load(result.path)
+    assert isinstance(model, DenseModel) and not model.training
+    assert len(model.class_names) == {"detect": 10, "segment": 11}[job]
+    assert model.reducer.name == "dense"
+    with torch.no_grad():
+        one, other = result.model(scenes(job)), model(scenes(job))
+    for mine, its in zip(one, other, strict=True):
+        pairs = [(mine, its)] if job == "segment" else [(mine[k], its[k]) for k in its]
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_what_no_map_depends_on_is_not_trained(vit: str, dense: dict[str, Any]) -> None:
+    before, after = foveate.load(vit), dense["detect"].model.reduced.vit
+    assert torch.equal(before.norm.weight, after.norm.weight)
+    assert after.num_classes == 0 and not after.norm.weight.requires_grad
+    assert not torch.equal(before.blocks[0].mlp.fc1.weight, after.blocks[0].mlp.fc1.weight)
+
+
+def test_sparse_fine_tuning_goes_on_from_the_dense_detector(
+    svit: Any, dense: dict[str, Any]
+) -> None:
+    _, result = svit
+    model = foveate.load(result.path)
+    assert model.reducer.name == "svit" and model.settings == dense["detect"].model.settings
+    assert {"train/ratio", "tokens/block02"} <= set(result.history)
+    assert len(list((result.path / "pictures/epoch-002").iterdir())) == 4
+    far = [
+        (value - dense["detect"].model.state_dict()[name]).abs().max()
+        for name, value in model.state_dict().items()
+        if "reducer" not in name
+    ]
+    assert 0 < max(far) < 0.05  # near the start: eight small steps
+    about = json.loads((result.path / "model/dense.json").read_text())
+    assert about["methods"][0]["name"] == "svit"
+    again = foveate.unwrap(model)
+    assert again.reducer.name == "dense" and again.class_names == model.class_names
+
+
+def test_a_killed_run_goes_on_to_the_bit(svit: Any, tmp_path: Path) -> None:
+    made, whole = svit
+    assert elsewhere(made, tmp_path / "run", kill="1,1") == -signal.SIGKILL
+    assert elsewhere(made, tmp_path / "run", resume=True) == 0
+    assert same_run(whole.path, tmp_path / "run")
+
+
+def test_two_processes(vit: str, tmp_path: Path) -> None:
+    """Segmentation equals one process with the doubled batch; a detector draws its samples.
+
+    All maps of scenes are of one size and have no pixel of no class, so that the mean over pixels
+    is that over processes. A detector draws which proposals it learns from, on each process by
+    itself: what can be equal is the evaluation of the weights, and the weights of the processes.
+    """
+    sgd = {"name": "sgd", "lr": 0.05, "clip": 1.0}
+    jobs = []
+    for job in JOBS:
+        made = recipe(job, vit, "data.batch=2", optim=sgd)
+        file = tmp_path / f"{job}.yaml"
+        file.write_text(config.dump(made))
+        jobs.append([job, str(file), "--out", str(tmp_path / f"{job}-two")])
+    assert together(jobs, tmp_path) == [0, 0]
+    one = run(recipe("segment", vit, optim=sgd), tmp_path / "one")
+    a, b = exported(tmp_path / "one"), exported(tmp_path / "segment-two")
+    assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
+    two = json.loads((tmp_path / "segment-two/result.json").read_text())
+    assert two["miou"] == pytest.approx(one["miou"], abs=1e-3)
+    two = json.loads((tmp_path / "detect-two/result.json").read_text())
+    task = DetectTask(foveate.load(tmp_path / "detect-two"))
+    metrics, source = task.metrics(), open_source(SCENES, "val")
+    _, prepare = task.transforms()
+    batch = task.collate([prepare(source.sample(i)) for i in range(len(source))])
+    with torch.no_grad():
+        task.validation_step(task.model.eval(), batch, metrics, 0)
+    for name, metric in metrics.items():
+        assert two[name] == pytest.approx(float(metric.compute()), abs=1e-3)
+
+
+def test_other_classes_get_new_outputs(dense: dict[str, Any], tmp_path: Path) -> None:
+    found = foveate.load(dense["detect"].path)
+    found.class_names = found.class_names[:9] + ("hat",)
+    foveate.save(found, tmp_path / "hats")
+    start = str(tmp_path / "hats")
+    with pytest.raises(ValueError, match="hats has 10 classes .*model.new_head=true"):
+        run(going_on("detect", start), tmp_path / "run")
+    made = going_on("detect", start, "model.new_head=true", "loop.max_steps=1")
+    assert run(made, tmp_path / "run").model.class_names[-1] == "ankle boot"
+
+
+def test_weights_of_losses(dense: dict[str, Any], vit: str) -> None:
+    model = foveate.apply(foveate.load(dense["detect"].path), "svit", check=False)
+    task = DetectTask(model, weights={"mask": 2.0, "ratio": 8.0})
+    assert task.weights == {"mask": 2.0} and model.reducer.loss_weights == {"ratio": 8.0}
+    with pytest.raises(ValueError, match="'rato'.*did you mean 'ratio'"):
+        DetectTask(model, weights={"rato": 1.0})
+
+
+def test_a_model_of_ones_own(vit: str, tmp_path: Path) -> None:
+    own: nn.Module = foveate.load(vit)
+    result = foveate.segment(
+        own,
+        TREE["data"],
+        backbone=TREE["backbone"],
+        head=HEADS["segment"],
+        loop={**TREE["loop"], "max_steps": 1},
+        out=tmp_path / "run",
+        progress=False,
+        say=lambda _: None,
+    )
+    assert result.model.reduced.vit is own and result["updates"] == 1
+
+
+@pytest.mark.parametrize(
+    ("job", "overrides", "words"),
+    [
+        ("detect", ["backbone.name=pyramide"], "backbone.name.*did you mean 'pyramid'"),
+        ("detect", ["backbone.scale=4"], "option of backbone.name=pyramid.*'scales'"),
+        ("detect", ["head.name=fpn"], "head.name"),
+        ("segment", ["head.box_channels=4"], "option of head.name=fpn"),
+        ("detect", ["data.short=64", "data.long=32"], "data.long must be at least 64"),
+        ("detect", ["weights.mask=-1"], "weights.mask must be at least 0"),
+        ("detect", ["data.train=fashion-mnist"], "has labels of whole images; .* of objects"),
+        ("segment", ["method=svt"], "did you mean 'svit'"),
+    ],
+)
+def test_what_is_refused(
+    job: str, overrides: list[str], words: str, vit: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        run(recipe(job, vit, *overrides), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_backbone_than_the_starts_is_refused(dense: dict[str, Any], tmp_path: Path) -> None:
+    made = going_on("detect", str(dense["detect"].path), "backbone.name=adapter")
+    with pytest.raises(ValueError, match="has backbone .*pyramid.*leave backbone out"):
+        run(made, tmp_path / "run")
+
+
+def test_validation_images_without_objects_are_refused(
+    vit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from foveate.data.sources import SceneSource
+
+    targets = SceneSource.targets
+
+    def empty(self: SceneSource, index: int) -> dict[str, Any]:
+        found = targets(self, index)
+        nothing = {k: found[k][:0] for k in ("boxes", "labels", "masks")}
+        return {"image_id": found["image_id"], **nothing}
+
+    monkeypatch.setattr(SceneSource, "targets", empty)
+    with pytest.raises(ValueError, match="none of the 6 validation images .* has an object"):
+        run(recipe("detect", vit), tmp_path / "run")
