@@ -1,7 +1,7 @@
 """Dense tasks: maps of several strides from any ViT, reduced or not, and heads on them."""
 
 from foveate.core.calibration import calibrate
-from foveate.dense.backbone import DenseBackbone, Features, windowed
+from foveate.dense.backbone import DenseBackbone, Features, Hosting, windowed
 from foveate.dense.canvas import Canvas
 from foveate.dense.deformable import DeformableAttention, Levels, sample_points
 from foveate.dense.detectors import ViTFasterRCNN, ViTMaskRCNN, faster_rcnn, mask_rcnn
@@ -16,6 +16,7 @@ __all__ = [
     "DenseBackbone",
     "Features",
     "FpnBackbone",
+    "Hosting",
     "Levels",
     "Segmenter",
     "SimplePyramid",
