@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from statistics import fmean
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from foveate.backbones import backbone_of
-from foveate.core import BackboneSpec, ReducedViT, Reducer, Trace
-from foveate.core.cost import Cost, cost, has_formula, measured, on_meta, run, run_on_meta
+from foveate.backbones import backbone_for, backbone_of
+from foveate.core import BackboneSpec, ReducedViT, Reducer, Trace, dense
+from foveate.core.cost import (
+    BlockTokens,
+    Cost,
+    cost,
+    counting,
+    has_formula,
+    measured,
+    on_meta,
+    run,
+    run_on_meta,
+)
 from foveate.core.evaluation import evaluating
 
 __all__ = ["Count", "count", "describe", "image_grid"]
@@ -27,6 +41,9 @@ class Count:
         new_parameters: number of those that the method added.
         tokens: tokens that each block feeds forward, prefix included; means where images differ.
         how: "exact", "expected" (the method's target rates, or an upper bound) or "measured".
+        parts: multiply-adds of a dense model by part: "vit" with its method, "maps" (adapter or
+            pyramid) and "heads"; empty for a ViT.
+        left_out: what of a dense model is not counted, because it depends on what is found.
     """
 
     macs: float
@@ -36,6 +53,8 @@ class Count:
     new_parameters: int
     tokens: tuple[float, ...]
     how: str
+    parts: Mapping[str, float] = field(default_factory=dict)
+    left_out: str = ""
 
     @property
     def ratio(self) -> float:
@@ -47,22 +66,30 @@ def count(
     model: nn.Module,
     image_size: int | tuple[int, int] | None = None,
     *,
-    images: Tensor | None = None,
+    images: Tensor | Sequence[Tensor] | None = None,
     trace: Trace | None = None,
 ) -> Count:
     """Count multiply-adds, parameters and tokens as evaluation would have them.
 
-    Nothing is computed unless ``images`` are given; it works on the meta device too.
+    Nothing is computed unless ``images`` are given; it works on the meta device too. Dense models
+    (backbones with maps, detectors, segmenters) are counted for an image that is alone, which is
+    padded to the size that their maps divide. Not counted are norms, activations, interpolation,
+    the weighted sums that read points in deformable attention, and what ``left_out`` names.
 
     Args:
-        model: a model from ``foveate.apply``, or a plain ViT that it takes.
-        image_size: size to count for, if not the model's own.
+        model: a model from ``foveate.apply``, or a plain ViT that it takes; or a dense model.
+        image_size: size to count for, if not the model's own. That of a dense model is the size of
+            the image after it was resized.
         images: measure the counts on these instead of expecting them, for methods with a count
-            per image.
+            per image. A dense model takes a list of images of any sizes.
         trace: the same from a trace that was made already.
     """
     if sum(given is not None for given in (image_size, images, trace)) > 1:
         raise ValueError("give only one of image_size, images and trace")
+    if hasattr(model, "fixed") and not isinstance(model, ReducedViT):
+        return _of_host(model, image_size, images, trace)
+    if images is not None and not isinstance(images, Tensor):
+        raise ValueError("a list of images is measured on a dense model only; give a batch")
     if images is not None and not isinstance(model, ReducedViT):
         raise ValueError("images are measured on a model from foveate.apply only")
     backbone = backbone_of(model)
@@ -81,14 +108,9 @@ def count(
     elif images is not None:
         assert isinstance(model, ReducedViT)
         costs = _measured(model, images, grid)
-    elif reducer.fixed_count:
-        how, costs = "exact", [_by_running(spec, reducer, grid)]
-    elif has_formula(reducer):
-        how, costs = "expected", [cost(spec, reducer, grid)]
     else:
-        raise ValueError(
-            f"how many tokens {reducer!r} keeps depends on the image: give images= to measure it"
-        )
+        how, one = _expected(spec, reducer, grid)
+        costs = [one]
     total = fmean(c.total for c in costs)
     plain = fmean(cost(spec, reducer, grid, c.tokens, own=False).total for c in costs)
     new = 0 if reducer is None else sum(p.numel() for p in reducer.parameters())
@@ -100,6 +122,17 @@ def count(
         new_parameters=new,
         tokens=_mean_tokens(costs),
         how=how,
+    )
+
+
+def _expected(spec: BackboneSpec, reducer: Reducer, grid: tuple[int, int]) -> tuple[str, Cost]:
+    """Work out what an image costs before it is seen, and say how."""
+    if reducer.fixed_count:
+        return "exact", _by_running(spec, reducer, grid)
+    if has_formula(reducer):
+        return "expected", cost(spec, reducer, grid)
+    raise ValueError(
+        f"how many tokens {reducer!r} keeps depends on the image: give images= to measure it"
     )
 
 
@@ -141,6 +174,178 @@ def _mean_tokens(costs: list[Cost]) -> tuple[float, ...]:
         fmean(b.mlp for b in blocks) for blocks in zip(*(c.tokens for c in costs), strict=True)
     )
     return tuple(int(n) if n == int(n) else n for n in means)
+
+
+# Dense models ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Around:
+    """What a dense model costs at one image size, without a method.
+
+    Attributes:
+        spec: facts of its ViT as it is used: without a head, perhaps without prefix tokens.
+        grid: the image's own patch rows and columns.
+        vit, maps, heads: multiply-adds of the parts.
+    """
+
+    spec: BackboneSpec
+    grid: tuple[int, int]
+    vit: float
+    maps: float
+    heads: float
+
+
+def _of_host(
+    model: Any,
+    image_size: int | tuple[int, int] | None,
+    images: Tensor | Sequence[Tensor] | None,
+    trace: Trace | None,
+) -> Count:
+    """Count a dense model (``foveate.dense.Hosting``, which this file stands below).
+
+    Its parts are counted on the meta device without the method, and the method as that of a ViT.
+    """
+    reducer, plain = model.reduced.reducer, _Plain(model)
+    if trace is not None and not (reducer.fixed_count or has_formula(reducer)):
+        raise ValueError(f"{reducer!r} does not work out its cost from a trace: give images=")
+    how, pairs, without = "measured", [], []
+    if images is None and trace is None:
+        around = plain.at(_pixels(model.input_size if image_size is None else image_size))
+        with _used_as(reducer, around.spec):
+            how, one = _expected(around.spec, reducer, around.grid)
+        pairs.append((around, one))
+    else:
+        for grid, tokens, total in _seen(model, images, trace):
+            around = plain.at((grid[0] * plain.patch[0], grid[1] * plain.patch[1]))
+            with _used_as(reducer, around.spec):
+                if total is not None:  # counted by running; the rest is the ViT's
+                    one = Cost(total - around.maps - around.heads, tuple(tokens))
+                elif reducer.fixed_count:
+                    one = _by_running(around.spec, reducer, grid)
+                else:
+                    one = cost(around.spec, reducer, grid, tokens)
+            pairs.append((around, one))
+    # Windows are no method: what they cost is what the parts were counted with.
+    windows = model.reduced.windows is not None
+    for around, one in pairs:
+        plainly = cost(around.spec, reducer, around.grid, one.tokens, own=False).total
+        without.append(around.vit if windows else plainly)
+    parts = {
+        "vit": fmean(a.vit if windows else one.total for a, one in pairs),
+        "maps": fmean(a.maps for a, _ in pairs),
+        "heads": fmean(a.heads for a, _ in pairs),
+    }
+    return Count(
+        macs=sum(parts.values()),
+        dense_macs=fmean(a.vit + a.maps + a.heads for a, _ in pairs),
+        method_macs=parts["vit"] - fmean(without),
+        parameters=sum(p.numel() for p in model.parameters()),
+        new_parameters=sum(p.numel() for p in reducer.parameters()),
+        tokens=_mean_tokens([one for _, one in pairs]),
+        how=how,
+        parts=parts,
+        left_out=model.uncounted,
+    )
+
+
+@contextmanager
+def _used_as(reducer: Reducer, spec: BackboneSpec) -> Iterator[None]:
+    """Let a method work out its cost for a ViT that is used otherwise: without prefix tokens."""
+    before = [(part, part.spec) for part in reducer.members]
+    for part, _ in before:
+        part.spec = spec
+    try:
+        yield
+    finally:
+        for part, own in before:
+            part.spec = own
+
+
+class _Plain:
+    """A dense model without its method, on the meta device: one pass for each image size."""
+
+    def __init__(self, model: Any) -> None:
+        reduced = model.reduced
+        self.patch = reduced.backbone.spec.patch
+        if reduced.windows is None:
+            model = model.with_method(lambda vit: dense(backbone_for(vit)))
+        self.model: Any = on_meta(model)
+        self._known: dict[tuple[int, int], _Around] = {}
+
+    def at(self, size: tuple[int, int]) -> _Around:
+        """Count the parts for an image of this size."""
+        if size not in self._known:
+            self._known[size] = self._counted(size)
+        return self._known[size]
+
+    def _counted(self, size: tuple[int, int]) -> _Around:
+        model, body = self.model, self.model.reduced
+        like = next(model.parameters())
+        image = torch.empty(1, body.backbone.channels, *size, device="meta", dtype=like.dtype)
+        with counting(model) as spent:
+            vit = _meter(body, ("begin", "step"), spent)
+            maps = _meter(model.trunk, ("features",), spent)
+            state = model.fixed(image).state
+            whole = spent()
+        spec, prefix = body.backbone.spec, state.prefix
+        spec = replace(
+            spec,
+            prefix=prefix,
+            class_token=spec.class_token and prefix > 0,
+            classes=0,
+            head_cost=0,
+            pool_cost=0,
+        )
+        return _Around(spec, state.grid, sum(vit), sum(maps) - sum(vit), whole - sum(maps))
+
+
+def _meter(module: nn.Module, names: Sequence[str], spent: Callable[[], float]) -> list[float]:
+    """Note what each call of some methods of a module costs from here on."""
+    found: list[float] = []
+
+    def metered(call: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **options: Any) -> Any:
+            before = spent()
+            result = call(*args, **options)
+            found.append(spent() - before)
+            return result
+
+        return called
+
+    for name in names:
+        vars(module)[name] = metered(getattr(module, name))  # in front of that of the class
+    return found
+
+
+def _seen(
+    model: Any, images: Tensor | Sequence[Tensor] | None, trace: Trace | None
+) -> list[tuple[tuple[int, int], list[BlockTokens], float | None]]:
+    """Return each image's own grid and tokens; its total too where only running it tells."""
+    if trace is not None:
+        pairs = zip(trace.grids, measured(trace), strict=True)
+        return [(grid, tokens, None) for grid, tokens in pairs]
+    assert images is not None
+    reducer, found = model.reduced.reducer, []
+    alone = not (reducer.fixed_count or has_formula(reducer))
+    with evaluating(model):
+        for image in images:
+            prepared = model.prepared([image])
+            seen, total = model.trunk.trace(prepared), None
+            if alone:
+                with counting(model) as spent:
+                    model.fixed(prepared)
+                    total = spent()
+            found.append((seen.grid, measured(seen)[0], total))
+    return found
+
+
+def _pixels(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Return height and width of an image of any size; ValueError for what is none."""
+    sizes = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size,) * 2
+    if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(f"image_size must be one or two whole numbers from 1, got {image_size!r}")
+    return sizes[0], sizes[1]
 
 
 def describe(model: ReducedViT, image_size: int | tuple[int, int] | None = None) -> str:

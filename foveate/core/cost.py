@@ -12,7 +12,8 @@ running it: on the meta device nothing is computed, and torch's counter sees eve
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,7 @@ __all__ = [
     "BlockTokens",
     "Cost",
     "cost",
+    "counting",
     "expected",
     "has_formula",
     "linear_cost",
@@ -150,31 +152,43 @@ class _Hollow(ReducedViT):
         return heads.v
 
 
-@torch.no_grad()
-def run(model: ReducedViT, images: Tensor) -> Cost:
-    """Count one pass over one image, by torch's own counter."""
-    watched: list[dict[str, int]] = []
+@contextmanager
+def counting(model: nn.Module) -> Iterator[Callable[[], float]]:
+    """Count multiply-adds by torch's own counter; give a function that says how many so far.
+
+    Args:
+        model: the module whose parameters are used meanwhile, without gradients.
+    """
     # The counter asks views of trainable parameters for a gradient that they have not.
     trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained:
         p.requires_grad_(False)
     try:
         # As two products attention is counted by every torch, on every device.
-        with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
-            state = model.begin(images)
-            for block in range(model.backbone.spec.depth):
-                seen: dict[str, int] = {}
-
-                def watch(name: str, now: TokenState, seen: dict[str, int] = seen) -> None:
-                    seen[name] = now.layout.longest
-
-                state = model.step(block, state, watch)
-                watched.append(seen)
-            model.backbone.head(model.end(state))
+        flops, products = FlopCounterMode(display=False), sdpa_kernel(SDPBackend.MATH)
+        with torch.no_grad(), flops, products:
+            yield lambda: flops.get_total_flops() / 2
     finally:
         for p in trained:
             p.requires_grad_(True)
-    return Cost(flops.get_total_flops() / 2, tuple(BlockTokens(**seen) for seen in watched))
+
+
+def run(model: ReducedViT, images: Tensor) -> Cost:
+    """Count one pass over one image, by torch's own counter."""
+    watched: list[dict[str, int]] = []
+    with counting(model) as spent:
+        state = model.begin(images)
+        for block in range(model.backbone.spec.depth):
+            seen: dict[str, int] = {}
+
+            def watch(name: str, now: TokenState, seen: dict[str, int] = seen) -> None:
+                seen[name] = now.layout.longest
+
+            state = model.step(block, state, watch)
+            watched.append(seen)
+        model.backbone.head(model.end(state))
+        total = spent()
+    return Cost(total, tuple(BlockTokens(**seen) for seen in watched))
 
 
 def has_formula(reducer: Reducer) -> bool:

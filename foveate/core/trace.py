@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.core.embedding import own_patches
 from foveate.core.tokens import TokenState
 
 __all__ = ["BlockTrace", "Outcome", "Recorder", "Trace"]
@@ -87,9 +88,31 @@ class Trace:
     def __repr__(self) -> str:
         return f"Trace(grid={self.grid}, tokens per block: {self.counts()})"
 
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """Patch rows and columns of each image; those of the common grid unless sizes differ."""
+        state = self.blocks[0].attention
+        return state.context.grids or (self.grid,) * state.batch
+
+    def own(self) -> Tensor:
+        """Mark the patches of the common grid that lie in each image, ``[B, H*W]`` bool."""
+        return own_patches(self.grids, self.grid, self.blocks[0].attention.x.device)
+
+    def used(self) -> Tensor:
+        """Mark the patches that each block worked on, ``[blocks, B, H*W]`` bool."""
+        return torch.stack([block.active() for block in self.blocks])
+
+    def brought_back(self) -> Tensor:
+        """Mark what a block leaves out and a later one uses, ``[blocks, B, H*W]`` bool."""
+        used = self.used()
+        later = torch.zeros_like(used)
+        for block in range(len(used) - 2, -1, -1):
+            later[block] = later[block + 1] | used[block + 1]
+        return ~used & later
+
     def depth(self) -> Tensor:
         """Count the blocks that worked on each patch, ``[B, H*W]``."""
-        return torch.stack([block.active().long() for block in self.blocks]).sum(0)
+        return self.used().sum(0)
 
     def counts(self) -> list[tuple[int, ...]]:
         """Count the tokens that each block fed forward, one number an image, prefix included."""

@@ -1,7 +1,7 @@
 """Dense tasks: maps of several strides from any ViT, reduced or not, and heads on them."""
 
 from foveate.core.calibration import calibrate
-from foveate.dense.backbone import DenseBackbone, DenseModel, Features, windowed
+from foveate.dense.backbone import DenseBackbone, DenseModel, Features, Hosting, windowed
 from foveate.dense.build import make_dense
 from foveate.dense.canvas import Canvas
 from foveate.dense.deformable import DeformableAttention, Levels, sample_points
@@ -18,6 +18,7 @@ __all__ = [
     "DenseModel",
     "Features",
     "FpnBackbone",
+    "Hosting",
     "Levels",
     "Segmenter",
     "SimplePyramid",

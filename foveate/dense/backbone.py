@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
 from timm.models import FeatureInfo
@@ -65,9 +65,11 @@ class Hosting(nn.Module):
 
     Attributes:
         inner: name of the module that the ViT is in; a subclass sets it.
+        uncounted: what ``fixed`` leaves out, in words.
     """
 
     inner: str
+    uncounted: ClassVar[str] = ""
 
     @property
     def reduced(self) -> ReducedViT:
@@ -79,6 +81,30 @@ class Hosting(nn.Module):
     def reducer(self) -> Reducer:
         """The method that the ViT inside runs with."""
         return self.reduced.reducer
+
+    @property
+    def trunk(self) -> DenseBackbone:
+        """The dense backbone inside, or this model if it is one."""
+        inside = getattr(self, self.inner)
+        return self if isinstance(self, DenseBackbone) else inside.trunk
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Height and width of the images that the model is made for."""
+        spec = self.reduced.backbone.spec
+        return spec.grid[0] * spec.patch[0], spec.grid[1] * spec.patch[1]
+
+    def prepared(self, images: Images) -> Images:
+        """Return images as the dense backbone takes them."""
+        return images
+
+    def fixed(self, images: Images) -> Features:
+        """Run what costs the same whatever the images show, for ``foveate.count``.
+
+        Args:
+            images: as ``prepared`` returns them.
+        """
+        raise NotImplementedError
 
     def with_method(self: _Self, drive: Callable[[nn.Module], ReducedViT]) -> _Self:
         """Return this model with its ViT driven otherwise; all weights are shared.
@@ -193,6 +219,9 @@ class DenseBackbone(Hosting):
         maps, state = self.maps(canvas, watch)
         named = OrderedDict((str(n), values) for n, values in enumerate(maps))
         return Features(named, canvas, state)
+
+    def fixed(self, images: Images) -> Features:
+        return self.features(images)
 
     def maps(self, canvas: Canvas, watch: Watch | None) -> tuple[list[Tensor], TokenState]:
         """Compute the maps, the finest first, and return the tokens after the last block."""

@@ -94,20 +94,20 @@ def sample_points(value: Tensor, levels: Levels, points: Tensor, weights: Tensor
     points, weights = _precise(points), _precise(weights)
     table = value.reshape(batch * cells * heads, width)
     kind = torch.int32 if len(table) < 2**31 else torch.int64
-    image = torch.arange(batch, device=value.device, dtype=kind).view(-1, 1, 1, 1, 1, 1) * cells
-    head = torch.arange(heads, device=value.device, dtype=kind).view(-1, 1, 1, 1)
+    image = torch.arange(batch, device=value.device, dtype=kind).view(-1, 1, 1, 1, 1) * cells
+    head = torch.arange(heads, device=value.device, dtype=kind).view(-1, 1, 1)
     total: Tensor | None = None
     start = 0
     for level, (length, columns) in enumerate(zip(levels.lengths, levels.columns, strict=True)):
         x, y = points[:, :, :, level].unbind(-1)  # [B, Q, heads, points]
-        extent = levels.extent[level]
-        x, part_x = _corners(x, extent[0])
-        y, part_y = _corners(y, extent[1])
-        cell = (y * columns)[..., :, None] + x[..., None, :]  # [..., points, 2 (y), 2 (x)]
-        first = (image + start) * heads + head
-        row = torch.add(first, cell.to(kind), alpha=heads)
-        share = weights[:, :, :, level, :, None] * part_y
-        share = share[..., :, None] * part_x[..., None, :]
+        extent, weight = levels.extent[level], weights[:, :, :, level]
+        # Each of the four corners in its own pass over the points: products that broadcast over a
+        # last dimension of two take twice as long on a CPU.
+        across = _neighbours(x, extent[0])
+        down = [(cell * columns, part * weight) for cell, part in _neighbours(y, extent[1])]
+        corners = [(row + column, a * b) for row, a in down for column, b in across]
+        cell, share = (torch.stack(parts, -2) for parts in zip(*corners, strict=True))
+        row = torch.add((image + start) * heads + head, cell.to(kind), alpha=heads)
         bags = row.flatten(0, 2).flatten(1)
         found = F.embedding_bag(
             bags, table, mode="sum", per_sample_weights=share.reshape(bags.shape).to(table.dtype)
@@ -118,20 +118,22 @@ def sample_points(value: Tensor, levels: Levels, points: Tensor, weights: Tensor
     return total.view(batch, -1, heads, width)
 
 
-def _corners(places: Tensor, extent: int | Tensor) -> tuple[Tensor, Tensor]:
+def _neighbours(places: Tensor, extent: int | Tensor) -> list[tuple[Tensor, Tensor]]:
     """Return the two cells around each place on a line, and how much of each is read.
 
-    Both are ``[..., 2]``. Cells outside ``extent`` are moved inside and not read. Coordinates stay
-    floats, which are exact here and faster on a CPU.
+    Cells outside ``extent`` are moved inside and not read. Coordinates stay floats, which are exact
+    here and faster on a CPU.
     """
     low = places.detach().floor()
-    cells = torch.stack([low, low + 1], -1)
-    if isinstance(extent, int):
-        inside = cells.clamp(0, extent - 1)
-    else:
-        inside = cells.clamp_min(0).minimum(extent.view(-1, 1, 1, 1, 1) - 1)
     fraction = places - low
-    return inside, torch.stack([1 - fraction, fraction], -1) * (cells == inside)
+    found = []
+    for cell, part in ((low, 1 - fraction), (low + 1, fraction)):
+        if isinstance(extent, int):
+            inside = cell.clamp(0, extent - 1)
+        else:
+            inside = cell.clamp_min(0).minimum(extent.view(-1, 1, 1, 1) - 1)
+        found.append((inside, part * (cell == inside)))
+    return found
 
 
 def _precise(values: Tensor) -> Tensor:

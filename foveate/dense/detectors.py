@@ -27,7 +27,7 @@ from torchvision.ops.poolers import initLevelMapper
 
 from foveate.backbones import image_settings
 from foveate.core import Outcome, Trace
-from foveate.dense.backbone import DenseBackbone, DenseModel
+from foveate.dense.backbone import DenseBackbone, DenseModel, Features, Images
 from foveate.dense.fpn import FpnBackbone
 from foveate.dense.vit_adapter import adapter
 
@@ -58,6 +58,7 @@ class _Detector(DenseModel):
     rpn: Any
     roi_heads: Any
     backbone: FpnBackbone
+    uncounted = "the heads behind the proposals (boxes and masks)"
 
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[Target] | None = None
@@ -102,8 +103,19 @@ class _Detector(DenseModel):
     @torch.no_grad()
     def trace(self, images: Sequence[Tensor]) -> Trace:
         """Run the backbone once and record every block's tokens."""
-        batch, _ = self.transform(list(images))
-        return self.backbone.body.trace(batch)
+        return self.trunk.trace(self.prepared(images))
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        return self.transform.image_size or super().input_size
+
+    def prepared(self, images: Images) -> ImageList:
+        return self.transform(list(images))[0]
+
+    def fixed(self, images: Images) -> Features:
+        found = self.backbone.features(images)
+        self.rpn.head(list(found.maps.values()))
+        return found
 
     def _check(self, targets: Sequence[Target] | None, count: int) -> None:
         if targets is None or len(targets) != count:

@@ -61,3 +61,6 @@ class FpnBackbone(Hosting):
         if self.pooled:
             named["pool"] = F.max_pool2d(maps[-1], 1, 2)
         return Features(named, found.canvas, found.state)
+
+    def fixed(self, images: Images) -> Features:
+        return self.features(images)

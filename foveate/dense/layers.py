@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.ops import FrozenBatchNorm2d
 
 from foveate.core import check_choice
@@ -47,14 +50,27 @@ class ConvNorm(nn.Module):
         scale: float,
         norm: str,
         stride: int = 1,
-        act: type[nn.Module] | None = None,
+        act: type[nn.ReLU] | None = None,
     ) -> None:
         super().__init__()
         self.scale = scale
         self.conv = nn.Conv2d(channels, out, kernel, stride, kernel // 2, bias=False)
         self.norm = make_norm(norm, out)
-        self.act = nn.Identity() if act is None else act()
+        self.act = nn.Identity() if act is None else act(inplace=True)
 
     def forward(self, values: Tensor, canvas: Canvas) -> Tensor:
         """Turn a map that is clean into another one, ``[B, out, h, w]``."""
-        return canvas.clean(self.act(self.norm(self.conv(values))), self.scale)
+        return canvas.clean(self.act(self._normed(values)), self.scale)
+
+    def _normed(self, values: Tensor) -> Tensor:
+        norm: Any = self.norm
+        settled = isinstance(norm, nn.BatchNorm2d) and not norm.training
+        if not (settled or isinstance(norm, FrozenBatchNorm2d)):
+            return norm(self.conv(values))
+        # With its statistics settled a batch norm is a factor of the weights and a bias, which
+        # saves a pass over the map.
+        factor = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        bias = norm.bias - norm.running_mean * factor
+        weight = self.conv.weight * factor[:, None, None, None]
+        stride, padding = self.conv.stride[0], self.conv.kernel_size[0] // 2
+        return F.conv2d(values, weight, bias, stride, padding)

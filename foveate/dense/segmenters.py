@@ -13,9 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.detection.image_list import ImageList
 
 from foveate.core import Outcome, Trace, check_choice
-from foveate.dense.backbone import DenseBackbone, DenseModel
+from foveate.dense.backbone import DenseBackbone, DenseModel, Features, Images
 from foveate.dense.canvas import Canvas
 from foveate.dense.detectors import Preparation, as_backbone
 from foveate.dense.fpn import MaskedFpn
@@ -198,10 +199,22 @@ class Segmenter(DenseModel):
     @torch.no_grad()
     def trace(self, images: Sequence[Tensor]) -> Trace:
         """Run the backbone once and record every block's tokens."""
-        return self.backbone.trace(self.transform(list(images))[0])
+        return self.backbone.trace(self.prepared(images))
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        return self.transform.image_size or super().input_size
+
+    def prepared(self, images: Images) -> ImageList:
+        return self.transform(list(images))[0]
+
+    def fixed(self, images: Images) -> Features:
+        found = self.backbone.features(images)
+        self.head(found.maps, found.canvas)
+        return found
 
     def _scores(self, images: Sequence[Tensor]) -> tuple[list[Tensor], Outcome]:
-        batch, _ = self.transform(list(images))
+        batch = self.prepared(images)
         found = self.backbone.features(batch)
         scores = self.head(found.maps, found.canvas)
         canvas, scale = found.canvas, self.backbone.scales[0]

@@ -99,7 +99,7 @@ class ViTAdapter(DenseBackbone):
             as_map(part, shape)
             for part, shape in zip(c.split(of_c.lengths, 1), of_c.shapes, strict=True)
         ]
-        found = [finest + self.up(coarser[0]), *coarser]
+        found = [self.up(coarser[0]).add_(finest), *coarser]
         vit = canvas.spread(x, state.grid)
         return [
             canvas.clean(norm(values + _resized(vit, scale)), scale)

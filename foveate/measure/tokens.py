@@ -136,14 +136,10 @@ class _Sums:
                 f"images must all have one size: a grid of {trace.grid} follows one of {self.grid}"
             )
         self.grid = trace.grid
-        used = torch.stack([block.active() for block in trace.blocks])  # [blocks, B, patches]
+        used, back = trace.used(), trace.brought_back()  # [blocks, B, patches]
         size = torch.stack([_sizes(block.mlp) for block in trace.blocks]) * used
-        later = torch.zeros_like(used)  # whether any later block uses it
-        for block in range(len(used) - 2, -1, -1):
-            later[block] = later[block + 1] | used[block + 1]
         following = torch.zeros_like(used)
         following[:-1] = used[1:]
-        back = ~used & later
         for name, per_patch in (("used", used), ("size", size)):
             self._sum(name, per_patch.double().sum(1))
         for name, flags in (("out", ~used), ("back", back), ("at_once", back & following)):

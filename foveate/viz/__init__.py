@@ -1,7 +1,8 @@
 """Pictures of what a method does to an image, drawn from the trace, for every method.
 
 ``draw``, ``heat`` and ``sheet`` take models and images. ``kept``, ``groups``, ``depth`` and
-``brought_back`` take an existing trace and draw one of its images.
+``brought_back`` take an existing trace and draw one of its images. ``usage`` looks at a data set
+with objects, and ``usage_figure`` draws what it found.
 """
 
 from foveate.viz.answers import answers
@@ -11,11 +12,14 @@ from foveate.viz.layout import stacked
 from foveate.viz.relevance import HEATS, heat_map
 from foveate.viz.show import KINDS, SHEETS, draw, heat, sheet
 from foveate.viz.tokens import brought_back, depth, groups, kept
+from foveate.viz.usage import Usage, UsageSums, usage, usage_figure
 
 __all__ = [
     "HEATS",
     "KINDS",
     "SHEETS",
+    "Usage",
+    "UsageSums",
     "answers",
     "brought_back",
     "caption",
@@ -29,4 +33,6 @@ __all__ = [
     "kept",
     "sheet",
     "stacked",
+    "usage",
+    "usage_figure",
 ]

@@ -9,7 +9,7 @@ from PIL import Image
 
 from foveate.core import Trace
 from foveate.viz.colours import EXTRA
-from foveate.viz.grid import Box, as_image, panel, seen
+from foveate.viz.grid import Box, as_image, laid, panel, seen
 from foveate.viz.layout import Cell, chart, page
 from foveate.viz.steps import steps
 from foveate.viz.tokens import LEFT_OUT, MERGED, SUMS_UP, with_groups
@@ -46,17 +46,20 @@ def answers(
     if box is not None:
         across, down = picture.width / whole.width, picture.height / whole.height
         box = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
-    base = seen(panel(picture, (1, 1) if trace is None else trace.grid, box))
+    if trace is None:
+        base = seen(panel(picture, (1, 1), box))
+    else:
+        base = laid(trace, index, picture, box, 1)
     cells, legend = [Cell(base.image(), ["input"])], []
     if trace is not None:
         last = steps(trace, index)[-1]
         words = [
             f"last block: {last.tokens} tokens",
-            f"{int(last.working.sum())} of {len(last.working)} patches",
+            f"{int(last.working.sum())} of {last.patches} patches",
         ]
         cells.append(Cell(with_groups(base, last).image(), words, last.extra, EXTRA))
         legend += [MERGED] if last.merged.any() else []
-        legend += [] if last.working.all() else [LEFT_OUT]
+        legend += [LEFT_OUT] if last.left_out.any() else []
         legend += [SUMS_UP] if last.extra else []
     panels = cells[0].image
     cells.append(Cell(chart(labels, confidences, panels.size, panels.width), ["answers"]))

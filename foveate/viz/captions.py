@@ -2,39 +2,56 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TypeAlias
+
 from foveate.core import ReducedViT, Trace
 from foveate.core.cost import BlockTokens, cost, has_formula
+from foveate.dense import Hosting
 from foveate.facts import count
-from foveate.viz.steps import check_index, live_tokens
+from foveate.viz.grid import check_index
+from foveate.viz.steps import live_tokens
 
-__all__ = ["caption", "giga", "image_cost"]
+__all__ = ["Model", "caption", "giga", "image_cost"]
 
 
-def caption(model: ReducedViT, trace: Trace, index: int = 0) -> list[str]:
+Model: TypeAlias = ReducedViT | Hosting
+
+
+def caption(model: Model, trace: Trace, index: int = 0) -> list[str]:
     """Write lines for one image: the method, tokens in each block's MLP, and GMACs.
 
     Tokens and multiply-adds are those of this image, prefix tokens included. A masked pass
     computes all tokens, but only those that take part are counted.
     """
     now, dense = image_cost(model, trace, index)
+    inside = " in the ViT" if isinstance(model, Hosting) else ""
     return [
         repr(model.reducer),
         f"tokens per block: {' '.join(str(block.mlp) for block in _plan(trace, index))}",
-        f"{giga(now, dense)} GMACs ({now / dense:.0%})",
+        f"{giga(now, dense)} GMACs ({now / dense:.0%}){inside}",
     ]
 
 
-def image_cost(model: ReducedViT, trace: Trace, index: int = 0) -> tuple[float, float]:
-    """Return the multiply-adds of one image of a trace, with and without the method."""
-    spec, reducer = model.backbone.spec, model.reducer
-    if reducer.fixed_count:  # the same for every image
-        size = tuple(n * side for n, side in zip(trace.grid, spec.patch, strict=True))
-        counted = count(model, (size[0], size[1]))
+def image_cost(model: Model, trace: Trace, index: int = 0) -> tuple[float, float]:
+    """Return the multiply-adds of one image of a trace, with and without the method.
+
+    Of a dense model they are those of the ViT inside.
+    """
+    dense = isinstance(model, Hosting)
+    reduced = model.reduced if isinstance(model, Hosting) else model
+    spec, reducer = reduced.backbone.spec, reduced.reducer
+    grid = trace.grids[check_index(trace, index)]
+    if reducer.fixed_count and not dense:  # the same for every image
+        counted = count(model, (grid[0] * spec.patch[0], grid[1] * spec.patch[1]))
         return counted.macs, counted.dense_macs
+    if dense:
+        prefix = trace.blocks[0].attention.prefix
+        spec = replace(spec, prefix=prefix, head_cost=0, pool_cost=0)
     # Without a formula for the method's own products, they are left out.
     own = has_formula(reducer)
-    now = cost(spec, reducer, trace.grid, _plan(trace, index), own=own)
-    return now.total, cost(spec, None, trace.grid).total
+    now = cost(spec, reducer, grid, _plan(trace, index), own=own)
+    return now.total, cost(spec, None, grid).total
 
 
 def _plan(trace: Trace, index: int) -> list[BlockTokens]:

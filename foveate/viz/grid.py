@@ -11,9 +11,10 @@ import numpy as np
 from PIL import Image, ImageFilter
 from torch import Tensor
 
+from foveate.core import Trace
 from foveate.data import read_image, to_rgb
 
-__all__ = ["Box", "Panel", "as_image", "panel", "seen"]
+__all__ = ["Box", "Panel", "as_image", "check_index", "laid", "panel", "seen"]
 
 Box = tuple[float, float, float, float]
 
@@ -115,6 +116,29 @@ def panel(
     side = min(drawn.width / grid[1], drawn.height / grid[0])
     thickness = 1 + int(side >= 28) + int(side >= 64)
     return Panel(np.asarray(drawn, dtype=np.float32), cell, thickness)
+
+
+def laid(trace: Trace, index: int, image: Image.Image, box: Box | None, panels: int) -> Panel:
+    """Lay a trace's grid over one of its images, of which padding may surround the others.
+
+    Arguments are those of ``panel``; ``box`` is the part that the image's own patches cover. Where
+    the last ones reach beyond the image, so does the box.
+    """
+    check_index(trace, index)
+    full = (0.0, 0.0, float(image.width), float(image.height))
+    left, top, right, bottom = full if box is None else box
+    (rows, columns), (own_rows, own_columns) = trace.grid, trace.grids[index]
+    right = left + (right - left) * columns / own_columns
+    bottom = top + (bottom - top) * rows / own_rows
+    return seen(panel(image, trace.grid, (left, top, right, bottom), panels))
+
+
+def check_index(trace: Trace, index: int) -> int:
+    """Return the image number; ValueError if the trace has no such image."""
+    batch = trace.blocks[0].mlp.batch
+    if not 0 <= index < batch:
+        raise ValueError(f"index must lie in 0..{batch - 1}, the images of the trace; got {index}")
+    return index
 
 
 def seen(base: Panel) -> Panel:

@@ -16,9 +16,11 @@ from foveate.core import Backbone, ReducedViT, Trace
 from foveate.core.evaluation import evaluating
 from foveate.core.schedule import check_choice
 from foveate.data import ImageFiles, Prepared, Preprocessing
-from foveate.viz.captions import giga, image_cost
+from foveate.dense import Hosting
+from foveate.viz.captions import Model, giga, image_cost
 from foveate.viz.colours import EXTRA
-from foveate.viz.grid import Panel, as_image, panel, seen
+from foveate.viz.dense import trace_dense
+from foveate.viz.grid import Box, Panel, as_image, laid, panel, seen
 from foveate.viz.layout import Bar, Cell, page
 from foveate.viz.relevance import HEATS, heat_map
 from foveate.viz.steps import Step, steps
@@ -50,20 +52,21 @@ _THUMB = 256  # longer side of an image in a sheet, in pixels
 
 
 def draw(
-    model: ReducedViT, image: Any, kind: str = "kept", *, preprocessing: Preprocessing | None = None
+    model: Model, image: Any, kind: str = "kept", *, preprocessing: Preprocessing | None = None
 ) -> Image.Image:
     """Run a reduced model on one image and draw what became of its patches.
 
     Args:
-        model: a model from ``foveate.apply``.
+        model: a model from ``foveate.apply``: a ViT, or a dense backbone, detector or segmenter.
         image: path, PIL image or uint8 pixels.
         kind: "kept", "groups", "depth" or "brought-back".
-        preprocessing: how to prepare the image; None does what the model expects.
+        preprocessing: how to prepare the image for a ViT; None does what the model expects, which
+            is all that a dense model takes.
     """
     check_choice("kind", kind, KINDS)
     picture = as_image(image)
-    trace, prepared = _run(model, picture, preprocessing)
-    return _PICTURES[kind](trace, picture, model=model, box=prepared.box)
+    trace, box = _run(model, picture, preprocessing)
+    return _PICTURES[kind](trace, picture, model=model, box=box)
 
 
 def heat(
@@ -116,7 +119,7 @@ def _heat_words(how: str, backbone: Backbone, block: int, target: int | None) ->
 
 
 def sheet(
-    models: Sequence[ReducedViT] | Mapping[str, ReducedViT],
+    models: Sequence[Model] | Mapping[str, Model],
     images: Sequence[Any] | Mapping[str, Any] | ImageFiles,
     *,
     kind: str = "tokens",
@@ -125,7 +128,8 @@ def sheet(
     """Set methods side by side: a column for each model, a row for each image.
 
     Args:
-        models: reduced models; names in a mapping replace the methods as heads of columns.
+        models: reduced models, as ``draw`` takes them; names in a mapping replace the methods as
+            heads of columns.
         images: paths, PIL images or uint8 pixels; names in a mapping become names of rows.
             ``ImageFiles`` are read one after another.
         kind: "tokens" draws the patches that the last block works on: dropped ones are dimmed,
@@ -136,15 +140,21 @@ def sheet(
     columns, rows = list(_named(models)), _named(images)
     cells: list[Cell] = []
     costs: list[list[tuple[float, float]]] = [[] for _ in columns]  # with and without the method
-    extra = False
+    extra, depths = False, set()
     for name, image in rows:
-        picture = _thumbnail(as_image(image))
+        whole = as_image(image)
+        picture = _thumbnail(whole)
         for column, (_, model) in enumerate(columns):
-            trace, prepared = _run(model, picture, preprocessing)
+            # Dense models see images at their own resolution, which a thumbnail has lost.
+            given = whole if isinstance(model, Hosting) else picture
+            trace, box = _run(model, given, preprocessing)
+            across, down = picture.width / given.width, picture.height / given.height
+            box = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
             costs[column].append(image_cost(model, trace))
-            base = seen(panel(picture, trace.grid, prepared.box))
+            base = laid(trace, 0, picture, box, 1)
             if not column:
                 cells.append(Cell(base.image(), [name] if name else []))
+            depths.add(len(trace.blocks))
             last = steps(trace)[-1]
             extra |= last.extra > 0
             cells.append(_sheet_cell(base, trace, last, kind))
@@ -155,7 +165,6 @@ def sheet(
         means = [fmean(values) for values in zip(*found, strict=True)]
         heads.append([name or repr(model.reducer), f"{giga(means[0], means[1])} GMACs"])
     if kind == "depth":
-        depths = {model.backbone.spec.depth for _, model in columns}
         bar = depth_bar(depths.pop() if len(depths) == 1 else None)
         return page(cells, bar=bar, columns=1 + len(columns), heads=heads)
     legend = [MERGED, LEFT_OUT, *([SUMS_UP] if extra else [])]
@@ -166,7 +175,7 @@ def _sheet_cell(base: Panel, trace: Trace, last: Step, kind: str) -> Cell:
     if kind == "depth":
         drawn, mean = with_depth(base, trace, 0)
         return Cell(drawn.image(), [f"{mean:.1f} of {len(trace.blocks)} blocks per patch"])
-    words = f"{last.tokens} tokens, {int(last.working.sum())} of {len(last.working)} patches"
+    words = f"{last.tokens} tokens, {int(last.working.sum())} of {last.patches} patches"
     return Cell(with_groups(base, last).image(), [words], last.extra, EXTRA)
 
 
@@ -189,14 +198,19 @@ def _thumbnail(picture: Image.Image) -> Image.Image:
 
 
 def _run(
-    model: ReducedViT, picture: Image.Image, preprocessing: Preprocessing | None
-) -> tuple[Trace, Prepared]:
-    """Trace one image with the model in evaluation mode."""
+    model: Model, picture: Image.Image, preprocessing: Preprocessing | None
+) -> tuple[Trace, Box]:
+    """Trace one image with the model in evaluation mode; say what its patches cover."""
+    if isinstance(model, Hosting):
+        if preprocessing is not None:
+            raise ValueError("a dense model prepares its images itself: leave preprocessing out")
+        with evaluating(model):
+            return trace_dense(model, picture)
     if not isinstance(model, ReducedViT):
         raise ValueError(f"a model from foveate.apply is needed, got {type(model).__name__}")
     prepared = (preprocessing or Preprocessing.of(model))(picture)
     with evaluating(model):
-        return model.trace(_batch(model, prepared)), prepared
+        return model.trace(_batch(model, prepared)), prepared.box
 
 
 def _batch(model: nn.Module, prepared: Prepared) -> Tensor:

@@ -8,8 +8,9 @@ from functools import cached_property
 import numpy as np
 
 from foveate.core import TokenState, Trace
+from foveate.viz.grid import check_index
 
-__all__ = ["Step", "changes", "check_index", "live_tokens", "steps"]
+__all__ = ["Step", "changes", "live_tokens", "steps"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Step:
         extra: number of working tokens without a patch: fused, package, representative.
         hue: number of the colour of each patch's group, ``[H*W]``. If groups merge, the largest
             one keeps its colour, so colours change little from block to block.
+        own: patches of the grid that lie in the image, ``[H*W]`` bool; the others are padding.
     """
 
     label: str
@@ -30,6 +32,17 @@ class Step:
     tokens: int
     extra: int
     hue: np.ndarray
+    own: np.ndarray
+
+    @cached_property
+    def left_out(self) -> np.ndarray:
+        """Return which patches of the image take no part, ``[H*W]`` bool."""
+        return self.own & ~self.working
+
+    @property
+    def patches(self) -> int:
+        """Return how many patches the image has."""
+        return int(self.own.sum())
 
     @cached_property
     def working(self) -> np.ndarray:
@@ -49,14 +62,6 @@ class Step:
         return self.working & (count[self.group] > 1)
 
 
-def check_index(trace: Trace, index: int) -> int:
-    """Return the image number; ValueError if the trace has no such image."""
-    batch = trace.blocks[0].mlp.batch
-    if not 0 <= index < batch:
-        raise ValueError(f"index must lie in 0..{batch - 1}, the images of the trace; got {index}")
-    return index
-
-
 def steps(trace: Trace, index: int = 0) -> list[Step]:
     """Make one step per block, and one more if the last block drops tokens after its MLP."""
     index = check_index(trace, index)
@@ -65,18 +70,18 @@ def steps(trace: Trace, index: int = 0) -> list[Step]:
     if last.layout.lengths[index] < states[-1][0].layout.lengths[index]:
         states.append((last, f"after block {len(trace.blocks) - 1}"))
     found: list[Step] = []
-    hue = np.arange(trace.grid[0] * trace.grid[1])
+    hue, own = np.arange(trace.grid[0] * trace.grid[1]), trace.own()[index].cpu().numpy()
     for state, label in states:
-        found.append(_step(state, index, label, hue))
+        found.append(_step(state, index, label, hue, own))
         hue = found[-1].hue
     return found
 
 
 def changes(found: list[Step], field: str) -> list[Step]:
     """Return the steps at which a field changes: the stages of a method."""
-    before = np.ones(len(found[0].carrier), dtype=bool)
+    before = found[0].own
     if field == "group":
-        before = np.arange(len(before))
+        before = np.where(before, np.arange(len(before)), -1)
     stages = []
     for step in found:
         now = getattr(step, field)
@@ -93,7 +98,7 @@ def live_tokens(state: TokenState, index: int) -> np.ndarray:
     return (state.alive[index].detach() > 0).cpu().numpy()
 
 
-def _step(state: TokenState, index: int, label: str, hue: np.ndarray) -> Step:
+def _step(state: TokenState, index: int, label: str, hue: np.ndarray, own: np.ndarray) -> Step:
     assert state.source is not None
     live = live_tokens(state, index)
     source = state.source[index].cpu().numpy()
@@ -106,13 +111,14 @@ def _step(state: TokenState, index: int, label: str, hue: np.ndarray) -> Step:
         tokens=int(live.sum()),
         extra=int((live & _carries_none(state, index)).sum()),
         hue=_hues(carrier, hue),
+        own=own,
     )
 
 
 def _hues(carrier: np.ndarray, before: np.ndarray) -> np.ndarray:
     """Give each group the most common colour of its patches; idle patches keep theirs."""
     hue = before.copy()
-    for token in np.unique(carrier[carrier >= 0]):
+    for token in np.flatnonzero(np.bincount(carrier[carrier >= 0]) > 1):  # the others keep theirs
         members = carrier == token
         colours, counts = np.unique(before[members], return_counts=True)
         hue[members] = colours[counts.argmax()]

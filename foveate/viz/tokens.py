@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from foveate.core import ReducedViT, Trace
-from foveate.viz.captions import caption
+from foveate.core import Trace
+from foveate.viz.captions import Model, caption
 from foveate.viz.colours import (
     BROUGHT_BACK,
     EXTRA,
@@ -19,7 +19,7 @@ from foveate.viz.colours import (
     group_colours,
     overlay,
 )
-from foveate.viz.grid import Box, Panel, as_image, panel, seen
+from foveate.viz.grid import Box, Panel, as_image, laid
 from foveate.viz.layout import Bar, Cell, Key, page
 from foveate.viz.steps import Step, changes, steps
 
@@ -49,7 +49,7 @@ def kept(
     image: Any,
     *,
     index: int = 0,
-    model: ReducedViT | None = None,
+    model: Model | None = None,
     box: Box | None = None,
 ) -> Image.Image:
     """Draw which patches take part, once for each stage; the others are dimmed.
@@ -62,7 +62,7 @@ def kept(
         image: path, PIL image or uint8 pixels; the picture has its resolution.
         index: number of the image in the trace.
         model: the traced model; if given, a title shows its method, tokens and multiply-adds.
-        box: part of the image that the model saw, as in ``Prepared``; None is the whole image.
+        box: part of the image that its patches cover, as in ``Prepared``; None is the whole image.
     """
     found = steps(trace, index)
     stages = changes(found, "working") or found[-1:]
@@ -74,7 +74,7 @@ def groups(
     image: Any,
     *,
     index: int = 0,
-    model: ReducedViT | None = None,
+    model: Model | None = None,
     box: Box | None = None,
 ) -> Image.Image:
     """Draw merged patches outlined and in one colour per group, once for each stage.
@@ -93,14 +93,14 @@ def depth(
     image: Any,
     *,
     index: int = 0,
-    model: ReducedViT | None = None,
+    model: Model | None = None,
     box: Box | None = None,
 ) -> Image.Image:
     """Draw how many blocks worked on each patch, on a scale from none to all.
 
     Arguments are those of ``kept``.
     """
-    base = seen(panel(as_image(image), trace.grid, box, 2))
+    base = laid(trace, index, as_image(image), box, 2)
     drawn, mean = with_depth(base, trace, index)
     blocks = len(trace.blocks)
     cells = [
@@ -114,7 +114,7 @@ def with_depth(base: Panel, trace: Trace, index: int) -> tuple[Panel, float]:
     """Colour each patch by the number of blocks that worked on it; return the mean too."""
     found = steps(trace, index)[: len(trace.blocks)]
     worked = np.stack([step.working for step in found]).sum(0)
-    return tinted(base, worked / len(found)), float(worked.mean())
+    return tinted(base, worked / len(found)), float(worked[found[0].own].mean())
 
 
 def depth_bar(blocks: int | None) -> Bar:
@@ -130,7 +130,7 @@ def brought_back(
     image: Any,
     *,
     index: int = 0,
-    model: ReducedViT | None = None,
+    model: Model | None = None,
     box: Box | None = None,
 ) -> Image.Image:
     """Draw, once for each stage, the patches that are unused now but used by a later block.
@@ -144,7 +144,7 @@ def brought_back(
 
     def draw(base: Panel, step: Step) -> Panel:
         waits = later[place[id(step)]] & ~step.working
-        gone = ~step.working & ~waits
+        gone = step.left_out & ~waits
         lit = base.where(gone, dimmed(base.pixels))
         lit = lit.where(waits, blend(base.pixels, np.array(BROUGHT_BACK), 0.6))
         label = np.where(waits, 1, np.where(gone, 2, 0))
@@ -184,12 +184,12 @@ def with_groups(base: Panel, step: Step) -> Panel:
 
 def _with_kept(base: Panel, step: Step) -> Panel:
     """Dim the patches that a step leaves out, and outline them from inside."""
-    drawn = base.where(~step.working, dimmed(base.pixels))
-    return drawn.painted(base.borders(step.working) & base.of(~step.working), _RIM)
+    drawn = base.where(step.left_out, dimmed(base.pixels))
+    return drawn.painted(base.borders(step.working) & base.of(step.left_out), _RIM)
 
 
 def _kept_words(step: Step) -> list[str]:
-    words = f"{int(step.working.sum())} of {len(step.working)} patches"
+    words = f"{int(step.working.sum())} of {step.patches} patches"
     if step.merged.any():
         words += f" in {len(np.unique(step.group[step.working]))} tokens"
     return [step.label, words]
@@ -207,7 +207,7 @@ def _strip(
     trace: Trace,
     image: Any,
     index: int,
-    model: ReducedViT | None,
+    model: Model | None,
     box: Box | None,
     stages: Sequence[Step],
     draw: Callable[[Panel, Step], Panel],
@@ -215,12 +215,12 @@ def _strip(
     legend: Sequence[Key],
 ) -> Image.Image:
     """Draw the input and one panel per stage."""
-    base = seen(panel(as_image(image), trace.grid, box, 1 + len(stages)))
-    rows, columns = trace.grid
+    base = laid(trace, index, as_image(image), box, 1 + len(stages))
+    rows, columns = trace.grids[index]
     cells = [Cell(base.image(), ["input", f"{rows} x {columns} patches"])]
     for step in stages:
         cells.append(Cell(draw(base, step).image(), words(step), step.extra, EXTRA))
-    if all(step.working.all() for step in stages):
+    if not any(step.left_out.any() for step in stages):
         legend = [key for key in legend if key is not LEFT_OUT]
     if any(step.extra for step in stages):
         legend = [*legend, SUMS_UP]
@@ -233,5 +233,5 @@ def tinted(base: Panel, values: np.ndarray) -> Panel:
     return base.where(shown, overlay(base.pixels, base.of(values)))
 
 
-def _title(model: ReducedViT | None, trace: Trace, index: int) -> list[str]:
+def _title(model: Model | None, trace: Trace, index: int) -> list[str]:
     return [] if model is None else caption(model, trace, index)
