@@ -164,12 +164,12 @@ def _efficiency(table: pd.DataFrame, like: Mapping[str, str]) -> tuple[pd.DataFr
         shared = {column: ", ".join(own[column].unique()) for column in ("commit", "machine")}
         for score, over in product(_SCORES, ("", "_seconds")):
             metric = score.removeprefix("probe/")
-            curves = [_curves(table, one, metric) for one in (base, run)]
+            ours, theirs = (_curves(table, one, metric) for one in (base, run))
             if over:
-                curves = [_timed(table, one, c) for one, c in zip((base, run), curves, strict=True)]
-                if not all(curves):
+                ours, theirs = _timed(table, base, ours), _timed(table, run, theirs)
+                if not (ours and theirs):
                     continue
-            values, refusals = over_runs(*curves, score)
+            values, refusals = over_runs(ours, theirs, score)
             for seed, text in refusals.items():
                 which = "means of the curves" if seed is None else f"seed {seed}"
                 by = ", by seconds" * bool(over)
