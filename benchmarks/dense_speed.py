@@ -109,7 +109,8 @@ class Lineup:
         )
         normed = ((photos - mean) / std).to(args.device, DTYPES[dtype])
         self.images = normed.split(1)
-        calibrate(self.svit, self.images)
+        # Fresh injectors add nothing, so the ViT alone has the tokens that it has in the adapter.
+        calibrate(self.svit.body, self.padded())
         self.counts: list[Counts] = []
         self.oracles: list[ViTAdapter] = []  # one a photograph
         for image in self.images:
@@ -125,12 +126,15 @@ class Lineup:
         several = {name: [model] * len(self.images) for name, model in single.items()}
         return {**several, ORACLE: self.oracles}
 
+    def padded(self) -> list[Tensor]:
+        """The photographs as the ViT inside the adapter gets them."""
+        patch, multiple = self.dense.body.backbone.spec.patch, self.dense.multiple
+        return [Canvas.of(image, patch, multiple).images for image in self.images]
+
     def blocks(self) -> dict[str, Call]:
         """The ViT's blocks alone, from embedded patches on."""
-        spec = self.dense.body.backbone.spec
-        padded = [Canvas.of(i, spec.patch, self.dense.multiple).own() for i in self.images]
         return {
-            name: in_turn([_blocks(m.body, i) for m, i in zip(models, padded, strict=True)])
+            name: in_turn([_blocks(m.body, i) for m, i in zip(models, self.padded(), strict=True)])
             for name, models in self.adapters.items()
         }
 
