@@ -1,4 +1,4 @@
-"""The paper's recipe as it is, at full size, on a few photographs of COCO where they are at hand."""
+"""The paper's recipe at full size, on a few photographs of COCO where they are at hand."""
 
 from __future__ import annotations
 
