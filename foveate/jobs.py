@@ -21,7 +21,8 @@ from foveate.convert import open_base
 from foveate.convert.named import check_name
 from foveate.core import ReducedViT, Reducer
 from foveate.core.evaluation import evaluating
-from foveate.measure import Evaluation, Plan, Results
+from foveate.dense import DenseModel
+from foveate.measure import Evaluation, Plan, Results, evaluate_dense
 from foveate.measure import evaluate as run_evaluation
 from foveate.mim.masks import Hiding
 from foveate.mim.mto import Mto
@@ -294,7 +295,7 @@ def evaluate(
     methods: str | Sequence[str] = (),
     **asked: Any,
 ) -> Evaluation:
-    """Measure accuracy and multiply-adds of models, and of methods on them.
+    """Measure accuracy (or AP, or mIoU) and multiply-adds of models, and of methods on them.
 
     Args:
         model: a name of timm, a path, or a module; or several of them by the names that tables
@@ -319,7 +320,12 @@ def evaluate(
         if name not in known:
             raise ValueError(suggest("part of foveate.evaluate", name, sorted(known)))
     spec = "fashion-mnist" if data is None else data
+    dense = {name: one for name, one in models.items() if isinstance(one, DenseModel)}
+    if dense and len(dense) < len(models):
+        raise ValueError(f"{', '.join(dense)} and the other models do not answer the same question")
     with evaluating(*models.values()):
+        if dense:
+            return evaluate_dense(dense, Plan(data=spec, methods=names, **{"batch": 1, **asked}))
         return run_evaluation(models, Plan(data=spec, methods=names, **asked))
 
 

@@ -38,7 +38,7 @@ from foveate.data.dense_augment import DenseAugment
 from foveate.data.sources.base import OBJECTS, PIXELS
 from foveate.dense import DenseModel, Segmenter, calibrate
 from foveate.dense.metrics import AveragePrecision, MeanIoU
-from foveate.measure.run import Plan, Progress, record
+from foveate.measure.run import Evaluation, Plan, Progress, record
 from foveate.measure.sheets import Sheet
 from foveate.measure.table import Results, frame, pd, rows, select
 from foveate.measure.variants import DENSE
@@ -58,7 +58,7 @@ def evaluate_dense(
     calibration: int = 0,
     command: str | None = None,
     progress: Progress | None = None,
-) -> Results:
+) -> Evaluation:
     """Evaluate dense models with all tokens, with their method, and with others.
 
     The metrics of the part "dense" are box_ap, box_ap50, ... and mask_ap, ..., or miou, in 0..1;
@@ -99,7 +99,7 @@ def evaluate_dense(
     table = pd.concat(parts, ignore_index=True)
     table = frame(table, commit=commit or "unknown", machine=machine.name(here))
     settings = record(plan) | {"calibration": calibration}
-    return Results(
+    return Evaluation(
         table,
         {
             **{"command": command, "commit": commit, "machine": here, "settings": settings},

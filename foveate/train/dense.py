@@ -15,7 +15,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from foveate import api
-from foveate.backbones import set_image_settings
+from foveate.backbones import backbone_for, set_image_settings
 from foveate.convert import save
 from foveate.core import Trace
 from foveate.core.evaluation import evaluating
@@ -181,8 +181,7 @@ def make_dense_model(recipe: DenseRecipe, classes: tuple[str, ...], usual_head: 
         vit: Any = make_model(recipe.model, None)
         if getattr(vit, "num_classes", 0) and hasattr(vit, "reset_classifier"):
             vit.reset_classifier(0)
-        if recipe.data.mean is not None:
-            set_image_settings(vit, {"mean": recipe.data.mean, "std": recipe.data.std})
+        _say_statistics(vit, recipe.data)
         model = make_dense(
             vit,
             classes,
@@ -198,6 +197,18 @@ def make_dense_model(recipe: DenseRecipe, classes: tuple[str, ...], usual_head: 
         # Each device has an image or two, which is too few for statistics of its own.
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model.train()
+
+
+def _say_statistics(vit: nn.Module, data: DenseData) -> None:
+    """Note on the ViT what the recipe says of its pixels, from where dense models read it."""
+    if data.mean is None or data.std is None:
+        return
+    channels = backbone_for(vit).channels
+    if {len(data.mean), len(data.std)} != {channels}:
+        raise ValueError(
+            f"data.mean and data.std need one value for each of the model's {channels} channels"
+        )
+    set_image_settings(vit, {"mean": tuple(data.mean), "std": tuple(data.std)})
 
 
 def _gone_on(
@@ -224,7 +235,11 @@ def _gone_on(
             f"...), the data {len(classes)} ({', '.join(classes[:3])}, ...): model.new_head=true "
             "trains new outputs for them"
         )
+    for name in ("pool", "multiscale"):
+        if getattr(recipe.model, name) is not None:
+            raise ValueError(f"model.{name} is for a ViT, and {origin} is a whole detector")
     vit = found.reduced.vit
+    _say_statistics(vit, recipe.data)
     if recipe.model.drop_path:
         set_drop_path(found.reduced.backbone, recipe.model.drop_path)
     if recipe.model.checkpointing:
@@ -256,6 +271,11 @@ def train_dense(
         labels_of: what the images must have labels of.
         how: as in ``fit``.
     """
+    if recipe.loop.strategy == "fsdp":
+        raise ValueError(
+            "loop.strategy=fsdp is not for detectors and segmenters yet: ddp holds all weights on "
+            "each process"
+        )
 
     def build(recipe: Any) -> tuple[Task, Splits]:
         check_start(recipe.data, recipe.model.start)

@@ -64,12 +64,13 @@ class Result(Mapping[str, Any]):
         return table.set_index("step")
 
     def plot(self) -> Figure:
-        """Draw losses on the left and scores in per cent on the right, over the updates."""
+        """Draw losses on the left and the score on the right, over the updates."""
         from matplotlib.figure import Figure
 
-        history = self.history
+        history, score = self.history, str(self.get("score", "accuracy"))
+        score = "accuracy" if score == "loss" else score
         figure = Figure(figsize=(9, 3.6), layout="constrained")
-        for axes, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for axes, what in zip(figure.subplots(1, 2), ("loss", score), strict=True):
             for column in history:
                 split, _, name = str(column).partition("/")
                 if name.removesuffix("_ema") == what and split in ("train", "val"):
@@ -79,7 +80,7 @@ class Result(Mapping[str, Any]):
                     label = {"train": "training", "val": "validation"}[split] + mean
                     axes.plot(values.index, values, marker=marker, markersize=3, label=label)
             axes.set_xlabel("update")
-            axes.set_title(what if what == "loss" else f"{what}, %")
+            axes.set_title("accuracy, %" if what == "accuracy" else what)
             if axes.has_data():
                 axes.legend(frameon=False)
             axes.spines[["top", "right"]].set_visible(False)

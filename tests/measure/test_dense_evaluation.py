@@ -85,7 +85,7 @@ def test_multiply_adds_of_a_dense_backbone() -> None:
 
 def test_a_segmenter_is_measured_over_the_data_set() -> None:
     model = dense("segment")
-    found = evaluate_dense({"mine": model}, Plan(data=SCENES, batch=3, device="cpu"))
+    found = foveate.evaluate({"mine": model}, SCENES, batch=3, device="cpu")
     source = open_source(SCENES, "test")
     both = torch.zeros(11, 11)
     for index in range(4):

@@ -21,8 +21,8 @@ TINY = Path(os.environ.get("FOVEATE_TINYCOCO", Path(__file__).parents[3] / "shar
 
 @pytest.mark.skipif(not TINY.is_dir(), reason=f"no photographs at {TINY}")
 def test_two_updates_of_both_stages(tmp_path: Path) -> None:
-    """ViT-Adapter-S at 800 px, dense and then with SViT; the weights are random."""
-    data = {"train": f"coco:{TINY}", "val_share": 0.2, "batch": 1, "workers": 0}
+    """ViT-Adapter-T at 800 px, dense and then with SViT; the weights are random."""
+    data = {"train": f"coco:{TINY}", "val_share": 0.2, "batch": 1, "val_limit": 1}
     loop = {"precision": "32", "loggers": [], "log_every": 1, "max_steps": 2, "epochs": 1}
     model: dict[str, Any] = {"start": None, "checkpointing": True}
 
@@ -33,10 +33,10 @@ def test_two_updates_of_both_stages(tmp_path: Path) -> None:
         tree["backbone"] = tree.get("backbone") and {**tree["backbone"], "norm": "layer"}
         return config.parse(Detect, tree)
 
-    dense = detect(stage("coco_adapter_s", model=model), tmp_path / "dense", progress=False)
+    dense = detect(stage("coco_adapter_t", model=model), tmp_path / "dense", progress=False)
     assert dense["updates"] == 2 and 0 <= dense["box_ap"] <= 1
     start = {"start": str(tmp_path / "dense"), "checkpointing": True}
-    made = stage("coco_adapter_s_svit", model=start)
+    made = stage("coco_adapter_t_svit", model=start)
     sparse = detect(made, tmp_path / "svit", progress=False)
     assert sparse.history["train/ratio"].notna().sum() == 2
     found = evaluate_dense(
@@ -47,4 +47,4 @@ def test_two_updates_of_both_stages(tmp_path: Path) -> None:
         method: one(found.table, "backbone_macs", part="dense", method=method)
         for method in ("dense", "svit(keep=0.7)")
     }
-    assert macs["svit(keep=0.7)"] < macs["dense"] > 100e9
+    assert macs["svit(keep=0.7)"] < macs["dense"] > 50e9

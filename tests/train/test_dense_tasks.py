@@ -214,6 +214,8 @@ def test_a_model_of_ones_own(vit: str, tmp_path: Path) -> None:
         ("detect", ["weights.mask=-1"], "weights.mask must be at least 0"),
         ("detect", ["data.train=fashion-mnist"], "has labels of whole images; .* of objects"),
         ("segment", ["method=svt"], "did you mean 'svit'"),
+        ("segment", ["loop.strategy=fsdp"], "fsdp is not for detectors"),
+        ("segment", ["data.mean=[0.5, 0.5]"], "each of the model's 1 channels"),
     ],
 )
 def test_what_is_refused(
