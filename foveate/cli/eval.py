@@ -192,7 +192,7 @@ def run(args: argparse.Namespace) -> None:
         for label, name in zip(_labels(names), names, strict=True)
     }
     dense = isinstance(next(iter(models.values())), DenseModel)
-    batch = args.batch or (1 if dense else 64)
+    batch = (1 if dense else 64) if args.batch is None else args.batch
     plain = ("mask_seeds", "statistics", "rounds", "workers", "limit", "precision")
     plan = Plan(
         **images,

@@ -150,7 +150,7 @@ def _predictions(args: argparse.Namespace, models: Sequence[nn.Module]) -> Predi
                     model,
                     images,
                     top=args.top,
-                    batch=args.batch or 32,
+                    batch=32 if args.batch is None else args.batch,
                     precision=args.precision,
                     strict=args.strict,
                     progress=told,

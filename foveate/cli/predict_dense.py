@@ -40,7 +40,7 @@ def run_dense(args: argparse.Namespace, models: Sequence[Any]) -> int:
             pictures=args.pictures,
             maps=maps,
             least=args.least,
-            batch=args.batch or 1,
+            batch=1 if args.batch is None else args.batch,
             precision=args.precision,
             strict=args.strict,
             progress=lambda done, total: bar.update(task, completed=done, total=total),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from foveate.core import Trace
-from foveate.viz.colours import OKABE_ITO
+from foveate.viz.colours import OKABE_ITO, matplotlib
 from foveate.viz.grid import Box, as_image, panel
 from foveate.viz.layout import Bar, Cell, Key, page
 from foveate.viz.tokens import depth_bar, with_depth
@@ -60,7 +61,10 @@ def found_objects(
     ]
     if labels:
         boxes = answer["boxes"][shown] * torch.tensor([*factor, *factor])
-        pixels = draw_bounding_boxes(pixels, boxes, words, colours, width=2)
+        font = Path(matplotlib().get_data_path(), "fonts/ttf/DejaVuSans.ttf")
+        pixels = draw_bounding_boxes(
+            pixels, boxes, words, colours, width=2, font=str(font), font_size=13
+        )
     drawn = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     said = f"{len(labels)} of {len(shown)} objects, from {100 * least:.0f} % on"
     cells, bar = _with_usage([Cell(drawn, [said])], picture, factor, trace, box)
