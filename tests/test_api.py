@@ -292,6 +292,7 @@ def test_the_public_names() -> None:
         "apply",
         "count",
         "describe",
+        "detect",
         "evaluate",
         "finetune",
         "list_methods",
@@ -302,5 +303,6 @@ def test_the_public_names() -> None:
         "probe",
         "reduce",
         "save",
+        "segment",
         "unwrap",
     ]

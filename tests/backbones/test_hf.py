@@ -405,7 +405,9 @@ def test_folders_without_a_class_or_with_two_halves(tmp_path: Path) -> None:
 SQUARE_ONLY = [name for name in MODELS if name.startswith(("dinov2", "clip", "siglip"))]
 
 
-@pytest.mark.parametrize("size", [(64, 64), (32, 32), (40, 72)], ids=str)
+@pytest.mark.parametrize(
+    "size", [pytest.param((64, 64), marks=pytest.mark.slow), (32, 32), (40, 72)], ids=str
+)
 @names
 def test_a_folder_at_another_size(name: str, size: tuple[int, int], tmp_path: Path) -> None:
     """The loaded model answers as the original does with positions resized in its forward pass."""

@@ -49,7 +49,12 @@ def test_fixed_counts_are_exact_without_an_image(kind: str, method: str | None) 
 
 
 @pytest.mark.parametrize(
-    "method, prefix", [("svit(keep=0.7)", "none"), ("ats(K=12)", "keep"), ("ats(K=12)", "none")]
+    "method, prefix",
+    [
+        ("svit(keep=0.7)", "none"),
+        pytest.param("ats(K=12)", "keep", marks=pytest.mark.slow),
+        pytest.param("ats(K=12)", "none", marks=pytest.mark.slow),
+    ],
 )
 def test_counts_of_images_are_what_runs(method: str, prefix: str) -> None:
     model = backbone("adapter", method, prefix=prefix)
