@@ -12,25 +12,26 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["decode", "encode", "mask_box", "pack", "rasterise", "run_lengths"]
+__all__ = ["decode", "encode", "library", "mask_box", "pack", "rasterise", "run_lengths"]
 
 
-def _library() -> Any:
+def library() -> Any:
+    """Return pycocotools' functions on masks; ValueError says what to install."""
     try:
         from pycocotools import mask
     except ImportError:
         raise ValueError(
-            "masks of objects need pycocotools: pip install 'foveate[dense]'"
+            "masks and average precision of objects need pycocotools: pip install 'foveate[dense]'"
         ) from None
     return mask
 
 
 def rasterise(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
     """Fill polygons, each ``[x0, y0, x1, y1, ...]``, into one mask ``[H, W]`` uint8."""
-    library = _library()
+    coco = library()
     # Lists: the library takes an array for boxes.
-    parts = library.frPyObjects([part.tolist() for part in polygons], height, width)
-    return decode(run_lengths(library.merge(parts)["counts"]), height, width)
+    parts = coco.frPyObjects([part.tolist() for part in polygons], height, width)
+    return decode(run_lengths(coco.merge(parts)["counts"]), height, width)
 
 
 def encode(masks: np.ndarray) -> list[bytes]:
@@ -38,13 +39,13 @@ def encode(masks: np.ndarray) -> list[bytes]:
     if not len(masks):
         return []
     columns = np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8))
-    return [one["counts"] for one in _library().encode(columns)]
+    return [one["counts"] for one in library().encode(columns)]
 
 
 def pack(lengths: Sequence[int]) -> bytes:
     """Compress run lengths."""
     whole = {"size": [sum(lengths), 1], "counts": list(lengths)}
-    found: bytes = _library().frPyObjects(whole, *whole["size"])["counts"]
+    found: bytes = library().frPyObjects(whole, *whole["size"])["counts"]
     return found
 
 

@@ -22,7 +22,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from foveate.core.schedule import check_choice
 from foveate.data import IGNORE, Source
-from foveate.data.rle import encode
+from foveate.data.rle import encode, library
 from foveate.files import write_text
 
 __all__ = ["AveragePrecision", "MeanIoU", "Scores", "coco_predictions", "write_predictions"]
@@ -284,9 +284,7 @@ def _annotations(
 
 
 def _area(runs: dict[str, Any]) -> float:
-    from pycocotools import mask
-
-    return float(mask.area(runs))
+    return float(library().area(runs))
 
 
 def _evaluated(
@@ -300,6 +298,7 @@ def _evaluated(
 
     -1 stands for classes and sizes without an object.
     """
+    library()  # says what to install where it is missing
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 

@@ -7,6 +7,7 @@ import copy
 import io
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -390,3 +391,13 @@ def test_mean_iou_of_logits_and_of_nothing() -> None:
     logits = torch.nn.functional.one_hot(torch.tensor([[[0, 1, 2, 0]]]), 3).movedim(-1, 1).float()
     metric.update(logits, maps)
     assert float(metric.compute()) == ONE
+
+
+def test_what_to_install_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Boxes alone need the library too, which is an extra."""
+    targets = truth(1)
+    metric = AveragePrecision("box", 3)
+    metric.update([{**one, "scores": torch.ones(len(one["labels"]))} for one in targets], targets)
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    with pytest.raises(ValueError, match=r"need pycocotools: pip install 'foveate\[dense\]'"):
+        metric.compute()
