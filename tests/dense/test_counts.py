@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -153,3 +155,22 @@ def test_the_table_of_the_docs() -> None:
     found = [counted.parts["vit"], counted.parts["maps"], counted.parts["heads"], counted.macs]
     assert [round(macs / 1e9, 1) for macs in found] == [52.6, 42.1, 110.2, 204.9]
     assert round(counted.dense_macs / 1e9, 1) == 256.4
+
+
+@pytest.mark.slow
+def test_the_table_of_the_documentation() -> None:
+    """Every number of it, counted anew at full size."""
+    page = (Path(__file__).parents[2] / "docs/dense.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ViT-Adapter-(\w), (.*?) \| (.*?) \|$", page, re.MULTILINE)
+    assert len(rows) == 6
+    for size, way, numbers in rows:
+        name = {"T": "deit_tiny_patch16_224", "S": "deit_small_patch16_224"}[size]
+        net: Any = timm.create_model(name)
+        if "windows" in way:
+            net = windowed(net, size=14)
+        elif way == "SViT":
+            net = foveate.apply(net, "svit", check=False)
+        body = adapter(net, prefix="none")
+        counted = foveate.count(mask_rcnn(body, num_classes=80), (800, 1333))
+        found = [*counted.parts.values(), counted.macs]
+        assert [f"{macs / 1e9:.1f}" for macs in found] == numbers.split(" | "), (size, way)
