@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_json", "write_text", "write_whole"]
+__all__ = ["FreeNames", "read_json", "write_text", "write_whole"]
 
 
 def write_whole(path: Path, write: Callable[[str], object]) -> None:
@@ -37,3 +37,22 @@ def read_json(path: Path, absent: str) -> Any:
         raise ValueError(absent) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not readable JSON: {error}") from error
+
+
+class FreeNames:
+    """Names of files that were not given yet: folders may hold files of one name."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._taken)
+
+    def free(self, stem: str) -> str:
+        """Return the name, with a number behind it where it is taken."""
+        name, number = stem, 1
+        while name in self._taken:
+            number += 1
+            name = f"{stem}-{number}"
+        self._taken.add(name)
+        return name

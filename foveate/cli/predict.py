@@ -233,10 +233,11 @@ def _shared_folder(found: Predictions) -> str:
 def _draw(folder: Path, models: Sequence[nn.Module], found: Predictions) -> int:
     """Write one picture for each image, with a strip for each model."""
     from foveate.data import read_image
+    from foveate.files import FreeNames
     from foveate.predictions import picture
     from foveate.viz import stacked
 
-    taken: set[str] = set()
+    names = FreeNames()
     for first in range(0, len(found), len(models)):
         records = found[first : first + len(models)]
         path = Path(records[0].image)
@@ -244,13 +245,8 @@ def _draw(folder: Path, models: Sequence[nn.Module], found: Predictions) -> int:
         strips = [
             picture(model, image, record) for model, record in zip(models, records, strict=True)
         ]
-        name, number = path.stem, 1
-        while name in taken:  # folders may hold files of one name
-            number += 1
-            name = f"{path.stem}-{number}"
-        taken.add(name)
-        _write(stacked(strips), folder / f"{name}.png")
-    return len(taken)
+        _write(stacked(strips), folder / f"{names.free(path.stem)}.png")
+    return len(names)
 
 
 def _write(sheet: Image, path: Path) -> None:

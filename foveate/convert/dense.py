@@ -11,11 +11,9 @@ from safetensors.torch import save_file
 
 from foveate.api import apply
 from foveate.backbones import image_settings, rebuild, set_image_settings
-from foveate.convert.parts import plain_options, read_tensors, version
-from foveate.core import Chain
+from foveate.convert.parts import listed, made, read_tensors, version
 from foveate.dense import DenseModel, make_dense
 from foveate.files import read_json, write_text, write_whole
-from foveate.registry import make
 
 __all__ = ["DENSE", "open_dense", "save_dense"]
 
@@ -45,11 +43,7 @@ def save_dense(model: DenseModel, folder: str | os.PathLike[str]) -> None:
     config = {
         "format": _FORMAT,
         "foveate": version(),
-        "methods": [
-            {"name": part.name, "options": plain_options(part.config())}
-            for part in reduced.reducer.members
-            if part.name != "dense"
-        ],
+        "methods": listed(part for part in reduced.reducer.members if part.name != "dense"),
         "mode": reduced.mode,
         "family": reduced.backbone.spec.family,
         "vit": recipe,
@@ -81,9 +75,8 @@ def open_dense(folder: Path) -> DenseModel:
             config["head"],
             None if size is None else (int(size[0]), int(size[1])),
         )
-        parts = [make(part["name"], part["options"]) for part in config["methods"]]
-        if parts:
-            model = apply(model, parts[0] if len(parts) == 1 else Chain(*parts), check=False)
+        if config["methods"]:
+            model = apply(model, made(config["methods"]), check=False)
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{path} cannot be made again: {error}") from error
     model.reduced.mode = config["mode"]

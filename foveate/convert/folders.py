@@ -21,12 +21,12 @@ from foveate.backbones import (
     set_image_settings,
 )
 from foveate.convert.dense import save_dense
-from foveate.convert.parts import plain_options, read_tensors, version
-from foveate.core import Chain, ReducedViT
+from foveate.convert.parts import listed, made, read_tensors, version
+from foveate.core import ReducedViT
 from foveate.core.backbone import BackboneSpec
 from foveate.dense import DenseModel
 from foveate.files import read_json, write_text, write_whole
-from foveate.registry import make, method_class
+from foveate.registry import method_class
 
 __all__ = ["CONFIG", "open_folder", "save"]
 
@@ -60,10 +60,7 @@ def save(
     config = {
         "format": _FORMAT,
         "foveate": version(),
-        "methods": [
-            {"name": part.name, "options": plain_options(part.config())}
-            for part in model.reducer.members
-        ],
+        "methods": listed(model.reducer.members),
         "mode": model.mode,
         "backbone": {
             "family": spec.family,
@@ -93,8 +90,7 @@ def open_folder(folder: Path, model: nn.Module | None = None) -> ReducedViT:
     config, tensors = _read_config(folder), read_tensors(folder / _WEIGHTS)
     if model is None:
         model = _rebuild(folder, config)
-    parts = [make(part["name"], part["options"]) for part in config["methods"]]
-    reduced = apply(model, parts[0] if len(parts) == 1 else Chain(*parts), check=False)
+    reduced = apply(model, made(config["methods"]), check=False)
     spec = reduced.backbone.spec
     for key, value in config["backbone"].items():
         if getattr(spec, key) != value and not (key == "classes" and not config["everything"]):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
 
-__all__ = ["plain_options", "read_tensors", "version"]
+from foveate.core import Chain, Reducer
+from foveate.registry import make
+
+__all__ = ["listed", "made", "read_tensors", "version"]
 
 
 def version() -> str:
@@ -21,9 +24,21 @@ def version() -> str:
         return "0+source"
 
 
-def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options as JSON gives them back."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+def listed(methods: Iterable[Reducer]) -> list[dict[str, Any]]:
+    """Return names and options of methods, as JSON gives them back."""
+    return [
+        {
+            "name": one.name,
+            "options": {k: list(v) if isinstance(v, tuple) else v for k, v in one.config().items()},
+        }
+        for one in methods
+    ]
+
+
+def made(methods: Sequence[Mapping[str, Any]]) -> Reducer:
+    """Make what ``listed`` wrote: the one method, or the chain of several."""
+    parts = [make(one["name"], one["options"]) for one in methods]
+    return parts[0] if len(parts) == 1 else Chain(*parts)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -145,6 +145,7 @@ class DenseModel(Hosting):
     """Base of detectors and segmenters.
 
     Attributes:
+        transform: norms, resizes and pads images; see ``Preparation``.
         num_classes: number of classes.
         class_names: their names; empty where nobody gave them.
         settings: what ``make_dense`` made the model of, so that it can be made again; empty for a
@@ -152,13 +153,22 @@ class DenseModel(Hosting):
     """
 
     inner = "backbone"
+    transform: Any
     num_classes: int
     class_names: tuple[str, ...] = ()
     settings: Mapping[str, Any] = MappingProxyType({})
 
+    @property
+    def input_size(self) -> tuple[int, int]:
+        return self.transform.image_size or super().input_size
+
+    def prepared(self, images: Images) -> ImageList:
+        return self.transform(list(images))[0]
+
+    @torch.no_grad()
     def trace(self, images: Sequence[Tensor]) -> Trace:
         """Run the backbone once and record every block's tokens."""
-        raise NotImplementedError
+        return self.trunk.trace(self.prepared(images))
 
 
 class DenseBackbone(Hosting):

@@ -26,7 +26,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
 from foveate.backbones import image_settings
-from foveate.core import Outcome, Trace
+from foveate.core import Outcome
 from foveate.dense.backbone import DenseBackbone, DenseModel, Features, Images
 from foveate.dense.fpn import FpnBackbone
 from foveate.dense.vit_adapter import adapter
@@ -54,7 +54,6 @@ class _Detector(DenseModel):
     torchvision's own business.
     """
 
-    transform: Any
     rpn: Any
     roi_heads: Any
     backbone: FpnBackbone
@@ -99,18 +98,6 @@ class _Detector(DenseModel):
             return {**losses, **more, **self.method_losses(outcome)}, outcome
         answers = self.transform.postprocess(boxes, batch.image_sizes, sizes)
         return [{**answer, "labels": answer["labels"] - 1} for answer in answers], outcome
-
-    @torch.no_grad()
-    def trace(self, images: Sequence[Tensor]) -> Trace:
-        """Run the backbone once and record every block's tokens."""
-        return self.trunk.trace(self.prepared(images))
-
-    @property
-    def input_size(self) -> tuple[int, int]:
-        return self.transform.image_size or super().input_size
-
-    def prepared(self, images: Images) -> ImageList:
-        return self.transform(list(images))[0]
 
     def fixed(self, images: Images) -> Features:
         found = self.backbone.features(images)

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.detection.image_list import ImageList
 
-from foveate.core import Outcome, Trace, check_choice
+from foveate.core import Outcome, check_choice
 from foveate.dense.backbone import DenseBackbone, DenseModel, Features, Images
 from foveate.dense.canvas import Canvas
 from foveate.dense.detectors import Preparation, as_backbone
@@ -195,18 +194,6 @@ class Segmenter(DenseModel):
     def scores(self, images: Sequence[Tensor]) -> list[Tensor]:
         """Return class scores ``[classes, h, w]`` of each image."""
         return self._scores(images)[0]
-
-    @torch.no_grad()
-    def trace(self, images: Sequence[Tensor]) -> Trace:
-        """Run the backbone once and record every block's tokens."""
-        return self.backbone.trace(self.prepared(images))
-
-    @property
-    def input_size(self) -> tuple[int, int]:
-        return self.transform.image_size or super().input_size
-
-    def prepared(self, images: Images) -> ImageList:
-        return self.transform(list(images))[0]
 
     def fixed(self, images: Images) -> Features:
         found = self.backbone.features(images)

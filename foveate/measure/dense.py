@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 from torchmetrics import Metric
 
 from foveate import api
 from foveate.bench import machine
 from foveate.bench.timing import measure
 from foveate.core import GatedReducer
+from foveate.core.cost import counting
 from foveate.core.evaluation import answering
 from foveate.data import (
     Loader,
@@ -85,7 +83,7 @@ def evaluate_dense(
     about: dict[str, Any] = {}
     for label, model in models.items():
         job = _Job(label, model.to(device), plan, calibration, told)
-        with answering(*job.variants.values(), precision=plan.precision), _fixed(model):
+        with answering(*job.variants.values(), precision=plan.precision):
             found = [*job.scores(), *job.costs(), *(job.speed(b) for b in plan.speed)]
         parts += [frame(part, run=label) for part in found]
         about[label] = {
@@ -106,18 +104,6 @@ def evaluate_dense(
             "models": about,
         },
     )
-
-
-@contextmanager
-def _fixed(model: nn.Module) -> Iterator[None]:
-    """Let no parameter ask for a gradient: torch's counter would ask views of them for one."""
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        model.requires_grad_(False)
-        yield
-    finally:
-        for parameter, wanted in before:
-            parameter.requires_grad_(wanted)
 
 
 @dataclass
@@ -317,35 +303,20 @@ def _over(model: DenseModel, batches: Sequence[list[Tensor]]) -> Callable[[], An
 
 
 def _over_backbone(model: DenseModel, batches: Sequence[list[Tensor]]) -> Callable[[], Any]:
-    transform: Any = model.transform
-    prepared = [transform(images)[0] for images in batches]
-    body = _body(model)
-    return lambda: [body(images) for images in prepared]
-
-
-def _body(model: DenseModel) -> Any:
-    """Return the dense backbone, without a feature pyramid network around it."""
-    backbone: Any = model.backbone
-    return getattr(backbone, "body", backbone) if not isinstance(model, Segmenter) else backbone
+    prepared = [model.prepared(images) for images in batches]
+    return lambda: [model.trunk(images) for images in prepared]
 
 
 def _counted(model: DenseModel, images: list[Tensor]) -> tuple[dict[str, float], Tensor]:
     """Return multiply-adds of an image, and the share of its patches that each block works on."""
-    transform: Any = model.transform
-    prepared = transform(images)[0]
-    body = _body(model)
-    trace = model.trace(images)
-    patches = trace.grid[0] * trace.grid[1]
-    usage = torch.stack([block.active().float().sum() / patches for block in trace.blocks])
-    macs = {"macs": _macs(lambda: model(images)), "backbone_macs": _macs(lambda: body(prepared))}
-    return macs, usage.cpu()
-
-
-def _macs(call: Callable[[], Any]) -> float:
-    # The fused kernels have no formula everywhere; the same products un-fused have.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops() / 2
+    prepared = model.prepared(images)
+    usage = model.trunk.trace(prepared).used().float().mean((1, 2))
+    with counting(model) as spent:
+        model(images)
+        whole = spent()
+        model.trunk(prepared)
+        backbone = spent() - whole
+    return {"macs": whole, "backbone_macs": backbone}, usage.cpu()
 
 
 # In words -----------------------------------------------------------------------------------------

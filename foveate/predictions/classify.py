@@ -27,7 +27,9 @@ from foveate.dense import DenseModel
 from foveate.files import write_text
 from foveate.viz import answers
 
-__all__ = ["Images", "Prediction", "Predictions", "named_images", "picture", "predict"]
+__all__ = [
+    *("Images", "Prediction", "Predictions", "named_images", "opened", "picture", "predict"),
+]
 
 Images = str | os.PathLike[str] | Image.Image | Sequence[Any]
 
@@ -169,12 +171,7 @@ def predict(
             raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
     check_choice("precision", precision, PRECISIONS)
     pictures, count = named_images(images, strict)
-    if isinstance(model, nn.Module):
-        title = type(getattr(model, "vit", model)).__name__
-        place = None if device == "auto" else machine.device_of(device)
-    else:
-        title, place = os.fspath(model), machine.device_of(device)
-        model = open_base(title)
+    model, title, place = opened(model, device)
     classifier = _Classifier(model)
     if place is not None:
         model.to(place)
@@ -210,6 +207,17 @@ def picture(model: nn.Module, image: Image.Image, prediction: Prediction) -> Ima
         trace=trace,
         box=classifier.box(image),
     )
+
+
+def opened(
+    model: nn.Module | str | os.PathLike[str], device: str
+) -> tuple[nn.Module, str, str | None]:
+    """Return a model, its name, and the device that it is to be moved to, if it is."""
+    if isinstance(model, nn.Module):
+        place = None if device == "auto" else machine.device_of(device)
+        return model, type(getattr(model, "vit", model)).__name__, place
+    title = os.fspath(model)
+    return open_base(title), title, machine.device_of(device)
 
 
 def named_images(

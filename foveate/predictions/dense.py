@@ -15,16 +15,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from foveate.bench import machine
-from foveate.convert import open_base
 from foveate.core import Trace
 from foveate.core.evaluation import answering
 from foveate.data import ImageFiles
 from foveate.dense import DenseModel
 from foveate.dense.metrics import coco_predictions
-from foveate.files import write_text, write_whole
-from foveate.predictions.classify import Images, named_images
+from foveate.files import FreeNames, write_text, write_whole
+from foveate.predictions.classify import Images, named_images, opened
 from foveate.viz import found_objects, found_pixels
+from foveate.viz.dense import trace_dense
+from foveate.viz.grid import Box
 
 __all__ = ["DensePrediction", "DensePredictions", "predict_dense"]
 
@@ -127,39 +127,33 @@ def predict_dense(
     if not 0 <= least <= 1:
         raise ValueError(f"least must lie in [0, 1], got {least}")
     named, count = named_images(images, strict)
-    title, place = type(model).__name__, None
-    if not isinstance(model, DenseModel):
-        title = os.fspath(model)
-        opened, place = open_base(title), machine.device_of(device)
-        if not isinstance(opened, DenseModel):
-            raise ValueError(f"{title} is neither a detector nor a segmenter: use foveate.predict")
-        model = opened
-    elif device != "auto":
-        place = machine.device_of(device)
-    if place is not None:
-        model.to(place)
+    found, title, place = opened(model, device)
+    if not isinstance(found, DenseModel):
+        raise ValueError(f"{title} is neither a detector nor a segmenter: use foveate.predict")
+    model = found if place is None else found.to(place)
     folders = [None if one is None else Path(one) for one in (pictures, maps)]
     for folder in filter(None, folders):
         folder.mkdir(parents=True, exist_ok=True)
-    names = _Names()
+    names = FreeNames()
     records: list[DensePrediction] = []
     stream: Iterator[tuple[str | Path, Image.Image]] = iter(named)
     with answering(model, precision=precision):
         while some := list(islice(stream, batch)):
-            tensors = [_pixels(image, model) for _, image in some]
-            for (name, image), tensor, answer in zip(some, tensors, model(tensors), strict=True):
-                trace = None if model.reducer.name == "dense" else model.trace([tensor])
+            answers = model([_pixels(image, model) for _, image in some])
+            for (name, image), answer in zip(some, answers, strict=True):
+                trace, box = None, None
+                if model.reducer.name != "dense":
+                    trace, box = trace_dense(model, image)
                 number = len(records) + 1
                 record = _record(str(name), image, answer, trace, number)
                 records.append(record)
                 file = names.free(Path(str(name)).stem)
                 if folders[0] is not None:
-                    drawn = _picture(model, image, record, answer, trace, least)
+                    drawn = _picture(model, image, record, answer, least, trace, box)
                     _save(drawn, folders[0] / f"{file}.png")
                 if folders[1] is not None and isinstance(answer, Tensor):
-                    drawn = Image.fromarray(answer.cpu().numpy().astype(np.uint16))
-                    if len(model.class_names) <= 256:
-                        drawn = Image.fromarray(answer.cpu().numpy().astype(np.uint8))
+                    kind = np.uint8 if len(model.class_names) <= 256 else np.uint16
+                    drawn = Image.fromarray(answer.cpu().numpy().astype(kind))
                     _save(drawn, folders[1] / f"{file}.png")
             if progress is not None:
                 progress(len(records), count)
@@ -208,47 +202,18 @@ def _picture(
     image: Image.Image,
     record: DensePrediction,
     answer: Any,
-    trace: Trace | None,
     least: float,
+    trace: Trace | None,
+    box: Box | None,
 ) -> Image.Image:
     title = [Path(record.image).name, *([] if trace is None else [repr(model.reducer)])]
     names = model.class_names or tuple(f"class {n}" for n in range(model.num_classes))
-    given: dict[str, Any] = {"title": title, "trace": trace, "box": _covered(model, image, trace)}
+    given: dict[str, Any] = {"title": title, "trace": trace, "box": box}
     if isinstance(answer, Tensor):
         return found_pixels(image, answer.cpu(), names, **given)
     answer = {key: value.cpu() for key, value in answer.items()}
     return found_objects(image, answer, names, least=least, **given)
 
 
-def _covered(
-    model: DenseModel, image: Image.Image, trace: Trace | None
-) -> tuple[float, float, float, float] | None:
-    """Return the part of an image that the patches cover: its last ones may reach beyond it."""
-    if trace is None:
-        return None
-    blank = torch.zeros(1, image.height, image.width)
-    transform: Any = model.transform
-    height, width = transform.resize(blank)[0].shape[-2:]
-    (rows, columns), patch = trace.grid, model.reduced.backbone.spec.patch
-    across = columns * patch[1] / width * image.width
-    return 0.0, 0.0, across, rows * patch[0] / height * image.height
-
-
 def _save(image: Image.Image, path: Path) -> None:
     write_whole(path, lambda partial: image.save(partial, format="png"))
-
-
-class _Names:
-    """Names of files that were not given yet: folders may hold images of one name."""
-
-    def __init__(self) -> None:
-        self._taken: set[str] = set()
-
-    def free(self, stem: str) -> str:
-        """Return the name, with a number behind it where it is taken."""
-        name, number = stem, 1
-        while name in self._taken:
-            number += 1
-            name = f"{stem}-{number}"
-        self._taken.add(name)
-        return name

@@ -146,11 +146,12 @@ def check_unseen(seen: recipes.Data, who: str, data: recipes.Data, whose: str) -
                 f"{who} trains on {spec}, which is data.{name} of {whose}: nothing may learn from "
                 "the images that models are judged by"
             )
-    if place(data.train) != place(seen.train) or not holds_out(data.train, data.val):
+    if place(data.train) != place(seen.train):
         return
     for name in ("val", "val_share", "split_seed"):
         mine, its = getattr(seen, name), getattr(data, name)
-        if mine != its:
+        # Whether images are held out is asked last: the set is opened for that.
+        if mine != its and holds_out(data.train, data.val):
             raise ValueError(
                 f"{who} has data.{name}={mine} and {whose} {its}, on the same images: it would be "
                 "trained on some that are held out for validation, so both must be the same"

@@ -92,7 +92,7 @@ class DenseTask(Task):
         super().__init__(model, {name: given[name] for name in heads if name in given})
         own |= {name: given[name] for name in own if name in given}
         self._data = data or DenseData()
-        model.transform.resizes_training = False  # type: ignore[union-attr]
+        model.transform.resizes_training = False
         _fix_unused(model)
 
     def transforms(self) -> tuple[Transform, Transform]:
@@ -154,7 +154,7 @@ def _fix_unused(model: DenseModel) -> None:
     """
     named = dict(model.reduced.vit.named_parameters())
     body = model.backbone
-    side = int(model.transform.size_divisible)  # type: ignore[arg-type,union-attr]
+    side = int(model.transform.size_divisible)
     like = next(iter(named.values()))
     image = torch.zeros(
         1, model.reduced.backbone.channels, side, side, device=like.device, dtype=like.dtype

@@ -14,7 +14,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from foveate.core import Trace
 from foveate.viz.colours import OKABE_ITO, matplotlib
-from foveate.viz.grid import Box, as_image, panel
+from foveate.viz.grid import Box, as_image, laid
 from foveate.viz.layout import Bar, Cell, Key, page
 from foveate.viz.tokens import depth_bar, with_depth
 
@@ -132,7 +132,7 @@ def _with_usage(
     if box is not None:
         across, down = factor
         box = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
-    drawn, mean = with_depth(panel(picture, trace.grid, box), trace, 0)
+    drawn, mean = with_depth(laid(trace, 0, picture, box, 1), trace, 0)
     blocks = len(trace.blocks)
     cells.append(Cell(drawn.image(), [f"{mean:.1f} of {blocks} blocks per patch"]))
     return cells, depth_bar(blocks)
