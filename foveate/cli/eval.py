@@ -202,16 +202,15 @@ def run(args: argparse.Namespace) -> None:
         occlusion=_chosen(args.occlusion, RATIOS),
         pruning=_chosen(args.pruning, RATES),
         speed=_chosen(args.speed, (batch,)),
+        calibration=args.calibrate,
         batch=batch,
         device=device,
     )
     if dense:
-        _run_dense(args, models, plan)
-        return
-    if args.calibrate:
-        raise ValueError("--calibrate is for detectors and segmenters")
-    with progress_bar() as progress:
-        found = evaluate(models, plan, command=machine.command("foveate"), progress=progress)
+        found = _dense(models, plan)
+    else:
+        with progress_bar() as progress:
+            found = evaluate(models, plan, command=machine.command("foveate"), progress=progress)
     if args.untrained:
         found.about["settings"]["weights"] = "random"
     console = terminal()
@@ -225,14 +224,12 @@ def run(args: argparse.Namespace) -> None:
             print(f"wrote    {path}")
 
 
-def _run_dense(args: argparse.Namespace, models: dict[str, Any], plan: Any) -> None:
-    """Evaluate detectors or segmenters, print, and write."""
+def _dense(models: dict[str, Any], plan: Any) -> Any:
+    """Evaluate detectors or segmenters."""
     from foveate.bench import machine
     from foveate.bench.progress import progress_bar
     from foveate.dense import DenseModel
-    from foveate.files import write_text
-    from foveate.measure import dense_sheets, evaluate_dense
-    from foveate.measure.sheets import markdown, show, terminal
+    from foveate.measure import evaluate_dense
 
     for label, model in models.items():
         if not isinstance(model, DenseModel):
@@ -240,22 +237,7 @@ def _run_dense(args: argparse.Namespace, models: dict[str, Any], plan: Any) -> N
                 f"{label} is neither a detector nor a segmenter, as the first model is"
             )
     with progress_bar() as progress:
-        found = evaluate_dense(
-            models,
-            plan,
-            calibration=args.calibrate,
-            command=machine.command("foveate"),
-            progress=progress,
-        )
-    console, sheets = terminal(), dense_sheets(found)
-    for sheet in sheets:
-        show(sheet, console)
-    if args.out is not None:
-        written = found.save(args.out / "eval.json")
-        page = args.out / "eval.md"
-        write_text(page, markdown(found, first=sheets))
-        for path in (*written, page):
-            print(f"wrote    {path}")
+        return evaluate_dense(models, plan, command=machine.command("foveate"), progress=progress)
 
 
 def _images(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:

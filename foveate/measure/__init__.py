@@ -1,7 +1,7 @@
 """Measuring: accuracy, occlusion, pruning, tokens, speed, comparisons; one table, group-bys."""
 
 from foveate.measure.accuracy import Accuracy, Tally, accuracy, costs
-from foveate.measure.dense import dense_sheets, evaluate_dense
+from foveate.measure.dense import evaluate_dense
 from foveate.measure.occlusion import RATIOS, occlusion
 from foveate.measure.pruning import RATES, prune, pruning
 from foveate.measure.report import write
@@ -25,7 +25,6 @@ __all__ = [
     "accuracy",
     "at_rate",
     "costs",
-    "dense_sheets",
     "evaluate",
     "evaluate_dense",
     "frame",

@@ -10,12 +10,16 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from foveate import config
 from foveate.bench import machine
+from foveate.core import GatedReducer
+from foveate.dense import DenseModel
 from foveate.measure.cells import EVALUATE, Work, read_work
+from foveate.measure.dense import evaluate_dense
 from foveate.measure.run import Evaluation, Plan, Progress, evaluate
 from foveate.measure.shipped import open_any
 from foveate.measure.state import fingerprint
@@ -62,10 +66,15 @@ def train(
         recipe = config.read(work.recipe_class, path)
     elif _rank() == 0:
         path.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
+    run: Callable[..., Any]
     if work.job == "pretrain":
         from foveate.mim.run import pretrain as run
+    elif work.job == "detect":
+        from foveate.train.detect import detect as run
+    elif work.job == "segment":
+        from foveate.train.segment import segment as run
     else:
-        from foveate.train.run import train as run  # type: ignore[assignment]
+        from foveate.train.run import train as run
     how: dict[str, Any] = {"resume": resume, "progress": progress, "say": say}
     run(recipe, folder, **how, again="the same command")
 
@@ -79,7 +88,15 @@ def judge(work: Work, folder: Path, command: str, progress: Progress | None = No
     given["methods"] = {label: tuple(found) for label, found in given["methods"].items()}
     plan = Plan(**given, device=work.device, workers=work.workers)
     models = {label: open_any(model) for label, model in work.models.items()}
-    found = evaluate(models, plan, command=command, progress=progress)
+    dense = {label: model for label, model in models.items() if isinstance(model, DenseModel)}
+    if dense and len(dense) < len(models):
+        raise ValueError(f"{', '.join(dense)} and the other models do not answer the same question")
+    if dense:
+        if not any(isinstance(model.reducer, GatedReducer) for model in dense.values()):
+            plan = replace(plan, calibration=0)  # a comparison asks it of all alike
+        found = evaluate_dense(dense, plan, command=command, progress=progress)
+    else:
+        found = evaluate(models, plan, command=command, progress=progress)
     found.about["settings"] |= {"asked": work.asked, "of": of}
     found.save(folder / "eval.json")
     return found

@@ -22,7 +22,15 @@ from typing import Any
 
 from foveate import config
 from foveate.data import final_images
-from foveate.measure.comparison import CLASSLESS, SEED, Comparison, Entry, Trained, at_rate
+from foveate.measure.comparison import (
+    CLASSLESS,
+    DENSE_JOBS,
+    SEED,
+    Comparison,
+    Entry,
+    Trained,
+    at_rate,
+)
 from foveate.measure.shipped import SHIPPED
 
 __all__ = ["EVALUATE", "Cell", "Key", "Work", "chosen", "make_cells", "plain", "read_work"]
@@ -61,7 +69,7 @@ class Work:
     """What one cell does, as its file says.
 
     Attributes:
-        job: "finetune", "reduce", "pretrain", "probe" or "evaluate".
+        job: that of a training, or "evaluate".
         recipe: of a training, resolved.
         models: of an evaluation: files or folders, by label.
         asked: of an evaluation, as ``foveate.measure.Plan`` takes it.
@@ -195,11 +203,10 @@ def _of_methods(comparison: Comparison, out: Path) -> Iterator[Cell]:
             for rate in method.rates or (None,):
                 text = method.method if rate is None else at_rate(method.method, rate)
                 own = (f"method={json.dumps(text)}", *method.settings)
-                for seed in comparison.seeds_from(start):
+                for seed in comparison.seeds_from(start, method):
                     key = Key(start, name, rate, seed)
-                    yield _training(
-                        comparison, out, key, "reduce", method.recipe, own, method.processes
-                    )
+                    job = comparison.job_from(start)
+                    yield _training(comparison, out, key, job, method.recipe, own, method.processes)
 
 
 def _training(
@@ -219,14 +226,15 @@ def _training(
         base = comparison.entry(before)
         if base.open is not None:
             start = _opened(base, key.seed)
-        elif key.seed not in comparison.seeds_of(before):
+        elif not base.shared and key.seed not in comparison.seeds_of(before):
             raise ValueError(f"{key.folder} starts from {before}, which has no seed {key.seed}")
         else:
-            needs = (Key(before, seed=key.seed).folder,)
+            needs = (Key(before, seed=None if base.shared else key.seed).folder,)
             start = str(out / needs[0])
     probes = job == "probe"
     settings = [*([] if probes else comparison.settings), *own]
-    settings.append(f"seed={key.seed}" if probes else f"loop.seed={key.seed}")
+    seed = comparison.seed_of(key.seed)
+    settings.append(f"seed={seed}" if probes else f"loop.seed={seed}")
     if start is not None:
         settings.append(f"model.start={json.dumps(start)}")
     try:
@@ -294,7 +302,13 @@ def _evaluation(
         methods[label] = () if key.method is not None else comparison.entry(key.model).variants
     only = [k for k, key in keys.items() if key.method is None and comparison.masked(key.model)]
     plan = asked.plan(**data, methods=methods, only=only)
-    if not only:  # so that another question about other models changes nothing here
+    dense = [cell.name for cell in cells if cell.work.job in DENSE_JOBS]
+    if dense:
+        for part in ("occlusion", "pruning"):
+            if getattr(asked, part):
+                raise ValueError(f"evaluate.{part} is for classifiers, which {dense[0]} is not")
+        plan = dataclasses.replace(plan, statistics=False)
+    elif not only:  # so that another question about other models changes nothing here
         plan = dataclasses.replace(plan, occlusion=(), pruning=())
     work = Work(
         job=EVALUATE,

@@ -12,12 +12,13 @@ from foveate.core.schedule import check_choice
 from foveate.measure.run import Plan
 from foveate.registry import parse, suggest
 
-__all__ = ["Asked", "Comparison", "Entry", "Resources", "Trained", "at_rate"]
+__all__ = ["DENSE_JOBS", "Asked", "Comparison", "Entry", "Resources", "Trained", "at_rate"]
 
 _T = TypeVar("_T")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
-JOBS = ("finetune", "reduce", "pretrain", "probe")
-CLASSLESS = ("pretrain", "probe")  # jobs whose models have no accuracy
+DENSE_JOBS = ("detect", "segment")  # jobs whose models have an average precision or a mean IoU
+CLASSLESS = ("pretrain", "probe")  # jobs whose models are not evaluated
+JOBS = ("finetune", "reduce", *CLASSLESS, *DENSE_JOBS)
 RATE = "{rate}"
 SEED = "{seed}"
 
@@ -27,7 +28,8 @@ class Entry:
     """A model, one for each seed: trained by a recipe of any job, or opened.
 
     Attributes:
-        job: "finetune" (unless another one is given), "reduce", "pretrain" or "probe".
+        job: "finetune" (unless another one is given), "reduce", "pretrain", "probe", "detect" or
+            "segment".
         recipe: of the job, a name or a file.
         open: a checkpoint or folder instead, taken as it is. With ``{seed}`` in it there is one
             for each seed, otherwise all seeds share it.
@@ -37,6 +39,7 @@ class Entry:
         start: an earlier model, of the same seed; None leaves the start of the recipe.
         settings: changes of the recipe, such as ``masking.ratios=[]``.
         seeds: instead of those of the comparison.
+        once: train it with the first seed alone; what starts from it has all seeds.
         variants: methods to evaluate on the model as it is, such as "evit(keep=0.7)". On a model
             with a method they are of the same name and take its parameters.
         processes: that train together; None is what the resources say.
@@ -49,10 +52,13 @@ class Entry:
     start: str | None = None
     settings: tuple[str, ...] = ()
     seeds: tuple[int, ...] | None = None
+    once: bool = False
     variants: tuple[str, ...] = ()
     processes: int | None = None
 
     def __post_init__(self) -> None:
+        if self.once and self.seeds is not None:
+            raise ValueError("once=true trains with one seed: leave seeds out")
         if (self.recipe is None and self.like is None) == (self.open is None):
             raise ValueError("either recipe or open says where the model comes from, not both")
         if self.open is not None and (self.start or self.settings or self.like or self.job):
@@ -68,12 +74,14 @@ class Entry:
     @property
     def shared(self) -> bool:
         """Tell whether all seeds have the same weights."""
-        return self.open is not None and SEED not in self.open
+        return self.once or (self.open is not None and SEED not in self.open)
 
     @property
-    def classifies(self) -> bool:
-        """Tell whether it has classes, and so an accuracy."""
-        return self.job not in CLASSLESS
+    def judged_by(self) -> str | None:
+        """Return the part of the table that says how good it is; None for features alone."""
+        if self.job in CLASSLESS:
+            return None
+        return "dense" if self.job in DENSE_JOBS else "accuracy"
 
     def over(self, base: Entry) -> Entry:
         """Return the entry with what another one adds to it."""
@@ -94,11 +102,13 @@ class Trained:
     """A method that is trained from models, at every rate.
 
     Attributes:
-        recipe: of reducing, a name or a file.
+        recipe: of the job "reduce", or of the models' own job if that is "detect" or "segment"; a
+            name or a file.
         method: with ``{rate}`` where the rate goes, such as "evit(keep={rate})".
         starts: the models.
         rates: whatever the method calls keep, r or K; none for a method without.
         settings: changes of the recipe.
+        seeds: instead of those of the models.
         processes: that train together; None is what the resources say.
     """
 
@@ -107,6 +117,7 @@ class Trained:
     starts: tuple[str, ...]
     rates: tuple[float, ...] = ()
     settings: tuple[str, ...] = ()
+    seeds: tuple[int, ...] | None = None
     processes: int | None = None
 
     def __post_init__(self) -> None:
@@ -163,8 +174,10 @@ class Asked(Measuring):
         models: models of which occlusion and pruning are measured; None is all.
         pruning: shares that each stage of pruning without training keeps; none does not.
         mask_seeds: how many seeds occlusion and pruning have, for each model.
-        statistics: of tokens, for every method.
+        statistics: of tokens, for every method; detectors and segmenters have those of their own.
         speed: batches at which every method is timed against its dense model, interleaved.
+        calibration: training images over which gates of detectors and segmenters are shifted; what
+            comes of it stands beside the method as it is.
         together: evaluate all models in one process, so that all are timed in one interleaved run.
         limit: use so many images; None leaves what the recipes say.
     """
@@ -172,11 +185,13 @@ class Asked(Measuring):
     models: tuple[str, ...] | None = None
     pruning: tuple[float, ...] = ()
     statistics: bool = True
+    calibration: int = 0
     together: bool = False
 
     def plan(self, **given: Any) -> Plan:
         """Return the plan of an evaluation; ``given`` holds what depends on the cell."""
         names = ("mask_seeds", "speed", "rounds", "batch", "limit", "precision", "statistics")
+        names += ("calibration",)
         shared = {name: getattr(self, name) for name in (*names, "occlusion", "pruning")}
         return Plan(**{**shared, **given})
 
@@ -244,6 +259,7 @@ class Comparison:
             _check_seeds(self.seeds_of(name))
         for name, method in self.methods.items():
             _known(f"model in methods.{name}.starts", method.starts, earlier)
+            _check_seeds(method.seeds or self.seeds)
         _known("model in evaluate.models", self.evaluate.models or (), earlier)
         opened = [one for one in self.models.values() if one.open is not None]
         if self.data is None and opened:
@@ -264,9 +280,20 @@ class Comparison:
         entry = self.entry(name)
         return (None,) if entry.shared else entry.seeds or self.seeds
 
-    def seeds_from(self, name: str) -> tuple[int, ...]:
-        """Return the seeds of what is trained from a model."""
+    def seed_of(self, key_seed: int | None) -> int:
+        """Return the number that a training draws by: that of its seed, or of one for all."""
+        return self.seeds[0] if key_seed is None else key_seed
+
+    def job_from(self, name: str) -> str:
+        """Return the job that trains a method from a model."""
+        job = self.entry(name).job
+        return job if job in DENSE_JOBS else "reduce"
+
+    def seeds_from(self, name: str, method: Trained) -> tuple[int, ...]:
+        """Return the seeds of a method that is trained from a model."""
         entry = self.entry(name)
+        if method.seeds is not None:
+            return method.seeds
         return entry.seeds if entry.seeds and not entry.shared else self.seeds
 
     def root(self, name: str) -> str:

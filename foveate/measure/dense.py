@@ -37,15 +37,14 @@ from foveate.data.sources.base import OBJECTS, PIXELS
 from foveate.dense import DenseModel, Segmenter, calibrate
 from foveate.dense.metrics import AveragePrecision, MeanIoU
 from foveate.measure.run import Evaluation, Plan, Progress, record
-from foveate.measure.sheets import Sheet
-from foveate.measure.table import Results, frame, pd, rows, select
-from foveate.measure.variants import DENSE
+from foveate.measure.table import frame, pd, rows
 
-__all__ = ["dense_sheets", "evaluate_dense"]
+__all__ = ["CALIBRATED", "evaluate_dense"]
 
 _COUNTED = 16  # images whose multiply-adds and tokens are counted
 _TIMED = 4  # batches that each timing goes through: the cost of an image may depend on it
-_CALIBRATED = " calibrated"
+CALIBRATED = " calibrated"  # added to a method's name
+_DENSE = ""  # the method of a model without one, as in every table
 _OF_SCORES = ("ap", "ap50", "ap75", "small", "medium", "large", "recall")
 
 
@@ -53,7 +52,6 @@ def evaluate_dense(
     models: Mapping[str, DenseModel],
     plan: Plan,
     *,
-    calibration: int = 0,
     command: str | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -68,9 +66,7 @@ def evaluate_dense(
     Args:
         models: detectors or segmenters by the names that tables give them; they are moved to the
             plan's device.
-        plan: what to do; only accuracy, methods and speed are for dense models.
-        calibration: number of training images by which gates are shifted first, beside the model
-            as it is; 0 for none.
+        plan: what to do; occlusion, pruning, statistics and rates are for classifiers.
         command: what was typed, for the record.
         progress: told how far everything is.
     """
@@ -82,7 +78,7 @@ def evaluate_dense(
     parts: list[pd.DataFrame] = []
     about: dict[str, Any] = {}
     for label, model in models.items():
-        job = _Job(label, model.to(device), plan, calibration, told)
+        job = _Job(label, model.to(device), plan, told)
         with answering(*job.variants.values(), precision=plan.precision):
             found = [*job.scores(), *job.costs(), *(job.speed(b) for b in plan.speed)]
         parts += [frame(part, run=label) for part in found]
@@ -96,11 +92,10 @@ def evaluate_dense(
     here, commit = machine.facts(torch.device(device).type), machine.commit()
     table = pd.concat(parts, ignore_index=True)
     table = frame(table, commit=commit or "unknown", machine=machine.name(here))
-    settings = record(plan) | {"calibration": calibration}
     return Evaluation(
         table,
         {
-            **{"command": command, "commit": commit, "machine": here, "settings": settings},
+            **{"command": command, "commit": commit, "machine": here, "settings": record(plan)},
             "models": about,
         },
     )
@@ -118,9 +113,7 @@ class _Seen:
 class _Job:
     """One model with its variants and its images."""
 
-    def __init__(
-        self, label: str, model: DenseModel, plan: Plan, calibration: int, told: Progress
-    ) -> None:
+    def __init__(self, label: str, model: DenseModel, plan: Plan, told: Progress) -> None:
         self.label, self.model, self.plan, self.told = label, model, plan, told
         self.pixels = isinstance(model, Segmenter)
         self.labels_of = PIXELS if self.pixels else OBJECTS
@@ -141,17 +134,17 @@ class _Job:
             )
         self.channels = model.reduced.backbone.channels
         self.loader = self._load(self.source, dense_eval_transform(self.channels, short=None))
-        self.variants: dict[str, DenseModel] = {DENSE: api.unwrap(model)}  # type: ignore[dict-item]
+        self.variants: dict[str, DenseModel] = {_DENSE: api.unwrap(model)}  # type: ignore[dict-item]
         if model.reducer.name != "dense":
             self.variants[repr(model.reducer)] = model
         methods = plan.methods
         for method in methods.get(label, ()) if isinstance(methods, Mapping) else methods:
             with torch.random.fork_rng():
                 torch.manual_seed(plan.seed)
-                made = api.apply(self.variants[DENSE], method)
+                made = api.apply(self.variants[_DENSE], method)
             self.variants[repr(made.reducer)] = made
-        if calibration:
-            self._calibrate(calibration)
+        if plan.calibration:
+            self._calibrate(plan.calibration)
         self.seen = {name: _Seen(self._metrics()) for name in self.variants}
 
     def _open(self, split: str | None) -> Source:
@@ -191,7 +184,7 @@ class _Job:
         for name, model in gated.items():
             shifted = copy.deepcopy(model)
             calibrate(shifted, batches)
-            self.variants[name + _CALIBRATED] = shifted
+            self.variants[name + CALIBRATED] = shifted
 
     def _metrics(self) -> dict[str, Metric]:
         if self.pixels:
@@ -266,7 +259,7 @@ class _Job:
         batches = [images[n : n + batch] for n in range(0, len(images), batch)]
         count = len(images)
         calls: dict[tuple[str, str], Callable[[], Any]] = {}
-        for name, model in {**self.variants, _AGAIN: self.variants[DENSE]}.items():
+        for name, model in {**self.variants, _AGAIN: self.variants[_DENSE]}.items():
             calls[name, "network"] = _over(model, batches)
             calls[name, "backbone"] = _over_backbone(model, batches)
         timings = measure(
@@ -282,7 +275,7 @@ class _Job:
         for name in self.variants:
             values: dict[str, float] = {"rounds": self.plan.rounds}
             for part, prefix in (("network", ""), ("backbone", "backbone_")):
-                against = _AGAIN if name == DENSE else DENSE
+                against = _AGAIN if name == _DENSE else _DENSE
                 ratio = timings.ratio(f"{name}\n{part}", f"{against}\n{part}")
                 values[f"{prefix}times"] = ratio.median
                 values[f"{prefix}low"], values[f"{prefix}high"] = ratio.low, ratio.high
@@ -317,61 +310,3 @@ def _counted(model: DenseModel, images: list[Tensor]) -> tuple[dict[str, float],
         model.trunk(prepared)
         backbone = spent() - whole
     return {"macs": whole, "backbone_macs": backbone}, usage.cpu()
-
-
-# In words -----------------------------------------------------------------------------------------
-
-
-def dense_sheets(results: Results) -> list[Sheet]:
-    """Return what was found as tables in words: scores and costs, then speed."""
-    found = [_scores(select(results.table, part="dense"))]
-    timed = select(results.table, part="dense speed")
-    if len(timed):
-        found.append(_speeds(timed))
-    return found
-
-
-def _grid(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    return table.pivot_table(index=keys, columns="metric", values="value", sort=False)
-
-
-def _scores(table: pd.DataFrame) -> Sheet:
-    wide = _grid(table, ["run", "method"])
-    words = {
-        **{"box_ap": "box AP", "box_ap50": "AP50", "box_ap75": "AP75", "mask_ap": "mask AP"},
-        "miou": "mean IoU",
-    }
-    lines: dict[str, list[str]] = {
-        "model": [run for run, _ in wide.index],
-        "method": [method for _, method in wide.index],
-    }
-    for metric, name in words.items():
-        if metric in wide:
-            lines[name] = [_percent(value) for value in wide[metric]]
-    for metric, name in (("macs", "GMACs"), ("backbone_macs", "of the backbone")):
-        lines[name] = [f"{value / 1e9:.3g}" for value in wide[metric]]
-    lines["patches used, %"] = [_percent(value) for value in wide["usage"]]
-    images = int(table[table["metric"] == "images"]["value"].iloc[0])
-    note = "Multiply-adds and patches are means over images of the data, counted as they ran."
-    return Sheet(f"{images} images", pd.DataFrame(lines), notes=[note], spare=("AP75", "AP50"))
-
-
-def _percent(value: float) -> str:
-    return "no objects" if value != value else f"{100 * value:.1f}"
-
-
-def _speeds(table: pd.DataFrame) -> Sheet:
-    wide = _grid(table, ["run", "method", "at"])
-    lines: dict[str, list[str]] = {
-        "model": [run for run, _, _ in wide.index],
-        "method": [method for _, method, _ in wide.index],
-        "batch": [f"{at:.0f}" for _, _, at in wide.index],
-    }
-    for part, prefix in (("network", ""), ("backbone", "backbone_")):
-        lines[f"{part}, images/s"] = [f"{value:.2f}" for value in wide[f"{prefix}per_second"]]
-        lines[f"{part}, times dense"] = [
-            f"{row[f'{prefix}times']:.2f} [{row[f'{prefix}low']:.2f}, {row[f'{prefix}high']:.2f}]"
-            for _, row in wide.iterrows()
-        ]
-    note = "Of the dense model: its ratio to itself in the same run, which is the noise."
-    return Sheet("Speed, interleaved", pd.DataFrame(lines), notes=[note])

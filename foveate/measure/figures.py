@@ -17,6 +17,10 @@ __all__ = ["figures", "label_of", "lines_figure", "macs_unit", "tradeoff_figure"
 _WIDE, _HIGH = 5.2, 3.6  # inches of the axes, about
 _MOST_WORDED = 5  # lines whose points can be named without covering each other
 _TOP1 = "top-1 accuracy, %"
+# Scores of detectors and segmenters, with which a name of a file begins.
+_DENSE = {"box_ap": "average precision of boxes, %", "mask_ap": "average precision of masks, %"}
+_DENSE |= {"miou": "mean IoU, %"}
+_VALIDATED = {"accuracy": "accuracy, %,", "box_ap": "AP of boxes", "miou": "mean IoU"}
 
 # Lines by label, over the column "at": "mean", and "std" where a band shows it.
 Lines = Mapping[str, pd.DataFrame]
@@ -32,6 +36,11 @@ def figures(results: Results) -> Iterator[tuple[str, Figure]]:
     for batch in batches:
         name = "accuracy-speed" + f"-batch{batch:g}" * (len(batches) > 1)
         yield name, tradeoff_figure(results, batch=float(batch))
+    judged = select(table, part="dense")
+    if (judged["method"] != "").any():
+        for score in _DENSE:
+            if (judged["metric"] == score).any():
+                yield f"{score.replace('_', '-')}-macs", tradeoff_figure(results, score=score)
     occluded = select(table, part="occlusion", metric="top1")
     if len(occluded):
         across = "share of the image's patches dropped at random"
@@ -47,12 +56,14 @@ def figures(results: Results) -> Iterator[tuple[str, Figure]]:
         figure = _curves(table, pruned, ["run", "method"], across, _TOP1)
         figure.axes[0].set_ylim(bottom=0)
         yield "pruning", figure
-    training = select(table, part="training", metric="val/accuracy")
-    dense = training["method"] == ""
-    for name, part in (("models", training[dense]), ("methods", training[~dense])):
-        if len(part):
-            keys, up = ["run", "method", "rate"], "accuracy on validation images, %"
-            yield f"convergence-{name}", _curves(table, part, keys, "epochs of training", up)
+    for metric, words in _VALIDATED.items():
+        training = select(table, part="training", metric=f"val/{metric}")
+        dense = training["method"] == ""
+        for name, part in (("models", training[dense]), ("methods", training[~dense])):
+            if len(part):
+                keys, up = ["run", "method", "rate"], f"{words} on validation images"
+                stem = f"convergence-{name}" + f"-{metric}".replace("_", "-") * (metric in _DENSE)
+                yield stem, _curves(table, part, keys, "epochs of training", up)
     # Pre-training: a picture for each family of runs that are alike.
     like: Mapping[str, str] = results.about.get("like", {})
     scores = select(table, part="probe", metric="linear")
@@ -110,19 +121,25 @@ def _band(table: pd.DataFrame, lines: Lines) -> str:
     return f"\nband: standard deviation over {draws} mask seeds"
 
 
-def tradeoff_figure(results: Results, *, batch: float | None = None) -> Figure:
+def tradeoff_figure(results: Results, *, batch: float | None = None, score: str = "top1") -> Figure:
     """Draw accuracy against multiply-adds, or against measured speed: a line for each method.
 
     Points of one method on one model are joined and carry their rates, if there is room. Models
-    without a method are stars.
+    without a method are stars. Scores of detectors and segmenters stand against the multiply-adds
+    of their backbone, which is what methods change.
     """
     table = results.table
-    found = over_seeds(select(table, part=["accuracy", "speed"]))
+    dense_task = score in _DENSE
+    parts = ["dense"] if dense_task else ["accuracy", "speed"]
+    found = over_seeds(select(table, part=parts))
     keys = ["run", "method", "rate"]
-    wide = found[found["metric"] == "top1"].drop(columns=["part", "at", "metric"])
+    wide = found[found["metric"] == score].drop(columns=["part", "at", "metric"])
+    wide[["mean", "std"]] *= 100 if dense_task else 1
     unit, scale = macs_unit(table)
     across = f"{'million multiply-adds' if unit == 'MMACs' else unit} an image"
-    macs = found[found["metric"] == "macs"].rename(columns={"mean": "macs"})
+    across += " in the backbone" * dense_task
+    spent = "backbone_macs" if dense_task else "macs"
+    macs = found[found["metric"] == spent].rename(columns={"mean": "macs"})
     wide = wide.merge(macs[[*keys, "macs"]], on=keys)
     wide["at"] = wide["macs"] / scale
     if batch is not None:
@@ -145,7 +162,7 @@ def tradeoff_figure(results: Results, *, batch: float | None = None) -> Figure:
         lines[label] = _banded(group.sort_values("macs"), seeded)
     worded = len(lines) <= _MOST_WORDED and bool(reduced["rate"].notna().any())
     started = dense[dense["run"].isin(reduced["run"])]  # others would widen the axes for nothing
-    dense = started if len(started) else dense
+    dense = started if len(started) and not dense_task else dense
     stars: dict[str, tuple[float, float]] = {}
     for run, x, y, n in dense[["run", "at", "mean", "count"]].itertuples(index=False):
         label = "dense" if dense["run"].nunique() == 1 and not seeded else f"{run}, dense"
@@ -154,12 +171,13 @@ def tradeoff_figure(results: Results, *, batch: float | None = None) -> Figure:
     if worded and batch is None:
         across += "; numbers at points are rates"
     across += _band(table, lines)
-    return lines_figure(lines, across=across, up=_TOP1, stars=stars, rates=worded)
+    up = _DENSE.get(score, _TOP1)
+    return lines_figure(lines, across=across, up=up, stars=stars, rates=worded)
 
 
 def macs_unit(table: pd.DataFrame) -> tuple[str, float]:
     """Return the unit in which multiply-adds are small numbers, and its size."""
-    most = select(table, metric="dense_macs")["value"].max()
+    most = table[table["metric"].isin(("macs", "dense_macs"))]["value"].max()
     return ("GMACs", 1e9) if most >= 1e9 else ("MMACs", 1e6)
 
 

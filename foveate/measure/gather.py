@@ -14,6 +14,7 @@ from foveate.measure.accuracy import drops
 from foveate.measure.cells import Cell, Key, plain
 from foveate.measure.comparison import Comparison, Trained
 from foveate.measure.curves import by_seconds, columns, curve, seconds
+from foveate.measure.dense import CALIBRATED
 from foveate.measure.rauc import over_runs
 from foveate.measure.state import DONE, State
 from foveate.measure.table import Results, frame, pd, rows, select
@@ -22,6 +23,7 @@ from foveate.registry import parse
 __all__ = ["collect", "trained"]
 
 _SCORES = ("probe/linear", "probe/knn")
+_VALIDATED = ("accuracy", "loss", "box_ap", "mask_ap", "miou")
 
 
 def collect(
@@ -57,10 +59,10 @@ def collect(
                 **{name: asked.get(name) for name in ("data", "split", "limit")},
             },
             "expected": [[*subject, n] for subject, n in _expected(comparison).items()],
-            "without_accuracy": {
+            "features": {
                 name: len(comparison.seeds_of(name))
                 for name in comparison.models
-                if not comparison.entry(name).classifies
+                if comparison.entry(name).judged_by is None
             },
             "like": like,
             "notes": notes,
@@ -77,7 +79,9 @@ def _judged(table: pd.DataFrame, label: str, key: Key) -> pd.DataFrame:
     if key.method is None:
         return frame(own, run=key.model, seed=key.seed)
     own = own[own["method"] != ""]  # the model under the method is not what is compared
-    return frame(own, run=key.model, method=key.method, rate=key.rate, seed=key.seed)
+    shifted = own["method"].str.endswith(CALIBRATED)
+    method = shifted.map({True: key.method + CALIBRATED, False: key.method})
+    return frame(own, run=key.model, method=method, rate=key.rate, seed=key.seed)
 
 
 def trained(cell: Cell) -> pd.DataFrame:
@@ -108,7 +112,7 @@ def _logged(log: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for name in columns(log):
         kind, _, what = name.partition("/")
-        if name in ("val/accuracy", "val/loss"):
+        if kind == "val" and what in _VALIDATED:
             part, metric, values = "training", name, curve(log, name)
         elif name in _SCORES:
             part, metric, values = "probe", what, curve(log, name)
@@ -123,23 +127,24 @@ def _logged(log: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _expected(comparison: Comparison) -> dict[tuple[str, str, float | None], int]:
-    """Return what has an accuracy once all is done, and for how many seeds."""
-    found: dict[tuple[str, str, float | None], int] = {}
+def _expected(comparison: Comparison) -> dict[tuple[str, str, str, float | None], int]:
+    """Return what is evaluated once all is done, by part of the table, and for how many seeds."""
+    found: dict[tuple[str, str, str, float | None], int] = {}
     for model in comparison.models:
         entry, n = comparison.entry(model), len(comparison.seeds_of(model))
-        if not entry.classifies:
+        part = entry.judged_by
+        if part is None:
             continue
-        found[model, "", None] = n
+        found[part, model, "", None] = n
         method: Trained
         for name, method in comparison.methods.items():
             for rate in (method.rates or (None,)) if model in method.starts else ():
-                found[model, name, rate] = len(comparison.seeds_from(model))
+                found[part, model, name, rate] = len(comparison.seeds_from(model, method))
         for text in entry.variants:
             reducer = parse(text)
             value = getattr(reducer, reducer.rate or "", None)
             own = float(value) if isinstance(value, (int, float)) else None
-            found[model, repr(reducer), own] = n
+            found[part, model, repr(reducer), own] = n
     return found
 
 

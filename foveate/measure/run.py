@@ -54,6 +54,9 @@ class Plan:
         statistics: gather those of the tokens, for every method.
         speed: batches at which everything is timed in one interleaved run; none times nothing.
         rounds: of that run; fewer than 30 are a trial.
+        calibration: number of training images by which gates of detectors and segmenters are
+            shifted, so that they keep their shares by arg-max; these are evaluated beside the
+            models as they are. 0 shifts none.
         batch: images a call.
         workers: processes that read images.
         limit: use so many images, evenly spaced.
@@ -76,6 +79,7 @@ class Plan:
     statistics: bool = False
     speed: tuple[int, ...] = ()
     rounds: int = LEAST_ROUNDS
+    calibration: int = 0
     batch: int = 64
     workers: int = 0
     limit: int | None = None
@@ -93,6 +97,8 @@ class Plan:
             check_rates(self.pruning)
         if any(batch < 1 for batch in self.speed):
             raise ValueError(f"batches of speed must be at least 1, got {list(self.speed)}")
+        if self.calibration < 0:
+            raise ValueError(f"calibration must be at least 0 images, got {self.calibration}")
         for name in ("rounds", "batch", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -123,6 +129,8 @@ def evaluate(
         progress: told how far everything is.
     """
     told = progress or (lambda title, done, total: None)
+    if plan.calibration:
+        raise ValueError("calibration is for detectors and segmenters")
     source = open_images(plan.data, plan.split, share=plan.val_share, seed=plan.split_seed)
     plan = replace(plan, split=source.split, device=machine.device_of(plan.device))
     jobs = [_Job(label, model, source, plan, told) for label, model in models.items()]

@@ -17,8 +17,13 @@ if TYPE_CHECKING:
 __all__ = ["Sheet", "markdown", "markdown_table", "sheets", "show", "terminal"]
 
 _SPLITS = {"train": "training ", "val": "validation ", "test": "test "}
-_DIGITS = {"occlusion": 1, "pruning": 1, "tokens": 1, "probe": 1}  # of a part; others have two
+# Digits of a part; others have two.
+_DIGITS = {"occlusion": 1, "pruning": 1, "tokens": 1, "probe": 1, "dense": 1}
 _SHARES = ("used", "used_last", "usage", "usage_deviation", "reactivation", "at_once")
+# Scores of detectors and segmenters, 0..1 in the table.
+_SCORES = {"box_ap": "box AP", "box_ap50": "AP50", "box_small": "of small", "mask_ap": "mask AP"}
+_SCORES |= {"mask_small": "of small masks", "miou": "mean IoU"}
+_MACS = ("macs", "dense_macs", "backbone_macs")
 
 
 @dataclass(frozen=True)
@@ -149,29 +154,33 @@ class _Numbers:
         table: every number as it was measured.
         over: a line for each mean, with the method as tables call it, and the text as its value.
         seeded: whether models were trained with seeds.
-        expected: for how many seeds a comparison wants the accuracy of a subject.
+        expected: for how many seeds a comparison wants which subject, by part.
     """
 
     def __init__(self, results: Results) -> None:
         self.table, self.about = results.table, results.about
         self.seeded = bool(self.table["seed"].notna().any())
-        named = self.about.get("expected", [])
-        self.expected = {(run, label_of(method, rate)): n for run, method, rate, n in named}
-        logged: dict[str, int] = self.about.get("without_accuracy", {})
-        self.wanted = self.expected | {(run, label_of("", None)): n for run, n in logged.items()}
+        self.expected: dict[str, dict[tuple[str, str], int]] = {}
+        for part, run, method, rate, n in self.about.get("expected", []):
+            self.expected.setdefault(part, {})[run, label_of(method, rate)] = n
+        logged: dict[str, int] = self.about.get("features", {})
+        self.wanted = {(run, label_of("", None)): n for run, n in logged.items()}
+        for named in self.expected.values():
+            self.wanted |= named
         self.unit, scale = macs_unit(self.table)
         over = over_seeds(self.table)
         over["method"] = list(map(label_of, over["method"], over["rate"]))
-        over.loc[over["metric"].isin(("macs", "dense_macs")), ["mean", "std"]] /= scale
-        over.loc[over["metric"].isin(_SHARES), ["mean", "std"]] *= 100
+        over.loc[over["metric"].isin(_MACS), ["mean", "std"]] /= scale
+        over.loc[over["metric"].isin((*_SHARES, *_SCORES)), ["mean", "std"]] *= 100
         self.over = over.assign(value=[self._text(line) for line in over.itertuples(index=False)])
 
     def _text(self, line: Any) -> str:
         if line.metric == "kept":
             return f"{line.mean:.0f}"
-        counts = line.part == "tokens" or line.metric in ("macs", "tokens")
+        counts = line.part == "tokens" or line.metric in (*_MACS, "tokens")
         rounding = counts and not line.std > 1e-3 * abs(line.mean)
         digits = 1 if line.metric == "tokens" else _DIGITS.get(line.part, 2)
+        digits += line.part == "dense" and line.metric in _MACS
         text = said(line.mean, float("nan") if rounding else line.std, digits)
         if not self.seeded:
             return text
@@ -202,7 +211,7 @@ def sheets(results: Results, *, blocks: bool = True) -> Iterator[Sheet]:
     numbers = _Numbers(results)
     for part, maker in _MAKERS.items():
         own = numbers.part(part)
-        if len(own) or (part == "accuracy" and numbers.expected):
+        if len(own) or part in numbers.expected:
             yield from maker(numbers, own)
     cells = results.about.get("cells", {})
     absent = [(n, one["kind"], one["why"]) for n, one in cells.items() if one["kind"] != "done"]
@@ -216,10 +225,20 @@ def sheets(results: Results, *, blocks: bool = True) -> Iterator[Sheet]:
 # The sheets --------------------------------------------------------------------------------------
 
 
+def _subjects(numbers: _Numbers, own: pd.DataFrame, part: str) -> pd.MultiIndex:
+    """Return all that should be in a table, in the order of the comparison."""
+    there = zip(own["run"], own["method"], strict=True)
+    return pd.MultiIndex.from_tuples(dict.fromkeys([*numbers.expected.get(part, {}), *there]))
+
+
+def _filled(table: pd.DataFrame, expected: Mapping[tuple[str, str], int]) -> pd.DataFrame:
+    """Return a table that says "missing" of what a comparison wants, and "-" elsewhere."""
+    absent = [MISSING if subject in expected else "-" for subject in table.index]
+    return table.apply(lambda column: column.fillna(pd.Series(absent, table.index)))
+
+
 def _accuracy(numbers: _Numbers, own: pd.DataFrame) -> Iterator[Sheet]:
-    subjects = pd.MultiIndex.from_tuples(
-        dict.fromkeys([*numbers.expected, *zip(own["run"], own["method"], strict=True)])
-    )
+    subjects = _subjects(numbers, own, "accuracy")
     text = grid(own, _SUBJECT).reindex(subjects)
     means = grid(own, _SUBJECT, values="mean").reindex(subjects)
     table = pd.DataFrame(index=subjects)
@@ -237,8 +256,7 @@ def _accuracy(numbers: _Numbers, own: pd.DataFrame) -> Iterator[Sheet]:
         table[head] = _times(numbers, speed[speed["at"] == batch])
     if len(batches) == 1:
         table["images/s"] = formatted(grid(speed, _SUBJECT, values="mean")["per_second"], ".4g")
-    absent = [MISSING if subject in numbers.expected else "-" for subject in subjects]
-    table = table.apply(lambda column: column.fillna(pd.Series(absent, subjects)))
+    table = _filled(table, numbers.expected.get("accuracy", {}))
     if "drop" in table:
         table.loc[table.index.get_level_values(1) == label_of("", None), "drop"] = ""
     table = _titled(table)
@@ -287,6 +305,49 @@ def _times(numbers: _Numbers, speed: pd.DataFrame) -> pd.Series:
     means = grid(speed, _SUBJECT, values="mean")
     ends = [formatted(means[name], ".2f") for name in ("times", "low", "high")]
     return ends[0] + " [" + ends[1] + ", " + ends[2] + "]"
+
+
+def _dense(numbers: _Numbers, own: pd.DataFrame) -> Iterator[Sheet]:
+    """Return scores and costs of detectors and segmenters, then their speed."""
+    subjects = _subjects(numbers, own, "dense")
+    text = grid(own, _SUBJECT).reindex(subjects)
+    table = pd.DataFrame(index=subjects)
+    for metric, words in _SCORES.items():
+        if metric in text:
+            table[words] = text[metric].replace("nan", "no objects")
+    for metric, words in (("macs", numbers.unit), ("backbone_macs", "of the backbone")):
+        table[words] = text.get(metric)
+    table["patches used %"] = text.get("usage")
+    images = select(numbers.table, part="dense", metric="images")["value"]
+    kind = _SPLITS.get(str(numbers.about.get("settings", {}).get("split")), "")
+    counts = " or ".join(f"{count:.0f}" for count in sorted(images.unique()))
+    notes = ["Multiply-adds and patches are means over images of the data, counted as they ran."]
+    yield Sheet(
+        f"Scores on {counts} {kind}images, %" if counts else "Scores, %",
+        _titled(_filled(table, numbers.expected.get("dense", {}))),
+        notes=[*_notes(numbers, set()), *notes],
+        spare=("AP50", "of small masks", "of small"),
+    )
+    timed = numbers.part("dense speed")
+    if len(timed):
+        yield _dense_speed(numbers, timed)
+
+
+def _dense_speed(numbers: _Numbers, own: pd.DataFrame) -> Sheet:
+    keys = [*_SUBJECT, "at"]
+    text, means = grid(own, keys), grid(own, keys, values="mean")
+    table = pd.DataFrame({"batch": means.index.get_level_values("at").map("{:.0f}".format)})
+    table.index = means.index
+    for part, prefix in (("network", ""), ("backbone", "backbone_")):
+        table[f"{part}, images/s"] = formatted(means[f"{prefix}per_second"], ".2f")
+        ratio = text[f"{prefix}times"]
+        if not numbers.seeded:
+            ends = (formatted(means[prefix + end], ".2f") for end in ("low", "high"))
+            ratio = formatted(means[f"{prefix}times"], ".2f") + (" [" + next(ends) + ", ")
+            ratio += next(ends) + "]"
+        table[f"{part}, times dense"] = ratio
+    note = "Of the dense model: its ratio to itself in the same run, which is the noise."
+    return Sheet("Speed, interleaved", _titled(table.droplevel("at")), notes=[note])
 
 
 def _occlusion(numbers: _Numbers, own: pd.DataFrame) -> Iterator[Sheet]:
@@ -419,6 +480,7 @@ def _efficiency(numbers: _Numbers, own: pd.DataFrame) -> Iterator[Sheet]:
 
 _MAKERS = {
     "accuracy": _accuracy,
+    "dense": _dense,
     "occlusion": _occlusion,
     "pruning": _pruning,
     "tokens": _tokens,

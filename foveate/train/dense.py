@@ -185,7 +185,7 @@ def make_dense_model(recipe: DenseRecipe, classes: tuple[str, ...], usual_head: 
         model = make_dense(
             vit,
             classes,
-            recipe.backbone or {"name": "adapter"},
+            _shown(recipe, recipe.backbone or {"name": "adapter"}),
             recipe.head or {"name": usual_head},
             recipe.data.image_size,
         )
@@ -197,6 +197,11 @@ def make_dense_model(recipe: DenseRecipe, classes: tuple[str, ...], usual_head: 
         # Each device has an image or two, which is too few for statistics of its own.
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model.train()
+
+
+def _shown(recipe: DenseRecipe, backbone: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of the backbone with what it shows of dropped patches."""
+    return {**backbone, **({} if recipe.gone is None else {"gone": recipe.gone})}
 
 
 def _say_statistics(vit: nn.Module, data: DenseData) -> None:
@@ -244,7 +249,8 @@ def _gone_on(
         set_drop_path(found.reduced.backbone, recipe.model.drop_path)
     if recipe.model.checkpointing:
         set_checkpointing(vit)
-    model = make_dense(vit, classes, settings["backbone"], settings["head"], recipe.data.image_size)
+    backbone = _shown(recipe, settings["backbone"])
+    model = make_dense(vit, classes, backbone, settings["head"], recipe.data.image_size)
     state, shapes = found.state_dict(), {k: v.shape for k, v in model.state_dict().items()}
     kept = {key: value for key, value in state.items() if same or value.shape == shapes[key]}
     model.load_state_dict(kept, strict=same)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from foveate.core.schedule import check_choice
 from foveate.data import DenseAugment
+from foveate.dense.backbone import GONE
 from foveate.dense.build import BACKBONES, DETECTORS, SEGMENTERS, check_part
 from foveate.train.recipe import Data, Model, Recipe, at_least, checked_weights, one_word
 
@@ -54,6 +56,8 @@ class DenseRecipe(Recipe):
             that of ``model.start``, or else the adapter.
         head: what answers, and its options.
         method: reduction method with its options, such as "svit(keep=0.7)"; None trains dense.
+        gone: what maps show where the method has dropped a patch: its "last" value or "zero". None
+            leaves that to ``backbone``.
         weights: factors of losses in place of 1 and of the method's own, such as weights.ratio=4.
     """
 
@@ -62,6 +66,7 @@ class DenseRecipe(Recipe):
     backbone: dict[str, Any] | None = None
     head: dict[str, Any] | None = None
     method: str | dict[str, Any] | None = None
+    gone: str | None = None
     weights: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -69,6 +74,7 @@ class DenseRecipe(Recipe):
             self.method = one_word(self.method)
         if self.backbone is not None:
             check_part("backbone", self.backbone, BACKBONES)
+        check_choice("gone", self.gone, (None, *GONE))
         checked_weights(self.weights)
 
 

@@ -41,8 +41,8 @@ def parameter_groups(task: Task, optim: Optim) -> list[dict[str, Any]]:
     """Make parameter groups with their weight decay and their factor of the rate (``lr_scale``).
 
     The task's backbone trains at ``backbone_scale``, with ``layer_decay`` and after
-    ``frozen_epochs``; everything else, such as gates or a head beside it, at the full rate from the
-    start. Groups say which they are in ``new``.
+    ``frozen_epochs``; everything else, such as a head beside it, at the full rate from the start,
+    and the method's own parameters at ``method_scale``. Groups say which they are in ``new``.
     """
     backbone: Any = task.backbone
     if optim.layer_decay != 1 and not hasattr(backbone, "group_matcher"):
@@ -65,7 +65,11 @@ def parameter_groups(task: Task, optim: Optim) -> list[dict[str, Any]]:
         groups += _by_decay(named, plain, optim.weight_decay, optim.backbone_scale, new=False)
     inside = {id(p) for p in backbone.parameters()}
     added = {name: p for name, p in task.model.named_parameters() if id(p) not in inside}
-    groups += _by_decay(added, set(), optim.weight_decay, 1.0, new=True)
+    method = getattr(task.model, "reducer", None)
+    gates = {id(p) for p in method.parameters()} if isinstance(method, nn.Module) else set()
+    for own, scale in ((False, 1.0), (True, optim.method_scale)):
+        chosen = {name: p for name, p in added.items() if (id(p) in gates) == own}
+        groups += _by_decay(chosen, set(), optim.weight_decay, scale, new=True)
     groups = [
         {k: v for k, v in group.items() if k != "param_names"}
         for group in groups

@@ -218,6 +218,8 @@ class Optim:
         clip: largest norm of the gradient, which is scaled down to it; None is off.
         backbone_scale: factor on the learning rate of the backbone; gates and other new parameters
             keep the full rate.
+        method_scale: factor on the learning rate of the method's own parameters, such as gates; a
+            short training with a low rate hardly moves new ones.
         frozen_epochs: number of epochs at the start in which the backbone is not trained.
         fixed: names of parameters that are not trained at all, such as pos_embed.
     """
@@ -236,6 +238,7 @@ class Optim:
     layer_decay: float = 1.0
     clip: float | None = None
     backbone_scale: float = 1.0
+    method_scale: float = 1.0
     frozen_epochs: float = 0.0
     fixed: tuple[str, ...] = ()
 
@@ -244,7 +247,14 @@ class Optim:
             raise ValueError(f"optim.lr must be a number above 0, got {self.lr}")
         if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas must lie in [0, 1), got {list(self.betas)}")
-        for name in ("min_lr", "warmup_lr", "weight_decay", "backbone_scale", "frozen_epochs"):
+        for name in (
+            "min_lr",
+            "warmup_lr",
+            "weight_decay",
+            "backbone_scale",
+            "method_scale",
+            "frozen_epochs",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"optim.{name} must be at least 0, got {getattr(self, name)}")
         if self.warmup_epochs < 0:

@@ -84,7 +84,8 @@ class Throughput(Callback):
         else:
             self.batches += 1
         self._asked = time.perf_counter()
-        if trainer.is_last_batch:
+        loop = trainer.fit_loop.epoch_loop
+        if trainer.is_last_batch or loop.global_step == loop.max_steps:
             self._stop()
             self._lines[trainer.current_epoch + 1] = self.trained  # the epoch's checkpoint has it
 
@@ -99,7 +100,7 @@ class Throughput(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Write what the epoch took."""
-        self._stop()  # of an epoch that was cut short
+        self._stop()  # of an epoch that was stopped by hand
         self._lines[trainer.current_epoch + 1] = self.trained
         if self.path is not None and trainer.is_global_zero:
             lines = (f"{epoch},{seconds:.3f}\n" for epoch, seconds in self._lines.items())

@@ -40,10 +40,10 @@ def dense(job: str, method: str | None = None) -> DenseModel:
 
 def test_a_detector_with_its_method() -> None:
     model = dense("detect", "svit(keep=0.5)")
-    plan = Plan(data=SCENES, split="train", limit=4, batch=2, device="cpu")
-    found = evaluate_dense({"mine": model}, plan, calibration=4)  # of the same images
+    plan = Plan(data=SCENES, split="train", limit=4, batch=2, device="cpu", calibration=4)
+    found = evaluate_dense({"mine": model}, plan)  # calibrated on the same images
     method = repr(model.reducer)
-    names = ("dense", method, f"{method} calibrated")
+    names = ("", method, f"{method} calibrated")
     for name in names:
         keys = {"part": "dense", "method": name}
         assert 0 <= one(found.table, "box_ap", **keys) <= 1
@@ -71,7 +71,7 @@ def test_multiply_adds_of_a_dense_backbone() -> None:
     assert timed["backbone_per_second"] > timed["per_second"] > 0
     assert timed["low"] <= timed["times"] <= timed["high"] and timed["rounds"] == 3
     reduced = model.reduced
-    backbone = one(found.table, "backbone_macs", part="dense", method="dense")
+    backbone = one(found.table, "backbone_macs", part="dense", method="")
     spec = reduced.backbone.spec
     own = foveate.count(reduced, (32, 32)).macs - spec.head_cost
     convolutions = 0
@@ -107,7 +107,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert cli.main([*command, "svit(keep=0.5)", "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert "box AP" in said and "patches used" in said and "svit(keep=0.5)" in said
-    assert {path.name for path in out.iterdir()} == {"eval.json", "eval.csv", "eval.md"}
+    assert {path.name for path in out.iterdir()} == {
+        *("eval.json", "eval.csv", "eval.md"),
+        *(f"{kind}-ap-macs{end}" for kind in ("box", "mask") for end in (".svg", ".png")),
+    }
     assert json.loads((out / "eval.json").read_text())["models"]["detect"]["classes"][0]
     for more, words in (
         (["--occlusion"], "is for classifiers"),
