@@ -146,11 +146,11 @@ class Lineup:
         }
 
     def network(self) -> dict[str, Call]:
-        """Mask R-CNN, whose heads stay in float32 under autocast where the ViT has less."""
-        dense = mask_rcnn(self.dense, 80, **self.args.network).to(self.args.device).eval()
+        """Mask R-CNN; below float32 by autocast, since not all of it computes in bfloat16."""
+        trunk, reduced = copy.deepcopy((self.dense, self.svit.reduced))  # one ViT in both
+        dense = mask_rcnn(trunk, 80, **self.args.network).to(self.args.device).float().eval()
         dense.requires_grad_(False)
-        dense.backbone.body.to(DTYPES[self.dtype])
-        svit = dense.with_method(lambda vit: self.svit.reduced)
+        svit = dense.with_method(lambda vit: reduced.float())
 
         def call(model: nn.Module, photo: Tensor) -> Any:
             with self._autocast():

@@ -53,9 +53,9 @@ def make_step(
     """Forward, losses and backward, on images and masks that stay."""
     method, arguments = METHODS[name]
     torch.manual_seed(0)
-    vit = timm.create_model(options.model, num_classes=0)
-    model = make_method(method, vit, arguments)
-    model.initialise()
+    with torch.device(options.device):  # drawing the weights there takes no time
+        model = make_method(method, timm.create_model(options.model, num_classes=0), arguments)
+        model.initialise()
     model = model.to(options.device).train()
     teacher = None
     if isinstance(model, TaughtModel):

@@ -205,13 +205,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 optim={"warmup_epochs": 1},
                 loop={
                     **{"epochs": epochs, "check_every": epochs, "compile": compiled},
-                    **{"precision": options.precision, "device": options.device},
+                    **{"precision": options.precision, "device": options.device, "log_every": 10},
                 },
                 recipe=options.recipe,
                 out=folder / f"run-{compiled}",
                 progress=False,
             )
-            loss = done.history["train/loss"].dropna()  # every 50 updates by the recipe
+            loss = done.history["train/loss"].dropna()
             cell = {
                 "compiled": compiled,
                 **{"updates": done["updates"], "images": options.images, "batch": options.batch},

@@ -41,6 +41,10 @@ class Interval:
     high: float
     level: float
 
+    def rounded(self, digits: int = 4) -> dict[str, float]:
+        """Return the numbers by name, as a JSON file has them."""
+        return {name: round(value, digits) for name, value in vars(self).items()}
+
     def beyond(self, spread: float) -> str:
         """Say what a ratio means beside the noise: "faster", "slower" or "no difference".
 

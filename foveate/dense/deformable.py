@@ -93,6 +93,8 @@ def sample_points(value: Tensor, levels: Levels, points: Tensor, weights: Tensor
     batch, cells, heads, width = value.shape
     points, weights = _precise(points), _precise(weights)
     table = value.reshape(batch * cells * heads, width)
+    if table.is_cuda and table.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        table = table.float()  # CUDA has no backward pass of weighted bags in bfloat16
     kind = torch.int32 if len(table) < 2**31 else torch.int64
     image = torch.arange(batch, device=value.device, dtype=kind).view(-1, 1, 1, 1, 1) * cells
     head = torch.arange(heads, device=value.device, dtype=kind).view(-1, 1, 1)
@@ -115,7 +117,7 @@ def sample_points(value: Tensor, levels: Levels, points: Tensor, weights: Tensor
         total = found if total is None else total + found
         start += length
     assert total is not None
-    return total.view(batch, -1, heads, width)
+    return total.view(batch, -1, heads, width).to(value.dtype)
 
 
 def _neighbours(places: Tensor, extent: int | Tensor) -> list[tuple[Tensor, Tensor]]:
