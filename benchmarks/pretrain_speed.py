@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import timm
@@ -151,16 +152,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     machine.tune_malloc(options.device)
-    cells = [cell(options, dtype, batch) for dtype in options.dtypes for batch in options.batches]
     record = {
         "model": options.model,
         "rounds": options.rounds,
         "machine": machine.facts(options.device),
         "commit": machine.commit(),
-        "cells": cells,
+        "cells": [],
     }
-    if options.out is not None:
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+    for dtype, batch in product(options.dtypes, options.batches):
+        record["cells"].append(cell(options, dtype, batch))
+        if options.out is not None:  # after each one: the time on a machine may end
+            options.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

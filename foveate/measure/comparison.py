@@ -190,9 +190,11 @@ class Asked(Measuring):
 
     def plan(self, **given: Any) -> Plan:
         """Return the plan of an evaluation; ``given`` holds what depends on the cell."""
-        names = ("mask_seeds", "speed", "rounds", "batch", "limit", "precision", "statistics")
-        names += ("calibration",)
-        shared = {name: getattr(self, name) for name in (*names, "occlusion", "pruning")}
+        names = (
+            *("mask_seeds", "speed", "rounds", "batch", "limit", "precision", "statistics"),
+            *("calibration", "occlusion", "pruning"),
+        )
+        shared = {name: getattr(self, name) for name in names}
         return Plan(**{**shared, **given})
 
 

@@ -58,6 +58,12 @@ class Mask:
         seen = hidden.shape[1] - count
         return cls(hidden, order[:, :seen], order[:, seen:])
 
+    def repeated(self, times: int) -> Mask:
+        """Return the mask of a batch that holds the images so many times, one after another."""
+        parts = (self.visible, self.masked)
+        again = (part if part is None else part.repeat(times, 1) for part in parts)
+        return Mask(self.hidden.repeat(times, 1), *again)
+
     @classmethod
     def from_noise(cls, noise: Tensor, count: int) -> Mask:
         """Hide the patches with the most noise, so many in each image of ``[B, N]``."""

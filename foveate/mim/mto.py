@@ -210,30 +210,31 @@ def _network_losses(network: States, mask: Mask, choices: Mto) -> dict[str, Tens
     if not (choices.e or choices.r):
         return losses
 
-    def of(tokens: Tensor, alike: bool) -> Tensor:
-        def mean(x: Tensor) -> Tensor:
-            return _over_images(
-                heterogeneity(
-                    x,
-                    mask,
-                    kind,
-                    normalise=bool(choices.normalise),
-                    alike=alike,
-                    detach_visible=choices.detach_visible,
-                ),
-                mask,
+    def of(*layers: Tensor, alike: bool = False) -> Tensor:
+        """Return the heterogeneity of each layer."""
+
+        def means(*each: Tensor) -> Tensor:
+            values = heterogeneity(
+                torch.cat(each),
+                mask.repeated(len(each)),
+                kind,
+                normalise=bool(choices.normalise),
+                alike=alike,
+                detach_visible=choices.detach_visible,
             )
+            return _over_images(values.view(len(each), -1), mask)
 
-        return _again(mean, tokens)
+        return _again(means, *layers)
 
-    start = of(first, before)
+    start = of(first, alike=before)
     if choices.e:
-        losses["mto_e"] = 1 / (start + float(choices.eps or 0))
+        losses["mto_e"] = 1 / (start[0] + float(choices.eps or 0))
     if choices.r:
         layers = choices.chosen(len(network.tokens) - 1)
-        levels = torch.stack(
-            [of(network.tokens[layer], False) if layer else start for layer in layers]
-        )
+        later = [network.tokens[layer] for layer in layers if layer]
+        many = _at_once(first, len(later))
+        parts = [of(*later[i : i + many]) for i in range(0, len(later), many)]
+        levels = torch.cat([start, *parts] if 0 in layers else parts)
         before_it, after_it = levels[:-1], levels[1:]
         before_it = before_it.detach() if choices.detach_prev else before_it
         rise = after_it - before_it
@@ -271,17 +272,22 @@ def _separation(tokens: Tensor, mask: Mask, kind: Similarity, choices: Mto) -> T
         return total.mean()
 
 
+def _at_once(tokens: Tensor, layers: int) -> int:
+    """Return how many layers go together: few operations suit a GPU, little memory a CPU."""
+    return layers if tokens.is_cuda else 1
+
+
 def _over_images(values: Tensor, mask: Mask) -> Tensor:
-    """Return the mean over images that have something to compare."""
+    """Return the means ``[layers]`` over images that have something to compare."""
     if mask.visible is not None:
-        return values.mean()
+        return values.mean(1)
     count = (~mask.hidden).sum(1)
     fit = ((count > 1) & (count < mask.hidden.shape[1])).float()
-    return (values * fit).sum() / fit.sum().clamp_min(1)
+    return (values * fit).sum(1) / fit.sum().clamp_min(1)
 
 
-def _again(function: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+def _again(function: Callable[..., Tensor], *tokens: Tensor) -> Tensor:
     """Compute, and once more in the backward pass instead of keeping what it needs."""
-    if not (torch.is_grad_enabled() and tokens.requires_grad):
-        return function(tokens)
-    return checkpoint(function, tokens, use_reentrant=False, preserve_rng_state=False)
+    if not (torch.is_grad_enabled() and any(one.requires_grad for one in tokens)):
+        return function(*tokens)
+    return checkpoint(function, *tokens, use_reentrant=False, preserve_rng_state=False)

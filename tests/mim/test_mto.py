@@ -150,9 +150,14 @@ CHOICES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("together", [False, True])  # on a GPU all layers go in one pass
 @pytest.mark.parametrize("uneven", [False, True])
 @pytest.mark.parametrize("name", CHOICES)
-def test_the_losses_and_their_gradients_by_hand(name: str, uneven: bool) -> None:
+def test_the_losses_and_their_gradients_by_hand(
+    name: str, uneven: bool, together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if together:
+        monkeypatch.setattr("foveate.mim.mto._at_once", lambda tokens, layers: layers)
     choices = Mto(**{**ONES, **CHOICES[name]})
     drawn = (
         Mask.of(noise(3, PATCHES) > torch.tensor([[-0.5], [0.2], [0.6]])) if uneven else hiding()
