@@ -40,6 +40,7 @@ def test_what_ships_is_small() -> None:
 LOGS = Path(__file__).parents[2] / "benchmarks" / "results" / "demo_training"
 
 
+@pytest.mark.slow  # five passes over 2000 images; the demo's own page shows the same models
 @pytest.mark.parametrize("name", ["finetune-demo_masked", *(f"reduce-demo_{m}" for m in TRAINED)])
 def test_what_ships_is_trained_and_its_log_says_how_well(name: str) -> None:
     logged = json.loads((LOGS / name / "result.json").read_text())["accuracy"]
