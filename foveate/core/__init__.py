@@ -15,6 +15,7 @@ from foveate.core.schedule import (
     check_blocks,
     check_choice,
     check_keep,
+    check_removed,
     stage_blocks,
 )
 from foveate.core.selection import Selection
@@ -49,6 +50,7 @@ __all__ = [
     "check_blocks",
     "check_choice",
     "check_keep",
+    "check_removed",
     "decide",
     "dense",
     "linear_cost",

@@ -37,6 +37,18 @@ class Context:
     rotary: Tensor | None = None
     grids: tuple[tuple[int, int], ...] | None = None
 
+    def removed(self, r: int | float) -> int | list[int]:
+        """Return how many patches ``r`` stands for: a number, or a share of those at the beginning.
+
+        One number, unless images that begin with different numbers of patches make it several.
+        """
+        if isinstance(r, int):
+            return r
+        if self.original is None:
+            return round(r * self.patches)
+        each = [round(r * count) for count in self.original]
+        return each[0] if len(set(each)) == 1 else each
+
     @property
     def patches(self) -> int:
         """Number of cells of the patch grid."""

@@ -45,7 +45,9 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _words(hint: Any) -> str:
     if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(_words(part) for part in get_args(hint))
+        parts = get_args(hint)
+        whole_too = [part for part in parts if not (part is int and float in parts)]
+        return " or ".join(_words(part) for part in whole_too)
     if get_origin(hint) is tuple:
         parts = get_args(hint)
         several = f"several, each {_words(parts[0])}"

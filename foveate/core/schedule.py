@@ -11,7 +11,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Schedule", "check_blocks", "check_choice", "check_keep", "stage_blocks"]
+__all__ = [
+    "Schedule",
+    "check_blocks",
+    "check_choice",
+    "check_keep",
+    "check_removed",
+    "stage_blocks",
+]
 
 # 0.7 * 10 is 7.000000000000001 or 6.999999999999999 depending on the order of operations; counts
 # must not depend on that.
@@ -43,6 +50,17 @@ def check_blocks(blocks: Sequence[int], depth: int | None = None) -> tuple[int, 
     if not blocks:
         raise ValueError("blocks must name at least one block")
     return tuple(blocks)
+
+
+def check_removed(r: int | float | Sequence[int | float], name: str = "r") -> None:
+    """Refuse what is neither a number of patches nor a share of them."""
+    for one in r if isinstance(r, Sequence) else (r,):
+        whole = isinstance(one, int) and not isinstance(one, bool) and one >= 0
+        if not whole and not (isinstance(one, float) and 0 < one < 1):
+            raise ValueError(
+                f"{name} must be a whole number of at least 0, or a share of the patches between 0 "
+                f"and 1; got {one!r}"
+            )
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:

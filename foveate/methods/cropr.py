@@ -33,6 +33,7 @@ from foveate.core import (
     TokenState,
     check_blocks,
     check_choice,
+    check_removed,
 )
 from foveate.registry import register
 
@@ -104,7 +105,8 @@ class Cropr(Reducer):
 
     Attributes:
         r: patches that each module removes, or one number for each module in turn. The paper's 8
-            is for 24 blocks.
+            is for 24 blocks. A number below 1 is a share of the patches that an image begins with,
+            for images of any size.
         extra_first: how many more than a single r the first module removes. The paper's 1 makes
             counts round where there is a class token.
         blocks: blocks after which a module acts. None is every block, without the last one and
@@ -118,7 +120,7 @@ class Cropr(Reducer):
             "head" after it, None never.
     """
 
-    r: int | tuple[int, ...] = 8
+    r: int | float | tuple[int | float, ...] = 8
     extra_first: int = 1
     blocks: tuple[int, ...] | None = None
     queries: int = 1
@@ -141,11 +143,10 @@ class Cropr(Reducer):
         """Refuse counts below zero and modules that cannot be made."""
         if self.blocks is not None:
             check_blocks(self.blocks)
-        for name, least in (("r", 0), ("extra_first", 0), ("queries", 1), ("heads", 1)):
-            given = getattr(self, name)
-            for value in given if isinstance(given, Sequence) else (given,):
-                if value < least:
-                    raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_removed(self.r)
+        for name, least in (("extra_first", 0), ("queries", 1), ("heads", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not self.mlp_ratio > 0:
             raise ValueError(f"mlp_ratio must be above 0, got {self.mlp_ratio}")
         if isinstance(self.recall_before, str):
@@ -173,17 +174,26 @@ class Cropr(Reducer):
         if not spec.classes:
             self.loss_weights = {}
 
-    def _removed(self, patches: int) -> dict[int, int]:
+    def _removed(self, patches: int) -> dict[int, int | float]:
         """Return how many patches leave after each block; some must be left."""
         r, modules = self.r, len(self.active_blocks)
-        if not isinstance(r, Sequence):
+        if isinstance(r, float):
+            r = (r,) * modules
+        elif not isinstance(r, Sequence):
             r = (r + self.extra_first, *(r,) * (modules - 1))
         if len(r) != modules:
             raise ValueError(f"r has {len(r)} numbers for {modules} modules")
-        if sum(r) >= patches:
+        shares = sum(one for one in r if isinstance(one, float))
+        if shares >= 1:
+            raise ValueError(
+                f"r={self.r!r} removes {shares:g} of the patches in {modules} modules, and some "
+                f"must be left: r must be below {1 / modules:.3g} on average"
+            )
+        if sum(one for one in r if isinstance(one, int)) >= patches * (1 - shares):
             raise ValueError(
                 f"r={self.r!r} removes {sum(r)} of {patches} patches in {modules} modules, and one "
-                f"must be left: r may be {(patches - 1) // modules} on average"
+                f"must be left: r may be {(patches - 1) // modules} on average; a share such as "
+                "r=0.05 is for any size"
             )
         return dict(zip(self.active_blocks, r, strict=True))
 
@@ -208,10 +218,15 @@ class Cropr(Reducer):
         r, count = self.removed[block], state.layout.count
         if r == 0:
             return state
+        gone = state.context.removed(r)
         if count is None:
-            k: int | list[int] = [max(n - r, min(n, 1)) for n in state.counts]
+            each = [gone] * state.batch if isinstance(gone, int) else gone
+            k: int | list[int] = [
+                max(n - one, min(n, 1)) for n, one in zip(state.counts, each, strict=True)
+            ]
         else:
-            k = max(count - state.prefix - r, min(count - state.prefix, 1))
+            assert isinstance(gone, int)
+            k = max(count - state.prefix - gone, min(count - state.prefix, 1))
         score = state.after_prefix(scorer(state.x.detach()), float("-inf"))
         return state.keep(Selection.best(score, k))
 

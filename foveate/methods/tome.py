@@ -27,6 +27,7 @@ from foveate.core import (
     Selection,
     TokenState,
     check_blocks,
+    check_removed,
 )
 from foveate.ops import alternate_split, best_partner, unit
 from foveate.registry import register
@@ -40,14 +41,15 @@ class ToMe(MatchReducer):
     """Bipartite soft matching and size-weighted merging.
 
     Attributes:
-        r: tokens merged away in each block, or one number for each block in turn (then 0).
+        r: tokens merged away in each block, or one number for each block in turn (then 0). A number
+            below 1 is a share of the patches that an image begins with, for images of any size.
         inflection: spreads an r linearly from ``r * (1 - inflection)`` in the first block to
             ``r * (1 + inflection)`` in the last; -1 merges early, 1 late, 0 is constant.
         blocks: where to merge; None is every block.
         prop_attn: weigh keys by the patches they stand for.
     """
 
-    r: int | tuple[int, ...] = 13
+    r: int | float | tuple[int | float, ...] = 13
     inflection: float = 0.0
     blocks: tuple[int, ...] | None = None
     prop_attn: bool = True
@@ -62,9 +64,7 @@ class ToMe(MatchReducer):
         """Refuse negative counts and inflections beyond a straight line through zero."""
         if self.blocks is not None:
             check_blocks(self.blocks)
-        for r in self.r if isinstance(self.r, Sequence) else (self.r,):
-            if isinstance(r, bool) or not isinstance(r, int) or r < 0:
-                raise ValueError(f"r must be a whole number of at least 0, got {r!r}")
+        check_removed(self.r)
         if not -1 <= self.inflection <= 1:
             raise ValueError(f"inflection must lie in [-1, 1], got {self.inflection!r}")
         if self.inflection and isinstance(self.r, Sequence):
@@ -85,20 +85,23 @@ class ToMe(MatchReducer):
         )
         most = spec.grid[0] * spec.grid[1] // 2
         for r in self.removed.values():
+            if isinstance(r, float) and r > 0.5:
+                raise ValueError(f"r must be at most 0.5 of the patches in a block, got {r:g}")
             if r > most:
                 raise ValueError(
                     f"r must lie in 0..{most} (half of the {spec.grid[0] * spec.grid[1]} patches "
-                    f"at the model's own size), got {r}"
+                    f"at the model's own size), got {r}; a share such as r=0.05 is for any size"
                 )
 
-    def _per_block(self, blocks: int) -> list[int]:
+    def _per_block(self, blocks: int) -> list[int | float]:
         if isinstance(self.r, Sequence):
             if len(self.r) > blocks:
                 raise ValueError(f"r has {len(self.r)} entries for {blocks} blocks")
             return list(self.r) + [0] * (blocks - len(self.r))
         first, last = self.r * (1 - self.inflection), self.r * (1 + self.inflection)
         step = (last - first) / max(1, blocks - 1)
-        return [int(first + step * i) for i in range(blocks)]
+        each = [first + step * i for i in range(blocks)]
+        return [*each] if isinstance(self.r, float) else [int(r) for r in each]
 
     def acts_between(self, block: int) -> bool:
         """Keys are read only where anything is merged."""
@@ -110,10 +113,14 @@ class ToMe(MatchReducer):
         """Pair up tokens and pick the most similar pairs."""
         assert attention is not None
         count = state.layout.longest - state.prefix
-        most, present = self.removed[block], state.present()
-        removed: int | list[int] = min(most, count // 2)
-        if not state.layout.is_even:
-            removed = [min(most, n // 2) for n in state.counts]
+        r, present = self.removed[block], state.present()
+        most = state.context.removed(r)
+        if state.layout.is_even:
+            assert isinstance(most, int)
+            removed: int | list[int] = min(most, count // 2)
+        else:
+            each = [most] * state.batch if isinstance(most, int) else most
+            removed = [min(m, n // 2) for m, n in zip(each, state.counts, strict=True)]
         if removed == 0 or (isinstance(removed, list) and not any(removed)):
             return None
         sources, targets = alternate_split(count, state.prefix % 2 == 0)

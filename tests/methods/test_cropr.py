@@ -137,6 +137,16 @@ def test_r_for_each_module() -> None:
     assert foveate.count(cropr("r=5, recall_before=2")).tokens == (37, 31, 37, 37)
 
 
+def test_a_share_is_of_the_patches_of_an_image() -> None:
+    model = cropr("r=0.25")
+    with torch.no_grad():
+        large = model.trace([images(1, size=(48, 24))[0], images(1, size=(24, 24))[0]]).counts()
+        own = model.trace(images()).counts()
+    assert [block[0] for block in own] == [37, 28, 19, 37]
+    assert [block[0] for block in large] == [19, 15, 11, 19]
+    assert [block[1] for block in large] == [10, 8, 6, 10]
+
+
 def test_small_images_keep_a_patch() -> None:
     trace = cropr("r=15").trace(images(2, (16, 16)))
     assert trace.counts() == [(5, 5), (2, 2), (2, 2), (5, 5)]
@@ -360,9 +370,10 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("r=-1", "r must be at least 0, got -1"),
-        ("r=[3, -2]", "r must be at least 0, got -2"),
-        ("r=0.5", "r must be a whole number or several"),
+        ("r=-1", "r must be a whole number of at least 0, or a share .*; got -1"),
+        ("r=[3, -2]", "r must be a whole number of at least 0, or a share .*; got -2"),
+        ("r=0.5", "removes 1 of the patches in 2 modules, .* r must be below 0.5 on average"),
+        ("r=True", "r must be a number or several, each a number, got True"),
         ("r=[3]", "r has 1 numbers for 2 modules"),
         ("r=18", "removes 37 of 36 patches in 2 modules, and one must be left: r may be 17 on"),
         ("extra_first=-1", "extra_first must be at least 0"),

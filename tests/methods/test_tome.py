@@ -110,6 +110,9 @@ def test_merged_values_are_means_over_all_patches_of_a_token() -> None:
         ("r=4, inflection=0.5", [2, 3, 4, 6]),
         ("r=3, blocks=[1, 3]", [0, 3, 0, 3]),
         ("r=18", [18, 9, 4, 2]),  # never more than half of what is there
+        ("r=0.1", [4, 4, 4, 4]),
+        ("r=[0.25, 0.1, 3]", [9, 4, 3, 0]),
+        ("r=0.1, inflection=-1.0", [7, 5, 2, 0]),
     ],
 )
 def test_ways_to_say_r(options: str, removed: list[int]) -> None:
@@ -121,8 +124,9 @@ def test_ways_to_say_r(options: str, removed: list[int]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("r=-1", "at least 0, got -1"),
-        ("r=1.5", "whole number.*, got 1.5"),
+        ("r=-1", "at least 0, or a share .*; got -1"),
+        ("r=1.5", "a share of the patches between 0 and 1; got 1.5"),
+        ("r=0.6", "at most 0.5 of the patches in a block, got 0.6"),
         ("r=19", r"r must lie in 0..18 \(half of the 36 patches"),
         ("r=[1, 2, 3, 4, 5]", "5 entries for 4 blocks"),
         ("r=[1, 2], inflection=0.5", "inflection spreads a single r"),
@@ -134,6 +138,19 @@ def test_ways_to_say_r(options: str, removed: list[int]) -> None:
 def test_refusals(options: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tome(f"tome({options})")
+
+
+def test_a_share_is_of_each_images_own_patches() -> None:
+    model = tome("tome(r=0.1)")
+    several = [images(1, size=size)[0] for size in ((24, 24), (48, 24), (48, 64))]
+    with torch.no_grad():
+        counts = model.trace(several).counts()
+        together = model(several)
+        for number, image in enumerate(several):
+            alone = [block[0] for block in model.trace(image[None]).counts()]
+            assert [block[number] for block in counts] == alone
+            torch.testing.assert_close(together[number], model(image[None])[0])
+    assert counts[0] == (1 + 9 - 1, 1 + 18 - 2, 1 + 48 - 5)
 
 
 def test_proportional_attention_is_a_switch() -> None:
