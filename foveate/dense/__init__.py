@@ -4,6 +4,7 @@ from foveate.core.calibration import calibrate
 from foveate.dense.backbone import DenseBackbone, DenseModel, Features, Hosting, windowed
 from foveate.dense.build import make_dense
 from foveate.dense.canvas import Canvas
+from foveate.dense.class_token import with_class_token
 from foveate.dense.deformable import DeformableAttention, Levels, sample_points
 from foveate.dense.detectors import ViTFasterRCNN, ViTMaskRCNN, faster_rcnn, mask_rcnn
 from foveate.dense.fpn import FpnBackbone
@@ -34,4 +35,5 @@ __all__ = [
     "sample_points",
     "segmenter",
     "windowed",
+    "with_class_token",
 ]

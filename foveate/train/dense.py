@@ -29,7 +29,7 @@ from foveate.data import (
     limited,
     listed,
 )
-from foveate.dense import DenseModel, make_dense
+from foveate.dense import DenseModel, make_dense, with_class_token
 from foveate.predictions import predict_dense
 from foveate.registry import suggest
 from foveate.train.build import (
@@ -178,7 +178,7 @@ def make_dense_model(recipe: DenseRecipe, classes: tuple[str, ...], usual_head: 
     if isinstance(found, DenseModel):
         model = _gone_on(recipe, found, classes, parts)
     else:
-        vit: Any = make_model(recipe.model, None)
+        vit: Any = _with_token(recipe, make_model(recipe.model, None))
         if getattr(vit, "num_classes", 0) and hasattr(vit, "reset_classifier"):
             vit.reset_classifier(0)
         _say_statistics(vit, recipe.data)
@@ -197,6 +197,16 @@ def make_dense_model(recipe: DenseRecipe, classes: tuple[str, ...], usual_head: 
         # Each device has an image or two, which is too few for statistics of its own.
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model.train()
+
+
+def _with_token(recipe: DenseRecipe, vit: nn.Module) -> nn.Module:
+    """Give the ViT a class token if the recipe says so, and what the recipe says of its blocks."""
+    vit = with_class_token(vit) if recipe.class_token else vit
+    if recipe.model.drop_path:
+        set_drop_path(backbone_for(vit), recipe.model.drop_path)
+    if recipe.model.checkpointing:
+        set_checkpointing(vit)
+    return vit
 
 
 def _shown(recipe: DenseRecipe, backbone: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,17 +253,13 @@ def _gone_on(
     for name in ("pool", "multiscale"):
         if getattr(recipe.model, name) is not None:
             raise ValueError(f"model.{name} is for a ViT, and {origin} is a whole detector")
-    vit = found.reduced.vit
+    vit = _with_token(recipe, found.reduced.vit)
     _say_statistics(vit, recipe.data)
-    if recipe.model.drop_path:
-        set_drop_path(found.reduced.backbone, recipe.model.drop_path)
-    if recipe.model.checkpointing:
-        set_checkpointing(vit)
     backbone = _shown(recipe, settings["backbone"])
     model = make_dense(vit, classes, backbone, settings["head"], recipe.data.image_size)
     state, shapes = found.state_dict(), {k: v.shape for k, v in model.state_dict().items()}
     kept = {key: value for key, value in state.items() if same or value.shape == shapes[key]}
-    model.load_state_dict(kept, strict=same)
+    model.load_state_dict(kept, strict=same and vit is found.reduced.vit)
     if not same:
         _log.info(
             "new outputs for %d classes; %d tensors anew", len(classes), len(state) - len(kept)

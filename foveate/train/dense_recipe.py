@@ -58,6 +58,8 @@ class DenseRecipe(Recipe):
         method: reduction method with its options, such as "svit(keep=0.7)"; None trains dense.
         gone: what maps show where the method has dropped a patch: its "last" value or "zero". None
             leaves that to ``backbone``.
+        class_token: give a ViT without a class token a new one, which is trained along: for methods
+            that read class attention.
         weights: factors of losses in place of 1 and of the method's own, such as weights.ratio=4.
     """
 
@@ -67,6 +69,7 @@ class DenseRecipe(Recipe):
     head: dict[str, Any] | None = None
     method: str | dict[str, Any] | None = None
     gone: str | None = None
+    class_token: bool = False
     weights: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

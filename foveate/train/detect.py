@@ -20,7 +20,7 @@ from foveate.train.dense import DenseTask, make_dense_model, train_dense
 from foveate.train.dense_recipe import Detect
 from foveate.train.result import Result
 
-__all__ = ["DetectTask", "detect"]
+__all__ = ["DetectTask", "detect", "make_detect"]
 
 _BOXES = ("objectness", "rpn_box_reg", "classifier", "box_reg")
 

@@ -15,9 +15,12 @@ from torch import nn
 import foveate
 from foveate import config
 from foveate.data import open_source
+from foveate.data.sources.base import OBJECTS
 from foveate.dense import DenseModel
+from foveate.train.build import open_data
 from foveate.train.dense_recipe import Detect, Segment
-from foveate.train.detect import DetectTask
+from foveate.train.detect import DetectTask, make_detect
+from foveate.train.optim import parameter_groups
 
 SCENES = "scenes:size=32,train=16,val=6,test=4"
 TREE: dict[str, Any] = {
@@ -102,6 +105,36 @@ def test_a_dense_run_says_what_it_reached_and_opens_again(job: str, dense: dict[
     for mine, its in zip(one, other, strict=True):
         pairs = [(mine, its)] if job == "segment" else [(mine[k], its[k]) for k in its]
         assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_class_token_and_what_dropped_patches_show(tmp_path: Path) -> None:
+    """EViT on a segmenter without a class token: a new one learns, and maps show zeros."""
+    path = checkpoint(
+        tmp_path / "vit.safetensors",
+        **{"patch_size": 4, "in_chans": 1, "class_token": False, "global_pool": "avg"},
+    )
+    first = run(recipe("segment", path), tmp_path / "dense").model
+    assert not first.reduced.backbone.spec.class_token and first.backbone.gone == "last"
+    more = ["method=evit(keep=0.5)", "class_token=true", "gone=zero", "loop.max_steps=1"]
+    found = run(going_on("segment", str(tmp_path / "dense"), *more), tmp_path / "evit").model
+    assert found.reduced.backbone.spec.class_token and found.backbone.gone == "zero"
+    before, after = first.state_dict(), found.state_dict()
+    (token,) = [name for name in after if name not in before]
+    assert token.endswith("cls_token")
+    assert max((after[name] - before[name]).abs().max() for name in before) < 0.01
+    again = foveate.load(tmp_path / "evit")
+    assert again.backbone.gone == "zero" and torch.equal(again.state_dict()[token], after[token])
+
+
+def test_gates_may_learn_faster(dense: dict[str, Any]) -> None:
+    made = going_on("detect", str(dense["detect"].path), "method=svit", "optim.method_scale=20")
+    task = make_detect(made, open_data(made.data, labels_of=OBJECTS))
+    groups = parameter_groups(task, made.optim)
+    scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    for name, parameter in task.model.named_parameters():
+        if id(parameter) in scales:
+            assert scales[id(parameter)] == (20 if "reducer" in name else 1), name
+    assert 20 in scales.values()
 
 
 def test_what_no_map_depends_on_is_not_trained(vit: str, dense: dict[str, Any]) -> None:
