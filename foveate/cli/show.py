@@ -12,6 +12,7 @@ In a terminal:
   foveate show demo "evit(keep=0.7)" "tome(r=3)" --images photos/ --out sheet.png
   foveate show deit_small_patch16_224 "evit(keep=0.7)" --images cat.jpg --kind kept --out cat.png
   foveate show svit/ --images photos/ --kind brought-back --out pictures/
+  foveate show runs/detect-scenes_svit --images photos/ --kind depth --out depth.png
   foveate show vit.safetensors --images cat.jpg --kind heat --out heat.png
 """
 
@@ -27,7 +28,6 @@ from foveate.cli.models import add_model
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import nn
 
     from foveate.data import ImageFiles
 
@@ -90,8 +90,7 @@ def run(args: argparse.Namespace) -> None:
     files = ImageFiles(args.images, strict=args.strict)
     heat = args.kind == "heat"
     models = open_models(args.model, [] if heat else args.methods, untrained=args.untrained)
-    if not heat:
-        _check_reduced(args, models)
+    _check(args, models)
     pictures = _sheet(args, models, files) if args.kind == "sheet" else _each(args, models, files)
     if one_file:
         from foveate.viz import stacked
@@ -102,23 +101,42 @@ def run(args: argparse.Namespace) -> None:
             _write(picture, args.out / f"{name}.png")
 
 
-def _check_reduced(args: argparse.Namespace, models: list[nn.Module]) -> None:
+def _check(args: argparse.Namespace, models: list[Any]) -> None:
+    """Refuse what cannot be drawn of these models."""
     from foveate.core import ReducedViT
+    from foveate.dense import Hosting
 
-    if not all(isinstance(model, ReducedViT) for model in models):
+    dense = any(isinstance(model, Hosting) for model in models)
+    if args.kind == "heat":
+        if dense:
+            raise ValueError(f"--kind heat is of ViTs, and {args.model} is built around one")
+        return
+    if dense and args.fit != "stretch":
+        raise ValueError(f"--fit is for ViTs: {args.model} takes images of any size whole")
+    if not all(
+        isinstance(model, ReducedViT | Hosting) and model.reducer.name != "dense"
+        for model in models
+    ):
         raise ValueError(
             f'{args.model} has no method: name one, such as "evit(keep=0.7)", or ask for '
             "--kind heat"
         )
 
 
+def _preprocessing(args: argparse.Namespace, model: Any) -> Any:
+    """Return how images are brought to a ViT's size; None for models that take any size."""
+    from foveate.data import Preprocessing
+    from foveate.dense import Hosting
+
+    return None if isinstance(model, Hosting) else Preprocessing.of(model, fit=args.fit)
+
+
 def _sheet(
     args: argparse.Namespace, models: list[Any], files: ImageFiles
 ) -> Iterator[tuple[str, Image]]:
     from foveate import viz
-    from foveate.data import Preprocessing
 
-    yield "sheet", viz.sheet(models, files, preprocessing=Preprocessing.of(models[0], fit=args.fit))
+    yield "sheet", viz.sheet(models, files, preprocessing=_preprocessing(args, models[0]))
 
 
 def _each(
@@ -126,9 +144,8 @@ def _each(
 ) -> Iterator[tuple[str, Image]]:
     """Draw one picture for each image and model, with a name for its file."""
     from foveate import viz
-    from foveate.data import Preprocessing
 
-    preprocessing = Preprocessing.of(models[0], fit=args.fit)
+    preprocessing = _preprocessing(args, models[0])
     seen: dict[str, int] = {}
     for path, image in files:
         for model in models:

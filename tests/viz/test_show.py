@@ -59,6 +59,28 @@ def test_a_sheet_of_methods_and_images(
     assert [p.name for p in out.parent.iterdir()] == ["sheet.png"]
 
 
+def test_a_segmenter_is_drawn_on_images_of_any_size(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    parts = {"name": "pyramid", "scales": [1, 0.5], "channels": 8}, {"name": "fpn", "channels": 8}
+    model = foveate.dense.make_dense(FORMS["vit"](), ["a", "b"], *parts, None)
+    foveate.save(model, tmp_path / "plain")
+    foveate.save(foveate.apply(model, "evit(keep=0.5)"), tmp_path / "evit")
+    images = ("--images", folder / "photos" / "cat.png")
+    out = tmp_path / "out.png"
+    assert show(tmp_path / "evit", *images, "--kind", "depth", "--out", out) == 0
+    assert show(tmp_path / "plain", "tome(r=0.1)", *images, "--out", out) == 0
+    assert opened(out).size[0] > 256
+    capsys.readouterr()
+    for words, said in (
+        ((tmp_path / "plain", *images), "has no method: name one"),
+        ((tmp_path / "evit", *images, "--kind", "heat"), "--kind heat is of ViTs"),
+        ((tmp_path / "evit", *images, "--fit", "crop"), "takes images of any size whole"),
+    ):
+        assert show(*words, "--out", out) == 2
+        assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["kept", "groups", "depth", "brought-back", "heat"])
 def test_every_kind_one_file_a_picture(kind: str, folder: Path, tmp_path: Path) -> None:
     assert (
