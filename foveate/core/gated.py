@@ -183,8 +183,9 @@ class GatedReducer(ScoreReducer):
         present = state.layout.valid(keep.device)
         if present is not None:
             live = live * present[:, front:]
-        original = state.context.original
-        count = state.patches if original is None else live.new_tensor(original)
+        original = state.context.original or (state.patches,)
+        alike = len(set(original)) == 1  # a number does not have to travel to a GPU
+        count = original[0] if alike else live.new_tensor(original)
         share = live.sum(1) / (count + state.prefix - front)
         return state.note(self._key, {**state.notes.get(self._key, {}), stage: share})
 

@@ -76,6 +76,9 @@ class Selection:
     @classmethod
     def where(cls, mask: Tensor) -> Selection:
         """Select the true cells of ``mask [B, N]`` in order; images may differ in number."""
+        if len(mask) == 1:  # no other image to be brought to the same length as
+            index = mask[0].nonzero().mT
+            return cls(index, (index.shape[1],))
         counts = mask.sum(1).tolist()
         return cls(_first(mask, max(counts)), tuple(counts))
 
