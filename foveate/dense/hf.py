@@ -1,0 +1,176 @@
+"""Backbones in the form that dense models of Hugging Face transformers take (UperNet, DPT, ...).
+
+Such a model asks its ``backbone`` for ``feature_maps`` and its ``channels``. ``as_backbone`` gives
+that form to a dense backbone or a driven ViT, and ``reduce_backbone`` puts a method on the DINOv2
+that a model has already, with its weights.
+
+    from foveate.dense.hf import reduce_backbone
+
+    model = DPTForDepthEstimation.from_pretrained(...)   # on DINOv2
+    reduce_backbone(model, "tome(r=0.05)")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.modeling_outputs import BackboneOutput
+
+from foveate import api
+from foveate.core import Outcome, ReducedViT, Reducer
+from foveate.dense.backbone import DenseBackbone, drive
+
+__all__ = ["TransformersBackbone", "as_backbone", "reduce_backbone"]
+
+# Backbones that are driven, and the models whose parts they have under the same names.
+_TOWERS = {
+    "Dinov2Backbone": "Dinov2Model",
+    "Dinov2WithRegistersBackbone": "Dinov2WithRegistersModel",
+}
+
+
+class TransformersBackbone(nn.Module):
+    """Gives the maps of a dense backbone or of some blocks of a ViT; see ``as_backbone``.
+
+    Attributes:
+        inside: the dense backbone, or the driven ViT.
+        channels: channels of each map, which heads are made by.
+    """
+
+    def __init__(self, inside: DenseBackbone | ReducedViT, indices: Sequence[int]) -> None:
+        super().__init__()
+        self.inside, self.indices = inside, tuple(indices)
+        self.norm, self.reshape = True, True
+        if isinstance(inside, DenseBackbone):
+            self.channels = [inside.out_channels] * len(inside.scales)
+        else:
+            self.channels = [inside.backbone.spec.width] * len(self.indices)
+        self._outcome: Outcome | None = None
+
+    @property
+    def reducer(self) -> Reducer:
+        """The method."""
+        return self.inside.reducer
+
+    def forward(self, pixel_values: Tensor, **options: Any) -> BackboneOutput:
+        """Return ``feature_maps``; attentions and hidden states are not given, asked for or not."""
+        if isinstance(self.inside, DenseBackbone):
+            maps = self._of_dense(pixel_values)
+        else:
+            maps = self._of_blocks(pixel_values)
+        form: Any = BackboneOutput  # declared with a single map
+        return form(feature_maps=tuple(maps))
+
+    def forward_with_filtered_kwargs(self, *args: Any, **options: Any) -> BackboneOutput:
+        """Do the same under the name by which transformers calls it."""
+        return self(*args, **options)
+
+    def method_losses(self) -> dict[str, Tensor]:
+        """Return the method's own losses of the last pass in training, weighted, to be added."""
+        if self._outcome is None:
+            raise ValueError("the method has losses after a pass in training mode")
+        weights, found = self.reducer.loss_weights, self.reducer.losses(self._outcome)
+        return {name: weights[name] * value for name, value in found.items() if weights.get(name)}
+
+    def _of_dense(self, images: Tensor) -> list[Tensor]:
+        assert isinstance(self.inside, DenseBackbone)
+        side = self.inside.size_divisible
+        if any(length % side for length in images.shape[-2:]):
+            raise ValueError(
+                f"sides of images must be multiples of {side} pixels, got "
+                f"{images.shape[-2]} x {images.shape[-1]}: maps of padded ones would not lie over "
+                "the image"
+            )
+        maps, outcome = self.inside.run(images)
+        self._outcome = outcome if self.training else None
+        return list(maps.values())
+
+    def _of_blocks(self, images: Tensor) -> list[Tensor]:
+        vit: Any = self.inside
+        state, norm, found = vit.begin(images, track=True), vit.backbone.norm, []
+        for block in range(vit.backbone.spec.depth):
+            state = vit.step(block, state)
+            if block not in self.indices:
+                continue
+            seen = state.recalled()
+            grid, front = seen.restore("last"), seen.prefix_tokens()
+            if self.norm:
+                grid, front = norm(grid), norm(front)
+            if self.reshape:
+                found.append(grid.mT.unflatten(2, state.grid).contiguous())
+            else:
+                found.append(torch.cat([front, grid], 1))
+        self._outcome = Outcome(state.x.new_zeros(state.batch, 0), state) if self.training else None
+        return found
+
+
+def as_backbone(
+    model: nn.Module,
+    indices: Sequence[int] | None = None,
+    *,
+    norm: bool = True,
+    reshape: bool = True,
+) -> TransformersBackbone:
+    """Give a dense backbone, or a ViT with or without a method, the form of transformers.
+
+    Make the head for its ``channels`` and set ``head_model.backbone`` to what comes back.
+
+    Args:
+        model: from ``adapter`` or ``pyramid``, or a ViT, plain or from ``foveate.apply``.
+        indices: of a ViT, the blocks whose tokens become maps; None takes four, evenly spaced.
+        norm: of a ViT, apply its final norm to them.
+        reshape: of a ViT, give maps ``[B, C, H, W]``; without it tokens, prefix tokens first, as
+            DPT takes them.
+    """
+    if isinstance(model, DenseBackbone):
+        if indices is not None:
+            raise ValueError(
+                "indices are blocks of a ViT, and a dense backbone has maps of its own"
+            )
+        return TransformersBackbone(model, ())
+    vit = drive(model)
+    depth = vit.backbone.spec.depth
+    if indices is None:
+        indices = [depth * part // 4 - 1 for part in range(1, 5)]
+    if not indices or list(indices) != sorted(set(indices)) or not 0 <= indices[0] <= indices[-1]:
+        raise ValueError(f"indices must be blocks in ascending order, got {list(indices)}")
+    if indices[-1] >= depth:
+        raise ValueError(f"indices must lie in 0..{depth - 1}, got {indices[-1]}")
+    found = TransformersBackbone(vit, indices)
+    found.norm, found.reshape = norm, reshape
+    return found.train(model.training)
+
+
+def reduce_backbone(model: nn.Module, method: str | Reducer, **options: Any) -> nn.Module:
+    """Put a method on the DINOv2 inside a dense model of transformers, in place; return the model.
+
+    Weights, stages, norm and form of the maps stay what they were.
+
+    Args:
+        model: has a ``Dinov2Backbone``, with or without registers, as ``backbone``.
+        method: as ``foveate.apply`` takes it, with its options.
+    """
+    inside: Any = getattr(model, "backbone", None)
+    name = type(inside).__name__
+    if name not in _TOWERS:
+        raise ValueError(
+            f"{type(model).__name__} has {name} as its backbone, and methods run on "
+            f"{' and '.join(_TOWERS)}; as_backbone makes another one of any ViT that is driven"
+        )
+    stages = [inside.stage_names.index(stage) - 1 for stage in inside.out_features]
+    if min(stages) < 0:
+        raise ValueError("the backbone gives the embedding before its first block (stem) as a map")
+    with torch.device("meta"):
+        tower = getattr(transformers, _TOWERS[name])(inside.config)
+    for part in ("embeddings", "encoder", "layernorm"):
+        setattr(tower, part, getattr(inside, part))
+    config = inside.config
+    reduced = api.apply(tower.train(inside.training), method, **options)
+    model.backbone = as_backbone(
+        reduced, stages, norm=config.apply_layernorm, reshape=config.reshape_hidden_states
+    )
+    return model
