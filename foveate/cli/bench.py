@@ -148,11 +148,17 @@ def _measure(args: argparse.Namespace) -> None:
     from foveate.bench.progress import progress_bar
     from foveate.bench.run import CALIBRATION_IMAGES
     from foveate.convert import open_base
+    from foveate.dense import DenseModel
     from foveate.measure.benchmark import cell_sheet, closing, figure, opening, table_of
     from foveate.measure.sheets import show, terminal
     from foveate.measure.style import save
 
     model = open_base(args.model, untrained=args.untrained)
+    if isinstance(model, DenseModel):
+        raise ValueError(
+            f"{args.model} is a detector or segmenter: foveate eval {args.model} METHOD --speed "
+            "times it and its backbone on images of its data"
+        )
     batches = args.batch or ([1, 2] if args.quick else [1, 8, 32])
     images = None
     if args.images:

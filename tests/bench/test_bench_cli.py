@@ -88,6 +88,17 @@ def test_mistakes_are_one_sentence(
     assert not any("Traceback" in line for line in said)
 
 
+def test_detectors_are_timed_on_their_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = {"name": "pyramid", "scales": [1, 0.5], "channels": 8}, {"name": "fpn", "channels": 8}
+    model = foveate.dense.make_dense(vit(img_size=16, depth=2), ["a"], *parts, None)
+    foveate.save(model, tmp_path / "dense")
+    assert run(tmp_path / "dense", "tome(r=0.1)") == 2
+    said = capsys.readouterr().err
+    assert "is a detector or segmenter: foveate eval" in said and "METHOD --speed" in said
+
+
 # Malloc ------------------------------------------------------------------------------------------
 
 
