@@ -134,8 +134,8 @@ def test_a_trained_model_keeps_its_parameters_at_another_rate() -> None:
 
 def test_rates_that_cannot_be() -> None:
     model = vit()
-    with pytest.raises(ValueError, match="tome at rate 0.3: r must be a whole number"):
-        at_rate(model, "tome", 0.3)
+    with pytest.raises(ValueError, match="tome at rate 1.3: r must be a whole number"):
+        at_rate(model, "tome", 1.3)
     with pytest.raises(ValueError, match=r"keep must lie in \(0, 1\], got 1.5"):
         at_rate(model, "evit", 1.5)
     with pytest.raises(ValueError, match="has no rate that could be set to 2"):

@@ -62,7 +62,10 @@ CELLS = [
 ]
 
 
-@pytest.mark.parametrize(("job", "score"), [("detect", "mask_ap"), ("segment", "miou")])
+@pytest.mark.parametrize(
+    ("job", "score"),
+    [("detect", "mask_ap"), pytest.param("segment", "miou", marks=pytest.mark.slow)],
+)
 def test_methods_from_one_dense_model(
     job: str, score: str, tmp_path: Path, here: Here, capsys: pytest.CaptureFixture[str]
 ) -> None:
