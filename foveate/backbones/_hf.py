@@ -151,11 +151,9 @@ class ReducedHf(ReducedViT):
         if not self.training:
             return loss
         single = self.vit.config.problem_type == "single_label_classification"
-        weights = self.reducer.loss_weights
-        own = self.reducer.losses(Outcome(logits, state), labels.flatten() if single else None)
-        return weights.get("class", 1.0) * loss + sum(
-            weights[name] * value for name, value in own.items() if weights.get(name)
-        )
+        targets = labels.flatten() if single else None
+        own = self.reducer.weighted_losses(Outcome(logits, state), targets)
+        return self.reducer.loss_weights.get("class", 1.0) * loss + sum(own.values())
 
     def can_generate(self) -> bool:
         """Answer the question of pipelines: it makes no text."""

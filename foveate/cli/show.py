@@ -144,9 +144,9 @@ def _each(
 ) -> Iterator[tuple[str, Image]]:
     """Draw one picture for each image and model, with a name for its file."""
     from foveate import viz
+    from foveate.files import FreeNames
 
-    preprocessing = _preprocessing(args, models[0])
-    seen: dict[str, int] = {}
+    preprocessing, names = _preprocessing(args, models[0]), FreeNames()
     for path, image in files:
         for model in models:
             if args.kind == "heat":
@@ -157,9 +157,8 @@ def _each(
             else:
                 words = f"{model.reducer!r}-{args.kind}"
                 picture = viz.draw(model, image, args.kind, preprocessing=preprocessing)
-            name = f"{path.stem}-{re.sub(r'[^A-Za-z0-9.=+-]+', '_', words)}"
-            seen[name] = seen.get(name, 0) + 1  # folders may hold files of one name
-            yield (name if seen[name] == 1 else f"{name}-{seen[name]}"), picture
+            stem = f"{path.stem}-{re.sub(r'[^A-Za-z0-9.=+-]+', '_', words)}"
+            yield names.free(stem), picture
 
 
 def _write(picture: Image, path: Path) -> None:

@@ -190,6 +190,11 @@ class Reducer(nn.Module):
             return {}
         return {"kl": distillation(outcome.logits, teacher.logits)}
 
+    def weighted_losses(self, outcome: Outcome, targets: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the method's own losses that have a weight, times it, for whoever adds them up."""
+        found, weights = self.losses(outcome, targets), self.loss_weights
+        return {name: weights[name] * value for name, value in found.items() if weights.get(name)}
+
     # Counts that depend on the image -----------------------------------------------------------
 
     def expected_count(self, block: int, hook: str, current: int, grid: tuple[int, int]) -> int:

@@ -124,9 +124,8 @@ class Hosting(nn.Module):
 
     def method_losses(self, outcome: Outcome) -> dict[str, Tensor]:
         """Return the method's own losses, weighted, under the names that a total adds up."""
-        weights = self.reducer.loss_weights
-        own = self.reducer.losses(outcome)
-        return {f"loss_{k}": weights[k] * v for k, v in own.items() if weights.get(k)}
+        own = self.reducer.weighted_losses(outcome)
+        return {f"loss_{name}": value for name, value in own.items()}
 
     def no_weight_decay(self) -> set[str]:
         """Name the parameters that are exempt from weight decay besides norms and biases."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BackboneOutput
 
 from foveate import api
-from foveate.core import Outcome, ReducedViT, Reducer
+from foveate.core import Outcome, ReducedViT, Reducer, TokenState
 from foveate.dense.backbone import DenseBackbone, drive
 
 __all__ = ["TransformersBackbone", "as_backbone", "reduce_backbone"]
@@ -73,8 +73,7 @@ class TransformersBackbone(nn.Module):
         """Return the method's own losses of the last pass in training, weighted, to be added."""
         if self._outcome is None:
             raise ValueError("the method has losses after a pass in training mode")
-        weights, found = self.reducer.loss_weights, self.reducer.losses(self._outcome)
-        return {name: weights[name] * value for name, value in found.items() if weights.get(name)}
+        return self.reducer.weighted_losses(self._outcome)
 
     def _of_dense(self, images: Tensor) -> list[Tensor]:
         assert isinstance(self.inside, DenseBackbone)
@@ -91,11 +90,11 @@ class TransformersBackbone(nn.Module):
 
     def _of_blocks(self, images: Tensor) -> list[Tensor]:
         vit: Any = self.inside
-        state, norm, found = vit.begin(images, track=True), vit.backbone.norm, []
-        for block in range(vit.backbone.spec.depth):
-            state = vit.step(block, state)
-            if block not in self.indices:
-                continue
+        norm, found = vit.backbone.norm, list[Tensor]()
+
+        def visit(state: TokenState) -> None:
+            if state.block - 1 not in self.indices:
+                return
             seen = state.recalled()
             grid, front = seen.restore("last"), seen.prefix_tokens()
             if self.norm:
@@ -104,6 +103,8 @@ class TransformersBackbone(nn.Module):
                 found.append(grid.mT.unflatten(2, state.grid).contiguous())
             else:
                 found.append(torch.cat([front, grid], 1))
+
+        state = vit.tokens(images, visit=visit)
         self._outcome = Outcome(state.x.new_zeros(state.batch, 0), state) if self.training else None
         return found
 

@@ -237,6 +237,14 @@ def _filled(table: pd.DataFrame, expected: Mapping[tuple[str, str], int]) -> pd.
     return table.apply(lambda column: column.fillna(pd.Series(absent, table.index)))
 
 
+def _on_images(numbers: _Numbers, part: str) -> str:
+    """Say how many images of which split, for a title; nothing where none were looked at."""
+    images = select(numbers.table, part=part, metric="images")["value"]
+    kind = _SPLITS.get(str(numbers.about.get("settings", {}).get("split")), "")
+    counts = " or ".join(f"{count:.0f}" for count in sorted(images.unique()))
+    return f" on {counts} {kind}images" if counts else ""
+
+
 def _accuracy(numbers: _Numbers, own: pd.DataFrame) -> Iterator[Sheet]:
     subjects = _subjects(numbers, own, "accuracy")
     text = grid(own, _SUBJECT).reindex(subjects)
@@ -262,11 +270,8 @@ def _accuracy(numbers: _Numbers, own: pd.DataFrame) -> Iterator[Sheet]:
     table = _titled(table)
     if "untrained" in text:
         table["method"] += [" *" * there for there in text["untrained"].notna()]
-    images = select(numbers.table, part="accuracy", metric="images")["value"]
-    kind = _SPLITS.get(str(numbers.about.get("settings", {}).get("split")), "")
-    counts = " or ".join(f"{count:.0f}" for count in sorted(images.unique()))
     yield Sheet(
-        f"Accuracy on {counts} {kind}images" if counts else "Accuracy",
+        "Accuracy" + _on_images(numbers, "accuracy"),
         table,
         notes=[*_notes(numbers, set(own["metric"]))],
         spare=("top-5 %", "images/s", "of dense", "tokens left", "drop", *timed[1:]),
@@ -318,12 +323,9 @@ def _dense(numbers: _Numbers, own: pd.DataFrame) -> Iterator[Sheet]:
     for metric, words in (("macs", numbers.unit), ("backbone_macs", "of the backbone")):
         table[words] = text.get(metric)
     table["patches used %"] = text.get("usage")
-    images = select(numbers.table, part="dense", metric="images")["value"]
-    kind = _SPLITS.get(str(numbers.about.get("settings", {}).get("split")), "")
-    counts = " or ".join(f"{count:.0f}" for count in sorted(images.unique()))
     notes = ["Multiply-adds and patches are means over images of the data, counted as they ran."]
     yield Sheet(
-        f"Scores on {counts} {kind}images, %" if counts else "Scores, %",
+        f"Scores{_on_images(numbers, 'dense')}, %",
         _titled(_filled(table, numbers.expected.get("dense", {}))),
         notes=[*_notes(numbers, set()), *notes],
         spare=("AP50", "of small masks", "of small"),

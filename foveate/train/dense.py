@@ -257,9 +257,12 @@ def _gone_on(
     _say_statistics(vit, recipe.data)
     backbone = _shown(recipe, settings["backbone"])
     model = make_dense(vit, classes, backbone, settings["head"], recipe.data.image_size)
-    state, shapes = found.state_dict(), {k: v.shape for k, v in model.state_dict().items()}
+    made = model.state_dict()
+    state, shapes = found.state_dict(), {name: value.shape for name, value in made.items()}
+    if vit is not found.reduced.vit:  # its new class token stays what it is
+        state |= {name: made[name] for name in made.keys() - state if name.endswith("cls_token")}
     kept = {key: value for key, value in state.items() if same or value.shape == shapes[key]}
-    model.load_state_dict(kept, strict=same and vit is found.reduced.vit)
+    model.load_state_dict(kept, strict=same)
     if not same:
         _log.info(
             "new outputs for %d classes; %d tensors anew", len(classes), len(state) - len(kept)
