@@ -47,11 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--test", type=int, help="number of test scenes (500)")
     add("--seed", type=int, help="seed of the scenes (0)")
     add("--colour", action="store_true", default=None, help="make scenes in colour, not grey")
+    add("--clutter", type=float, metavar="SHARE", help="how hard scenes are, from 0 to 1 (1)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Say how, check, make or describe."""
-    names = ("size", "train", "val", "test", "seed", "colour")
+    names = ("size", "train", "val", "test", "seed", "colour", "clutter")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     making = args.name == "scenes" and args.folder is not None
     if options and not making:

@@ -51,7 +51,14 @@ class Scene(NamedTuple):
         return found
 
 
-def draw_scene(size: tuple[int, int], channels: int, seed: int, split: str, index: int) -> Scene:
+def draw_scene(
+    size: tuple[int, int],
+    channels: int,
+    seed: int,
+    split: str,
+    index: int,
+    clutter: float = 1.0,
+) -> Scene:
     """Draw a scene; about one in thirty has no garment.
 
     Args:
@@ -60,17 +67,20 @@ def draw_scene(size: tuple[int, int], channels: int, seed: int, split: str, inde
         seed: of the set.
         split: "train", "val" or "test".
         index: number in the split.
+        clutter: from 0 (upright garments in full contrast on a dark, even ground, nothing else) to
+            1: how far garments are turned and how faint they are, how bright and how busy the
+            ground is, and how many distractors there are.
     """
     key = [seed, _SPLITS.index(split), index]
     draw = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(key)))
     garments = _garments(split)
-    canvas = _background(draw, *size)
+    canvas = _background(draw, *size, clutter)
     if channels == 3:
         canvas = canvas * draw.uniform(0.6, 1.0, 3)
     else:
         canvas = canvas[..., :1]
     count = 0 if draw.rand() < 1 / 30 else draw.randint(1, _MOST + 1)
-    labelled = np.concatenate([np.ones(count, bool), np.zeros(draw.randint(1, 4), bool)])
+    labelled = np.concatenate([np.ones(count, bool), np.zeros(round(clutter * draw.randint(1, 4)), bool)])
     draw.shuffle(labelled)
     masks: list[np.ndarray] = []
     full: list[int] = []  # pixels of each garment before others covered it
@@ -81,9 +91,10 @@ def draw_scene(size: tuple[int, int], channels: int, seed: int, split: str, inde
         if not real:
             picture = _shuffled(draw, picture)
         tint = draw.uniform(0.45, 1.0, channels) if channels == 3 else np.ones(1)
-        low, high = draw.uniform(20, 70), draw.uniform(190, 255)
+        low = clutter * draw.uniform(20, 70)
+        high = 255 - clutter * (255 - draw.uniform(190, 255))
         for _ in range(_TRIES):
-            placed = _place(draw, picture, *size)
+            placed = _place(draw, picture, *size, clutter)
             covered = placed.alpha >= 0.5
             if not covered.any() or not _leaves_visible(placed.window, covered, masks, full):
                 continue
@@ -99,7 +110,7 @@ def draw_scene(size: tuple[int, int], channels: int, seed: int, split: str, inde
                 full.append(int(covered.sum()))
                 labels.append(int(garments.labels[number]))
             break
-    canvas = canvas + draw.normal(0, 4, size)[..., None]
+    canvas = canvas + clutter * draw.normal(0, 4, size)[..., None]
     return Scene(
         np.round(canvas).clip(0, 255).astype(np.uint8),
         np.stack(masks).astype(np.uint8) if masks else np.zeros((0, *size), dtype=np.uint8),
@@ -182,15 +193,18 @@ def _shuffled(draw: np.random.RandomState, picture: np.ndarray) -> np.ndarray:
     return pieces.swapaxes(1, 2).reshape(picture.shape)
 
 
-def _background(draw: np.random.RandomState, height: int, width: int) -> np.ndarray:
+def _background(
+    draw: np.random.RandomState, height: int, width: int, clutter: float
+) -> np.ndarray:
     """Clouds with bars and patches ``[H, W, 3]``."""
     y = (np.arange(height) + 0.5)[:, None] / height
     x = (np.arange(width) + 0.5)[None] / width
     canvas = np.empty((height, width, 3))
-    canvas[:] = _smooth(draw.uniform(30, 150, (draw.randint(3, 7),) * 2 + (1,)), height, width)
+    clouds = 30 + clutter * draw.uniform(0, 120, (draw.randint(3, 7),) * 2 + (1,))
+    canvas[:] = _smooth(clouds, height, width)
     for _ in range(draw.randint(3, 9)):
         level = draw.uniform(0, 220, 3) * 0.4 + draw.uniform(0, 220) * 0.6
-        strength = draw.uniform(0.2, 0.7)
+        strength = clutter * draw.uniform(0.2, 0.7)
         angle, extent = draw.uniform(0, np.pi), draw.uniform(0.03, 0.25, 2)
         dy, dx = y - draw.rand(), x - draw.rand()
         along = np.abs(dx * np.cos(angle) + dy * np.sin(angle))
@@ -240,11 +254,13 @@ class _Placed(NamedTuple):
         return found
 
 
-def _place(draw: np.random.RandomState, picture: np.ndarray, height: int, width: int) -> _Placed:
+def _place(
+    draw: np.random.RandomState, picture: np.ndarray, height: int, width: int, clutter: float
+) -> _Placed:
     """Put a picture somewhere."""
     short = min(height, width)
     scale = short * np.exp(draw.uniform(np.log(0.26), np.log(0.62))) / _SIDE
-    angle, mirrored = draw.uniform(-0.6, 0.6), draw.rand() < 0.5
+    angle, mirrored = clutter * draw.uniform(-0.6, 0.6), draw.rand() < 0.5
     # The middle stays so far inside that most of the garment is in the image.
     margin = 0.3 * scale * _SIDE
     middle_y = draw.uniform(margin, height - margin)

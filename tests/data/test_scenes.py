@@ -51,6 +51,18 @@ def test_scenes_stay_what_they_are(
     assert found.image.mean() == pytest.approx(mean, abs=1e-3)
 
 
+def test_less_clutter_turns_garments_less_and_leaves_the_ground_even() -> None:
+    """At 0 nothing but garments stands out of a ground of one brightness."""
+    kinds = {}
+    for clutter in (0.0, 0.3, 1.0):
+        scenes = [draw_scene((64, 64), 1, 0, "train", i, clutter) for i in range(20)]
+        kinds[clutter] = [s.image[s.masks.sum(0) == 0].std() for s in scenes]
+        assert all(len(scene.labels) == len(scene.masks) for scene in scenes)
+    assert np.mean(kinds[0.0]) < np.mean(kinds[0.3]) < np.mean(kinds[1.0])
+    plain = draw_scene((64, 64), 1, 0, "train", 3, 0.0)
+    assert (plain.image[plain.masks.sum(0) == 0] == 30).mean() > 0.9  # but for soft borders
+
+
 def test_what_a_scene_holds() -> None:
     scenes = [draw_scene((96, 96), 1, 0, "train", index) for index in range(60)]
     counts = [len(scene.labels) for scene in scenes]
@@ -120,6 +132,8 @@ def test_opening_draws_none(monkeypatch: pytest.MonkeyPatch) -> None:
         ("scenes:seed=x", "seed of scenes must be a whole number, got 'x'"),
         ("scenes:seed=99999999999", "seed of scenes must be a whole number"),
         ("scenes:colour=red", "colour of scenes must be true or false"),
+        ("scenes:clutter=much", "clutter of scenes must be a number in 0..1, got 'much'"),
+        ("scenes:clutter=1.5", "the clutter of scenes must lie in 0..1, got 1.5"),
         ("scenes:", "'scenes:' names no place"),
     ],
 )

@@ -37,6 +37,7 @@ class Scenes:
         test: number of test scenes.
         seed: another one gives other scenes.
         colour: whether they have colours.
+        clutter: how hard they are, from 0 to 1; see ``draw_scene``.
     """
 
     size: tuple[int, int] = (96, 96)
@@ -45,6 +46,7 @@ class Scenes:
     test: int = 500
     seed: int = 0
     colour: bool = False
+    clutter: float = 1.0
 
     def __post_init__(self) -> None:
         if not all(32 <= side <= 4096 for side in self.size):
@@ -56,6 +58,8 @@ class Scenes:
                 )
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"the seed of scenes must lie in 0..{2**31 - 1}, got {self.seed}")
+        if not 0 <= self.clutter <= 1:
+            raise ValueError(f"the clutter of scenes must lie in 0..1, got {self.clutter}")
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,8 @@ class SceneSource(Source):
 
     def scene(self, index: int) -> Scene:
         """Draw a scene."""
-        return draw_scene(self.made.size, self.channels, self.made.seed, self.split, index)
+        made = self.made
+        return draw_scene(made.size, self.channels, made.seed, self.split, index, made.clutter)
 
     def image(self, index: int) -> np.ndarray:
         return self.scene(index).image
@@ -105,7 +110,8 @@ class SceneSource(Source):
     def content(self, index: int) -> bytes:
         """Give what the scene follows from, which takes less time than to draw it."""
         made = self.made
-        return f"scene {made.size} {self.channels} {made.seed} {self.split} {index}".encode()
+        how = f"{made.size} {self.channels} {made.seed} {made.clutter}"
+        return f"scene {how} {self.split} {index}".encode()
 
     def boxes_only(self) -> SceneSource:
         return dataclasses.replace(self, masks=False)
@@ -133,7 +139,7 @@ class SceneSource(Source):
 
 
 def open_scenes(spec: str, location: str, split: str, labels: bool) -> SceneSource:
-    """Open scenes by options such as ``size=96,train=2000,val=500,test=500,seed=0,colour=true``."""
+    """Open scenes by options such as ``size=96,train=2000,val=500,seed=0,colour=true,clutter=0.3``."""
     if split not in ("train", "val", "test"):
         raise NoSplit(f"{spec} has the splits train, val and test, and no {split}")
     options: dict[str, Any] = {}
@@ -153,6 +159,10 @@ def _read(key: str, value: str) -> Any:
         return value == "true"
     if key == "size":
         return scene_size(value)
+    if key == "clutter":
+        if not re.fullmatch(r"\d{1,2}(\.\d{1,9})?", value):
+            raise ValueError(f"clutter of scenes must be a number in 0..1, got {value!r}")
+        return float(value)
     if not re.fullmatch(r"\d{1,10}", value):
         raise ValueError(f"{key} of scenes must be a whole number, got {value!r}")
     return int(value)
