@@ -42,13 +42,13 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 import foveate
-from foveate.bench import Result, machine
+from foveate.bench import DTYPES, Result, machine
 from foveate.bench.images import natural_images
 from foveate.bench.memory import peak_memory
 from foveate.bench.oracle import Counts, Oracle
 from foveate.bench.progress import progress_bar
 from foveate.bench.result import Cell
-from foveate.bench.run import DTYPES, Progress
+from foveate.bench.run import Progress
 from foveate.bench.timing import AGAIN, DENSE, LEAST_ROUNDS, measure, median_of
 from foveate.core import GatedReducer, ReducedViT
 from foveate.data import ImageFiles

@@ -1,12 +1,14 @@
 """Measured speed: interleaved runs, oracles, memory; what they say is foveate.measure's."""
 
 from foveate.bench.images import Images, natural_images, read_images
+from foveate.bench.lineup import CALIBRATION_IMAGES, DTYPES
 from foveate.bench.oracle import Counts, Oracle
 from foveate.bench.result import Cell, Result
-from foveate.bench.run import DTYPES, explain, speed
+from foveate.bench.run import explain, speed
 from foveate.bench.timing import Interval, Timings, measure, median_of
 
 __all__ = [
+    "CALIBRATION_IMAGES",
     "DTYPES",
     "Cell",
     "Counts",

@@ -8,12 +8,12 @@ exactly the gate's target share; other images then keep about that share, each i
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from foveate.core import GatedReducer, ReducedViT, TokenState
+from foveate.core import GatedReducer, Reducer, TokenState
 from foveate.core.gated import log_odds
 
 __all__ = ["calibrate"]
@@ -26,8 +26,19 @@ _LAST: dict[str, Callable[[Any, int], nn.Module]] = {
 }
 
 
+class Runs(Protocol):
+    """A model with a method, from ``foveate.apply`` or around one."""
+
+    @property
+    def reducer(self) -> Reducer:
+        """The method."""
+
+    def run(self, images: Any) -> Any:
+        """Take images through all blocks."""
+
+
 @torch.no_grad()
-def calibrate(model: ReducedViT, images: Tensor) -> bool:
+def calibrate(model: Runs, images: Any) -> bool:
     """Set every gate in one pass, each on the tokens that the gates before it leave.
 
     Says whether there was any gate to set.

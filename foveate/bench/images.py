@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from itertools import islice
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from foveate.data import ImageFiles, Preprocessing, fashion_mnist_mini, normalise
+from foveate.dense import DenseModel, Hosting
 
-__all__ = ["Images", "images_for", "natural_images", "read_images"]
+__all__ = ["Images", "images_for", "natural_images", "pictures_for", "read_images"]
 
 _FASHION = (1, 28, 28)
 _SYNTHETIC = "synthetic, 1/f noise with varying exponent, contrast and flat regions"
 
 
 class Images(NamedTuple):
-    """Preprocessed images ``[N, C, H, W]``, and in words where they come from."""
+    """Images ``[N, C, H, W]`` as a model is called with, and in words where they come from."""
 
     pixels: Tensor
     source: str
@@ -44,25 +48,83 @@ def images_for(
     """
     shape = (channels, *size)
     if given is not None:
-        images = given if isinstance(given, Images) else Images(given, "given by the caller")
-        pixels = images.pixels
-        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != shape or len(pixels) == 0:
-            raise ValueError(
-                f"images must be [N, {', '.join(map(str, shape))}] for this model, got "
-                f"{list(pixels.shape)}"
-            )
-        again = ", used again where a batch needs more" if len(pixels) < count else ""
-        return Images(pixels, f"{images.source}: {len(pixels)}{again}")
+        return _given(given, count, channels, size)
     if shape == _FASHION:
         return Images(normalise(fashion_mnist_mini().images), "Fashion-MNIST, test images")
     return Images(natural_images(count, size, seed, channels), _SYNTHETIC)
 
 
+def pictures_for(model: Hosting, count: int, seed: int, given: Tensor | Images | None) -> Images:
+    """Return images of one size for a dense model; arguments are those of ``images_for``.
+
+    Detectors and segmenters take values from 0 to 1, dense backbones normed ones.
+    """
+    channels = model.reduced.backbone.channels
+    if given is not None:
+        return _given(given, count, channels, None)
+    made = natural_images(count, _side_lengths(model, None), seed, channels)
+    if isinstance(model, DenseModel):
+        made = (0.5 + 0.25 * made).clamp(0, 1)
+    return Images(made, _SYNTHETIC)
+
+
+def _given(
+    given: Tensor | Images, count: int, channels: int, size: tuple[int, int] | None
+) -> Images:
+    images = given if isinstance(given, Images) else Images(given, "given by the caller")
+    pixels = images.pixels
+    shape = (channels, *(size or pixels.shape[2:]))
+    if pixels.ndim != 4 or tuple(pixels.shape[1:]) != shape or len(pixels) == 0:
+        wanted = ", ".join(map(str, (channels, *(size or ("H", "W")))))
+        raise ValueError(f"images must be [N, {wanted}] for this model, got {list(pixels.shape)}")
+    again = ", used again where a batch needs more" if len(pixels) < count else ""
+    return Images(pixels, f"{images.source}: {len(pixels)}{again}")
+
+
+def _side_lengths(model: Hosting, first: tuple[int, int] | None) -> tuple[int, int]:
+    """Return the size that images of a dense model are cut to: its own, or that of the first one.
+
+    A side whose padding would be whole patches is shortened, so that all cells have a token.
+    """
+    size, patch = model.input_size, model.reduced.backbone.spec.patch
+    if isinstance(model, DenseModel) and model.transform.image_size is None:
+        if first is None:
+            raise ValueError(
+                "this model takes images of any size, so there is none to measure at: give images "
+                "(--images PATH)"
+            )
+        size = first
+    multiple = model.trunk.size_divisible
+    sides = [
+        side if math.ceil(side / cell) * cell % multiple == 0 else side - side % multiple
+        for side, cell in zip(size, patch, strict=True)
+    ]
+    if min(sides) < 1:
+        raise ValueError(f"images must be at least {multiple} pixels high and wide, got {size}")
+    return sides[0], sides[1]
+
+
 def read_images(model: nn.Module, paths: Sequence[str | os.PathLike[str]], count: int) -> Images:
     """Read at most so many images of files and folders, as ``model`` takes them."""
-    prepare, files = Preprocessing.of(model), ImageFiles(paths)
+    files = ImageFiles(paths)
+    if isinstance(model, Hosting):
+        return _read_pictures(model, files, count)
+    prepare = Preprocessing.of(model)
     pixels = torch.stack([prepare(image).tensor for _, image in islice(files, count)])
     return Images(pixels, "from files")
+
+
+def _read_pictures(model: Hosting, files: ImageFiles, count: int) -> Images:
+    mode = "L" if model.reduced.backbone.channels == 1 else "RGB"
+    size: tuple[int, int] | None = None
+    found: list[Tensor] = []
+    for _, image in islice(files, count):
+        size = size or _side_lengths(model, (image.height, image.width))
+        fitted = ImageOps.fit(image.convert(mode), size[::-1], Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(fitted)).reshape(*size, -1).permute(2, 0, 1)
+        found.append(pixels.float() / 255)
+    assert size is not None
+    return Images(torch.stack(found), f"from files, cut and resized to {size[0]} x {size[1]}")
 
 
 def natural_images(count: int, size: tuple[int, int], seed: int, channels: int = 3) -> Tensor:

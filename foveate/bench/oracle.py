@@ -9,6 +9,7 @@ is made beforehand: indices and layouts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -68,25 +69,35 @@ class Counts:
 
 @dataclass
 class _Take:
-    """Takes the first tokens of every image: a slice where all have one count, else rows."""
+    """Takes the first tokens of every image: a slice where all have one count, else rows.
+
+    ``source`` says which token each patch has then, for those who put patches back on the grid.
+    """
 
     old: Lengths
     layout: Layout
     rows: Tensor | None
+    source: Tensor
 
     @classmethod
-    def of(cls, old: Lengths, new: Lengths, even: bool, device: torch.device) -> _Take | None:
-        """Return None where all tokens stay."""
+    def of(
+        cls, old: Lengths, new: Lengths, *, even: bool, grid: Tensor, device: torch.device
+    ) -> _Take | None:
+        """Return None where all tokens stay; ``grid`` has the places of patches in an image."""
         if old == new:
             return None
         layout = Layout.even(len(new), new[0]) if len(set(new)) == 1 else Layout.ragged(new)
         grows = any(has > had for had, has in zip(old, new, strict=True))  # patches come back
-        return cls(old, layout, _first_rows(old, new, device) if grows or not even else None)
+        rows = _first_rows(old, new, device) if grows or not even else None
+        there = grid < torch.tensor(new)[:, None]
+        return cls(old, layout, rows, torch.where(there, grid, -1).to(device))
 
     def __call__(self, state: TokenState) -> TokenState:
-        changes = {"x": self._first(state.x), "layout": self.layout}
+        changes = {"x": self._first(state.x), "layout": self.layout, "intact": False}
         if state.place is not None:
             changes["place"] = self._first(state.place)
+        if state.source is not None:
+            changes["source"] = self.source
         return state.replace(**changes)
 
     def _first(self, values: Tensor) -> Tensor:
@@ -180,7 +191,9 @@ class Oracle(ReducedViT):
         device: torch.device,
     ) -> None:
         self.counts, self.even = counts, even
-        now = full = (grid[0] * grid[1] + backbone.spec.prefix,) * counts.batch
+        prefix, patches = backbone.spec.prefix, grid[0] * grid[1]
+        now = full = (patches + prefix,) * counts.batch
+        take = partial(_Take.of, even=even, grid=prefix + torch.arange(patches), device=device)
         steps: list[_Step] = []
         for block, parked in enumerate(counts.parked):
             enter, fed = counts.attention[block], counts.mlp[block]
@@ -190,12 +203,12 @@ class Oracle(ReducedViT):
             back = parked and not counts.waits[block]
             steps.append(
                 _Step(
-                    before=_Take.of(now, enter, even, device),
-                    between=_Take.of(enter, fed, even, device),
-                    after=None if back else _Take.of(fed, counts.output[block], even, device),
+                    before=take(now, enter),
+                    between=take(enter, fed),
+                    after=None if back else take(fed, counts.output[block]),
                     parks=parks,
                     back=back,
-                    recall=_Take.of(full, fed, even, device) if back else None,
+                    recall=take(full, fed) if back else None,
                 )
             )
             now = counts.output[block]

@@ -9,6 +9,7 @@ In a terminal:
   foveate bench deit_small_patch16_224 evit dynamicvit --batch 1 8 32 --dtype fp32 bf16 --untrained
   foveate bench demo "evit(keep=0.7)" "ats(K=20)" --quick
   foveate bench svit/ --images photos/ --out svit.json --plot svit.png
+  foveate bench runs/detect-scenes svit --images photos/ --batch 1
   foveate bench vit.safetensors evit --device cuda --compile --batch 32 --dtype bf16
   foveate bench --compare svit.json
 """
@@ -146,23 +147,16 @@ def _measure(args: argparse.Namespace) -> None:
     from foveate import bench
     from foveate.bench import machine
     from foveate.bench.progress import progress_bar
-    from foveate.bench.run import CALIBRATION_IMAGES
     from foveate.convert import open_base
-    from foveate.dense import DenseModel
     from foveate.measure.benchmark import cell_sheet, closing, figure, opening, table_of
     from foveate.measure.sheets import show, terminal
     from foveate.measure.style import save
 
     model = open_base(args.model, untrained=args.untrained)
-    if isinstance(model, DenseModel):
-        raise ValueError(
-            f"{args.model} is a detector or segmenter: foveate eval {args.model} METHOD --speed "
-            "times it and its backbone on images of its data"
-        )
     batches = args.batch or ([1, 2] if args.quick else [1, 8, 32])
     images = None
     if args.images:
-        images = bench.read_images(model, args.images, max(batches) + CALIBRATION_IMAGES)
+        images = bench.read_images(model, args.images, max(batches) + bench.CALIBRATION_IMAGES)
     if args.profile:
         if len(args.methods) != 1:
             raise ValueError("--profile explains one METHOD; name one")

@@ -80,7 +80,9 @@ def draw_scene(
     else:
         canvas = canvas[..., :1]
     count = 0 if draw.rand() < 1 / 30 else draw.randint(1, _MOST + 1)
-    labelled = np.concatenate([np.ones(count, bool), np.zeros(round(clutter * draw.randint(1, 4)), bool)])
+    labelled = np.concatenate(
+        [np.ones(count, bool), np.zeros(round(clutter * draw.randint(1, 4)), bool)]
+    )
     draw.shuffle(labelled)
     masks: list[np.ndarray] = []
     full: list[int] = []  # pixels of each garment before others covered it
@@ -193,9 +195,7 @@ def _shuffled(draw: np.random.RandomState, picture: np.ndarray) -> np.ndarray:
     return pieces.swapaxes(1, 2).reshape(picture.shape)
 
 
-def _background(
-    draw: np.random.RandomState, height: int, width: int, clutter: float
-) -> np.ndarray:
+def _background(draw: np.random.RandomState, height: int, width: int, clutter: float) -> np.ndarray:
     """Clouds with bars and patches ``[H, W, 3]``."""
     y = (np.arange(height) + 0.5)[:, None] / height
     x = (np.arange(width) + 0.5)[None] / width

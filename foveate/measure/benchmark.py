@@ -100,11 +100,12 @@ def _rows(cell: Cell) -> list[dict[str, Any]]:
     add(DENSE, spread | {"calls": timings.repeats})
     for name, about in cell.methods.items():
         oracle, tokens = about["oracle"], about["tokens"]
-        extra = timings.extra_ms(name, oracle) / max(1, about["acting_blocks"])
-        add(name, _interval("share", timings.ratio(name, oracle)))
-        add(name, _interval("oracle", timings.ratio(oracle, DENSE)))
+        if oracle is not None:
+            extra = timings.extra_ms(name, oracle) / max(1, about["acting_blocks"])
+            add(name, _interval("share", timings.ratio(name, oracle)))
+            add(name, _interval("oracle", timings.ratio(oracle, DENSE)))
+            add(name, {"extra": extra / (timings.ms(DENSE).median / about["depth"])})
         values = {
-            "extra": extra / (timings.ms(DENSE).median / about["depth"]),
             "tokens_first": tokens["fed_mean_per_block"][0],
             "tokens_least": tokens["fed_last_block_min"],
             "tokens_most": tokens["fed_last_block_max"],
@@ -136,8 +137,9 @@ def _ratio(line: pd.Series, name: str = "times") -> Interval:
 
 
 def _methods(wide: pd.DataFrame) -> list[str]:
-    """Return the names of the methods: variants that have an oracle."""
-    return list(wide.index[wide["share"].notna()]) if "share" in wide else []
+    """Return the names of the methods: variants that have an oracle, or known multiply-adds."""
+    of_methods = wide.reindex(columns=["share", "macs"])
+    return list(wide.index[of_methods.notna().any(axis=1)])
 
 
 def break_even(results: Results) -> dict[tuple[str, str], tuple[float | None, tuple[float, ...]]]:
@@ -235,10 +237,9 @@ def cell_sheet(results: Results, run: str | None = None, at: float | None = None
     dense = wide.loc[""]
     known = next(c for c in results.about["cells"] if (c["setting"], c["batch"]) == (run, at))
     shown = ["", *[UNFUSED] * (UNFUSED in wide.index), *_methods(wide)]
-    metrics = [*("ms", "extra", "tokens_first", "macs", "memory"), *_WORDS]
+    metrics = [*("ms", "extra", "share", "tokens_first", "macs", "memory"), *_WORDS]
     found = wide.reindex(index=shown, columns=[*wide, *(m for m in metrics if m not in wide)])
     lines = [line for _, line in found.iterrows()]
-    own = [method in known["methods"] for method in shown]
     table = pd.DataFrame(
         {
             "method": [method or DENSE for method in shown],
@@ -247,7 +248,7 @@ def cell_sheet(results: Results, run: str | None = None, at: float | None = None
             "over dense [95 %]": [str(_ratio(line)) for line in lines],
             "": ["A/A", *(_ratio(line).beyond(dense["spread"]) for line in lines[1:])],
             "of oracle [95 %]": [
-                str(_ratio(line, "share")) * there for line, there in zip(lines, own, strict=True)
+                str(_ratio(line, "share")) if pd.notna(line["share"]) else "" for line in lines
             ],
             "extra": formatted(found["extra"], ".1%"),
             "tokens": [_tokens(line) for line in lines],
@@ -258,6 +259,8 @@ def cell_sheet(results: Results, run: str | None = None, at: float | None = None
     ).fillna("")
     if not set(_WORDS) & set(wide):
         table = table.drop(columns="goal")
+    if "share" not in wide:  # a network of which a part alone is reduced has no oracles
+        table = table.drop(columns=["of oracle [95 %]", "extra"])
     title = (
         f"{run}, batch {at:g}: {dense['rounds']:.0f} rounds of {dense['calls']:.0f} calls, A/A "
         f"spread {dense['spread']:.1%}"
@@ -265,7 +268,7 @@ def cell_sheet(results: Results, run: str | None = None, at: float | None = None
     notes = [f"No un-fused model: {known['unfused']}"] if known["unfused"] else []
     words = ("method", "over dense [95 %]", "", "of oracle [95 %]", "goal")
     spare = ("extra", "MACs", "images/s", "tokens", "peak", "goal", "ms")
-    return Sheet(title, table, words, notes, spare)
+    return Sheet(title, table, [word for word in words if word in table], notes, spare)
 
 
 def _tokens(line: pd.Series) -> str:

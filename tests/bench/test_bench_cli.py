@@ -88,15 +88,48 @@ def test_mistakes_are_one_sentence(
     assert not any("Traceback" in line for line in said)
 
 
-def test_detectors_are_timed_on_their_data(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def detector(tmp_path: Path) -> str:
     parts = {"name": "pyramid", "scales": [1, 0.5], "channels": 8}, {"name": "fpn", "channels": 8}
     model = foveate.dense.make_dense(vit(img_size=16, depth=2), ["a"], *parts, None)
     foveate.save(model, tmp_path / "dense")
-    assert run(tmp_path / "dense", "tome(r=0.1)") == 2
-    said = capsys.readouterr().err
-    assert "is a detector or segmenter: foveate eval" in said and "METHOD --speed" in said
+    return str(tmp_path / "dense")
+
+
+def test_a_dense_model_is_timed_as_backbone_and_as_a_whole(
+    detector: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files are brought to one size, whose cells all have a token; the network has no oracle."""
+    from PIL import Image
+
+    for number, size in enumerate([(61, 45), (30, 80)]):
+        Image.effect_noise(size, 90).save(tmp_path / f"{number}.png")
+    out, plot = tmp_path / "r.json", tmp_path / "r.svg"
+    words = ("svit", "tome(r=0.1)", "--quick", "--batch", 2, "--out", out, "--plot", plot)
+    assert run(detector, *words, "--images", tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "dense backbone, fp32, batch 2: 3 rounds" in printed
+    assert "dense network, fp32, batch 2: 3 rounds" in printed
+    assert "from files, cut and resized to 45 x 61: 2, used again" in printed
+    assert "scaled and shifted to their target share: svit" in printed
+    saved, plotted = load(out), plot.read_text()
+    backbone, network = saved.about["cells"]
+    assert backbone["methods"]["svit"]["oracle"] == "oracle of svit"
+    assert network["methods"]["svit"]["oracle"] is None
+    assert 0 < network["methods"]["svit"]["macs"] < 1
+    assert backbone["methods"]["svit"]["macs"] < network["methods"]["svit"]["macs"]
+    assert "tome(r=0.1)" in plotted
+    assert main(["bench", "--compare", str(out)]) == 0
+    assert "dense network, fp32, batch 2" in capsys.readouterr().out
+
+
+def test_a_dense_model_of_any_size_needs_images(
+    detector: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(detector, "svit", "--quick") == 2
+    assert "takes images of any size" in capsys.readouterr().err
+    assert run(detector, "svit", "--quick", "--compile") == 2
+    assert "dense models are timed eagerly" in capsys.readouterr().err
 
 
 # Malloc ------------------------------------------------------------------------------------------

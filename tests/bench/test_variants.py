@@ -93,6 +93,22 @@ def test_tokens_wait_for_a_whole_stage() -> None:
     assert [step.recall is not None for step in oracle.steps] == [False, True, False, True]
 
 
+@pytest.mark.parametrize("method", ["evit(keep=0.7)", "tome(r=5)", "evovit(keep=0.5)", "svit"])
+def test_the_oracle_puts_its_tokens_back_on_the_grid(method: str) -> None:
+    """Dense backbones ask for every patch: the first ones have a token, the others a last value."""
+    model, x = reduced(method, "vit"), images()
+    oracle = Oracle.of(model, model.trace(x), x)
+    with torch.no_grad():
+        state = oracle.begin(x, track=True)
+        for block in range(oracle.backbone.spec.depth):
+            state = oracle.step(block, state)
+        grid = state.recalled().restore("zero")
+    assert grid.shape[:2] == (len(x), 36) and torch.isfinite(grid).all()
+    left = [n - oracle.backbone.spec.prefix for n in state.recalled().layout.lengths]
+    for image, count in zip(grid, left, strict=True):
+        assert (image[:count] != 0).all() and (image[count:] == 0).all()
+
+
 @pytest.mark.parametrize("open_", [True, False])
 def test_gates_that_are_all_open_or_all_shut_have_an_oracle(open_: bool) -> None:
     model = reduced("svit", "vit")

@@ -1,0 +1,333 @@
+"""What stands in one interleaved run: a model, its methods, their oracles, the un-fused model."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate import api, facts
+from foveate.backbones import backbone_of
+from foveate.bench.gates import calibrate
+from foveate.bench.images import Images, images_for, pictures_for
+from foveate.bench.oracle import Counts, Oracle
+from foveate.bench.timing import AGAIN, DENSE, UNFUSED, Call
+from foveate.bench.unfused import unfused
+from foveate.core import Backbone, ReducedViT, Reducer, Trace
+from foveate.core.cost import counting
+from foveate.dense import DenseModel, Hosting
+
+__all__ = ["CALIBRATION_IMAGES", "DTYPES", "Calls", "DenseLineup", "Lineup", "Method", "lineup_of"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CALIBRATION_IMAGES = 16
+
+Method = str | Reducer | ReducedViT | Hosting
+
+
+def lineup_of(
+    model: nn.Module,
+    methods: Sequence[Method] | Mapping[str, Method],
+    device: str,
+    compile: bool,
+    seed: int,
+) -> Lineup:
+    """Line up a model with methods; arguments are those of ``speed``."""
+    kind = DenseLineup if isinstance(model, Hosting) else Lineup
+    return kind(model, methods, device, compile, seed)
+
+
+@dataclass
+class Calls:
+    """Calls of all variants at one batch size, and what to know of the methods.
+
+    Attributes:
+        calls: by the names of the variants.
+        facts: of the methods, as a ``Cell`` has them.
+        why_not_unfused: why there is no un-fused variant, if so.
+    """
+
+    calls: dict[str, Call] = field(default_factory=dict)
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    why_not_unfused: str | None = None
+
+
+class Lineup:
+    """The model and its methods, in one dtype after another; cells differ in the batch.
+
+    Attributes:
+        original: the model without a method, as it was given.
+        parts: what has a run of its own, "" for the whole model.
+        left_out: methods that are not measured, and why.
+    """
+
+    parts: tuple[str, ...] = ("",)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        methods: Sequence[Method] | Mapping[str, Method],
+        device: str,
+        compile: bool,
+        seed: int,
+    ) -> None:
+        self.device, self.compile, self.seed = device, compile, seed
+        backbone = _backbone(model)
+        self.spec, self.channels = backbone.spec, backbone.channels
+        self.original: nn.Module = self._plain(model)
+        self.methods = self._named(model, methods)
+        self.left_out: dict[str, str] = {}
+        self.dense: Any = self.original
+        self.models: dict[str, Any] = {}
+        self.parameters: dict[str, str | None] = {}
+
+    def _plain(self, model: nn.Module) -> nn.Module:
+        return backbone_of(model).model
+
+    def _named(
+        self, model: nn.Module, methods: Sequence[Method] | Mapping[str, Method]
+    ) -> dict[str, Method]:
+        if isinstance(methods, (str, nn.Module)):
+            raise ValueError(f"methods must be a list or a mapping, got {methods!r}")
+        pairs: list[tuple[str, Method]] = []
+        if isinstance(model, (ReducedViT, Hosting)) and model.reducer.name != "dense":
+            pairs.append((repr(model.reducer), model))
+        if isinstance(methods, Mapping):
+            pairs += methods.items()
+        else:
+            pairs += [(_name(method), method) for method in methods]
+        for place, (name, method) in enumerate(pairs):
+            if name in (DENSE, AGAIN, UNFUSED) or name.startswith("oracle of "):
+                raise ValueError(f"{name!r} is the name of another variant; name the method else")
+            if name in (earlier for earlier, _ in pairs[:place]):
+                raise ValueError(f"{name} is given twice; name methods apart with a mapping")
+            if _is_model(method) and _backbone(method).spec != self.spec:
+                raise ValueError(
+                    f"{name} runs on another architecture than the dense model; it must be the same"
+                )
+        return dict(pairs)
+
+    # What a dense model does otherwise ------------------------------------------------------------
+
+    def pictures(self, count: int, given: Any) -> Images:
+        """Return images to measure on, as many as wanted; ``given`` ones may be fewer."""
+        rows, columns = (n * p for n, p in zip(self.spec.grid, self.spec.patch, strict=True))
+        return images_for(self.channels, (rows, columns), count, self.seed + 1000, given)
+
+    def autocast(self, dtype: str) -> AbstractContextManager[Any]:
+        """Return what calls run under."""
+        return nullcontext()
+
+    def _weights(self, dtype: str) -> torch.dtype:
+        return DTYPES[dtype]
+
+    def _inputs(self, images: Any) -> Any:
+        """Move images to where the models are."""
+        reference = next(self.dense.parameters())
+        return images.to(reference.device, reference.dtype)
+
+    # Making them ready ----------------------------------------------------------------------------
+
+    def prepare(self, dtype: str, pictures: Images) -> None:
+        """Make copies of everything in a dtype, on the device."""
+        to: dict[str, Any] = {"device": self.device, "dtype": self._weights(dtype)}
+        copied: dict[int, Any] = {}  # what is shared stays shared
+        self.models.clear()
+        self.dense = copy.deepcopy(self.original, copied).to(**to).eval().requires_grad_(False)
+        for name, method in self.methods.items():
+            fresh = not _is_model(method)
+            if fresh:
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(self.seed)
+                    model: Any = api.apply(self.dense, method)  # type: ignore[arg-type]
+            else:
+                model = copy.deepcopy(method, copied).to(**to)  # type: ignore[union-attr]
+            model.eval().requires_grad_(False)
+            if self.compile and not model.reducer.fixed_count:
+                self.left_out[name] = "it has a count per image, which is not compiled"
+                continue
+            self.models[name] = model
+            self.parameters[name] = self._ready(model, fresh, pictures)
+
+    def _ready(self, model: Any, fresh: bool, pictures: Images) -> str | None:
+        """Set the gates that nobody has trained; say how the method's parameters came about."""
+        new = any(True for _ in model.reducer.parameters())
+        if not fresh:
+            return "as saved" if new else None
+        last = len(pictures.pixels) - CALIBRATION_IMAGES
+        images = self._inputs(pictures.take(CALIBRATION_IMAGES, max(0, last)))
+        if calibrate(model, images):
+            return "untrained, scaled and shifted to their target share"
+        return "untrained" if new else None
+
+    # Lining up ------------------------------------------------------------------------------------
+
+    def cell(self, images: Any, part: str, compile_mode: str) -> Calls:
+        """Return the calls of all variants on these images."""
+        images = self._inputs(images)
+        found = Calls()
+        for name in (DENSE, AGAIN):
+            found.calls[name] = self._call(self.dense, images, compile_mode)
+        try:
+            twin = unfused(self.dense, images)
+        except ValueError as error:
+            found.why_not_unfused = str(error)
+        else:
+            found.calls[UNFUSED] = self._call(twin, images, compile_mode)
+        known: dict[tuple[Any, ...], str] = {}
+        for name, model in self.models.items():
+            trace = model.trace(images)
+            counts = Counts.of(trace)
+            oracle = Oracle.of(model, trace, images)
+            same = (oracle.even, id(model.vit), counts)
+            if same not in known:  # methods with one schedule share the oracle
+                known[same] = f"oracle of {name}"
+                found.calls[known[same]] = self._call(oracle, images, compile_mode)
+            found.calls[name] = self._call(model, images, compile_mode)
+            found.facts[name] = self._facts(
+                name, known[same], counts, _cost_ratio(model, trace, images)
+            )
+        return found
+
+    def _facts(self, name: str, oracle: str | None, counts: Counts, macs: float) -> dict[str, Any]:
+        return {
+            "oracle": oracle,
+            "tokens": counts.summary(),
+            "macs": macs,
+            "acting_blocks": len(self.models[name].reducer.active_blocks),
+            "depth": self.spec.depth,
+            "parameters": self.parameters[name],
+        }
+
+    def _call(self, model: nn.Module, images: Any, compile_mode: str) -> Call:
+        def run() -> Any:
+            return model(images)
+
+        if not self.compile:
+            return run
+        # A code object of its own for each variant, so that none of them waits for the guards
+        # of the others.
+        fresh = types.FunctionType(
+            run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__
+        )
+        return torch.compile(fresh, fullgraph=True, dynamic=False, mode=compile_mode)
+
+
+class DenseLineup(Lineup):
+    """A detector, a segmenter or a dense backbone: its backbone first, then the whole network.
+
+    The network has no oracles: they answer something else, and its heads cost what they are shown.
+    """
+
+    parts: tuple[str, ...] = ("backbone",)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        methods: Sequence[Method] | Mapping[str, Method],
+        device: str,
+        compile: bool,
+        seed: int,
+    ) -> None:
+        if compile:
+            raise ValueError("dense models are timed eagerly: leave the compilation out")
+        super().__init__(model, methods, device, compile, seed)
+        if isinstance(model, DenseModel):
+            self.parts = ("backbone", "network")
+
+    def _plain(self, model: nn.Module) -> nn.Module:
+        return api.unwrap(model)
+
+    def pictures(self, count: int, given: Any) -> Images:
+        return pictures_for(self.original, count, self.seed + 1000, given)  # type: ignore[arg-type]
+
+    def autocast(self, dtype: str) -> AbstractContextManager[Any]:
+        if dtype == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device, DTYPES[dtype])
+
+    def _weights(self, dtype: str) -> torch.dtype:
+        return torch.float32  # not all of a detector computes in half precision
+
+    def _inputs(self, images: Any) -> Any:
+        return [image.to(self.device) for image in images]
+
+    def _ready(self, model: Any, fresh: bool, pictures: Images) -> str | None:
+        return super()._ready(_Prepared(model), fresh, pictures)
+
+    def cell(self, images: Any, part: str, compile_mode: str) -> Calls:
+        images = self._inputs(images)
+        found = Calls(why_not_unfused="not measured for dense models")
+        whole = part == "network"
+        inputs = images if whole else self.dense.prepared(images)
+
+        def called(model: Any) -> Call:
+            return self._call(model if whole else model.trunk, inputs, compile_mode)
+
+        for name in (DENSE, AGAIN):
+            found.calls[name] = called(self.dense)
+        known: dict[tuple[Any, ...], str] = {}
+        for name, model in self.models.items():
+            prepared = model.prepared(images)
+            trace = model.trunk.trace(prepared)
+            counts, oracle = Counts.of(trace), None
+            if not whole:
+                made = Oracle.of(model.reduced, trace, images[0])
+                same = (made.even, counts)
+                if same not in known:
+                    known[same] = f"oracle of {name}"
+                    hosting = model.with_method(lambda vit, made=made: made)
+                    found.calls[known[same]] = called(hosting)
+                oracle = known[same]
+            found.calls[name] = called(model)
+            ratio = _spent(model, images, whole) / _spent(self.dense, images, whole)
+            found.facts[name] = self._facts(name, oracle, counts, ratio)
+        return found
+
+
+class _Prepared:
+    """A dense model as ``calibrate`` runs it: on images as they come."""
+
+    def __init__(self, model: Any) -> None:
+        self.reducer, self._model = model.reducer, model
+
+    def run(self, images: Sequence[Tensor]) -> None:
+        self._model.trunk(self._model.prepared(images))
+
+
+def _backbone(model: Any) -> Backbone:
+    return model.reduced.backbone if isinstance(model, Hosting) else backbone_of(model)
+
+
+def _is_model(method: Any) -> bool:
+    return isinstance(method, (ReducedViT, Hosting))
+
+
+def _spent(model: Any, images: Sequence[Tensor], whole: bool) -> float:
+    """Return the multiply-adds of a call."""
+    with torch.no_grad(), counting(model) as spent:
+        if whole:
+            model(images)
+        else:
+            model.trunk(model.prepared(images))
+        return spent()
+
+
+def _cost_ratio(model: ReducedViT, trace: Trace, images: Tensor) -> float:
+    """Return multiply-adds over the dense model's, on these images where counts depend on them."""
+    try:
+        return facts.count(model, trace=trace).ratio
+    except ValueError:  # a method that does not work out its own cost is counted by running
+        return facts.count(model, images=images).ratio
+
+
+def _name(method: Method) -> str:
+    if isinstance(method, str):
+        return method.strip()
+    return repr(method.reducer if isinstance(method, (ReducedViT, Hosting)) else method)
