@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from foveate.bench import machine, profiling
 from foveate.bench.images import Images
-from foveate.bench.lineup import CALIBRATION_IMAGES, DTYPES, Lineup, Method, lineup_of
+from foveate.bench.lineup import CALIBRATION_IMAGES, DTYPES, Method, lineup_of
 from foveate.bench.memory import peak_memory
 from foveate.bench.result import Cell, Result
 from foveate.bench.timing import LEAST_ROUNDS, measure

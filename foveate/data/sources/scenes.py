@@ -139,7 +139,7 @@ class SceneSource(Source):
 
 
 def open_scenes(spec: str, location: str, split: str, labels: bool) -> SceneSource:
-    """Open scenes by options such as ``size=96,train=2000,val=500,seed=0,colour=true,clutter=0.3``."""
+    """Open scenes by options such as ``size=96,train=2000,val=500,colour=true,clutter=0.3``."""
     if split not in ("train", "val", "test"):
         raise NoSplit(f"{spec} has the splits train, val and test, and no {split}")
     options: dict[str, Any] = {}
