@@ -147,6 +147,8 @@ def _take_weights(reducer: Reducer, given: Reducer) -> None:
     weights = given.state_dict()
     if not weights:
         return
+    if given.pixel_classes:
+        reducer.for_pixels(given.pixel_classes)
     try:
         reducer.load_state_dict(weights)
     except RuntimeError as error:

@@ -83,6 +83,13 @@ class Chain(Reducer):
             for other in self.members[:number]:
                 _check_apart(other, part, spec.depth)
 
+    def for_pixels(self, classes: int) -> None:
+        """Tell every part."""
+        super().for_pixels(classes)
+        for part in self.members:
+            part.for_pixels(classes)
+        self._gather_weights()
+
     def _gather_weights(self) -> None:
         self.loss_weights = {
             chained_name(part, name): weight

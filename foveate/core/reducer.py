@@ -52,6 +52,7 @@ class Reducer(nn.Module):
             on all of them; "head" brings them back after the last block.
         active_blocks: blocks at which the method changes the token set.
         loss_weights: the losses to minimise besides the task's and their weights.
+        pixel_classes: number of classes of a pixel, under a dense head; else 0.
     """
 
     recall_before: int | str | None = None
@@ -78,6 +79,7 @@ class Reducer(nn.Module):
         super().__init__()
         self.progress = 1.0
         self.spec: BackboneSpec | None = None
+        self.pixel_classes = 0
         self.active_blocks: tuple[int, ...] = ()
         self.loss_weights = dict(self.default_loss_weights)
         check_types(self)
@@ -176,6 +178,13 @@ class Reducer(nn.Module):
 
     # Training ----------------------------------------------------------------------------------
 
+    def for_pixels(self, classes: int) -> None:
+        """Learn that the model is a segmenter or detector, whose pixels have so many classes.
+
+        It is told after ``build``. Methods with auxiliary heads make those anew.
+        """
+        self.pixel_classes = classes
+
     def losses(
         self, outcome: Outcome, targets: Tensor | None = None, teacher: Outcome | None = None
     ) -> dict[str, Tensor]:
@@ -183,7 +192,8 @@ class Reducer(nn.Module):
 
         Args:
             outcome: what the forward pass gave.
-            targets: labels ``[B]`` or class probabilities ``[B, classes]``.
+            targets: labels ``[B]`` or class probabilities ``[B, classes]``; of a segmenter or
+                detector the classes of all patches ``[B, H, W]``, -100 where there is none.
             teacher: what a dense teacher made of the same images; "kl" compares logits with its.
         """
         if teacher is None or not self.loss_weights.get("kl"):

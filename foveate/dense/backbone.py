@@ -122,9 +122,14 @@ class Hosting(nn.Module):
         setattr(new, self.inner, changed)
         return new
 
-    def method_losses(self, outcome: Outcome) -> dict[str, Tensor]:
-        """Return the method's own losses, weighted, under the names that a total adds up."""
-        own = self.reducer.weighted_losses(outcome)
+    def method_losses(self, outcome: Outcome, classes: Tensor) -> dict[str, Tensor]:
+        """Return the method's own losses, weighted, under the names that a total adds up.
+
+        Args:
+            outcome: what the pass gave.
+            classes: of all patches, ``[B, H, W]``, -100 where there is none.
+        """
+        own = self.reducer.weighted_losses(outcome, classes)
         return {f"loss_{name}": value for name, value in own.items()}
 
     def no_weight_decay(self) -> set[str]:
@@ -156,6 +161,16 @@ class DenseModel(Hosting):
     num_classes: int
     class_names: tuple[str, ...] = ()
     settings: Mapping[str, Any] = MappingProxyType({})
+
+    @property
+    def pixel_classes(self) -> int:
+        """Number of classes that a pixel may have."""
+        return self.num_classes
+
+    def with_method(self: _Self, drive: Callable[[nn.Module], ReducedViT]) -> _Self:
+        new: Any = super().with_method(drive)
+        new.reducer.for_pixels(new.pixel_classes)
+        return new
 
     @property
     def input_size(self) -> tuple[int, int]:

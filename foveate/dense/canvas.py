@@ -20,7 +20,7 @@ from torchvision.models.detection.image_list import ImageList
 
 from foveate.core.embedding import own_patches
 
-__all__ = ["Canvas", "as_map", "as_tokens"]
+__all__ = ["Canvas", "Size", "as_map", "as_tokens"]
 
 Size = tuple[int, int]
 

@@ -29,6 +29,7 @@ from foveate.backbones import image_settings
 from foveate.core import Outcome
 from foveate.dense.backbone import DenseBackbone, DenseModel, Features, Images
 from foveate.dense.fpn import FpnBackbone
+from foveate.dense.labels import classes_of_objects
 from foveate.dense.vit_adapter import adapter
 
 __all__ = [
@@ -58,6 +59,11 @@ class _Detector(DenseModel):
     roi_heads: Any
     backbone: FpnBackbone
     uncounted = "the heads behind the proposals (boxes and masks)"
+
+    @property
+    def pixel_classes(self) -> int:
+        """Number of classes that a pixel may have, background included."""
+        return self.num_classes + 1
 
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[Target] | None = None
@@ -95,7 +101,11 @@ class _Detector(DenseModel):
         boxes, more = self.roi_heads(maps, proposals, batch.image_sizes, given)
         outcome = found.outcome
         if self.training:
-            return {**losses, **more, **self.method_losses(outcome)}, outcome
+            assert given is not None
+            classes = classes_of_objects(
+                given, batch.image_sizes, found.canvas, outcome.state.context.grid
+            )
+            return {**losses, **more, **self.method_losses(outcome, classes)}, outcome
         answers = self.transform.postprocess(boxes, batch.image_sizes, sizes)
         return [{**answer, "labels": answer["labels"] - 1} for answer in answers], outcome
 
@@ -258,6 +268,7 @@ def _settings(
 
 def _finished(model: _M, num_classes: int, image_size: tuple[int, int] | None) -> _M:
     model.num_classes = num_classes
+    model.reducer.for_pixels(model.pixel_classes)
     model.transform = Preparation(model.backbone.body, image_size)
     return model
 

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from foveate.core import Outcome, check_choice
 from foveate.dense.backbone import DenseBackbone, DenseModel, Features, Images
-from foveate.dense.canvas import Canvas
+from foveate.dense.canvas import Canvas, Size
 from foveate.dense.detectors import Preparation, as_backbone
 from foveate.dense.fpn import MaskedFpn
+from foveate.dense.labels import classes_of_maps
 from foveate.dense.layers import ConvNorm
 
 __all__ = ["Segmenter", "SemanticFpn", "UPerNet", "segmenter"]
@@ -150,6 +151,7 @@ class Segmenter(DenseModel):
         super().__init__()
         self.backbone, self.head, self.transform = backbone, head, transform
         self.num_classes, self.ignore = num_classes, ignore
+        self.reducer.for_pixels(self.pixel_classes)
 
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[Tensor] | None = None
@@ -168,7 +170,8 @@ class Segmenter(DenseModel):
         self, images: Sequence[Tensor], targets: Sequence[Tensor] | None = None
     ) -> tuple[dict[str, Tensor] | list[Tensor], Outcome]:
         """Return what ``forward`` returns, and the pass's tokens and notes."""
-        scores, outcome = self._scores(images)
+        scores, features, sizes = self._scores(images)
+        outcome = features.outcome
         if not self.training:
             return [score.argmax(0) for score in scores], outcome
         if targets is None or len(targets) != len(images):
@@ -189,7 +192,10 @@ class Segmenter(DenseModel):
             )
             count = count + (labels != self.ignore).sum()
         losses = {"loss_segment": total / count.clamp_min(1)}
-        return {**losses, **self.method_losses(outcome)}, outcome
+        classes = classes_of_maps(
+            targets, self.ignore, sizes, features.canvas, outcome.state.context.grid
+        )
+        return {**losses, **self.method_losses(outcome, classes)}, outcome
 
     def scores(self, images: Sequence[Tensor]) -> list[Tensor]:
         """Return class scores ``[classes, h, w]`` of each image."""
@@ -200,7 +206,8 @@ class Segmenter(DenseModel):
         self.head(found.maps, found.canvas)
         return found
 
-    def _scores(self, images: Sequence[Tensor]) -> tuple[list[Tensor], Outcome]:
+    def _scores(self, images: Sequence[Tensor]) -> tuple[list[Tensor], Features, list[Size]]:
+        """Return the scores with what the backbone gave and the sizes of the images it saw."""
         batch = self.prepared(images)
         found = self.backbone.features(batch)
         scores = self.head(found.maps, found.canvas)
@@ -216,7 +223,7 @@ class Segmenter(DenseModel):
             if own.shape[-2:] != image.shape[-2:]:  # the image was resized
                 own = F.interpolate(own, image.shape[-2:], mode="bilinear", align_corners=False)
             each.append(own[0])
-        return each, found.outcome
+        return each, found, batch.image_sizes
 
 
 def segmenter(

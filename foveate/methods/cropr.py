@@ -10,6 +10,11 @@ Training: required. After each scored block the queries attend to all tokens, an
 classifies what they gather. Its loss trains the queries and nothing else: they see detached tokens,
 and scores do not multiply tokens. Deployed, a module is the sum of its queries.
 
+In a segmenter each place of the grid has a query of its own, which says the class of that place, as
+in the released code for segmentation. In a detector the classes are those of the objects and
+background, which is ours: the released code has no detector. A map of labels is read at the middle
+of each patch, and queries are resized to other grids (both ours; the release has one image size).
+
 Here all prefix tokens are protected, not the class token alone. Patches come back in the order of
 the grid, not in that of their scores, which attention does not notice. A model without classes has
 no auxiliary heads, so its queries stay as they are.
@@ -43,19 +48,27 @@ _AUX = "cropr.aux_logits"
 
 
 class Scorer(nn.Module):
-    """Queries that score tokens and, in training, classify what they attend to."""
+    """Queries that score tokens and, in training, classify what they attend to.
 
-    def __init__(self, spec: BackboneSpec, options: Cropr) -> None:
+    Attributes:
+        places: rows and columns of the grid that has a query for each place, or None where all
+            queries say the class of the whole image.
+    """
+
+    def __init__(
+        self, spec: BackboneSpec, options: Cropr, classes: int, places: tuple[int, int] | None
+    ) -> None:
         super().__init__()
-        width, self.heads = spec.width, options.heads
+        width, self.heads, self.places = spec.width, options.heads, places
 
         def projection() -> nn.Module:
             return nn.Linear(width, width, bias=False) if options.proj else nn.Identity()
 
-        self.queries = nn.Parameter(torch.empty(options.queries, width))
+        count = options.queries if places is None else places[0] * places[1]
+        self.queries = nn.Parameter(torch.empty(count, width))
         self.norm = nn.LayerNorm(width, eps=1e-6) if options.norm else nn.Identity()
         self.query, self.key = projection(), projection()
-        if spec.classes:
+        if classes:
             hidden = int(width * options.mlp_ratio)
             self.value = projection()
             self.out = nn.Linear(width, width) if self.heads > 1 else nn.Identity()
@@ -63,7 +76,7 @@ class Scorer(nn.Module):
                 nn.LayerNorm(width, eps=1e-6),
                 *(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)),
             )
-            self.head = nn.Sequential(nn.LayerNorm(width, eps=1e-6), nn.Linear(width, spec.classes))
+            self.head = nn.Sequential(nn.LayerNorm(width, eps=1e-6), nn.Linear(width, classes))
         else:  # nothing could train the queries
             self.requires_grad_(False)
         std = width**-0.5
@@ -82,20 +95,37 @@ class Scorer(nn.Module):
         return (self.norm(x) @ q.t()).squeeze(1).float()
 
     def logits(self, state: TokenState) -> Tensor:
-        """Classify what the queries gather from all tokens, ``[B, classes]``, mean over queries."""
-        x = self.norm(state.x.detach())
-        tokens = state.layout.rect(x)[:, None]  # [B, 1, N, C]
-        values = state.layout.rect(self.value(x)).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        q = self.query(self.queries).unflatten(1, (self.heads, -1))  # [M, H, d]
-        own = torch.eye(self.heads, dtype=q.dtype, device=q.device)[:, None, :, None]
-        q = self.key((own * q).flatten(2))  # [H, M, C], the other heads' channels were zero
-        raw = (q @ tokens.transpose(2, 3)).float()  # [B, H, M, N]
+        """Classify what the queries gather from all tokens.
+
+        Gives ``[B, classes]``, the mean over queries, or ``[B, classes, H, W]`` of all places.
+        """
+        x = state.layout.rect(self.norm(state.x.detach()))  # [B, N, C]
+        queries: Tensor = self.queries
+        if self.places is not None:
+            queries = _resized(queries, self.places, state.context.grid)
+        # ``key`` projects queries, so its weight is the transpose of one that projects tokens.
+        keys = x @ self.key.weight if isinstance(self.key, nn.Linear) else x
+        q, k, v = (
+            values.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
+            for values in (self.query(queries).expand(len(x), -1, -1), keys, self.value(x))
+        )
         present = state.layout.valid(x.device)
-        if present is not None:
-            raw = raw.masked_fill(~present[:, None, None], float("-inf"))
-        weight = (raw * values.shape[-1] ** -0.5).softmax(-1)
-        z = self.out((weight.to(values.dtype) @ values).transpose(1, 2).flatten(2))  # [B, M, C]
-        return self.head(z + self.mlp(z)).mean(1)
+        mask = None if present is None else present[:, None, None]
+        z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, H, M, d]
+        z = self.out(z.transpose(1, 2).flatten(2))
+        found = self.head(z + self.mlp(z))
+        if self.places is None:
+            return found.mean(1)
+        return found.transpose(1, 2).unflatten(2, state.context.grid)
+
+
+def _resized(queries: Tensor, grid: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Resize the queries of a grid's places to another grid."""
+    if grid == new:
+        return queries
+    map_ = queries.t().unflatten(1, grid)[None]
+    map_ = F.interpolate(map_, new, mode="bicubic", align_corners=False)
+    return map_[0].flatten(1).t()
 
 
 @register("cropr")
@@ -170,9 +200,21 @@ class Cropr(Reducer):
                 )
         self.active_blocks = check_blocks(blocks, spec.depth)
         self.removed = self._removed(spec.grid[0] * spec.grid[1])
-        self.scorers = nn.ModuleList(Scorer(spec, self) for _ in self.active_blocks)
-        if not spec.classes:
-            self.loss_weights = {}
+        self._make_scorers(spec.classes, None)
+
+    def for_pixels(self, classes: int) -> None:
+        """Give each place of the grid a query, which says its class."""
+        assert self.spec is not None
+        if self.pixel_classes != classes:  # else the weights that are there stay
+            self._make_scorers(classes, self.spec.grid)
+        super().for_pixels(classes)
+
+    def _make_scorers(self, classes: int, places: tuple[int, int] | None) -> None:
+        assert self.spec is not None
+        like = next(self.parameters(), torch.empty(0))
+        made = [Scorer(self.spec, self, classes, places) for _ in self.active_blocks]
+        self.scorers = nn.ModuleList(made).to(like)
+        self.loss_weights = dict(self.default_loss_weights) if classes else {}
 
     def _removed(self, patches: int) -> dict[int, int | float]:
         """Return how many patches leave after each block; some must be left."""
@@ -212,8 +254,8 @@ class Cropr(Reducer):
         if block not in self.removed:
             return state
         scorer = self.scorers[self.active_blocks.index(block)]
-        assert isinstance(scorer, Scorer) and self.spec is not None
-        if state.context.training and self.spec.classes:
+        assert isinstance(scorer, Scorer)
+        if state.context.training and hasattr(scorer, "head"):
             state = state.note(_AUX, (*state.notes.get(_AUX, ()), scorer.logits(state)))
         r, count = self.removed[block], state.layout.count
         if r == 0:
