@@ -18,18 +18,18 @@ OLDEST_EXTRAS := test,export,datasets,cluster
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test oldest check format slow speed docs clean
+.PHONY: help demo test oldest check format slow crossings speed docs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## every method on a small trained model, three to six minutes; nothing is downloaded
 	$(BIN)/python -m foveate demo $(ARGS)
 
-test: check ## the checks, then every test that is not slow
+test: check ## the checks, then every test but slow ones and crossings
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-oldest: $(OLDEST_STAMP) ## every test that is not slow, with the lowest versions that are promised
+oldest: $(OLDEST_STAMP) ## the same tests, with the lowest versions that are promised
 	$(OLDEST)/bin/python tests/floors.py --check $(OLDEST_EXTRAS)
 	$(ONE_THREAD) $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
@@ -45,7 +45,10 @@ format: $(STAMP) ## format the code and mend what ruff can mend
 	$(BIN)/ruff check --fix .
 
 slow: $(STAMP) ## the slow tests: full-size models, compilation
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not crossing" $(ARGS)
+
+crossings: $(STAMP) ## every method on every form of backbone, hours of compilation included
+	$(ONE_THREAD) $(BIN)/python -m pytest -m crossing -n $(WORKERS) --dist worksteal $(ARGS)
 
 speed: $(STAMP) ## measure the table of speed goals
 	$(BIN)/python benchmarks/speed.py $(ARGS)

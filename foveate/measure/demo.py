@@ -1,25 +1,28 @@
-"""The demo: a comparison of every method on the small trained models that ship, with a page."""
+"""The demo: every method on the small trained models that ship, a detector too, with a page."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from foveate import config
 from foveate.core import ReducedViT
-from foveate.data import CLASSES, fashion_mnist_mini
+from foveate.data import CLASSES, fashion_mnist_mini, open_source, read_image
 from foveate.files import write_text, write_whole
 from foveate.measure.cell import judge
 from foveate.measure.cells import make_cells
-from foveate.measure.comparison import Comparison
+from foveate.measure.comparison import Asked, Comparison
+from foveate.measure.dense import evaluate_dense
 from foveate.measure.gather import collect
 from foveate.measure.page import page
 from foveate.measure.report import write
-from foveate.measure.run import Progress
+from foveate.measure.run import Plan, Progress
 from foveate.measure.shipped import open_any
 from foveate.measure.state import states_of
-from foveate.measure.table import Results
+from foveate.measure.table import Results, pd
 from foveate.measure.variants import variants
+from foveate.predictions import predict_dense
+from foveate.train.callbacks import as_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,6 +35,8 @@ _SHOWN: dict[str, tuple[str, ...]] = {
     "demo_dynamicvit": ("dynamicvit(keep=0.5)",),
 }
 _PICTURES = (0, 7, 8, 5)  # classes of which the first shipped test image is shown
+_SCENES = "scenes:size=64,test=500,clutter=0.3"  # what the detector was trained for
+_SCENES_SEEN, _SCENES_SHOWN = 100, (1, 4, 5, 7)
 
 
 def run_demo(
@@ -43,7 +48,8 @@ def run_demo(
 ) -> tuple[Results, list[Path]]:
     """Evaluate the shipped models with every method; return what was found and written.
 
-    The comparison is recipes/compare/demo.yaml, whose one cell runs in this process.
+    The comparison is recipes/compare/demo.yaml, whose one cell runs in this process. After it a
+    detector looks at scenes, with all patches and with SViT.
 
     Args:
         out: folder for demo.html, the table, plots and pictures; made if missing.
@@ -56,12 +62,35 @@ def run_demo(
     (cell,) = cells.values()
     judge(cell.work, cell.folder, command, progress)
     results = collect(comparison, cells, states_of(cells), command)
+    found, pictures = _detect(out / "scenes", comparison.evaluate, progress)
+    results.table = pd.concat([results.table, found.table], ignore_index=True)
+    results.about["scenes"] = found.about
     written = write(results, out, "demo", title="The demo", kinds=(".svg",))
     picture = _sheet()
     write_whole(out / "sheet.png", lambda path: picture.save(path, "PNG", optimize=True))
     drawn = {path.stem: path.read_text(encoding="utf-8") for path in out.glob("accuracy-*.svg")}
-    write_text(out / "demo.html", page(results, drawn, picture))
+    write_text(out / "demo.html", page(results, drawn, picture, pictures))
     return results, [*written, out / "sheet.png", out / "demo.html"]
+
+
+def _detect(folder: Path, how: Asked, progress: Progress | None) -> tuple[Results, list[Image]]:
+    """Evaluate the detector on scenes, and draw what it finds in a few of them."""
+    model: Any = open_any("demo_detector")
+    limit = _SCENES_SEEN if how.limit is None else min(_SCENES_SEEN, how.limit)
+    plan = Plan(
+        data=_SCENES,
+        split="test",
+        limit=limit,
+        batch=20,
+        speed=(1,),
+        rounds=how.rounds,
+        device=how.device,
+    )
+    found = evaluate_dense({"demo_detector": model}, plan, progress=progress)
+    scenes = open_source(_SCENES, "test")
+    shown = [as_picture(scenes.image(number)) for number in _SCENES_SHOWN]
+    predict_dense(model, shown, pictures=folder, device=how.device)
+    return found, [read_image(path) for path in sorted(folder.glob("*.png"))]
 
 
 def _sheet() -> Image:

@@ -6,10 +6,10 @@ import base64
 import html
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from foveate.measure.sheets import sheets
+from foveate.measure.sheets import Sheet, sheets
 from foveate.measure.table import Results, one, pd
 
 if TYPE_CHECKING:
@@ -26,16 +26,17 @@ Compare with random: what a method is worth is what it keeps beyond. At batch 1 
 model's time goes into starting operations."""
 
 
-def page(results: Results, drawn: Mapping[str, str], picture: Image) -> str:
+def page(
+    results: Results, drawn: Mapping[str, str], picture: Image, scenes: Sequence[Image]
+) -> str:
     """Return one HTML page: no file, script or address beside it.
 
     Args:
         results: of the demo.
         drawn: plots as SVG text, by name.
         picture: what methods did to some images.
+        scenes: what the detector found in some scenes.
     """
-    file = io.BytesIO()
-    picture.save(file, "PNG", optimize=True)
     dense = {"run": "demo", "part": "accuracy", "method": ""}
     settings, table = results.about["settings"], results.table
     facts = {
@@ -45,9 +46,9 @@ def page(results: Results, drawn: Mapping[str, str], picture: Image) -> str:
         "command": results.about["command"],
     }
     by_speed = max(name for name in drawn if name.startswith("accuracy-speed"))
-    accuracy = next(iter(sheets(results, blocks=False)))
-    with pd.option_context("display.max_colwidth", None):
-        cells = accuracy.table.to_html(index=False, border=0)
+    several = list(sheets(results, blocks=False))
+    accuracy = several[0]
+    about_scenes = [sheet for sheet in several if set(sheet.table["model"]) == {"demo_detector"}]
     parts = {
         "style": _STYLE,
         "accuracy": f"{one(table, 'top1', **dense):.1f}",
@@ -57,15 +58,37 @@ def page(results: Results, drawn: Mapping[str, str], picture: Image) -> str:
             f"<figure>{svg[svg.index('<svg') :]}</figure>"
             for svg in (drawn["accuracy-macs"], drawn[by_speed])
         ),
-        "table": "".join(map(_marked, re.split("(?=<tr>)", cells))),
+        "table": _table(accuracy),
         "remark": html.escape(" ".join([REMARK, *accuracy.notes])),
-        "sheet": f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}",
+        "sheet": _embedded(picture),
+        "scenes": "".join(
+            f"<p>{html.escape(sheet.title)}</p><div>{_table(sheet)}</div>"
+            f"<p>{html.escape(' '.join(sheet.notes))}</p>"
+            for sheet in about_scenes
+        ),
+        "found": "".join(
+            f'<figure><img alt="What the detector found in a scene, and how many blocks worked on '
+            f'each patch" src="{_embedded(one)}"></figure>'
+            for one in scenes
+        ),
         "facts": "".join(
             f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>"
             for name, value in facts.items()
         ),
     }
     return re.sub(r"{{(\w+)}}", lambda found: parts[found[1]], _TEMPLATE)
+
+
+def _table(sheet: Sheet) -> str:
+    with pd.option_context("display.max_colwidth", None):
+        cells = sheet.table.to_html(index=False, border=0)
+    return "".join(map(_marked, re.split("(?=<tr>)", cells)))
+
+
+def _embedded(picture: Image) -> str:
+    file = io.BytesIO()
+    picture.save(file, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _marked(line: str) -> str:
@@ -112,6 +135,12 @@ multiply-adds an image.</p>
 <h2>What each method looks at</h2>
 <p><img alt="One row an image, one column a method: what each kept or merged"
 src="{{sheet}}"></p>
+<h2>A detector that looks only where it matters</h2>
+<p>A small Mask R-CNN, trained on scenes of garments and then with SViT, whose gates decide for each
+patch in each block: what a block skips keeps its value and may come back later. Left is what it
+found, right how many of the gated blocks worked on each patch.</p>
+{{found}}
+{{scenes}}
 <h2>How it was measured</h2>
 <dl>{{facts}}</dl>
 </body>

@@ -12,14 +12,15 @@ from foveate.train.build import open_start
 
 __all__ = ["SHIPPED", "open_any"]
 
-# What was trained of each: the model, the model with its method at keep 0.7, or the method's gates
-# alone on the frozen demo model.
+# What was trained of each: the model, the model with its method at keep 0.7, the method's gates
+# alone on the frozen demo model, or a detector with its method.
 SHIPPED = {
     "demo": "model",
     "demo_dynamicvit": "whole",
     "demo_svit": "whole",
     "demo_spvit": "gates",
     "demo_static": "gates",
+    "demo_detector": "detector",
 }
 
 
@@ -28,5 +29,5 @@ def open_any(name: str) -> nn.Module:
     if SHIPPED.get(name, "model") == "model":
         return open_start(name).eval()
     with as_file(files("foveate.data").joinpath("files", name)) as folder:
-        opened: nn.Module = load(folder, None if SHIPPED[name] == "whole" else demo_vit())
+        opened: nn.Module = load(folder, demo_vit() if SHIPPED[name] == "gates" else None)
     return opened.eval()

@@ -36,7 +36,7 @@ FEW = [*MASKED, "multiscale"]  # which takes no keep mask
 
 
 def crossed(forms: list[str], every: int) -> pytest.MarkDecorator:
-    """Every row on the plain ViT, and on each other form every so many rows; the rest is slow.
+    """Every row on the plain ViT, and on each other form every so many rows; the rest is crossings.
 
     What a form does differently is in its parts, and each part still meets many methods.
     """
@@ -44,7 +44,7 @@ def crossed(forms: list[str], every: int) -> pytest.MarkDecorator:
     for i, row in enumerate(METHODS):
         for j, name in enumerate(forms):
             quick = name == "vit" or (i + j) % every == 0
-            marks = () if quick else pytest.mark.slow
+            marks = () if quick else pytest.mark.crossing
             cases.append(pytest.param(row, name, id=f"{name}-{row.method}", marks=marks))
     return pytest.mark.parametrize("row, name", cases)
 
