@@ -1,4 +1,4 @@
-"""What commands take as MODEL: a file, a folder, a timm name, or the demo."""
+"""What commands take as MODEL: a file, a folder, a timm name, or a model that ships."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["add_model", "open_models"]
 
 _MODEL = (
     "name of a timm model, checkpoint file, folder of foveate or Hugging Face, or 'demo' for the "
-    "small trained model that ships with the package"
+    "small trained model that ships with the package ('demo_detector' is a detector)"
 )
 
 

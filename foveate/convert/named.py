@@ -1,4 +1,4 @@
-"""Open a model by what a user calls it: a file, a folder, a name of timm, or the demo."""
+"""Open a model by what a user calls it: a file, a folder, a name of timm, or one that ships."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from foveate.backbones import set_class_names
 from foveate.convert.loading import Settings, open_model
-from foveate.data.demo import demo_vit
+from foveate.convert.shipped import SHIPPED, open_shipped
 
 __all__ = ["check_name", "open_base"]
 
@@ -21,11 +21,11 @@ def open_base(name: str, *, untrained: bool = False) -> nn.Module:
 
     Args:
         name: a checkpoint file, a folder of a run, of foveate or of Hugging Face, a name of timm,
-            or "demo" for the small model that ships with the package.
+            or one of the small models that ship with the package, such as "demo".
         untrained: take a timm model with random weights instead of fetching its own.
     """
-    if name == "demo":
-        return demo_vit()
+    if name in SHIPPED:
+        return open_shipped(name)
     if Path(name).exists():
         return open_model(name, None, None, {}, Settings()).model.eval()
     check_name(name)

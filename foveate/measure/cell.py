@@ -21,8 +21,8 @@ from foveate.dense import DenseModel
 from foveate.measure.cells import EVALUATE, Work, read_work
 from foveate.measure.dense import evaluate_dense
 from foveate.measure.run import Evaluation, Plan, Progress, evaluate
-from foveate.measure.shipped import open_any
 from foveate.measure.state import fingerprint
+from foveate.train.build import open_start
 
 __all__ = ["alone", "do", "judge", "main", "train"]
 
@@ -87,7 +87,7 @@ def judge(work: Work, folder: Path, command: str, progress: Progress | None = No
     }
     given["methods"] = {label: tuple(found) for label, found in given["methods"].items()}
     plan = Plan(**given, device=work.device, workers=work.workers)
-    models = {label: open_any(model) for label, model in work.models.items()}
+    models = {label: open_start(model).eval() for label, model in work.models.items()}
     dense = {label: model for label, model in models.items() if isinstance(model, DenseModel)}
     if dense and len(dense) < len(models):
         raise ValueError(f"{', '.join(dense)} and the other models do not answer the same question")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate import config
+from foveate.convert import SHIPPED
 from foveate.data import final_images
 from foveate.measure.comparison import (
     CLASSLESS,
@@ -31,7 +32,6 @@ from foveate.measure.comparison import (
     Trained,
     at_rate,
 )
-from foveate.measure.shipped import SHIPPED
 
 __all__ = ["EVALUATE", "Cell", "Key", "Work", "chosen", "make_cells", "plain", "read_work"]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foveate import config
+from foveate.convert import open_shipped
 from foveate.core import ReducedViT
 from foveate.data import CLASSES, fashion_mnist_mini, open_source, read_image
 from foveate.files import write_text, write_whole
@@ -17,7 +18,6 @@ from foveate.measure.gather import collect
 from foveate.measure.page import page
 from foveate.measure.report import write
 from foveate.measure.run import Plan, Progress
-from foveate.measure.shipped import open_any
 from foveate.measure.state import states_of
 from foveate.measure.table import Results, pd
 from foveate.measure.variants import variants
@@ -75,7 +75,7 @@ def run_demo(
 
 def _detect(folder: Path, how: Asked, progress: Progress | None) -> tuple[Results, list[Image]]:
     """Evaluate the detector on scenes, and draw what it finds in a few of them."""
-    model: Any = open_any("demo_detector")
+    model: Any = open_shipped("demo_detector")
     limit = _SCENES_SEEN if how.limit is None else min(_SCENES_SEEN, how.limit)
     plan = Plan(
         data=_SCENES,
@@ -103,6 +103,6 @@ def _sheet() -> Image:
     first = {CLASSES[c]: images[(labels == c).nonzero()[0, 0], 0].numpy() for c in _PICTURES}
     reduced: dict[str, ReducedViT] = {}
     for model, methods in _SHOWN.items():
-        found = variants(open_any(model), methods)
+        found = variants(open_shipped(model), methods)
         reduced |= {n: m for n in methods if isinstance(m := found[n], ReducedViT)}
     return sheet(reduced, {name: Image.fromarray(pixels) for name, pixels in first.items()})

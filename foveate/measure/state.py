@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from foveate import config
+from foveate.convert import SHIPPED
 from foveate.measure.cells import Cell, plain
-from foveate.measure.shipped import SHIPPED
 from foveate.measure.table import Results
 
 __all__ = ["DIFFERS", "DONE", "TODO", "UNFINISHED", "State", "fingerprint", "refuse", "states_of"]

@@ -13,10 +13,9 @@ from torch import nn
 
 from foveate import api, config
 from foveate.backbones import backbone_for, image_settings, lvvit_m, lvvit_s, multiscale
-from foveate.convert import Settings, open_model
+from foveate.convert import SHIPPED, Settings, open_model, open_shipped
 from foveate.core import Backbone, ReducedViT
 from foveate.data import Splits, open_splits
-from foveate.data.demo import demo_vit
 from foveate.data.sources.base import IMAGE
 from foveate.data.splits import NONE, holds_out, place
 from foveate.train import recipe as recipes
@@ -74,11 +73,11 @@ def _bare(model: nn.Module) -> nn.Module:
 
 
 def open_start(path: str | nn.Module, weights: str = "auto") -> nn.Module:
-    """Open weights to start from or to learn from: a file, a folder of any kind, or "demo"."""
+    """Open weights to start from or to learn from: a file, a folder, or a model that ships."""
     if isinstance(path, nn.Module):
         return path
-    if path == "demo":
-        return demo_vit()
+    if path in SHIPPED:
+        return open_shipped(str(path))
     return open_model(path, None, None, {}, Settings(weights=weights)).model
 
 

@@ -29,7 +29,7 @@ class Said(nn.Module):
 
 
 def cases() -> list[object]:
-    """Every method on the plain ViT, and on each other family every fifth; the rest is crossings."""
+    """Every method on the plain ViT, every fifth on each other family; the rest are crossings."""
     found = []
     for i, row in enumerate(FIXED):
         for j, name in enumerate(NAMES):

@@ -15,13 +15,15 @@ import torch
 import foveate
 from foveate import config
 from foveate.cli import main
+from foveate.convert import SHIPPED, open_shipped
 from foveate.data import fashion_mnist_mini, normalise
 from foveate.measure import Results, accuracy, select, variants
 from foveate.measure.comparison import Comparison
-from foveate.measure.shipped import SHIPPED, open_any
 from foveate.registry import method_class, parse
 
-TRAINED = {name.removeprefix("demo_"): how for name, how in SHIPPED.items() if how != "model"}
+TRAINED = {
+    name.removeprefix("demo_"): how for name, how in SHIPPED.items() if how in ("whole", "gates")
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ LOGS = Path(__file__).parents[2] / "benchmarks" / "results" / "demo_training"
 def test_what_ships_is_trained_and_its_log_says_how_well(name: str) -> None:
     logged = json.loads((LOGS / name / "result.json").read_text())["accuracy"]
     method = name.partition("reduce-demo_")[2]
-    model = open_any(f"demo_{method}" if method else "demo")
+    model = open_shipped(f"demo_{method}" if method else "demo")
     if method:  # by threshold, as it was evaluated
         text = f"{method}(keep=0.7)"
         model = variants(model, [text])[text]
@@ -71,9 +73,9 @@ def test_every_method_is_shown(comparison: Comparison) -> None:
 def test_what_ships_trained_is_loaded(comparison: Comparison, method: str) -> None:
     """The same gates at every rate, and none of them as they were made; whole models are others."""
     torch.manual_seed(0)
-    demo = open_any("demo")
+    demo = open_shipped("demo")
     fresh = foveate.apply(demo, method, keep=0.7, check=False)
-    given = open_any(f"demo_{method}")
+    given = open_shipped(f"demo_{method}")
     texts = comparison.entry(f"demo_{method}").variants
     found = variants(given, texts)
     states = [found[repr(parse(text))].reducer.state_dict() for text in texts]
