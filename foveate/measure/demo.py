@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = ["run_demo"]
+
+_log = logging.getLogger(__name__)
 
 # Whose pictures the page shows, by the model that it runs on.
 _SHOWN: dict[str, tuple[str, ...]] = {
@@ -62,9 +66,13 @@ def run_demo(
     (cell,) = cells.values()
     judge(cell.work, cell.folder, command, progress)
     results = collect(comparison, cells, states_of(cells), command)
-    found, pictures = _detect(out / "scenes", comparison.evaluate, progress)
-    results.table = pd.concat([results.table, found.table], ignore_index=True)
-    results.about["scenes"] = found.about
+    pictures: list[Image] = []
+    if find_spec("pycocotools") is None:
+        _log.warning("the detector is left out: what measures it comes with 'foveate[dense]'")
+    else:
+        found, pictures = _detect(out / "scenes", comparison.evaluate, progress)
+        results.table = pd.concat([results.table, found.table], ignore_index=True)
+        results.about["scenes"] = found.about
     written = write(results, out, "demo", title="The demo", kinds=(".svg",))
     picture = _sheet()
     write_whole(out / "sheet.png", lambda path: picture.save(path, "PNG", optimize=True))

@@ -35,7 +35,7 @@ def page(
         results: of the demo.
         drawn: plots as SVG text, by name.
         picture: what methods did to some images.
-        scenes: what the detector found in some scenes.
+        scenes: what the detector found in some scenes; none where it was left out.
     """
     dense = {"run": "demo", "part": "accuracy", "method": ""}
     settings, table = results.about["settings"], results.table
@@ -48,7 +48,6 @@ def page(
     by_speed = max(name for name in drawn if name.startswith("accuracy-speed"))
     several = list(sheets(results, blocks=False))
     accuracy = several[0]
-    about_scenes = [sheet for sheet in several if set(sheet.table["model"]) == {"demo_detector"}]
     parts = {
         "style": _STYLE,
         "accuracy": f"{one(table, 'top1', **dense):.1f}",
@@ -61,22 +60,29 @@ def page(
         "table": _table(accuracy),
         "remark": html.escape(" ".join([REMARK, *accuracy.notes])),
         "sheet": _embedded(picture),
-        "scenes": "".join(
-            f"<p>{html.escape(sheet.title)}</p><div>{_table(sheet)}</div>"
-            f"<p>{html.escape(' '.join(sheet.notes))}</p>"
-            for sheet in about_scenes
-        ),
-        "found": "".join(
-            f'<figure><img alt="What the detector found in a scene, and how many blocks worked on '
-            f'each patch" src="{_embedded(one)}"></figure>'
-            for one in scenes
-        ),
+        "detector": _detector(several, scenes) if scenes else "",
         "facts": "".join(
             f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>"
             for name, value in facts.items()
         ),
     }
     return re.sub(r"{{(\w+)}}", lambda found: parts[found[1]], _TEMPLATE)
+
+
+def _detector(several: Sequence[Sheet], scenes: Sequence[Image]) -> str:
+    """Show what the detector found, with its scores and times."""
+    own = [sheet for sheet in several if set(sheet.table["model"]) == {"demo_detector"}]
+    pictures = "".join(
+        '<figure><img alt="What the detector found in a scene, and how many blocks worked on each '
+        f'patch" src="{_embedded(one)}"></figure>'
+        for one in scenes
+    )
+    tables = "".join(
+        f"<p>{html.escape(sheet.title)}</p><div>{_table(sheet)}</div>"
+        f"<p>{html.escape(' '.join(sheet.notes))}</p>"
+        for sheet in own
+    )
+    return f"{_SCENES}<section>{pictures}</section>{tables}"
 
 
 def _table(sheet: Sheet) -> str:
@@ -104,6 +110,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
 h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem; }
 figure { margin: 0 0 1.5rem; }
 svg, img { width: 100%; height: auto; }
+section { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
 div { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap; }
@@ -112,6 +119,12 @@ td:nth-child(-n+2) { text-align: left; }
 td.slow, b { color: #9a3412; font-weight: normal; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; font-size: .92rem; }
 dd { margin: 0; }
+"""
+
+_SCENES = """<h2>A detector that looks only where it matters</h2>
+<p>A small Mask R-CNN, trained on scenes of garments and then with SViT, whose gates decide for each
+patch in each block: what a block skips keeps its value and may come back later. Left is what it
+found, right how many of the gated blocks worked on each patch.</p>
 """
 
 _TEMPLATE = """<!doctype html>
@@ -135,12 +148,7 @@ multiply-adds an image.</p>
 <h2>What each method looks at</h2>
 <p><img alt="One row an image, one column a method: what each kept or merged"
 src="{{sheet}}"></p>
-<h2>A detector that looks only where it matters</h2>
-<p>A small Mask R-CNN, trained on scenes of garments and then with SViT, whose gates decide for each
-patch in each block: what a block skips keeps its value and may come back later. Left is what it
-found, right how many of the gated blocks worked on each patch.</p>
-{{found}}
-{{scenes}}
+{{detector}}
 <h2>How it was measured</h2>
 <dl>{{facts}}</dl>
 </body>

@@ -17,8 +17,10 @@ from foveate import config
 from foveate.cli import main
 from foveate.convert import SHIPPED, open_shipped
 from foveate.data import fashion_mnist_mini, normalise
-from foveate.measure import Results, accuracy, select, variants
+from foveate.measure import Results, accuracy, one, select, variants
 from foveate.measure.comparison import Comparison
+from foveate.measure.dense import evaluate_dense
+from foveate.measure.run import Plan
 from foveate.registry import method_class, parse
 
 TRAINED = {
@@ -37,6 +39,8 @@ def test_what_ships_is_small() -> None:
     for method, how in TRAINED.items():
         weights = folder.joinpath(f"demo_{method}", "foveate.safetensors").read_bytes()
         assert len(weights) < {"whole": 5_000_000, "gates": 500_000}[how]
+    detector = folder.joinpath("demo_detector", "foveate.safetensors").read_bytes()
+    assert len(detector) < 5_000_000
 
 
 LOGS = Path(__file__).parents[2] / "benchmarks" / "results" / "demo_training"
@@ -57,6 +61,19 @@ def test_what_ships_is_trained_and_its_log_says_how_well(name: str) -> None:
     # 1 000 of 10 000 images, weights in half precision
     assert found == pytest.approx(logged, abs=2.5)
     assert found > {"": 83, "dynamicvit": 83, "svit": 82, "spvit": 83, "static": 80}[method]
+
+
+@pytest.mark.slow
+def test_the_detector_that_ships_finds_what_its_log_says() -> None:
+    """On 200 of its 500 test scenes, weights in half precision."""
+    logged = Results.load(LOGS.parent / "scenes" / "detect_svit" / "eval.json", "foveate eval")
+    plan = Plan(data="scenes:size=64,test=500,clutter=0.3", split="test", limit=200, batch=20)
+    found = evaluate_dense({"model": open_shipped("demo_detector")}, plan)
+    for method in ("", "svit(keep=0.7)"):
+        mine, theirs = (
+            one(results.table, "box_ap", part="dense", method=method) for results in (found, logged)
+        )
+        assert mine == pytest.approx(theirs, abs=0.05) and mine > 0.1
 
 
 def test_every_method_is_shown(comparison: Comparison) -> None:
@@ -127,13 +144,20 @@ def test_the_page_stands_alone(
     seen.feed(page)
     assert all(value.startswith(("data:image/png;base64,", "#")) for value in seen.fetched)
     assert "script" not in seen.tags and "link" not in seen.tags
-    assert "{{" not in page and seen.tags.count("svg") == 2 and seen.tags.count("table") == 1
-    rows = [re.findall("<td[^>]*>(.*?)</td>", row) for row in page.split("<tr")[2:]]
+    assert "{{" not in page and seen.tags.count("svg") == 2
+    first, scores, times = re.findall("<table.*?</table>", page, re.DOTALL)
+    rows = [re.findall("<td[^>]*>(.*?)</td>", row) for row in first.split("<tr")[2:]]
     shown = [html.unescape(method) for _, method, *_ in rows]
     assert shown == [
         *("dense", "evit(keep=0.5)", "tome(r=3)", "dense"),
         *("svit(keep=0.7)", "svit(keep=0.7, gate='topk')"),
     ]
+    # The detector beside itself without its method, and four pictures of what it finds.
+    for table in (scores, times):
+        assert re.findall("<td>(dense|svit.*?)</td>", table) == ["dense", "svit(keep=0.7)"]
+    assert "box AP" in scores and page.count("What the detector found in a scene") == 4
+    assert one(results.table, "images", run="demo_detector", part="dense", method="") == 20
+    assert len(list((out / "scenes").glob("*.png"))) == 4
     timed_rows = [row for row in page.split("<tr")[2:] if 'class="slow"' in row]
     assert all("<td>dense</td>" not in row for row in timed_rows)
     assert "1 (1)" not in page and not list(out.glob("**/*.partial"))
