@@ -11,7 +11,7 @@ is the first patch token. Prefix tokens stay in front.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -171,6 +171,20 @@ class TokenState:
     def counts(self) -> tuple[int, ...]:
         """Tokens after the prefix, one number an image."""
         return tuple(n - self.prefix for n in self.layout.lengths)
+
+    def leaving(self, r: int | float, most: Callable[[int], int]) -> int | list[int]:
+        """Return how many tokens should leave, one number if all images have as many of them.
+
+        Args:
+            r: the number, or the share of the patches that an image began with.
+            most: how many may leave of so many tokens after the prefix.
+        """
+        wanted = self.context.removed(r)
+        if self.layout.is_even:
+            assert isinstance(wanted, int)
+            return min(wanted, most(self.layout.longest - self.prefix))
+        each = [wanted] * self.batch if isinstance(wanted, int) else wanted
+        return [min(one, most(n)) for one, n in zip(each, self.counts, strict=True)]
 
     def tokens(self) -> Tensor:
         """Return the tokens as ``[B, N, C]``; zero-padded when the layout is ragged."""

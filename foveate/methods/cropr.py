@@ -257,18 +257,14 @@ class Cropr(Reducer):
         assert isinstance(scorer, Scorer)
         if state.context.training and hasattr(scorer, "head"):
             state = state.note(_AUX, (*state.notes.get(_AUX, ()), scorer.logits(state)))
-        r, count = self.removed[block], state.layout.count
-        if r == 0:
+        if self.removed[block] == 0:
             return state
-        gone = state.context.removed(r)
-        if count is None:
-            each = [gone] * state.batch if isinstance(gone, int) else gone
-            k: int | list[int] = [
-                max(n - one, min(n, 1)) for n, one in zip(state.counts, each, strict=True)
-            ]
+        gone = state.leaving(self.removed[block], lambda n: max(n - 1, 0))
+        k: int | list[int]
+        if isinstance(gone, int):
+            k = state.layout.longest - state.prefix - gone
         else:
-            assert isinstance(gone, int)
-            k = max(count - state.prefix - gone, min(count - state.prefix, 1))
+            k = [n - one for n, one in zip(state.counts, gone, strict=True)]
         score = state.after_prefix(scorer(state.x.detach()), float("-inf"))
         return state.keep(Selection.best(score, k))
 

@@ -113,14 +113,8 @@ class ToMe(MatchReducer):
         """Pair up tokens and pick the most similar pairs."""
         assert attention is not None
         count = state.layout.longest - state.prefix
-        r, present = self.removed[block], state.present()
-        most = state.context.removed(r)
-        if state.layout.is_even:
-            assert isinstance(most, int)
-            removed: int | list[int] = min(most, count // 2)
-        else:
-            each = [most] * state.batch if isinstance(most, int) else most
-            removed = [min(m, n // 2) for m, n in zip(each, state.counts, strict=True)]
+        removed = state.leaving(self.removed[block], lambda n: n // 2)
+        present = state.present()
         if removed == 0 or (isinstance(removed, list) and not any(removed)):
             return None
         sources, targets = alternate_split(count, state.prefix % 2 == 0)
