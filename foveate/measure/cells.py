@@ -181,7 +181,7 @@ def plain(settings: Any) -> dict[str, Any]:
 
 
 def _of_models(comparison: Comparison, out: Path) -> Iterator[Cell]:
-    """Return the trainings of models; opened ones have no job."""
+    """Return the trainings of models; those of opened ones have no job."""
     for name in comparison.models:
         entry = comparison.entry(name)
         for seed in comparison.seeds_of(name):
@@ -302,7 +302,7 @@ def _evaluation(
         methods[label] = () if key.method is not None else comparison.entry(key.model).variants
     only = [k for k, key in keys.items() if key.method is None and comparison.masked(key.model)]
     plan = asked.plan(**data, methods=methods, only=only)
-    dense = [cell.name for cell in cells if cell.work.job in DENSE_JOBS]
+    dense = [cell.name for cell in cells if comparison.job_from(cell.key.model) in DENSE_JOBS]
     if dense:
         for part in ("occlusion", "pruning"):
             if getattr(asked, part):

@@ -32,7 +32,8 @@ class Entry:
             "segment".
         recipe: of the job, a name or a file.
         open: a checkpoint or folder instead, taken as it is. With ``{seed}`` in it there is one
-            for each seed, otherwise all seeds share it.
+            for each seed, otherwise all seeds share it. Methods that are trained from a detector
+            or segmenter need its job beside it.
         like: an earlier model whose job, recipe, start, settings, seeds and variants are taken over
             unless given. Settings come behind its settings. Pre-training is compared with the model
             at the beginning of such a chain.
@@ -61,9 +62,11 @@ class Entry:
             raise ValueError("once=true trains with one seed: leave seeds out")
         if (self.recipe is None and self.like is None) == (self.open is None):
             raise ValueError("either recipe or open says where the model comes from, not both")
-        if self.open is not None and (self.start or self.settings or self.like or self.job):
+        trained = self.start or self.settings or self.like or self.job not in (None, *DENSE_JOBS)
+        if self.open is not None and trained:
             raise ValueError(
-                f"open={self.open} is not trained: leave job, like, start and settings out"
+                f"open={self.open} is not trained: leave like, start and settings out, and job too "
+                f"unless it is {' or '.join(DENSE_JOBS)}"
             )
         check_choice("job", self.job, (None, *JOBS))
         for text in self.variants:

@@ -10,7 +10,10 @@ import pytest
 import yaml
 from tiny import Here, compare
 
+from foveate import config
 from foveate.measure import Results, one, select
+from foveate.measure.cells import make_cells
+from foveate.measure.comparison import Comparison
 
 SCENES = "scenes:size=32,train=8,val=4,test=4"
 HEADS: dict[str, Any] = {
@@ -69,8 +72,8 @@ CELLS = [
 def test_methods_from_one_dense_model(
     job: str, score: str, tmp_path: Path, here: Here, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config, out = write(tmp_path, job), tmp_path / "out"
-    assert compare(config, "--out", out) == 0
+    path, out = write(tmp_path, job), tmp_path / "out"
+    assert compare(path, "--out", out) == 0
     assert here.names == [name + end for name in CELLS for end in ("", "/eval")]
     said = capsys.readouterr().out
     assert "svit calibrated" in said and "missing" not in said
@@ -103,10 +106,22 @@ def test_methods_from_one_dense_model(
     assert f"{score.replace('_', '-')}-macs.svg" in pictures
     # Again: nothing runs, and the report is the same.
     here.names.clear()
-    assert compare(config, "--out", out) == 0
+    assert compare(path, "--out", out) == 0
     assert here.names == []
     assert Results.load(out / "report.json").table.equals(found)
     assert len(json.loads((out / "report.json").read_text())["cells"]) == 2 * len(CELLS)
+
+
+def test_methods_from_a_detector_of_another_run(tmp_path: Path) -> None:
+    """It is opened, and its job says by which recipes methods are trained from it."""
+    (tmp_path / "run").mkdir()
+    changes = {"models": {"base": {"job": "detect", "open": str(tmp_path / "run")}}}
+    path = write(tmp_path, "detect", data=SCENES, **changes)
+    cells = make_cells(config.read(Comparison, path), tmp_path / "out")
+    jobs = {name: cell.work.job for name, cell in cells.items()}
+    assert jobs["reduced/base/svit/seed3"] == "detect"
+    assert jobs["models/base/eval"] == "evaluate" and "models/base" not in cells
+    assert cells["reduced/base/tome/seed4"].work.recipe["model"]["start"] == str(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -122,6 +137,6 @@ def test_methods_from_one_dense_model(
 def test_what_is_refused(
     changes: dict[str, Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = write(tmp_path, "detect", **changes)
-    assert compare(config, "--out", tmp_path / "out") == 2
+    path = write(tmp_path, "detect", **changes)
+    assert compare(path, "--out", tmp_path / "out") == 2
     assert words in capsys.readouterr().err
