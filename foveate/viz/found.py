@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
@@ -61,14 +61,33 @@ def found_objects(
     ]
     if labels:
         boxes = answer["boxes"][shown] * torch.tensor([*factor, *factor])
-        font = Path(matplotlib().get_data_path(), "fonts/ttf/DejaVuSans.ttf")
-        pixels = draw_bounding_boxes(
-            pixels, boxes, words, colours, width=2, font=str(font), font_size=13
-        )
+        pixels = draw_bounding_boxes(pixels, boxes, colors=colours, width=2)
     drawn = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    if labels:
+        _name(drawn, boxes.tolist(), words, colours)
     said = f"{len(labels)} of {len(shown)} objects, from {100 * least:.0f} % on"
     cells, bar = _with_usage([Cell(drawn, [said])], picture, factor, trace, box)
     return page(cells, title, bar=bar, columns=len(cells))
+
+
+def _name(
+    drawn: Image.Image,
+    boxes: Sequence[Sequence[float]],
+    words: Sequence[str],
+    colours: Sequence[tuple[int, int, int]],
+) -> None:
+    """Write each object's name on its colour, at the upper left corner of its box."""
+    draw = ImageDraw.Draw(drawn)
+    file = Path(matplotlib().get_data_path(), "fonts/ttf/DejaVuSans.ttf")
+    font = ImageFont.truetype(str(file), 13)
+    for (left, top, _, _), text, colour in zip(boxes, words, colours, strict=True):
+        wide, high = draw.textlength(text, font) + 6, 17
+        # Above the box, or inside it where the image ends.
+        x = max(0.0, min(left - 1, drawn.width - wide))
+        y = top - high if top >= high else top
+        draw.rectangle((x, y, x + wide, y + high), fill=colour)
+        dark = 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2] < 128
+        draw.text((x + 3, y + 1), text, fill="white" if dark else "black", font=font)
 
 
 def found_pixels(
