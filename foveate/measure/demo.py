@@ -66,18 +66,18 @@ def run_demo(
     (cell,) = cells.values()
     judge(cell.work, cell.folder, command, progress)
     results = collect(comparison, cells, states_of(cells), command)
-    pictures: list[Image] = []
+    detected: tuple[Results, list[Image]] | None = None
     if find_spec("pycocotools") is None:
         _log.warning("the detector is left out: what measures it comes with 'foveate[dense]'")
     else:
-        found, pictures = _detect(out / "scenes", comparison.evaluate, progress)
-        results.table = pd.concat([results.table, found.table], ignore_index=True)
-        results.about["scenes"] = found.about
+        detected = _detect(out / "scenes", comparison.evaluate, progress)
+        results.table = pd.concat([results.table, detected[0].table], ignore_index=True)
+        results.about["scenes"] = detected[0].about
     written = write(results, out, "demo", title="The demo", kinds=(".svg",))
     picture = _sheet()
     write_whole(out / "sheet.png", lambda path: picture.save(path, "PNG", optimize=True))
     drawn = {path.stem: path.read_text(encoding="utf-8") for path in out.glob("accuracy-*.svg")}
-    write_text(out / "demo.html", page(results, drawn, picture, pictures))
+    write_text(out / "demo.html", page(results, drawn, picture, detected))
     return results, [*written, out / "sheet.png", out / "demo.html"]
 
 

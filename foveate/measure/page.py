@@ -27,7 +27,10 @@ model's time goes into starting operations."""
 
 
 def page(
-    results: Results, drawn: Mapping[str, str], picture: Image, scenes: Sequence[Image]
+    results: Results,
+    drawn: Mapping[str, str],
+    picture: Image,
+    detected: tuple[Results, Sequence[Image]] | None,
 ) -> str:
     """Return one HTML page: no file, script or address beside it.
 
@@ -35,7 +38,8 @@ def page(
         results: of the demo.
         drawn: plots as SVG text, by name.
         picture: what methods did to some images.
-        scenes: what the detector found in some scenes; none where it was left out.
+        detected: what was measured of the detector, and pictures of what it found; None where it
+            was left out.
     """
     dense = {"run": "demo", "part": "accuracy", "method": ""}
     settings, table = results.about["settings"], results.table
@@ -46,8 +50,7 @@ def page(
         "command": results.about["command"],
     }
     by_speed = max(name for name in drawn if name.startswith("accuracy-speed"))
-    several = list(sheets(results, blocks=False))
-    accuracy = several[0]
+    accuracy = next(iter(sheets(results, blocks=False)))
     parts = {
         "style": _STYLE,
         "accuracy": f"{one(table, 'top1', **dense):.1f}",
@@ -60,7 +63,7 @@ def page(
         "table": _table(accuracy),
         "remark": html.escape(" ".join([REMARK, *accuracy.notes])),
         "sheet": _embedded(picture),
-        "detector": _detector(several, scenes) if scenes else "",
+        "detector": "" if detected is None else _detector(*detected),
         "facts": "".join(
             f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>"
             for name, value in facts.items()
@@ -69,9 +72,8 @@ def page(
     return re.sub(r"{{(\w+)}}", lambda found: parts[found[1]], _TEMPLATE)
 
 
-def _detector(several: Sequence[Sheet], scenes: Sequence[Image]) -> str:
+def _detector(found: Results, scenes: Sequence[Image]) -> str:
     """Show what the detector found, with its scores and times."""
-    own = [sheet for sheet in several if set(sheet.table["model"]) == {"demo_detector"}]
     pictures = "".join(
         '<figure><img alt="What the detector found in a scene, and how many blocks worked on each '
         f'patch" src="{_embedded(one)}"></figure>'
@@ -80,7 +82,7 @@ def _detector(several: Sequence[Sheet], scenes: Sequence[Image]) -> str:
     tables = "".join(
         f"<p>{html.escape(sheet.title)}</p><div>{_table(sheet)}</div>"
         f"<p>{html.escape(' '.join(sheet.notes))}</p>"
-        for sheet in own
+        for sheet in sheets(found, blocks=False)
     )
     return f"{_SCENES}<section>{pictures}</section>{tables}"
 

@@ -39,7 +39,7 @@ def test_what_ships_is_small() -> None:
     for method, how in TRAINED.items():
         weights = folder.joinpath(f"demo_{method}", "foveate.safetensors").read_bytes()
         assert len(weights) < {"whole": 5_000_000, "gates": 500_000}[how]
-    detector = folder.joinpath("demo_detector", "foveate.safetensors").read_bytes()
+    detector = folder.joinpath("demo_detector", "dense.safetensors").read_bytes()
     assert len(detector) < 5_000_000
 
 
