@@ -125,8 +125,8 @@ dd { margin: 0; }
 
 _SCENES = """<h2>A detector that looks only where it matters</h2>
 <p>A small Mask R-CNN, trained on scenes of garments and then with SViT, whose gates decide for each
-patch in each block: what a block skips keeps its value and may come back later. Left is what it
-found, right how many of the gated blocks worked on each patch.</p>
+patch in each block: what a block skips keeps its value and may come back later. Each picture has a
+test scene, what was found in it, and how many blocks worked on each patch.</p>
 """
 
 _TEMPLATE = """<!doctype html>
