@@ -84,7 +84,7 @@ def run_demo(
 def _detect(folder: Path, how: Asked, progress: Progress | None) -> tuple[Results, list[Image]]:
     """Evaluate the detector on scenes, and draw what it finds in a few of them."""
     model: Any = open_shipped("demo_detector")
-    limit = _SCENES_SEEN if how.limit is None else min(_SCENES_SEEN, how.limit)
+    limit = _SCENES_SEEN if how.limit is None else min(_SCENES_SEEN, max(4, how.limit // 5))
     plan = Plan(
         data=_SCENES,
         split="test",

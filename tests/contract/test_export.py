@@ -14,7 +14,7 @@ import foveate
 
 FIXED = [row for row in METHODS if row.modes[0] == "gathered"]
 NAMES = [name for name in ("vit", "dinov3", "siglip", "hf_vit", "multiscale") if name in FORMS]
-QUICK = {("evit(keep=0.7)", "vit"), ("tokenmergence(keep=0.7)", "multiscale")}
+QUICK = {("evit(keep=0.7)", "vit")}
 
 
 class Said(nn.Module):

@@ -30,7 +30,6 @@ import foveate
 from foveate.core import AttentionReader, ReducedViT, TokenState
 
 rows = pytest.mark.parametrize("row", METHODS, ids=lambda row: row.method)
-names = pytest.mark.parametrize("name", FORMS)
 MASKED = ["vit", "siglip", "dinov2_reg4", "dinov3", *(name for name in HF_FORMS if name in FORMS)]
 FEW = [*MASKED, "multiscale"]  # which takes no keep mask
 
@@ -49,7 +48,7 @@ def crossed(forms: list[str], every: int) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("row, name", cases)
 
 
-many, counted, few = crossed(list(FORMS), 5), crossed(list(FORMS), 9), crossed(FEW, 5)
+many, counted, few = crossed(list(FORMS), 5), crossed(list(FORMS), 11), crossed(FEW, 5)
 masked = crossed(MASKED, 5)
 
 
@@ -62,8 +61,7 @@ def state_of(trace) -> list[TokenState]:
     return [s for block in trace.blocks for s in (block.attention, block.mlp, block.output)]
 
 
-@rows
-@names
+@many
 def test_modes_agree(row: Row, name: str) -> None:
     """Masked, gathered and packed take the same decisions to the same logits."""
     model = reduced(row, name)

@@ -67,7 +67,7 @@ CELLS = [
 
 @pytest.mark.parametrize(
     ("job", "score"),
-    [("detect", "mask_ap"), pytest.param("segment", "miou", marks=pytest.mark.slow)],
+    [pytest.param("detect", "mask_ap", marks=pytest.mark.slow), ("segment", "miou")],
 )
 def test_methods_from_one_dense_model(
     job: str, score: str, tmp_path: Path, here: Here, capsys: pytest.CaptureFixture[str]

@@ -448,7 +448,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pretrain, Pat
 @pytest.mark.parametrize(
     ("kill", "workers"),
     [
-        ("1,5", 0),
+        pytest.param("1,5", 0, marks=pytest.mark.slow),
         pytest.param("0,3", 2, marks=pytest.mark.slow),
         ("end0", 2),
         pytest.param("end1", 0, marks=pytest.mark.slow),
@@ -481,7 +481,7 @@ def test_killed_runs_go_on(
     [
         ("bootmae", "1,2"),
         pytest.param("conmim", "1,2", marks=pytest.mark.slow),
-        ("conmim", "end1"),
+        pytest.param("conmim", "end1", marks=pytest.mark.slow),
     ],
 )
 def test_teachers_go_on_where_they_were(name: str, kill: str, tmp_path: Path) -> None:

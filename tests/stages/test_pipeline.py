@@ -173,6 +173,7 @@ def test_it_goes_on_between_stages(recipe: Path, out: Path, trained: list[str]) 
     assert all(same_run(out / name, out.parent / name) for name in ("4-masked", "5-reduce"))
 
 
+@pytest.mark.slow
 def test_it_goes_on_inside_a_stage(
     recipe: Path,
     tmp_path: Path,

@@ -164,6 +164,7 @@ def test_sparse_fine_tuning_goes_on_from_the_dense_detector(
     assert again.reducer.name == "dense" and again.class_names == model.class_names
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_bit(svit: Any, tmp_path: Path) -> None:
     made, whole = svit
     assert elsewhere(made, tmp_path / "run", kill="1,1") == -signal.SIGKILL
@@ -171,6 +172,7 @@ def test_a_killed_run_goes_on_to_the_bit(svit: Any, tmp_path: Path) -> None:
     assert same_run(whole.path, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_two_processes(vit: str, tmp_path: Path) -> None:
     """Segmentation equals one process with the doubled batch; a detector draws its samples.
 

@@ -110,6 +110,7 @@ def test_torchrun_itself(tmp_path: Path) -> None:
     assert exported(tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_long_look_stalls_nobody(tmp_path: Path) -> None:
     """A reading in pre-training that takes longer than processes wait for gradients."""

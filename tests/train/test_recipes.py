@@ -144,6 +144,9 @@ ALIKE = {
     *("imagenet_deit_b_dynamicvit", "imagenet_mae_b_dynamicvit", "imagenet_deit_s_tome_scratch"),
     *("imagenet_deit_s_evit_scratch", "imagenet_deit_s_evovit_scratch", "imagenet_deit_b"),
     *("imagenet_deit_b_masked_scratch", "imagenet_mae_b_full", "imagenet_deit_s_svit"),
+    *("imagenet_deit_s_spvit", "imagenet_deit_s_static", "imagenet_deit_s_ats", "demo_static"),
+    *("imagenet_deit_s_tokenmergence_scratch", "cifar10_dynamicvit", "fashion_dynamicvit"),
+    *("coco_adapter_t", "coco_adapter_t_svit", "ade20k_adapter_s_svit", "demo_svit"),
 }
 RUN = [
     pytest.param(job, name, marks=pytest.mark.slow if name in ALIKE else ()) for job, name in ALL

@@ -43,7 +43,9 @@ def masked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return recipe, root / "whole"
 
 
-@pytest.mark.parametrize(("kill", "workers"), [("1,5", 0), ("end0", 2), ("val1", 0)])
+@pytest.mark.parametrize(
+    ("kill", "workers"), [("1,5", 0), pytest.param("end0", 2, marks=pytest.mark.slow), ("val1", 0)]
+)
 def test_masked_fine_tuning(
     kill: str, workers: int, masked: tuple[Any, Path], tmp_path: Path
 ) -> None:
@@ -147,7 +149,10 @@ def test_steps_that_are_cut_short(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "trials"),
-    [([], (1, 3, 5, 6)), (["loop.accumulate=3", "loop.ema=0.5"], (1, 2, 3))],
+    [
+        ([], (1, 3, 5, 6)),
+        pytest.param(["loop.accumulate=3", "loop.ema=0.5"], (1, 2, 3), marks=pytest.mark.slow),
+    ],
 )
 def test_a_trial_becomes_a_whole_run(
     settings: list[str], trials: tuple[int, ...], tmp_path: Path
