@@ -39,8 +39,11 @@ def lineup_of(
     seed: int,
 ) -> Lineup:
     """Line up a model with methods; arguments are those of ``speed``."""
-    kind = DenseLineup if isinstance(model, Hosting) else Lineup
-    return kind(model, methods, device, compile, seed)
+    if not isinstance(model, Hosting):
+        return Lineup(model, methods, device, compile, seed)
+    if compile:
+        raise ValueError("dense models are timed eagerly: leave the compilation out")
+    return DenseLineup(model, methods, device, compile, seed)
 
 
 @dataclass
@@ -63,11 +66,8 @@ class Lineup:
 
     Attributes:
         original: the model without a method, as it was given.
-        parts: what has a run of its own, "" for the whole model.
         left_out: methods that are not measured, and why.
     """
-
-    parts: tuple[str, ...] = ("",)
 
     def __init__(
         self,
@@ -86,6 +86,11 @@ class Lineup:
         self.dense: Any = self.original
         self.models: dict[str, Any] = {}
         self.parameters: dict[str, str | None] = {}
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Name what has a run of its own, "" for the whole model."""
+        return ("",)
 
     def _plain(self, model: nn.Module) -> nn.Module:
         return backbone_of(model).model
@@ -225,21 +230,9 @@ class DenseLineup(Lineup):
     The network has no oracles: they answer something else, and its heads cost what they are shown.
     """
 
-    parts: tuple[str, ...] = ("backbone",)
-
-    def __init__(
-        self,
-        model: nn.Module,
-        methods: Sequence[Method] | Mapping[str, Method],
-        device: str,
-        compile: bool,
-        seed: int,
-    ) -> None:
-        if compile:
-            raise ValueError("dense models are timed eagerly: leave the compilation out")
-        super().__init__(model, methods, device, compile, seed)
-        if isinstance(model, DenseModel):
-            self.parts = ("backbone", "network")
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("backbone", "network") if isinstance(self.original, DenseModel) else ("backbone",)
 
     def _plain(self, model: nn.Module) -> nn.Module:
         return api.unwrap(model)
