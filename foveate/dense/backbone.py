@@ -122,12 +122,13 @@ class Hosting(nn.Module):
         setattr(new, self.inner, changed)
         return new
 
-    def method_losses(self, outcome: Outcome, classes: Tensor) -> dict[str, Tensor]:
+    def method_losses(self, outcome: Outcome, classes: Tensor | None = None) -> dict[str, Tensor]:
         """Return the method's own losses, weighted, under the names that a total adds up.
 
         Args:
             outcome: what the pass gave.
-            classes: of all patches, ``[B, H, W]``, -100 where there is none.
+            classes: of all patches, ``[B, H, W]``, -100 where there is none; a backbone without a
+                head knows none.
         """
         own = self.reducer.weighted_losses(outcome, classes)
         return {f"loss_{name}": value for name, value in own.items()}
