@@ -23,7 +23,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(STAMP) ## every method on a small trained model, and a detector, three to seven minutes; nothing is downloaded
+demo: $(STAMP) ## every method on a small trained model, and a detector, several minutes; nothing is downloaded
 	$(BIN)/python -m foveate demo $(ARGS)
 
 test: check ## the checks, then every test but slow ones and crossings

@@ -1,6 +1,6 @@
 """Run every method on a small trained model that ships with the package.
 
-Takes three to seven minutes on two cores and downloads nothing: accuracy on 2 000 images of
+Takes several minutes on two cores and downloads nothing: accuracy on 2 000 images of
 Fashion-MNIST, multiply-adds, and measured speed at batch 64 and 1, as a table here and as a page
 with plots and pictures. It is the comparison "demo" of foveate compare --list. Then a detector
 looks at 100 scenes with all patches and with SViT (that needs foveate[dense]).
