@@ -8,13 +8,14 @@ exactly the gate's target share; other images then keep about that share, each i
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from foveate.core import GatedReducer, Reducer, TokenState
+from foveate.core import GatedReducer, ReducedViT, TokenState
 from foveate.core.gated import log_odds
+from foveate.dense import DenseBackbone
 
 __all__ = ["calibrate"]
 
@@ -26,19 +27,8 @@ _LAST: dict[str, Callable[[Any, int], nn.Module]] = {
 }
 
 
-class Runs(Protocol):
-    """A model with a method, from ``foveate.apply`` or around one."""
-
-    @property
-    def reducer(self) -> Reducer:
-        """The method."""
-
-    def run(self, images: Any) -> Any:
-        """Take images through all blocks."""
-
-
 @torch.no_grad()
-def calibrate(model: Runs, images: Any) -> bool:
+def calibrate(model: ReducedViT | DenseBackbone, images: Any) -> bool:
     """Set every gate in one pass, each on the tokens that the gates before it leave.
 
     Says whether there was any gate to set.

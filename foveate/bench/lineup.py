@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from foveate import api, facts
 from foveate.backbones import backbone_of
@@ -27,6 +27,7 @@ __all__ = ["CALIBRATION_IMAGES", "DTYPES", "Calls", "DenseLineup", "Lineup", "Me
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CALIBRATION_IMAGES = 16
+NETWORK = "network"
 
 Method = str | Reducer | ReducedViT | Hosting
 
@@ -137,6 +138,28 @@ class Lineup:
         reference = next(self.dense.parameters())
         return images.to(reference.device, reference.dtype)
 
+    def _blocks(self, model: Any, images: Any) -> tuple[Any, Any]:
+        """Return what runs the blocks, and the images as it takes them."""
+        return model, images
+
+    def _called(self, model: Any, images: Any, part: str) -> tuple[Any, Any]:
+        """Return what is timed, and the images as it takes them."""
+        return model, images
+
+    def _around(self, model: Any, oracle: Oracle) -> nn.Module:
+        """Put an oracle in the place of a model's driven ViT."""
+        return oracle
+
+    def _unfused(self, images: Any) -> nn.Module:
+        return unfused(self.dense, images)
+
+    def _cost_ratio(self, model: Any, trace: Trace, images: Any, part: str) -> float:
+        """Return multiply-adds over the dense model's, on these images where they matter."""
+        try:
+            return facts.count(model, trace=trace).ratio
+        except ValueError:  # a method that does not work out its own cost is counted by running
+            return facts.count(model, images=images).ratio
+
     # Making them ready ----------------------------------------------------------------------------
 
     def prepare(self, dtype: str, pictures: Images) -> None:
@@ -167,7 +190,7 @@ class Lineup:
             return "as saved" if new else None
         last = len(pictures.pixels) - CALIBRATION_IMAGES
         images = self._inputs(pictures.take(CALIBRATION_IMAGES, max(0, last)))
-        if calibrate(model, images):
+        if calibrate(*self._blocks(model, images)):
             return "untrained, scaled and shifted to their target share"
         return "untrained" if new else None
 
@@ -177,27 +200,33 @@ class Lineup:
         """Return the calls of all variants on these images."""
         images = self._inputs(images)
         found = Calls()
+
+        def call(model: Any) -> Call:
+            return self._call(*self._called(model, images, part), compile_mode)
+
         for name in (DENSE, AGAIN):
-            found.calls[name] = self._call(self.dense, images, compile_mode)
+            found.calls[name] = call(self.dense)
         try:
-            twin = unfused(self.dense, images)
+            twin = self._unfused(images)
         except ValueError as error:
             found.why_not_unfused = str(error)
         else:
-            found.calls[UNFUSED] = self._call(twin, images, compile_mode)
+            found.calls[UNFUSED] = call(twin)
         known: dict[tuple[Any, ...], str] = {}
         for name, model in self.models.items():
-            trace = model.trace(images)
-            counts = Counts.of(trace)
-            oracle = Oracle.of(model, trace, images)
-            same = (oracle.even, id(model.vit), counts)
-            if same not in known:  # methods with one schedule share the oracle
-                known[same] = f"oracle of {name}"
-                found.calls[known[same]] = self._call(oracle, images, compile_mode)
-            found.calls[name] = self._call(model, images, compile_mode)
-            found.facts[name] = self._facts(
-                name, known[same], counts, _cost_ratio(model, trace, images)
-            )
+            blocks, inputs = self._blocks(model, images)
+            trace = blocks.trace(inputs)
+            counts, shared = Counts.of(trace), None
+            if part != NETWORK:
+                oracle = Oracle.of(_reduced(model), trace, images[0])
+                same = (oracle.even, id(_reduced(model).vit), counts)
+                if same not in known:  # methods with one schedule share the oracle
+                    known[same] = f"oracle of {name}"
+                    found.calls[known[same]] = call(self._around(model, oracle))
+                shared = known[same]
+            found.calls[name] = call(model)
+            macs = self._cost_ratio(model, trace, images, part)
+            found.facts[name] = self._facts(name, shared, counts, macs)
         return found
 
     def _facts(self, name: str, oracle: str | None, counts: Counts, macs: float) -> dict[str, Any]:
@@ -232,7 +261,7 @@ class DenseLineup(Lineup):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        return ("backbone", "network") if isinstance(self.original, DenseModel) else ("backbone",)
+        return ("backbone", NETWORK) if isinstance(self.original, DenseModel) else ("backbone",)
 
     def _plain(self, model: nn.Module) -> nn.Module:
         return api.unwrap(model)
@@ -251,73 +280,40 @@ class DenseLineup(Lineup):
     def _inputs(self, images: Any) -> Any:
         return [image.to(self.device) for image in images]
 
-    def _ready(self, model: Any, fresh: bool, pictures: Images) -> str | None:
-        return super()._ready(_Prepared(model), fresh, pictures)
+    def _blocks(self, model: Any, images: Any) -> tuple[Any, Any]:
+        return model.trunk, model.prepared(images)
 
-    def cell(self, images: Any, part: str, compile_mode: str) -> Calls:
-        images = self._inputs(images)
-        found = Calls(why_not_unfused="not measured for dense models")
-        whole = part == "network"
-        inputs = images if whole else self.dense.prepared(images)
+    def _called(self, model: Any, images: Any, part: str) -> tuple[Any, Any]:
+        return (model, images) if part == NETWORK else self._blocks(model, images)
 
-        def called(model: Any) -> Call:
-            return self._call(model if whole else model.trunk, inputs, compile_mode)
+    def _around(self, model: Any, oracle: Oracle) -> nn.Module:
+        hosting: nn.Module = model.with_method(lambda vit: oracle)
+        return hosting
 
-        for name in (DENSE, AGAIN):
-            found.calls[name] = called(self.dense)
-        known: dict[tuple[Any, ...], str] = {}
-        for name, model in self.models.items():
-            prepared = model.prepared(images)
-            trace = model.trunk.trace(prepared)
-            counts, oracle = Counts.of(trace), None
-            if not whole:
-                made = Oracle.of(model.reduced, trace, images[0])
-                same = (made.even, counts)
-                if same not in known:
-                    known[same] = f"oracle of {name}"
-                    hosting = model.with_method(lambda vit, made=made: made)
-                    found.calls[known[same]] = called(hosting)
-                oracle = known[same]
-            found.calls[name] = called(model)
-            ratio = _spent(model, images, whole) / _spent(self.dense, images, whole)
-            found.facts[name] = self._facts(name, oracle, counts, ratio)
-        return found
+    def _unfused(self, images: Any) -> nn.Module:
+        raise ValueError("not measured for dense models")
 
+    def _cost_ratio(self, model: Any, trace: Trace, images: Any, part: str) -> float:
+        return self._spent(model, images, part) / self._spent(self.dense, images, part)
 
-class _Prepared:
-    """A dense model as ``calibrate`` runs it: on images as they come."""
-
-    def __init__(self, model: Any) -> None:
-        self.reducer, self._model = model.reducer, model
-
-    def run(self, images: Sequence[Tensor]) -> None:
-        self._model.trunk(self._model.prepared(images))
-
-
-def _backbone(model: Any) -> Backbone:
-    return model.reduced.backbone if isinstance(model, Hosting) else backbone_of(model)
+    def _spent(self, model: Any, images: Any, part: str) -> float:
+        called, inputs = self._called(model, images, part)
+        with counting(model) as spent:
+            called(inputs)
+            return spent()
 
 
 def _is_model(method: Any) -> bool:
     return isinstance(method, (ReducedViT, Hosting))
 
 
-def _spent(model: Any, images: Sequence[Tensor], whole: bool) -> float:
-    """Return the multiply-adds of a call."""
-    with torch.no_grad(), counting(model) as spent:
-        if whole:
-            model(images)
-        else:
-            model.trunk(model.prepared(images))
-        return spent()
+def _reduced(model: Any) -> ReducedViT:
+    reduced: ReducedViT = model.reduced if isinstance(model, Hosting) else model
+    return reduced
 
 
-def _cost_ratio(model: ReducedViT, trace: Trace, images: Tensor) -> float:
-    """Return multiply-adds over the dense model's, on these images where counts depend on them."""
-    try:
-        return facts.count(model, trace=trace).ratio
-    except ValueError:  # a method that does not work out its own cost is counted by running
-        return facts.count(model, images=images).ratio
+def _backbone(model: Any) -> Backbone:
+    return backbone_of(_reduced(model))
 
 
 def _name(method: Method) -> str:
