@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from foveate import config
 from foveate.convert import open_shipped
 from foveate.core import ReducedViT
-from foveate.data import CLASSES, fashion_mnist_mini, open_source, read_image
+from foveate.data import CLASSES, fashion_mnist_mini, open_source
 from foveate.files import write_text, write_whole
 from foveate.measure.cell import judge
 from foveate.measure.cells import make_cells
@@ -66,7 +66,7 @@ def run_demo(
     (cell,) = cells.values()
     judge(cell.work, cell.folder, command, progress)
     results = collect(comparison, cells, states_of(cells), command)
-    detected: tuple[Results, list[Image]] | None = None
+    detected: tuple[Results, list[Path]] | None = None
     if find_spec("pycocotools") is None:
         _log.warning("the detector is left out: what measures it comes with 'foveate[dense]'")
     else:
@@ -77,11 +77,11 @@ def run_demo(
     picture = _sheet()
     write_whole(out / "sheet.png", lambda path: picture.save(path, "PNG", optimize=True))
     drawn = {path.stem: path.read_text(encoding="utf-8") for path in out.glob("accuracy-*.svg")}
-    write_text(out / "demo.html", page(results, drawn, picture, detected))
+    write_text(out / "demo.html", page(results, drawn, out / "sheet.png", detected))
     return results, [*written, out / "sheet.png", out / "demo.html"]
 
 
-def _detect(folder: Path, how: Asked, progress: Progress | None) -> tuple[Results, list[Image]]:
+def _detect(folder: Path, how: Asked, progress: Progress | None) -> tuple[Results, list[Path]]:
     """Evaluate the detector on scenes, and draw what it finds in a few of them."""
     model: Any = open_shipped("demo_detector")
     limit = _SCENES_SEEN if how.limit is None else min(_SCENES_SEEN, max(4, how.limit // 5))
@@ -98,7 +98,7 @@ def _detect(folder: Path, how: Asked, progress: Progress | None) -> tuple[Result
     scenes = open_source(_SCENES, "test")
     shown = [as_picture(scenes.image(number)) for number in _SCENES_SHOWN]
     predict_dense(model, shown, pictures=folder, device=how.device)
-    return found, [read_image(path) for path in sorted(folder.glob("*.png"))]
+    return found, sorted(folder.glob("*.png"))
 
 
 def _sheet() -> Image:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from foveate.measure.sheets import Sheet, sheets
 from foveate.measure.table import Results, one, pd
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 __all__ = ["REMARK", "page"]
 
@@ -29,17 +25,17 @@ model's time goes into starting operations."""
 def page(
     results: Results,
     drawn: Mapping[str, str],
-    picture: Image,
-    detected: tuple[Results, Sequence[Image]] | None,
+    picture: Path,
+    detected: tuple[Results, Sequence[Path]] | None,
 ) -> str:
     """Return one HTML page: no file, script or address beside it.
 
     Args:
         results: of the demo.
         drawn: plots as SVG text, by name.
-        picture: what methods did to some images.
-        detected: what was measured of the detector, and pictures of what it found; None where it
-            was left out.
+        picture: file that shows what methods did to some images.
+        detected: what was measured of the detector, and files that show what it found; None where
+            it was left out.
     """
     dense = {"run": "demo", "part": "accuracy", "method": ""}
     settings, table = results.about["settings"], results.table
@@ -72,7 +68,7 @@ def page(
     return re.sub(r"{{(\w+)}}", lambda found: parts[found[1]], _TEMPLATE)
 
 
-def _detector(found: Results, scenes: Sequence[Image]) -> str:
+def _detector(found: Results, scenes: Sequence[Path]) -> str:
     """Show what the detector found, with its scores and times."""
     pictures = "".join(
         '<figure><img alt="What the detector found in a scene, and how many blocks worked on each '
@@ -93,10 +89,8 @@ def _table(sheet: Sheet) -> str:
     return "".join(map(_marked, re.split("(?=<tr>)", cells)))
 
 
-def _embedded(picture: Image) -> str:
-    file = io.BytesIO()
-    picture.save(file, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+def _embedded(picture: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
 
 
 def _marked(line: str) -> str:
