@@ -85,9 +85,9 @@ class Chain(Reducer):
 
     def for_pixels(self, classes: int) -> None:
         """Tell every part."""
-        super().for_pixels(classes)
         for part in self.members:
             part.for_pixels(classes)
+        self.pixel_classes = max(part.pixel_classes for part in self.members)
         self._gather_weights()
 
     def _gather_weights(self) -> None:

@@ -52,7 +52,8 @@ class Reducer(nn.Module):
             on all of them; "head" brings them back after the last block.
         active_blocks: blocks at which the method changes the token set.
         loss_weights: the losses to minimise besides the task's and their weights.
-        pixel_classes: number of classes of a pixel, under a dense head; else 0.
+        pixel_classes: number of classes of a pixel that the method learns under a dense head, else
+            0; where it is not, ``losses`` gets the classes of all patches as targets.
     """
 
     recall_before: int | str | None = None
@@ -181,9 +182,9 @@ class Reducer(nn.Module):
     def for_pixels(self, classes: int) -> None:
         """Learn that the model is a segmenter or detector, whose pixels have so many classes.
 
-        It is told after ``build``. Methods with auxiliary heads make those anew.
+        It is told after ``build``. A method that learns them makes its heads anew and sets
+        ``pixel_classes``.
         """
-        self.pixel_classes = classes
 
     def losses(
         self, outcome: Outcome, targets: Tensor | None = None, teacher: Outcome | None = None

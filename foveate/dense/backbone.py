@@ -127,8 +127,8 @@ class Hosting(nn.Module):
 
         Args:
             outcome: what the pass gave.
-            classes: of all patches, ``[B, H, W]``, -100 where there is none; a backbone without a
-                head knows none.
+            classes: of all patches, ``[B, H, W]``, -100 where there is none. None unless the
+                method learns them.
         """
         own = self.reducer.weighted_losses(outcome, classes)
         return {f"loss_{name}": value for name, value in own.items()}

@@ -102,9 +102,10 @@ class _Detector(DenseModel):
         outcome = found.outcome
         if self.training:
             assert given is not None
-            classes = classes_of_objects(
-                given, batch.image_sizes, found.canvas, outcome.state.context.grid
-            )
+            classes = None
+            if self.reducer.pixel_classes:
+                grid = outcome.state.context.grid
+                classes = classes_of_objects(given, batch.image_sizes, found.canvas, grid)
             return {**losses, **more, **self.method_losses(outcome, classes)}, outcome
         answers = self.transform.postprocess(boxes, batch.image_sizes, sizes)
         return [{**answer, "labels": answer["labels"] - 1} for answer in answers], outcome

@@ -192,9 +192,10 @@ class Segmenter(DenseModel):
             )
             count = count + (labels != self.ignore).sum()
         losses = {"loss_segment": total / count.clamp_min(1)}
-        classes = classes_of_maps(
-            targets, self.ignore, sizes, features.canvas, outcome.state.context.grid
-        )
+        classes = None
+        if self.reducer.pixel_classes:
+            grid = outcome.state.context.grid
+            classes = classes_of_maps(targets, self.ignore, sizes, features.canvas, grid)
         return {**losses, **self.method_losses(outcome, classes)}, outcome
 
     def scores(self, images: Sequence[Tensor]) -> list[Tensor]:

@@ -207,7 +207,7 @@ class Cropr(Reducer):
         assert self.spec is not None
         if self.pixel_classes != classes:  # else the weights that are there stay
             self._make_scorers(classes, self.spec.grid)
-        super().for_pixels(classes)
+            self.pixel_classes = classes
 
     def _make_scorers(self, classes: int, places: tuple[int, int] | None) -> None:
         assert self.spec is not None
