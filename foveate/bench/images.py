@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
@@ -107,22 +106,20 @@ def _side_lengths(model: Hosting, first: tuple[int, int] | None) -> tuple[int, i
 def read_images(model: nn.Module, paths: Sequence[str | os.PathLike[str]], count: int) -> Images:
     """Read at most so many images of files and folders, as ``model`` takes them."""
     files = ImageFiles(paths)
-    if isinstance(model, Hosting):
+    if isinstance(model, DenseModel):
         return _read_pictures(model, files, count)
     prepare = Preprocessing.of(model)
     pixels = torch.stack([prepare(image).tensor for _, image in islice(files, count)])
     return Images(pixels, "from files")
 
 
-def _read_pictures(model: Hosting, files: ImageFiles, count: int) -> Images:
-    mode = "L" if model.reduced.backbone.channels == 1 else "RGB"
+def _read_pictures(model: DenseModel, files: ImageFiles, count: int) -> Images:
     size: tuple[int, int] | None = None
     found: list[Tensor] = []
     for _, image in islice(files, count):
         size = size or _side_lengths(model, (image.height, image.width))
-        fitted = ImageOps.fit(image.convert(mode), size[::-1], Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.array(fitted)).reshape(*size, -1).permute(2, 0, 1)
-        found.append(pixels.float() / 255)
+        fitted = ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)
+        found.append(model.pixels(fitted))
     assert size is not None
     return Images(torch.stack(found), f"from files, cut and resized to {size[0]} x {size[1]}")
 

@@ -14,9 +14,11 @@ from types import MappingProxyType
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
+from PIL import Image
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from foveate.backbones import backbone_for
 from foveate.core import (
@@ -176,6 +178,12 @@ class DenseModel(Hosting):
     @property
     def input_size(self) -> tuple[int, int]:
         return self.transform.image_size or super().input_size
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """Return an image as the model is called with it: ``[channels, h, w]`` from 0 to 1."""
+        like, channels = next(self.parameters()), self.reduced.backbone.channels
+        values = pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))
+        return values.to(like.device).to(like.dtype) / 255
 
     def prepared(self, images: Images) -> ImageList:
         return self.transform(list(images))[0]

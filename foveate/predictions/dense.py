@@ -139,7 +139,7 @@ def predict_dense(
     stream: Iterator[tuple[str | Path, Image.Image]] = iter(named)
     with answering(model, precision=precision):
         while some := list(islice(stream, batch)):
-            answers = model([_pixels(image, model) for _, image in some])
+            answers = model([model.pixels(image) for _, image in some])
             for (name, image), answer in zip(some, answers, strict=True):
                 trace, box = None, None
                 if model.reducer.name != "dense":
@@ -160,15 +160,6 @@ def predict_dense(
     broken = named.broken if isinstance(named, ImageFiles) else {}
     unreadable = {str(path): why for path, why in broken.items()}
     return DensePredictions(title, model.class_names, tuple(records), unreadable)
-
-
-def _pixels(image: Image.Image, model: DenseModel) -> Tensor:
-    """Return an image ``[channels, h, w]`` from 0 to 1 on the model's device."""
-    like = next(model.parameters())
-    channels = model.reduced.backbone.channels
-    array = np.array(image.convert("L" if channels == 1 else "RGB"))
-    tensor = torch.from_numpy(array).reshape(image.height, image.width, channels)
-    return tensor.permute(2, 0, 1).to(like.device).to(like.dtype) / 255
 
 
 def _record(
