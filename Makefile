@@ -12,7 +12,7 @@ DOCS_STAMP := $(VENV)/.docs-installed
 
 OLDEST := .venv-oldest
 OLDEST_STAMP  := $(OLDEST)/.installed
-OLDEST_EXTRAS := test,export,datasets,cluster
+OLDEST_EXTRAS := test
 
 # One thread a worker: two workers with a thread pool each would fight for the same cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1

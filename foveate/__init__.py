@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from foveate.api import apply, unwrap
     from foveate.convert import load, save
     from foveate.core import Schedule
+    from foveate.exports import export
     from foveate.facts import count, describe
     from foveate.jobs import (
         detect,
@@ -32,6 +33,7 @@ __all__ = [
     "describe",
     "detect",
     "evaluate",
+    "export",
     "finetune",
     "list_methods",
     "load",
@@ -53,6 +55,7 @@ _HOMES = {
     "describe": "facts",
     "detect": "jobs",
     "evaluate": "jobs",
+    "export": "exports",
     "finetune": "jobs",
     "list_methods": "registry",
     "load": "convert",

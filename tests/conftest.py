@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from hypothesis import HealthCheck, settings
 
 # Workers share the cores, and small tensors gain nothing from threads.
 torch.set_num_threads(1)
+
+# torch writes every step of a capture down where anybody listens, and pytest listens to all.
+logging.getLogger("torch.__trace").disabled = True
 
 # The machine that checks may be slow, and a failure must come back: no deadline, no chance.
 settings.register_profile(

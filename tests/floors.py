@@ -1,7 +1,7 @@
 """Lowest versions that the package promises, for ``make oldest``: write them down, or check them.
 
-    python tests/floors.py test,export            # constraints for pip
-    python tests/floors.py --check test,export    # fail where another version is installed
+    python tests/floors.py test                   # constraints for pip
+    python tests/floors.py --check test           # fail where another version is installed
 
 The promises are read from the metadata of the installed package; ``--no-deps`` is enough.
 """

@@ -294,6 +294,7 @@ def test_the_public_names() -> None:
         "describe",
         "detect",
         "evaluate",
+        "export",
         "finetune",
         "list_methods",
         "load",

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["add_model", "open_models"]
+__all__ = ["MODEL", "add_model", "open_models"]
 
-_MODEL = (
+MODEL = (
     "name of a timm model, checkpoint file, folder of foveate or Hugging Face, or 'demo' for the "
     "small trained model that ships with the package ('demo_detector' is a detector)"
 )
@@ -19,7 +19,7 @@ _MODEL = (
 
 def add_model(parser: argparse.ArgumentParser, *, needed: bool = True, more: str = "") -> None:
     """Add the arguments MODEL and METHOD; ``more`` goes on with the help of MODEL."""
-    parser.add_argument("model", nargs=None if needed else "?", help=_MODEL + more)
+    parser.add_argument("model", nargs=None if needed else "?", help=MODEL + more)
     parser.add_argument(
         "methods",
         nargs="*",

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foveate.ops import highest_first, marked_first
+
 __all__ = ["Selection"]
 
 
@@ -70,7 +72,7 @@ class Selection:
         if isinstance(k, Sequence) or present is not None:
             best = cls.best(score, k)
             return best, best.complement(score.shape[1], present)
-        order = score.argsort(dim=1, descending=True, stable=True)
+        order = highest_first(score)
         return cls(order[:, :k]), cls(order[:, k:].sort(dim=1).values)
 
     @classmethod
@@ -163,5 +165,5 @@ class Selection:
 
 def _first(mask: Tensor, count: int) -> Tensor:
     """Positions of the true cells of each row in order, ``[B, count]``; padding after them."""
-    # A stable sort of the flags puts them first at a size that does not depend on the values.
-    return (~mask).to(torch.uint8).sort(dim=1, stable=True).indices[:, :count]
+    # A sort puts them first at a size that does not depend on the values.
+    return marked_first(mask)[:, :count]

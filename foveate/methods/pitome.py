@@ -45,7 +45,7 @@ from foveate.core import (
     check_blocks,
     check_choice,
 )
-from foveate.ops import best_partner, unit
+from foveate.ops import best_partner, highest_first, unit
 from foveate.registry import register
 
 __all__ = ["PiToMe"]
@@ -131,7 +131,7 @@ class PiToMe(MatchReducer):
         similarity = (keys @ keys.transpose(1, 2)).float()  # [B, P, P]
         present = state.present()
         energy = self._energy(block, similarity, present)
-        order = energy.sort(dim=1, descending=True, stable=True).indices
+        order = highest_first(energy)
         sources, targets = _ranks(order, 0, mergeable), _ranks(order, 1, mergeable)
         links = similarity.gather(1, sources.index[..., None].expand(-1, -1, order.shape[1]))
         links = links.gather(2, targets.index[:, None].expand(-1, links.shape[1], -1))

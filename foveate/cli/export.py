@@ -1,0 +1,162 @@
+"""Export a model with its method: a file for a runtime, and what runs it without foveate.
+
+OUT gets the model, model.json (preprocessing, labels), infer.py, which runs on images without
+foveate, and a README. The file is run once to count the tokens that its blocks really compute.
+
+The formats:
+  onnx      for onnxruntime (the default): pip install 'foveate[onnx]'
+  openvino  for OpenVINO, the fastest on most CPUs: pip install 'foveate[openvino]'
+  pt2       for torch, where foveate is not installed
+
+In a terminal:
+  foveate export deit_small_patch16_224 "evit(keep=0.7)" evit/
+  foveate export deit_small_patch16_224 evit evit8/ --format openvino --int8 --calibrate photos/
+  foveate export runs/reduce-photos out/ --check --images photos/
+  foveate export demo "tome(r=3)" out/ --format openvino --int8 --check
+  foveate export runs/detect-scenes_svit backbone/ --image-size 64
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from foveate.cli.convert import image_size
+from foveate.cli.models import MODEL
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command line."""
+    add = parser.add_argument
+    parser.usage = "foveate export MODEL [METHOD] OUT [options]"
+    add("model", metavar="MODEL", help=MODEL + ", or of a training run")
+    add(
+        "rest",
+        nargs="*",
+        default=[],
+        metavar="[METHOD] OUT",
+        help='method to apply, such as "evit(keep=0.7)", unless the model has one; and the folder '
+        "to write",
+    )
+    parser.set_defaults(more="rest")
+    add(
+        "--format",
+        choices=("onnx", "openvino", "pt2"),
+        default="onnx",
+        help="what to write (default: onnx)",
+    )
+    add("--int8", action="store_true", help="compute matrix products in 8 bits")
+    add(
+        "--calibrate",
+        nargs="+",
+        metavar="PATH",
+        help="image files and folders that 8 bits are fitted to; 128 images are enough",
+    )
+    add(
+        "--batch",
+        default="dynamic",
+        metavar="N",
+        help="a fixed number of images in a call, or dynamic for any (default; detectors and "
+        "segmenters: 1)",
+    )
+    add(
+        "--image-size",
+        type=image_size,
+        metavar="N or HxW",
+        help="size of the images of a detector or segmenter (default: its own)",
+    )
+    add("--opset", type=int, metavar="N", help="version of ONNX's operators (default: torch's)")
+    add(
+        "--check",
+        action="store_true",
+        help="compare the answers with torch's, and time both beside the dense model",
+    )
+    add(
+        "--images",
+        nargs="+",
+        metavar="PATH",
+        help="image files and folders to compare on (default: those of --calibrate, or synthetic "
+        "ones)",
+    )
+    add(
+        "--rounds",
+        type=int,
+        default=30,
+        metavar="N",
+        help="number of timed rounds (default: 30, the fewest that a claim needs; 0 for none)",
+    )
+    add(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="number of CPU threads (default: the physical cores)",
+    )
+    add(
+        "--untrained",
+        action="store_true",
+        help="give a timm model random weights, not pretrained ones",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export, and say what was found; give 1 if the check failed."""
+    if len(args.rest) not in (1, 2):
+        raise ValueError(f"name a MODEL, perhaps a METHOD, and the folder OUT; got {args.rest}")
+    if args.images and not args.check:
+        raise ValueError("--images are compared on, which --check asks for")
+    if args.calibrate and not args.int8:
+        raise ValueError("--calibrate is for --int8")
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {args.threads}")
+    batch = _batch(args.batch)
+    from foveate.bench import machine
+
+    if args.check:
+        machine.tune_malloc("cpu")
+    from pathlib import Path
+
+    from foveate.bench.progress import progress_bar
+    from foveate.cli.models import open_models
+    from foveate.exports import export
+
+    *methods, out = args.rest
+    (model,) = open_models(args.model, methods, untrained=args.untrained)
+    with progress_bar() as progress:
+        found = export(
+            model,
+            out,
+            format=args.format,
+            int8=args.int8,
+            calibrate=args.calibrate,
+            batch=batch,
+            image_size=args.image_size,
+            opset=args.opset,
+            check=args.check,
+            images=args.images,
+            rounds=args.rounds,
+            threads=args.threads,
+            name=Path(args.model).name,
+            progress=progress,
+        )
+    print(f"tokens   {' '.join(map(str, found.tokens))}, counted in the file while it ran")
+    for note in found.notes:
+        print(f"note     {note}")
+    if found.check is not None:
+        print("\n".join(found.check.lines()))
+    size = sum(path.stat().st_size for path in found.folder.glob("model.*")) / 1e6
+    print(f"wrote    {found.file} ({size:.1f} MB), infer.py and README.md beside it")
+    print(f"try      python {found.folder / 'infer.py'} PHOTO")
+    return 0 if found.check is None or found.check.passed else 1
+
+
+def _batch(text: str) -> int | None:
+    if text == "dynamic":
+        return None
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"--batch must be dynamic or a number from 1, got {text!r}")
+    return number

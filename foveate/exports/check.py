@@ -1,0 +1,194 @@
+"""Compare an exported model with the one that it was made of: answers, tokens, time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from foveate.backbones import backbone_of
+from foveate.bench.timing import AGAIN, DENSE, LEAST_ROUNDS, measure
+from foveate.core.evaluation import answering
+
+__all__ = ["TOLERANCE", "Check", "Speed", "compare", "speeds"]
+
+TOLERANCE = 1e-4  # of the largest output, in float32
+_WARMUP, _SAMPLE_MS = 3, 20.0
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The time of one variant.
+
+    Attributes:
+        name: of the variant.
+        ms: median time of a call.
+        times: as fast as the dense model in torch; the median of paired rounds.
+        low, high: its 95 % interval.
+    """
+
+    name: str
+    ms: float
+    times: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Check:
+    """How an exported model compares with the one in torch.
+
+    Attributes:
+        images: how many images were compared.
+        source: where they are from.
+        int8: whether the exported model computes in 8 bits.
+        error: largest difference of an output, over the largest output of that image.
+        beyond: number of images with a difference above 1e-4.
+        agreement: share of images with the same most likely class; None without classes.
+        divergence: mean Kullback-Leibler divergence of the exported model's classes; likewise.
+        batch: number of images in a timed call.
+        threads: of the CPU.
+        rounds: timed ones.
+        speeds: times, all of one interleaved run; empty if nothing was timed.
+    """
+
+    images: int
+    source: str
+    int8: bool
+    error: float
+    beyond: int
+    agreement: float | None
+    divergence: float | None
+    batch: int = 0
+    threads: int = 0
+    rounds: int = 0
+    speeds: tuple[Speed, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether the answers are those of torch; 8 bits round them, so nothing is asked there."""
+        return self.int8 or self.beyond == 0
+
+    def plain(self) -> dict[str, Any]:
+        """Return everything as plain data."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """Say everything in words, a line each."""
+        found = [f"compared with torch on {self.images} images ({self.source}):"]
+        found.append(f"  largest difference of an output  {self.error:.1e} of the largest output")
+        if self.beyond and not self.int8:
+            found.append(
+                f"  images that differ by more than {TOLERANCE:.0e}: {self.beyond}; where two "
+                "tokens score nearly the same, another one may be kept"
+            )
+        if self.agreement is not None:
+            found.append(f"  same most likely class  {self.agreement:.1%} of the images")
+            found.append(f"  divergence of the classes (KL)  {self.divergence:.1e}")
+        if self.speeds:
+            trial = "" if self.rounds >= LEAST_ROUNDS else ", a trial"
+            found.append(
+                f"times at batch {self.batch}, {self.threads} CPU threads, {self.rounds} "
+                f"interleaved rounds{trial}:"
+            )
+            wide = max(len(speed.name) for speed in self.speeds)
+            found += [
+                f"  {one.name:{wide}}  {one.ms:8.2f} ms  {one.times:5.2f} times as fast "
+                f"[{one.low:.2f}, {one.high:.2f}]"
+                for one in self.speeds
+            ]
+        return found
+
+
+def compare(
+    model: nn.Module,
+    ask: Callable[[np.ndarray], list[np.ndarray]],
+    images: Tensor,
+    *,
+    batch: int | None,
+    int8: bool,
+    source: str,
+) -> Check:
+    """Run a model and its exported form on the same images.
+
+    Args:
+        model: gives a tensor or a tuple of tensors.
+        ask: runs the exported form.
+        images: preprocessed ones.
+        batch: number of images in a call; None for one call with all.
+        int8: whether the exported form computes in 8 bits.
+        source: where the images are from.
+    """
+    wanted: list[list[np.ndarray]] = []
+    got: list[list[np.ndarray]] = []
+    step = batch or min(len(images), 8)
+    if len(images) < step:
+        raise ValueError(f"a batch of {step} takes as many images to compare on, got {len(images)}")
+    with answering(model):
+        for start in range(0, len(images) - step + 1, step):
+            some = images[start : start + step]
+            answer = model(some)
+            parts = answer if isinstance(answer, tuple) else (answer,)
+            wanted.append([part.cpu().numpy() for part in parts])
+            got.append(ask(some.cpu().numpy()))
+    ours, theirs = (
+        [np.concatenate(parts).astype(np.float64) for parts in zip(*found, strict=True)]
+        for found in (wanted, got)
+    )
+    errors = np.zeros(len(ours[0]))
+    for own, other in zip(ours, theirs, strict=True):
+        axes = tuple(range(1, own.ndim))
+        scale = np.maximum(np.abs(own).max(axes), 1e-12)
+        errors = np.maximum(errors, np.nan_to_num(np.abs(own - other).max(axes) / scale, nan=1e9))
+    agreement = divergence = None
+    if ours[0].ndim == 2 and _classifies(model):
+        agreement = float((ours[0].argmax(1) == theirs[0].argmax(1)).mean())
+        p, q = _log_softmax(ours[0]), _log_softmax(theirs[0])
+        divergence = float((np.exp(p) * (p - q)).sum(1).mean())
+    beyond = int((errors > TOLERANCE).sum())
+    return Check(len(errors), source, int8, float(errors.max()), beyond, agreement, divergence)
+
+
+def _classifies(model: nn.Module) -> bool:
+    return backbone_of(getattr(model, "model", model)).classifies
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    moved = logits - logits.max(1, keepdims=True)
+    return moved - np.log(np.exp(moved).sum(1, keepdims=True))
+
+
+def speeds(
+    calls: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Speed, ...]:
+    """Time calls in one interleaved run, each over the one named "dense".
+
+    Args:
+        calls: by name; one is "dense" and one "dense again".
+        rounds: rounds that count.
+        progress: told, between rounds, how many of all rounds are done.
+    """
+    with torch.inference_mode():
+        timings = measure(
+            calls,
+            rounds=rounds,
+            warmup=_WARMUP,
+            sample_ms=_SAMPLE_MS,
+            device="cpu",
+            progress=progress,
+        )
+    found = []
+    for name in _ordered(calls):
+        ratio = timings.ratio(name, DENSE)
+        found.append(Speed(name, timings.ms(name).median, ratio.median, ratio.low, ratio.high))
+    return tuple(found)
+
+
+def _ordered(calls: Mapping[str, Any]) -> Sequence[str]:
+    return [DENSE, AGAIN, *(name for name in calls if name not in (DENSE, AGAIN))]

@@ -1,0 +1,75 @@
+"""What an exported model has beside it: model.json, infer.py, a README."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from foveate.exports.check import Check
+from foveate.files import write_text
+
+__all__ = ["ABOUT", "write_about", "write_readme", "write_script"]
+
+ABOUT = "model.json"
+_README = """\
+# {title}
+
+A vision transformer that computes few tokens, exported by foveate {version}.
+
+    pip install {needs}
+    python infer.py photo.jpg
+
+- **file**: `{file}`, for {runtime}{precision}
+- **input**: `images`, float32 [{batch}, {channels}, {height}, {width}]; `infer.py` turns pictures
+  into that, `model.json` has mean and standard deviation
+- **output**: {outputs}
+- **method**: {method}
+- **tokens in each block**, counted in this file while it ran: {tokens}
+- **multiply-adds**: {macs}
+{notes}
+## Check
+
+{check}
+"""
+
+
+def write_about(folder: Path, about: Mapping[str, Any]) -> None:
+    """Write what a program needs to run the model."""
+    write_text(folder / ABOUT, json.dumps(about, indent=1) + "\n")
+
+
+def write_script(folder: Path) -> None:
+    """Write the program that runs the model without foveate."""
+    text = files("foveate.exports").joinpath("infer.py").read_text(encoding="utf-8")
+    write_text(folder / "infer.py", text)
+
+
+def write_readme(
+    folder: Path, about: Mapping[str, Any], shapes: Sequence[str], check: Check | None
+) -> None:
+    """Write what a person needs to know of the model."""
+    said = ["Not checked: `foveate export ... --check`."] if check is None else check.lines()
+    height, width = about["size"]
+    notes = "".join(f"- {note}\n" for note in about["notes"])
+    text = _README.format(
+        title=f"{about['model']}, {about['method'] or 'dense'}",
+        version=about["foveate"],
+        needs=f"numpy pillow {about['runtime']}",
+        file=about["file"],
+        runtime=about["runtime"],
+        precision=", matrix products in 8 bits" if about["int8"] else "",
+        batch=about["batch"] or "any",
+        channels=about["channels"],
+        height=height,
+        width=width,
+        outputs=", ".join(shapes),
+        method=f"`{about['method']}`" if about["method"] else "none, all tokens",
+        tokens=" ".join(map(str, about["tokens"])),
+        macs=about["macs"],
+        notes=notes,
+        check="\n".join(said if check is None else [f"    {line}" for line in said]),
+    )
+    write_text(folder / "README.md", text)

@@ -1,0 +1,220 @@
+"""A model as one graph of torch, which every format is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.backbones import backbone_of
+from foveate.core import Backbone, ReducedViT
+from foveate.core.evaluation import answering
+from foveate.dense import DenseBackbone, DenseModel, Hosting
+
+__all__ = ["Graph", "answers", "capture", "fixed"]
+
+_MOST = 4096  # images in a batch
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """A model as a graph, and what is known of it.
+
+    Attributes:
+        program: the graph; its weights are the model's own.
+        size: height and width of an image.
+        channels: of an image.
+        batch: number of images; None for any.
+        outputs: names of what it gives.
+        shapes: of each, in words.
+        layers: for each block the value in the graph that its last linear layer gives. What a
+            runtime has there are the tokens that it really computed.
+        tokens: how many tokens an image should have there.
+        deciding: values that weights of the method give. They stay in float32 where all else is
+            in 8 bits, so that rounding does not choose the tokens.
+    """
+
+    program: torch.export.ExportedProgram
+    size: tuple[int, int]
+    channels: int
+    batch: int | None
+    outputs: tuple[str, ...]
+    shapes: tuple[tuple[str, ...], ...]
+    layers: tuple[str, ...]
+    tokens: tuple[int, ...]
+    deciding: tuple[str, ...]
+
+
+@contextmanager
+def fixed(model: nn.Module) -> Iterator[str]:
+    """Let a method keep the same number of tokens in every image, as a graph has to.
+
+    Gives what that changes, in words, or "". Afterwards the model is as it was. A method that
+    cannot do so is a ValueError.
+    """
+    reduced = model.reduced if isinstance(model, Hosting) else model
+    if not isinstance(reduced, ReducedViT) or reduced.reducer.fixed_count:
+        yield ""
+        return
+    name = reduced.reducer.name
+    gated: list[Any] = [part for part in reduced.reducer.members if hasattr(part, "gate")]
+    before = [part.gate for part in gated]
+    try:
+        for part in gated:
+            part.gate = "topk"
+        if not reduced.reducer.fixed_count:
+            raise ValueError(
+                f"{name} keeps another number of tokens in every image, and an exported graph has "
+                "one number for all: take a method with a fixed count, such as evit, tome or "
+                "dynamicvit"
+            )
+        yield (
+            f"{name} decides for each image how many patches it keeps, and an exported graph has "
+            "one number for all: its gates keep the highest scores, as many as its rates say"
+        )
+    finally:
+        for part, gate in zip(gated, before, strict=True):
+            part.gate = gate
+
+
+def answers(model: nn.Module) -> nn.Module:
+    """Return a model that answers with plain tensors, whatever its family or library.
+
+    A detector or segmenter is its backbone here, which answers with all maps.
+    """
+    return _Answers(model.trunk if isinstance(model, DenseModel) else model)
+
+
+class _Answers(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Any:
+        model = self.model
+        if isinstance(model, DenseBackbone):
+            return tuple(model(images).values())
+        if isinstance(model, ReducedViT):
+            return model.backbone.head(model.tokens(images, track=False))
+        return backbone_of(model).native(images)
+
+
+def capture(
+    model: nn.Module, batch: int | None = None, image_size: tuple[int, int] | None = None
+) -> Graph:
+    """Capture a model as a graph.
+
+    Args:
+        model: a plain ViT or one from ``foveate.apply``; a dense backbone, detector or segmenter,
+            of which the backbone is captured, with its maps.
+        batch: number of images; None for any number.
+        image_size: height and width for a dense model; it is padded to what the maps divide.
+    """
+    if image_size is not None and not isinstance(model, Hosting):
+        raise ValueError(
+            "an image size is for dense models; foveate.load resizes a ViT's positions"
+        )
+    if isinstance(model, Hosting):
+        image_size = image_size or model.input_size
+    if isinstance(model, DenseModel):
+        model = model.trunk
+    reduced = model.reduced if isinstance(model, Hosting) else model
+    backbone = backbone_of(reduced)
+    like = next(model.parameters())
+    if like.dtype != torch.float32:
+        raise ValueError(
+            f"the model has weights of {str(like.dtype).removeprefix('torch.')}: export it in "
+            "float32 (model.float()); int8 makes it smaller"
+        )
+    if like.device.type != "cpu":
+        raise ValueError(f"the model is on {like.device}: export it from the CPU (model.cpu())")
+    size, channels = _size(model, backbone, image_size), backbone.channels
+    # Two images: with one, torch takes the batch for a constant.
+    images = torch.zeros(batch or 2, channels, *size)
+    asked = _Answers(model)
+    with answering(asked):
+        shapes = None if batch else ({0: torch.export.Dim("batch", min=1, max=_MOST)},)
+        program = torch.export.export(asked, (images,), dynamic_shapes=shapes)
+        tokens = _tokens(model, backbone, images[:1])
+    products = _Products(program, asked)
+    weights = [[p for p in block.parameters() if p.ndim == 2][-1] for block in backbone.blocks]
+    own = reduced.reducer.parameters() if isinstance(reduced, ReducedViT) else ()
+    return Graph(
+        program,
+        size,
+        channels,
+        batch,
+        outputs=_outputs(model, backbone),
+        shapes=_shapes(program, batch),
+        layers=tuple(products.of(weight)[0] for weight in weights),
+        tokens=tokens,
+        deciding=tuple(name for weight in own for name in products.of(weight)),
+    )
+
+
+def _size(
+    model: nn.Module, backbone: Backbone, image_size: tuple[int, int] | None
+) -> tuple[int, int]:
+    if image_size is not None and isinstance(model, DenseBackbone):
+        rows, columns = (
+            -(-side // model.size_divisible) * model.size_divisible for side in image_size
+        )
+        return rows, columns
+    (rows, columns), (height, width) = backbone.spec.grid, backbone.spec.patch
+    return rows * height, columns * width
+
+
+def _outputs(model: nn.Module, backbone: Backbone) -> tuple[str, ...]:
+    if isinstance(model, DenseBackbone):
+        return tuple(f"map_{number}" for number in range(len(model.scales)))
+    return ("logits" if backbone.classifies else "features",)
+
+
+def _tokens(model: nn.Module, backbone: Backbone, image: Tensor) -> tuple[int, ...]:
+    """Count the tokens that each block feeds forward, of one image."""
+    if isinstance(model, ReducedViT | DenseBackbone):
+        return tuple(counts[0] for counts in model.trace(image).counts())
+    spec = backbone.spec
+    return (spec.prefix + spec.grid[0] * spec.grid[1],) * spec.depth
+
+
+def _shapes(
+    program: torch.export.ExportedProgram, batch: int | None
+) -> tuple[tuple[str, ...], ...]:
+    (output,) = (node for node in program.graph.nodes if node.op == "output")
+    values = (node.meta["val"] for node in output.all_input_nodes)
+    return tuple((str(batch or "any"), *map(str, value.shape[1:])) for value in values)
+
+
+class _Products:
+    """Finds in a graph what is multiplied with a weight."""
+
+    def __init__(self, program: torch.export.ExportedProgram, answers: nn.Module) -> None:
+        self._names = {id(parameter): name for name, parameter in answers.named_parameters()}
+        signature = program.graph_signature
+        self._entries = {name: entry for entry, name in signature.inputs_to_parameters.items()}
+        self._nodes = {node.name: node for node in program.graph.nodes}
+        self._constant: set[torch.fx.Node] = set()
+        given = {*signature.user_inputs}
+        for node in program.graph.nodes:
+            inputs = node.all_input_nodes
+            if node.op == "placeholder" and node.name not in given:
+                self._constant.add(node)
+            elif inputs and all(one in self._constant for one in inputs):
+                self._constant.add(node)
+
+    def of(self, weight: nn.Parameter) -> list[str]:
+        """Name the values that a weight, perhaps cut or turned, and something else make."""
+        entry = self._entries.get(self._names[id(weight)])
+        found, following = [], [] if entry is None else [self._nodes[entry]]
+        while following:
+            for user in following.pop().users:
+                if user in self._constant:
+                    following.append(user)
+                elif user.op != "output":
+                    found.append(user.name)
+        return found

@@ -1,0 +1,158 @@
+"""Run the model in this folder on images: its answers, one line an image.
+
+It needs numpy, Pillow and the package that model.json names as the runtime (onnxruntime, openvino
+or torch), and nothing else.
+
+    python infer.py photo.jpg photos/*.png
+    python infer.py photo.jpg --top 1 --json answers.json
+    python infer.py photo.jpg --npy outputs.npy        # what the model gives, as it is
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+Run = Callable[[np.ndarray], list[np.ndarray]]
+
+
+def open_model(folder: Path, threads: int = 0, batch: int = 0) -> tuple[Run, dict[str, Any]]:
+    """Open the model of a folder: what runs it on images ``[B, C, H, W]``, and model.json.
+
+    Args:
+        folder: what ``foveate export`` wrote.
+        threads: number of CPU threads; 0 leaves it to the runtime.
+        batch: number of images that a call will have, which OpenVINO plans better for; 0 takes any.
+    """
+    about = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    path, runtime = str(folder / about["file"]), about["runtime"]
+    if runtime == "onnxruntime":
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
+        return lambda images: session.run(None, {about["input"]: images}), about
+    if runtime == "openvino":
+        import openvino
+
+        model = openvino.Core().read_model(path)
+        if batch:
+            model.reshape([batch, about["channels"], *about["size"]])
+        settings = {"PERFORMANCE_HINT": "LATENCY"}
+        if threads:
+            settings["INFERENCE_NUM_THREADS"] = str(threads)
+        request = openvino.compile_model(model, "CPU", settings).create_infer_request()
+
+        def run(images: np.ndarray) -> list[np.ndarray]:
+            found = request.infer([images])
+            return [np.array(value) for value in found.values()]  # the next call reuses the memory
+
+        return run, about
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    module = torch.export.load(path).module()
+
+    def ask(images: np.ndarray) -> list[np.ndarray]:
+        with torch.inference_mode():
+            found = module(torch.from_numpy(images))
+        return [value.numpy() for value in (found if isinstance(found, tuple) else (found,))]
+
+    return ask, about
+
+
+def prepare(image: Image.Image, about: dict[str, Any]) -> np.ndarray:
+    """Turn an image into the model's input ``[C, H, W]``: resized, cut to size, normalised."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("L" if about["channels"] == 1 else "RGB")
+    height, width = about["size"]
+    if about["crop_pct"] is None:
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    elif image.size != (width, height):
+        to = _resized(image.size, (height, width), about["crop_pct"])
+        image = image.resize(to, Image.Resampling[about["interpolation"].upper()])
+        left, top = round((to[0] - width) / 2), round((to[1] - height) / 2)
+        image = image.crop((left, top, left + width, top + height))
+    values = np.asarray(image, dtype=np.float32).reshape(height, width, -1) / np.float32(255)
+    values = (values - np.float32(about["mean"])) / np.float32(about["std"])
+    return np.ascontiguousarray(values.transpose(2, 0, 1))
+
+
+def _resized(image: tuple[int, int], size: tuple[int, int], crop_pct: float) -> tuple[int, int]:
+    """Return width and height at which the size over ``crop_pct`` is covered."""
+    (width, height), (rows, columns) = image, (int(side / crop_pct) for side in size)
+    if rows == columns:
+        other = int(rows * max(height, width) / min(height, width))
+        return (rows, other) if width <= height else (other, rows)
+    ratio = min(height / rows, width / columns)
+    return round(width / ratio), round(height / ratio)
+
+
+def answer(logits: np.ndarray, labels: list[str] | None, top: int) -> list[dict[str, Any]]:
+    """Return the most likely classes of one image and their confidences."""
+    share = np.exp(logits - logits.max())
+    share = share / share.sum()
+    best = np.argsort(-share, kind="stable")[:top]
+    return [
+        {
+            "class": int(number),
+            "label": labels[number] if labels else f"class {number}",
+            "confidence": float(share[number]),
+        }
+        for number in best
+    ]
+
+
+def main() -> None:
+    """Read the command line and answer."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("images", nargs="+", type=Path, help="image files")
+    parser.add_argument("--top", type=int, default=5, help="number of answers (default: 5)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for all answers")
+    parser.add_argument("--npy", type=Path, metavar="FILE", help="file for the model's outputs")
+    args = parser.parse_args()
+    folder = Path(__file__).resolve().parent
+    fixed = json.loads((folder / "model.json").read_text(encoding="utf-8"))["batch"]
+    run, about = open_model(folder, args.threads, fixed or 1)
+    found, raw = {}, []
+    for path in args.images:
+        try:
+            with Image.open(path) as image:
+                pixels = prepare(image, about)
+        except OSError as error:
+            sys.exit(f"{path} cannot be read: {error}")
+        values = run(np.repeat(pixels[None], fixed or 1, axis=0))
+        raw.append(values[0][0])
+        if about["outputs"] == ["logits"]:
+            found[str(path)] = answer(values[0][0], about["labels"], args.top)
+            words = (f"{one['label']} {one['confidence']:.1%}" for one in found[str(path)])
+            print(f"{path}: {', '.join(words)}")
+        else:
+            named = zip(about["outputs"], values, strict=True)
+            shapes = (f"{name} {list(value.shape[1:])}" for name, value in named)
+            print(f"{path}: {', '.join(shapes)}")
+    if args.json is not None:
+        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if args.npy is not None:
+        np.save(args.npy, np.stack(raw))
+
+
+if __name__ == "__main__":
+    main()

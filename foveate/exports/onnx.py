@@ -1,0 +1,122 @@
+"""ONNX, run by onnxruntime."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from foveate.exports.graph import Graph
+from foveate.files import write_whole
+
+__all__ = ["FILE", "LEAST_OPSET", "NEEDS", "RUNTIME", "quantise", "tokens", "write"]
+
+FILE, RUNTIME, NEEDS = "model.onnx", "onnxruntime", ("onnx", "onnxscript", "onnxruntime")
+LEAST_OPSET = 18  # of torch's exporter
+_BIGGEST = 1_900_000_000  # bytes of weights in one file: protobuf holds no more than 2 GiB
+
+
+def write(graph: Graph, path: Path, opset: int | None = None) -> None:
+    """Write a graph.
+
+    Args:
+        graph: what to write.
+        path: of the file.
+        opset: version of the operators; None for the one that torch's exporter prefers.
+    """
+    if opset is not None and opset < LEAST_OPSET:
+        raise ValueError(f"opset must be at least {LEAST_OPSET}, got {opset}")
+    with _quiet():
+        made: Any = torch.onnx.export(
+            graph.program,
+            (),
+            dynamo=True,
+            opset_version=opset,
+            input_names=["images"],
+            output_names=list(graph.outputs),
+            verbose=False,
+        )
+    size = sum(value.numel() * value.element_size() for value in graph.program.state_dict.values())
+    if size > _BIGGEST:  # the weights lie in a file beside it, whose name the graph knows
+        made.save(str(path), external_data=True)
+    else:
+        write_whole(path, lambda partial: made.save(partial, external_data=False))
+
+
+def quantise(path: Path, graph: Graph, images: np.ndarray) -> None:
+    """Turn the file into one whose matrix products compute in 8 bits.
+
+    Args:
+        path: of a file that ``write`` wrote.
+        graph: what it was made of.
+        images: preprocessed ones ``[N, C, H, W]`` that ranges of values are read from.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        ready, made = Path(folder, "ready.onnx"), Path(folder, "made.onnx")
+        # Its own inference of shapes does not know all operators of merging methods.
+        quant_pre_process(str(path), str(ready), skip_symbolic_shape=True)
+        nodes = onnx.load(str(ready), load_external_data=False).graph.node
+        deciding = [node.name for node in nodes if {*node.output} & {*graph.deciding}]
+        quantize_static(
+            str(ready),
+            str(made),
+            _Reader(images),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+            nodes_to_exclude=deciding,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+        write_whole(path, lambda partial: Path(partial).write_bytes(made.read_bytes()))
+
+
+def tokens(path: Path, layers: Sequence[str], images: np.ndarray) -> tuple[int, ...]:
+    """Run the file and count the tokens that each block computes, of one image."""
+    import onnx
+    import onnxruntime
+
+    model = onnx.load(str(path))
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in layers)
+    with tempfile.TemporaryDirectory() as folder:
+        watched = str(Path(folder, "watched.onnx"))
+        onnx.save(model, watched, save_as_external_data=True)
+        session = onnxruntime.InferenceSession(watched, providers=["CPUExecutionProvider"])
+    found = session.run(list(layers), {session.get_inputs()[0].name: images})
+    return tuple(value.size // value.shape[-1] // len(images) for value in found)
+
+
+class _Reader:
+    """Gives images one after another, as onnxruntime's calibration reads them."""
+
+    def __init__(self, images: np.ndarray) -> None:
+        self._images = iter(images)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        image = next(self._images, None)
+        return None if image is None else {"images": image[None]}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what the exporter and the quantiser say about themselves off the terminal."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

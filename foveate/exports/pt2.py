@@ -1,0 +1,49 @@
+"""The format of ``torch.export``: it runs where torch is installed, without foveate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from foveate.exports.graph import Graph
+from foveate.files import write_whole
+
+__all__ = ["FILE", "NEEDS", "RUNTIME", "quantise", "tokens", "write"]
+
+FILE, RUNTIME, NEEDS = "model.pt2", "torch", ()
+
+
+def write(graph: Graph, path: Path) -> None:
+    """Write a graph."""
+
+    def save(partial: str) -> None:
+        with open(partial, "wb") as file:
+            torch.export.save(graph.program, file)
+
+    write_whole(path, save)
+
+
+def quantise(path: Path, graph: Graph, images: np.ndarray) -> None:
+    """Refuse: eager torch gains nothing from int8 in such a file."""
+    raise ValueError("int8 is for onnx and openvino: their runtimes have the kernels for it")
+
+
+def tokens(path: Path, layers: Sequence[str], images: np.ndarray) -> tuple[int, ...]:
+    """Run the file and count the tokens that each block computes, of one image."""
+    found: dict[str, int] = {}
+
+    class Watched(torch.fx.Interpreter):
+        def run_node(self, node: torch.fx.Node) -> Any:
+            value = super().run_node(node)
+            if node.name in layers:
+                found[node.name] = value.numel() // value.shape[-1]
+            return value
+
+    module: Any = torch.export.load(str(path)).module()
+    with torch.no_grad():
+        Watched(module).run(torch.from_numpy(images))
+    return tuple(found[name] // len(images) for name in layers)
