@@ -116,7 +116,14 @@ for form in ("vit", "dinov2_reg4", "dinov3"):
 # Examples ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("example", sorted(p.name for p in (ROOT / "examples").glob("*.py")))
+LONG = {"pretrain.py"}  # its steps are in tests/train/test_learning.py too
+SCRIPTS = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize(
+    "example",
+    [pytest.param(s, marks=pytest.mark.slow if s in LONG else ()) for s in SCRIPTS],
+)
 def test_examples_run(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments, expected = EXAMPLES.get(example, ((), ()))
     path = ROOT / "examples" / example
@@ -132,19 +139,16 @@ def test_examples_run(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 # The site ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def method_pages() -> dict[str, str]:
-    """Pages of the methods by name."""
+@pytest.mark.parametrize("names", ["ats evit", pytest.param("", marks=pytest.mark.slow)])
+def test_every_method_has_a_page(names: str) -> None:
+    """All of them are made where the site is built."""
     pytest.importorskip("yaml")
-    code = "import json, method_pages; print(json.dumps(method_pages.all_pages()))"
+    pages = "{n: m.method_page(n) for n in names} | {'index': m.index_page()}"
+    code = f"names = {names.split()} or foveate.list_methods(); print(json.dumps({pages}))"
+    code = f"import json, foveate, method_pages as m; {code}"
     # In a process of its own: modules of the documentation have names that modules of tests have.
-    pages = json.loads(run("-c", code, cwd=ROOT, path=(DOCS,)))
-    return {Path(address).stem: text for address, text in pages.items()}
-
-
-def test_every_method_has_a_page(method_pages: dict[str, str]) -> None:
-    assert sorted(method_pages) == sorted([*foveate.list_methods(), "index"])
-    for name in foveate.list_methods():
+    method_pages = json.loads(run("-c", code, cwd=ROOT, path=(DOCS,)))
+    for name in names.split() or foveate.list_methods():
         page = method_pages[name]
         for part in ("<svg", "Paper: ", "## When to take it", "## Options", "GMACs"):
             assert part in page, f"{name} has no {part}"

@@ -48,8 +48,9 @@ def crossed(forms: list[str], every: int) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("row, name", cases)
 
 
-many, counted, few = crossed(list(FORMS), 5), crossed(list(FORMS), 11), crossed(FEW, 5)
-masked = crossed(MASKED, 5)
+many, counted, few = crossed(list(FORMS), 5), crossed(list(FORMS), 11), crossed(FEW, 7)
+masked = crossed(MASKED, 7)
+halved = crossed([name for name in ("vit", "dinov3", "hf_vit") if name in FORMS], 5)
 
 
 def run(model: ReducedViT, x: Tensor, **options: object) -> Tensor:
@@ -143,7 +144,7 @@ def test_counted_is_what_runs(row: Row, name: str) -> None:
 @counted
 def test_counts_follow_the_plan(row: Row, name: str) -> None:
     model = reduced(row, name)
-    for size in ((48, 48), *(fitting(name, size) for size in OTHER_SIZES)):
+    for size in ((48, 48), fitting(name, OTHER_SIZES[1])):  # the latter is not square
         grid = (size[0] // 8, size[1] // 8)
         trace = model.trace(images(3, size))
         if model.reducer.fixed_count or row.name == "ats":
@@ -219,10 +220,7 @@ def test_half_precision_is_finite(row: Row, name: str) -> None:
         assert out.dtype == torch.bfloat16 and torch.isfinite(out).all()
 
 
-@rows
-@pytest.mark.parametrize(
-    "name", ["vit", "dinov3", *(name for name in ("hf_vit",) if name in FORMS)]
-)
+@halved
 def test_autocast_trains(row: Row, name: str) -> None:
     """Mixed precision: float32 weights, half-precision products."""
     model = randomise(FORMS[name]()).train()

@@ -150,7 +150,11 @@ def test_pictures_are_prepared_as_in_evaluation(size: tuple[int, int], crop_pct:
 
 
 @pytest.mark.parametrize(
-    ("format", "method"), [("openvino", "dynamicvit(keep=0.7, blocks=[1])"), ("onnx", METHOD)]
+    ("format", "method"),
+    [
+        pytest.param("openvino", "dynamicvit(keep=0.7, blocks=[1])", marks=pytest.mark.slow),
+        ("onnx", METHOD),
+    ],
 )
 def test_eight_bits(format: str, method: str, tmp_path: Path) -> None:
     needs(format)

@@ -128,7 +128,19 @@ def shrunk(found: Pretrain) -> Pretrain:
     )
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+# Like others but for the size or the data: their files are read above all the same.
+ALIKE = {
+    *(f"cifar10_{method}" for method in ("bootmae", "conmim", "mae", "simmim")),
+    *(f"fashion_{method}" for method in ("bootmae", "conmim", "simmim")),
+    *("imagenet_bootmae_l_repo", "imagenet_conmim_l_repo", "imagenet_mae_l_repo"),
+    *("imagenet_bootmae_b_mto_paper", "imagenet_mae_l_mto_paper"),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n in ALIKE else ()) for n in SHIPPED],
+)
 def test_a_recipe_runs(name: str, tmp_path: Path) -> None:
     found = opened(name)
     small = shrunk(found)
@@ -450,7 +462,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pretrain, Pat
     [
         pytest.param("1,5", 0, marks=pytest.mark.slow),
         pytest.param("0,3", 2, marks=pytest.mark.slow),
-        ("end0", 2),
+        ("end0", 1),
         pytest.param("end1", 0, marks=pytest.mark.slow),
         ("val1", 0),
     ],
@@ -541,6 +553,7 @@ def test_a_run_that_was_killed_before_its_result(tmp_path: Path) -> None:
 SGD: dict[str, Any] = {"name": "sgd", "lr": 0.05, "warmup_share": 0.25, "clip": 1.0}
 
 
+@pytest.mark.slow  # the same engine as in tests/train/test_processes.py
 def test_two_processes(tmp_path: Path) -> None:
     parts: dict[str, Any] = {
         "mae": {"mto": {"e": 0, "r": 0, "spa": 1.0}, "snapshots": 1},

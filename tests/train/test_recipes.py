@@ -147,6 +147,8 @@ ALIKE = {
     *("imagenet_deit_s_spvit", "imagenet_deit_s_static", "imagenet_deit_s_ats", "demo_static"),
     *("imagenet_deit_s_tokenmergence_scratch", "cifar10_dynamicvit", "fashion_dynamicvit"),
     *("coco_adapter_t", "coco_adapter_t_svit", "ade20k_adapter_s_svit", "demo_svit"),
+    *("cifar10_full", "cifar10_masked", "demo_base", "demo_masked", "fashion_full"),
+    *("fashion_masked", "demo_spvit", "imagenet_deit_s_cropr"),
 }
 RUN = [
     pytest.param(job, name, marks=pytest.mark.slow if name in ALIKE else ()) for job, name in ALL
