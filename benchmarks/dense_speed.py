@@ -42,14 +42,14 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 import foveate
-from foveate.bench import DTYPES, Result, machine
+from foveate import machine
+from foveate.bench import DTYPES, Result
 from foveate.bench.images import natural_images
 from foveate.bench.memory import peak_memory
 from foveate.bench.oracle import Counts, Oracle
 from foveate.bench.progress import progress_bar
 from foveate.bench.result import Cell
 from foveate.bench.run import Progress
-from foveate.bench.timing import AGAIN, DENSE, LEAST_ROUNDS, measure, median_of
 from foveate.core import GatedReducer, ReducedViT
 from foveate.data import ImageFiles
 from foveate.dense import Canvas, ViTAdapter, adapter, calibrate, mask_rcnn, windowed
@@ -57,6 +57,7 @@ from foveate.measure import Results, frame
 from foveate.measure.benchmark import table_of
 from foveate.measure.sheets import Sheet, show, terminal
 from foveate.measure.table import formatted, grid, pd, rows, select
+from foveate.timing import AGAIN, DENSE, LEAST_ROUNDS, measure, median_of
 
 MODELS = {"t": "deit_tiny_patch16_224", "s": "deit_small_patch16_224", "tiny": ""}
 LEVELS = ("blocks", "backbone", "network", "packed", "parts")

@@ -22,14 +22,14 @@ import timm
 import torch
 
 import foveate
-from foveate.bench import machine
+from foveate import machine
 from foveate.bench.images import natural_images
 from foveate.bench.progress import progress_bar
-from foveate.bench.timing import AGAIN, DENSE, LEAST_ROUNDS, Timings, measure
 from foveate.exports.infer import open_model
 from foveate.measure import Results, frame
 from foveate.measure.sheets import Sheet, show, terminal
 from foveate.measure.table import pd, rows
+from foveate.timing import AGAIN, DENSE, LEAST_ROUNDS, Timings, measure
 
 METHODS = ("evit(keep=0.7)", "dynamicvit(keep=0.7)", "tokenmergence(keep=0.7)", "tome(r=13)")
 RUNTIMES = {

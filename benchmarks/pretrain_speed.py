@@ -26,10 +26,10 @@ import timm
 import torch
 from torch import Tensor
 
-from foveate.bench import machine
-from foveate.bench.timing import measure
+from foveate import machine
 from foveate.mim import Hiding, Mto, TaughtModel, make_method, mto_losses
 from foveate.mim.teacher import follow, make_teacher
+from foveate.timing import measure
 from foveate.train.draws import Draws
 from foveate.train.task import total
 

@@ -25,7 +25,8 @@ import torch
 from torch import nn
 
 import foveate
-from foveate.bench import Result, explain, machine, speed
+from foveate import machine
+from foveate.bench import Result, explain, speed
 from foveate.bench.progress import progress_bar
 from foveate.measure import Results, frame
 from foveate.measure.benchmark import cell_sheet, closing, figure, opening, table_of

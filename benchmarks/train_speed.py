@@ -32,9 +32,8 @@ from PIL import Image
 from torch import Tensor
 
 import foveate
-from foveate import config
-from foveate.bench import machine
-from foveate.bench.timing import measure
+from foveate import config, machine
+from foveate.timing import measure
 from foveate.train import recipe as recipes
 from foveate.train.build import make_finetune, make_reduce
 from foveate.train.draws import Draws

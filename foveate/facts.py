@@ -25,6 +25,7 @@ from foveate.core.cost import (
     run_on_meta,
 )
 from foveate.core.evaluation import evaluating
+from foveate.latency import LatencyTable, setting_of
 
 __all__ = ["Count", "count", "describe", "image_grid"]
 
@@ -377,6 +378,7 @@ def describe(model: ReducedViT, image_size: int | tuple[int, int] | None = None)
         f"GMACs: {reduced:.{_digits(reduced)}f} of {dense:.{_digits(dense)}f} "
         f"({counted.ratio:.0%}){'' if fixed else ', at those counts'}; "
         f"{own:.{_digits(own)}f} are the method's own",
+        *([] if image_size else _times(model, counted)),
         f"attention: {attention}",
         f"training: {reducer.training_need}"
         + (f" (losses beside the task: {', '.join(losses)})" if losses else ""),
@@ -384,6 +386,21 @@ def describe(model: ReducedViT, image_size: int | tuple[int, int] | None = None)
         f"modes: {', '.join(_modes(reducer))}",
     ]
     return "\n".join(lines)
+
+
+def _times(model: ReducedViT, counted: Count) -> list[str]:
+    """Say what a kept latency table foresees; nothing where there is none."""
+    backbone = model.backbone
+    if next(model.parameters()).is_meta:
+        return []
+    table = LatencyTable.known(backbone, setting_of(backbone))
+    if table is None:
+        return []
+    whole = table.predict([table.tokens[-1]] * backbone.spec.depth)
+    return [
+        f"time: about {table.predict(counted.tokens):.3g} of {whole:.3g} ms, as blocks with so "
+        f"many tokens took here ({table.setting}); the method's own work comes on top"
+    ]
 
 
 def _digits(value: float) -> int:

@@ -7,7 +7,7 @@ from functools import lru_cache
 import pytest
 import torch
 
-from foveate.bench import machine
+from foveate import machine
 from foveate.data.fashion import fashion_mnist_mini
 from foveate.data.sources import memory
 

@@ -5,7 +5,7 @@ from foveate.bench.lineup import CALIBRATION_IMAGES, DTYPES
 from foveate.bench.oracle import Counts, Oracle
 from foveate.bench.result import Cell, Result
 from foveate.bench.run import explain, speed
-from foveate.bench.timing import Interval, Timings, measure, median_of
+from foveate.timing import Interval, Timings, measure, median_of
 
 __all__ = [
     "CALIBRATION_IMAGES",

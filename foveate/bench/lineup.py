@@ -17,11 +17,11 @@ from foveate.backbones import backbone_of
 from foveate.bench.gates import calibrate
 from foveate.bench.images import Images, images_for, pictures_for
 from foveate.bench.oracle import Counts, Oracle
-from foveate.bench.timing import AGAIN, DENSE, UNFUSED, Call
 from foveate.bench.unfused import unfused
 from foveate.core import Backbone, ReducedViT, Reducer, Trace
 from foveate.core.cost import counting
 from foveate.dense import DenseModel, Hosting
+from foveate.timing import AGAIN, DENSE, UNFUSED, Call
 
 __all__ = ["CALIBRATION_IMAGES", "DTYPES", "Calls", "DenseLineup", "Lineup", "Method", "lineup_of"]
 

@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from foveate.bench.profiling import silenced
-from foveate.bench.timing import Call
+from foveate.timing import Call
 
 __all__ = ["peak_memory"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from foveate.bench.timing import AGAIN, DENSE, Timings
+from foveate.timing import AGAIN, DENSE, Timings
 
 __all__ = ["Cell", "Result"]
 

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.bench import machine, profiling
+from foveate import machine
+from foveate.bench import profiling
 from foveate.bench.images import Images
 from foveate.bench.lineup import CALIBRATION_IMAGES, DTYPES, Method, lineup_of
 from foveate.bench.memory import peak_memory
 from foveate.bench.result import Cell, Result
-from foveate.bench.timing import LEAST_ROUNDS, measure
 from foveate.core.schedule import check_choice
+from foveate.timing import LEAST_ROUNDS, measure
 
 __all__ = ["Progress", "explain", "speed"]
 
@@ -87,7 +88,7 @@ def speed(
     if machine.malloc_untuned(device):
         _log.warning(
             "malloc is not tuned: times are longer and noisier than they need be; foveate bench "
-            "tunes it, or start Python with the settings in foveate/bench/machine.py"
+            "tunes it, or start Python with the settings in foveate/machine.py"
         )
     lineup = lineup_of(model, methods, device, compile, seed)
     pictures = lineup.pictures(max(batches) + CALIBRATION_IMAGES, images)

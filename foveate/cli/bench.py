@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> None:
     for path in (args.out, args.plot):
         if path is not None:  # an unwritable place is said before the work
             path.parent.mkdir(parents=True, exist_ok=True)
-    from foveate.bench import machine
+    from foveate import machine
 
     args.device = machine.device_of(args.device)
     machine.tune_malloc(args.device)
@@ -144,8 +144,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _measure(args: argparse.Namespace) -> None:
-    from foveate import bench
-    from foveate.bench import machine
+    from foveate import bench, machine
     from foveate.bench.progress import progress_bar
     from foveate.convert import open_base
     from foveate.measure.benchmark import cell_sheet, closing, figure, opening, table_of

@@ -215,7 +215,7 @@ def _report(
     out: Path,
     title: str,
 ) -> None:
-    from foveate.bench import machine
+    from foveate import machine
     from foveate.measure.gather import collect
     from foveate.measure.report import write
     from foveate.measure.sheets import sheets, show, terminal

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--rounds must be at least 1, got {args.rounds}")
     args.out.mkdir(parents=True, exist_ok=True)  # an unwritable place is said before the work
 
-    from foveate.bench import machine
+    from foveate import machine
 
     device = machine.device_of(args.device)
     machine.tune_malloc(device)

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
 
     import torch
 
-    from foveate.bench.machine import malloc_untuned, physical_cores, version_of
+    from foveate.machine import malloc_untuned, physical_cores, version_of
 
     print(f"python        {platform.python_version()}")
     for name in _LIBRARIES:

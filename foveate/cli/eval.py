@@ -175,7 +175,7 @@ def run(args: argparse.Namespace) -> None:
     images = _images(args, names)
     if args.out is not None:  # an unwritable place is said before the work
         args.out.mkdir(parents=True, exist_ok=True)
-    from foveate.bench import machine
+    from foveate import machine
 
     device = machine.device_of(args.device)
     if args.speed is not None:
@@ -226,7 +226,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _dense(models: dict[str, Any], plan: Any) -> Any:
     """Evaluate detectors or segmenters."""
-    from foveate.bench import machine
+    from foveate import machine
     from foveate.bench.progress import progress_bar
     from foveate.dense import DenseModel
     from foveate.measure import evaluate_dense

@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"--threads must be at least 1, got {args.threads}")
     batch = _batch(args.batch)
-    from foveate.bench import machine
+    from foveate import machine
 
     if args.check:
         machine.tune_malloc("cpu")

@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure, print, and write."""
     epochs = _epochs(args.epochs)
-    from foveate.bench import machine
+    from foveate import machine
     from foveate.measure.look import Choices, alarms, look, sheet, write
     from foveate.measure.sheets import show, terminal
     from foveate.mim.heterogeneity import Similarity

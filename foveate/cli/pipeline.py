@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     if begun is None:
         return
     pipeline, out = begun
-    from foveate.bench import machine
+    from foveate import machine
     from foveate.measure.sheets import sheets, show, terminal
     from foveate.stages import run as run_stages
 

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
 
-    from foveate.bench import machine
+    from foveate import machine
     from foveate.cli.models import open_models
     from foveate.dense import DenseModel
 

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     """Compare, print, and write."""
     if args.out is not None:  # an unwritable place is said before the work
         args.out.mkdir(parents=True, exist_ok=True)
-    from foveate.bench import machine
+    from foveate import machine
     from foveate.measure.rauc import compare, figure, sheet
     from foveate.measure.sheets import show, terminal
     from foveate.measure.style import save

@@ -110,7 +110,7 @@ def begin(job: str, args: argparse.Namespace) -> tuple[Any, Path] | None:
     if args.print:
         print(config.dump(recipe), end="")
         return None
-    from foveate.bench import machine
+    from foveate import machine
 
     machine.tune_malloc("cpu")  # training on a CPU allocates large activations in every step
     return recipe, out

@@ -12,7 +12,7 @@ from foveate.core.backbone import Backbone
 from foveate.core.cost import cost, run_on_meta
 from foveate.core.reducer import Reducer
 
-__all__ = ["parse_budget", "solve_budget"]
+__all__ = ["parse_budget", "rate_for", "solve_budget"]
 
 _TOLERANCE = 0.01  # of the budget
 _GOOD = 0.0025  # as near as this, a rate with fewer digits is as good
@@ -36,7 +36,8 @@ def parse_budget(budget: str, dense: float) -> float:
         target = float(absolute[1]) * _UNITS[absolute[2].upper()]
     else:
         raise ValueError(
-            f"budget must read like '2.9 GMACs', '800 MMACs', '0.6x' or '60%', got {budget!r}"
+            "budget must read like '2.9 GMACs', '800 MMACs', '0.6x' or '60%', or, as a time, like "
+            f"'1.5x faster' or '12 ms', got {budget!r}"
         )
     if not 0 < target <= dense * (1 + _TOLERANCE):
         raise ValueError(
@@ -58,46 +59,68 @@ def solve_budget(
     """
     spec = backbone.spec
     target = parse_budget(budget, cost(spec, None, spec.grid).total)
+
+    def price(reducer: Reducer) -> float:
+        if reducer.fixed_count:
+            return run_on_meta(spec, reducer, spec.grid).total
+        return cost(spec, reducer, spec.grid).total
+
+    return make(rate_for(target, backbone, make, price, lambda macs: f"{macs / 1e9:.4g} GMACs"))
+
+
+def rate_for(
+    target: float,
+    backbone: Backbone,
+    make: Callable[[Mapping[str, Any]], Reducer],
+    price: Callable[[Reducer], float],
+    said: Callable[[float], str],
+    tolerance: float = _TOLERANCE,
+) -> dict[str, Any]:
+    """Return the option that sets a method's rate so that it costs the target.
+
+    Args:
+        target: what it should cost.
+        backbone: parts of the model.
+        make: builds the method from options that override the user's; called many times.
+        price: what a method costs that is built without memory for its weights.
+        said: says a cost in words.
+        tolerance: how far the cost may be from the target, as a share of it.
+    """
     template = make({})
-    template.build(spec)
+    template.build(backbone.spec)
     if not template.rate:
         raise ValueError(f"{template.name} has no rate that could be set to meet a budget")
     prices: dict[str, float] = {}
 
-    def price(options: Mapping[str, Any]) -> float:
+    def cost_of(options: Mapping[str, Any]) -> float:
         key = repr(sorted(options.items()))
         if key not in prices:
             reducer = make(options)
             with torch.device("meta"):  # only the sizes of a method's layers are asked for
-                reducer.build(spec)
-            if reducer.fixed_count:
-                prices[key] = run_on_meta(spec, reducer, spec.grid).total
-            else:
-                prices[key] = cost(spec, reducer, spec.grid).total
+                reducer.build(backbone.spec)
+            prices[key] = price(reducer)
         return prices[key]
 
     low, high = 0.0, 1.0  # few tokens are dropped at the low level, and the price is high
     for step in range(_STEPS):
-        dear, cheap = (price(template.at_level(level)) for level in (low, high))
+        dear, cheap = (cost_of(template.at_level(level)) for level in (low, high))
         # The price falls almost in a straight line; halving now and then makes sure of the end.
-        share = (dear - target) / max(dear - cheap, 1.0) if step % 3 < 2 else 0.5
+        share = (dear - target) / max(dear - cheap, 1e-9 * dear) if step % 3 < 2 else 0.5
         middle = low + (high - low) * min(max(share, 0.01), 0.99)
-        now = price(template.at_level(middle))
+        now = cost_of(template.at_level(middle))
         low, high = (middle, high) if now >= target else (low, middle)
         if abs(now - target) <= _GOOD * target:
             break
     nearest = [template.at_level(level) for level in (high, low)]
-    best = min(nearest[::-1], key=lambda options: abs(price(options) - target))
-    if abs(price(best) - target) > _TOLERANCE * target:
-        ends = [template.at_level(level) for level in (1.0, 0.0)]
-        least, most, *near = (price(options) / 1e9 for options in (*ends, *nearest))
-        inside = least < target / 1e9 < most
+    best = min(nearest[::-1], key=lambda options: abs(cost_of(options) - target))
+    if abs(cost_of(best) - target) > tolerance * target:
+        least, most = (cost_of(template.at_level(level)) for level in (1.0, 0.0))
+        inside = f", and nearest to the budget {' and '.join(said(cost_of(o)) for o in nearest)}"
         raise ValueError(
-            f"{template.name} cannot meet {target / 1e9:.4g} GMACs within {_TOLERANCE:.0%}: it "
-            f"reaches from {least:.4g} to {most:.4g}"
-            + (f", and nearest to the budget {near[0]:.4g} and {near[1]:.4g}" if inside else "")
+            f"{template.name} cannot meet {said(target)} within {tolerance:.0%}: it reaches from "
+            f"{said(least)} to {said(most)}" + (inside if least < target < most else "")
         )
-    return make(_short(best, lambda options: abs(price(options) - target) <= _GOOD * target))
+    return _short(best, lambda options: abs(cost_of(options) - target) <= _GOOD * target)
 
 
 def _short(options: dict[str, Any], good: Callable[[Mapping[str, Any]], bool]) -> dict[str, Any]:

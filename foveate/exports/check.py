@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from foveate.backbones import backbone_of
-from foveate.bench.timing import AGAIN, DENSE, LEAST_ROUNDS, measure
 from foveate.core.evaluation import answering
+from foveate.timing import AGAIN, DENSE, LEAST_ROUNDS, measure
 
 __all__ = ["TOLERANCE", "Check", "Speed", "compare", "speeds"]
 

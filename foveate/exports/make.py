@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 from foveate.api import unwrap
 from foveate.backbones import class_names
-from foveate.bench.machine import physical_cores, version_of
-from foveate.bench.timing import AGAIN, DENSE, LEAST_ROUNDS
 from foveate.convert import open_base
 from foveate.core import ReducedViT
 from foveate.core.evaluation import evaluating
@@ -32,6 +30,8 @@ from foveate.exports.graph import Graph, answers, capture, fixed
 from foveate.exports.infer import open_model
 from foveate.exports.pictures import Paths, for_calibration, for_check
 from foveate.facts import count
+from foveate.machine import physical_cores, version_of
+from foveate.timing import AGAIN, DENSE, LEAST_ROUNDS
 
 __all__ = ["FORMATS", "Exported", "export"]
 

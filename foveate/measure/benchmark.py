@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from foveate.bench import machine
+from foveate import machine
 from foveate.bench.result import Cell, Result
-from foveate.bench.timing import AGAIN, DENSE, LEAST_ROUNDS, UNFUSED, Interval, paired_ratio
 from foveate.measure.sheets import Sheet
 from foveate.measure.style import new_figure
 from foveate.measure.table import Results, formatted, frame, grid, pd, rows, select
 from foveate.registry import suggest
+from foveate.timing import AGAIN, DENSE, LEAST_ROUNDS, UNFUSED, Interval, paired_ratio
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

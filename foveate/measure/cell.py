@@ -14,8 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from foveate import config
-from foveate.bench import machine
+from foveate import config, machine
 from foveate.core import GatedReducer
 from foveate.dense import DenseModel
 from foveate.measure.cells import EVALUATE, Work, read_work

@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from foveate import api
-from foveate.bench import machine
-from foveate.bench.timing import measure
+from foveate import api, machine
 from foveate.core import GatedReducer
 from foveate.core.cost import counting
 from foveate.core.evaluation import answering
@@ -38,6 +36,7 @@ from foveate.dense import DenseModel, Segmenter, calibrate
 from foveate.dense.metrics import AveragePrecision, MeanIoU
 from foveate.measure.run import Evaluation, Plan, Progress, record
 from foveate.measure.table import frame, pd, rows
+from foveate.timing import measure
 
 __all__ = ["CALIBRATED", "evaluate_dense"]
 

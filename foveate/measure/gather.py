@@ -7,8 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from foveate import config
-from foveate.bench import machine
+from foveate import config, machine
 from foveate.files import read_json
 from foveate.measure.accuracy import drops
 from foveate.measure.cells import Cell, Key, plain

@@ -26,8 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from foveate import config
-from foveate.bench import machine
+from foveate import config, machine
 from foveate.files import write_text
 from foveate.measure.cells import Cell
 from foveate.measure.comparison import Resources

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from foveate.bench import machine
+from foveate import machine
 from foveate.data import Source, open_first, open_images
 from foveate.data.splits import NONE
 from foveate.files import write_whole

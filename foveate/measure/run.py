@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate import machine
 from foveate.backbones import backbone_of
-from foveate.bench import machine
-from foveate.bench.timing import LEAST_ROUNDS
 from foveate.core import ReducedViT
 from foveate.core.evaluation import PRECISIONS
 from foveate.core.schedule import check_choice
@@ -26,6 +25,7 @@ from foveate.measure.speed import speeds
 from foveate.measure.table import Results, frame, pd, rows
 from foveate.measure.tokens import TokenStatistics, gather
 from foveate.measure.variants import fresh, variants
+from foveate.timing import LEAST_ROUNDS
 
 __all__ = ["Evaluation", "Plan", "Progress", "evaluate", "record"]
 

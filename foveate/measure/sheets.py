@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from foveate.bench.timing import LEAST_ROUNDS
 from foveate.measure.figures import label_of, macs_unit
 from foveate.measure.table import MISSING, Results, formatted, grid, over_seeds, pd, said, select
+from foveate.timing import LEAST_ROUNDS
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from foveate.bench.timing import AGAIN, LEAST_ROUNDS, measure
 from foveate.core.evaluation import answering
 from foveate.measure.accuracy import name_of, rate_of
 from foveate.measure.table import frame, pd, rows
 from foveate.measure.variants import DENSE
+from foveate.timing import AGAIN, LEAST_ROUNDS, measure
 
 __all__ = ["speeds"]
 

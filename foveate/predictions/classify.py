@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from foveate import machine
 from foveate.backbones import backbone_of, class_names
-from foveate.bench import machine
 from foveate.convert import open_base
 from foveate.core import ReducedViT, TokenState
 from foveate.core.evaluation import PRECISIONS, answering, evaluating

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from foveate import config
-from foveate.bench import machine
+from foveate import config, machine
 from foveate.files import read_json
 from foveate.measure import Results, frame, one, select
 from foveate.measure.cells import Cell

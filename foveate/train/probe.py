@@ -19,9 +19,8 @@ from timm.optim.lars import Lars
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveate import config
+from foveate import config, machine
 from foveate.backbones import backbone_for
-from foveate.bench import machine
 from foveate.core import Backbone, ReducedViT, dense
 from foveate.data import Inputs, Loader, Source, device_batches, limited, usual_workers
 from foveate.files import write_text

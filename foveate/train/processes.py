@@ -7,7 +7,7 @@ import os
 import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-from foveate.bench import machine
+from foveate import machine
 from foveate.train.recipe import Loop
 
 __all__ = ["device_of", "processes"]

@@ -37,9 +37,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import nn
 
-from foveate import config
+from foveate import config, machine
 from foveate.backbones import set_class_names
-from foveate.bench import machine
 from foveate.data import Loader, Source, Splits, Transform, limited, usual_workers
 from foveate.files import write_text
 from foveate.train import recipe as recipes

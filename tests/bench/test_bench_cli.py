@@ -10,7 +10,7 @@ import pytest
 from small import vit
 
 import foveate
-from foveate.bench import machine
+from foveate import machine
 from foveate.cli import main
 from foveate.measure.benchmark import closing, load, table_of
 

@@ -11,7 +11,6 @@ from text import text_of
 import foveate
 from foveate import bench
 from foveate.bench import Cell, Result, Timings
-from foveate.bench.timing import AGAIN, DENSE, UNFUSED
 from foveate.measure import Results, frame, one
 from foveate.measure.benchmark import (
     break_even,
@@ -26,6 +25,7 @@ from foveate.measure.benchmark import (
 )
 from foveate.measure.style import save
 from foveate.measure.table import pd, rows
+from foveate.timing import AGAIN, DENSE, UNFUSED
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 

@@ -13,7 +13,7 @@ from PIL import Image
 from small import randomise, vit
 
 import foveate
-from foveate.bench import machine
+from foveate import machine
 from foveate.cli import eval as command
 from foveate.data import Inputs
 from foveate.data.demo import demo_vit

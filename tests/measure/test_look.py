@@ -12,8 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from foveate import config
-from foveate.bench import machine
+from foveate import config, machine
 from foveate.cli import main
 from foveate.data import eval_transform, open_images
 from foveate.measure import Results, one, select

@@ -11,8 +11,8 @@ import pytest
 from batches import demo_batches
 from text import text_of
 
-from foveate.bench.machine import facts
 from foveate.data.demo import demo_vit
+from foveate.machine import facts
 from foveate.measure import (
     Evaluation,
     Results,

@@ -1,0 +1,356 @@
+"""Time as a budget: what blocks cost by number of tokens on this machine.
+
+A table is measured once for a model, a batch, a number format and a machine, and kept in a file. A
+method's time is predicted from its tokens per block. The rate that meets a time is solved from the
+table; then the model is timed beside the dense one and the rate corrected until the time is met.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from foveate import machine
+from foveate.core import Backbone, ReducedViT, Reducer, TokenState, dense
+from foveate.core.budget import rate_for
+from foveate.core.cost import run_on_meta
+from foveate.core.evaluation import evaluating
+from foveate.core.selection import Selection
+from foveate.files import read_json, write_text
+from foveate.timing import Timings, measure
+
+__all__ = ["LatencyTable", "Setting", "TimeBudget", "is_time", "meet", "setting_of"]
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SHARES = (
+    1.0,
+    0.85,
+    0.7,
+    0.55,
+    0.4,
+    0.3,
+    0.2,
+    0.1,
+    0.05,
+)  # of the patches, at which blocks are timed
+_ROUNDS, _WARMUP, _SAMPLE_MS = 15, 2, 20.0
+_ATTEMPTS, _NEAR, _PROMISE = 6, 0.015, 0.05
+_SOLVED = 0.03  # how near the table's prediction must come: numbers of tokens are whole
+_FASTER = re.compile(r"(\d*\.?\d+)\s*(?:x|times)\s+(?:as\s+fast|faster)", re.IGNORECASE)
+_ABSOLUTE = re.compile(r"(\d*\.?\d+)\s*(ms|s)", re.IGNORECASE)
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a time is of.
+
+    Attributes:
+        batch: number of images in a pass.
+        dtype: "fp32", "bf16" or "fp16".
+        device: of the model.
+        threads: CPU threads; 0 on a GPU.
+    """
+
+    batch: int
+    dtype: str
+    device: str
+    threads: int
+
+    def __str__(self) -> str:
+        where = f"{self.threads} CPU threads" if self.threads else self.device
+        return f"batch {self.batch}, {self.dtype}, {where}"
+
+
+@dataclass(frozen=True)
+class TimeBudget:
+    """A time that a pass may take.
+
+    Attributes:
+        value: milliseconds, or how many times as fast as the dense model.
+        relative: whether it is the latter.
+        batch: number of images in a pass.
+        dtype: number format; None for the model's own.
+    """
+
+    value: float
+    relative: bool
+    batch: int = 1
+    dtype: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> TimeBudget:
+        """Read "1.5x faster", "12 ms", or either with more: "12 ms, batch 8, bf16"."""
+        first, *rest = (part.strip() for part in text.split(","))
+        options: dict[str, Any] = {}
+        for part in rest:
+            if part in _DTYPES:
+                options["dtype"] = part
+            elif found := re.fullmatch(r"batch\s*(\d+)", part, re.IGNORECASE):
+                options["batch"] = int(found[1])
+            else:
+                raise ValueError(
+                    f"{part!r} in the budget {text!r} is neither a batch ('batch 8') nor one of "
+                    f"{', '.join(_DTYPES)}"
+                )
+        if options.get("batch", 1) < 1:
+            raise ValueError(f"the batch of a budget must be at least 1, got {text!r}")
+        if faster := _FASTER.fullmatch(first):
+            value = float(faster[1])
+            if value <= 1:
+                raise ValueError(f"a budget must be more than 1x faster, got {text!r}")
+            return cls(value, True, **options)
+        absolute = _ABSOLUTE.fullmatch(first)
+        if absolute is None or float(absolute[1]) == 0:
+            raise ValueError(f"a time reads like '1.5x faster' or '12 ms', got {text!r}")
+        value = float(absolute[1]) * (1000 if absolute[2].lower() == "s" else 1)
+        return cls(value, False, **options)
+
+    def __str__(self) -> str:
+        return f"{self.value:g}x faster" if self.relative else f"{self.value:g} ms"
+
+
+def is_time(budget: str) -> bool:
+    """Tell a budget in time from one in multiply-adds."""
+    first = budget.partition(",")[0].strip() if isinstance(budget, str) else ""
+    return bool(_FASTER.fullmatch(first) or _ABSOLUTE.fullmatch(first))
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Times of a model on this machine.
+
+    Attributes:
+        setting: what the times are of.
+        tokens: numbers of tokens of an image, rising.
+        block_ms: the time of a block with so many of them, in milliseconds.
+        rest_ms: the time of all that is not in a block: embedding, norm, head.
+        machine: name of the processor.
+    """
+
+    setting: Setting
+    tokens: tuple[int, ...]
+    block_ms: tuple[float, ...]
+    rest_ms: float
+    machine: str
+
+    def predict(self, tokens: Sequence[float]) -> float:
+        """Return the milliseconds of a pass, the method's own work left out.
+
+        Args:
+            tokens: of each block.
+        """
+        return float(np.interp(tokens, self.tokens, self.block_ms).sum()) + self.rest_ms
+
+    @classmethod
+    def of(cls, backbone: Backbone, setting: Setting, *, fresh: bool = False) -> LatencyTable:
+        """Return the table of a model: a kept one, or a new one that is kept.
+
+        Args:
+            backbone: parts of the model.
+            setting: what the times shall be of.
+            fresh: measure again even if a table is there.
+        """
+        path = _path(backbone, setting)
+        if not fresh and path.exists():
+            return cls._read(path)
+        table = _measured(backbone, setting)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"format": _FORMAT, **dataclasses.asdict(table)}
+        write_text(path, json.dumps(content, indent=1) + "\n")
+        return table
+
+    @classmethod
+    def known(cls, backbone: Backbone, setting: Setting) -> LatencyTable | None:
+        """Return the kept table of a model, or None."""
+        path = _path(backbone, setting)
+        return cls._read(path) if path.exists() else None
+
+    @classmethod
+    def _read(cls, path: Path) -> LatencyTable:
+        found = read_json(path, f"{path} does not exist")
+        try:
+            if found.pop("format") != _FORMAT:
+                raise KeyError("format")
+            found["setting"] = Setting(**found["setting"])
+            found["tokens"], found["block_ms"] = tuple(found["tokens"]), tuple(found["block_ms"])
+            return cls(**found)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a latency table: delete it") from error
+
+
+def _path(backbone: Backbone, setting: Setting) -> Path:
+    """Return the file of a table, whose name holds all that its numbers depend on."""
+    facts = machine.facts(setting.device)
+    versions = {name: facts.get(name) for name in ("cpu", "gpu", "torch", "foveate", "system")}
+    tuned = facts["malloc_tuned"]
+    what = [dataclasses.astuple(backbone.spec), dataclasses.astuple(setting), versions, tuned]
+    name = hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()[:16]
+    root = os.environ.get("FOVEATE_CACHE") or Path.home() / ".cache" / "foveate"
+    return Path(root) / "latency" / f"{backbone.spec.family.replace(' ', '-')}-{name}.json"
+
+
+def setting_of(backbone: Backbone, batch: int = 1, dtype: str | None = None) -> Setting:
+    """Return the setting in which a model would run as it is."""
+    like = next(backbone.model.parameters())
+    names = {kind: name for name, kind in _DTYPES.items()}
+    if dtype is None and like.dtype not in names:
+        raise ValueError(f"times are measured in {', '.join(_DTYPES)}, the model has {like.dtype}")
+    device = like.device.type
+    threads = torch.get_num_threads() if device == "cpu" else 0
+    return Setting(batch, dtype or names[like.dtype], device, threads)
+
+
+# Measuring ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _measured(backbone: Backbone, setting: Setting) -> LatencyTable:
+    """Time all blocks at several numbers of tokens, and the whole dense pass."""
+    model, images = _ready(dense(backbone), setting)
+    spec = backbone.spec
+    whole = model.begin(images)
+    counts = sorted({max(1, round(share * spec.grid[0] * spec.grid[1])) for share in _SHARES})
+    calls: dict[str, Callable[[], Any]] = {"pass": partial(model, images)}
+    for count in counts:
+        positions = torch.arange(count, device=images.device).expand(len(images), -1)
+        calls[str(count)] = partial(_blocks, model, whole.keep(Selection(positions)))
+    with torch.inference_mode():
+        timings = _timed(calls, setting)
+    blocks = [timings.ms(str(count)).median / spec.depth for count in counts]
+    blocks = np.maximum.accumulate(blocks).tolist()  # noise alone makes more tokens faster
+    return LatencyTable(
+        setting,
+        tuple(spec.prefix + count for count in counts),
+        tuple(blocks),
+        max(0.0, timings.ms("pass").median - blocks[-1] * spec.depth),
+        machine.name(machine.facts(setting.device)),
+    )
+
+
+def _blocks(model: ReducedViT, state: TokenState) -> TokenState:
+    for block in range(model.backbone.spec.depth):
+        state = model.step(block, state)
+    return state
+
+
+def _ready(model: ReducedViT, setting: Setting) -> tuple[ReducedViT, torch.Tensor]:
+    """Return a copy of a model as it would run, and images for it."""
+    model = copy.deepcopy(model).to(_DTYPES[setting.dtype]).eval().requires_grad_(False)
+    spec, channels = model.backbone.spec, model.backbone.channels
+    rows, columns = (n * p for n, p in zip(spec.grid, spec.patch, strict=True))
+    noise = torch.Generator().manual_seed(0)
+    images = torch.randn(setting.batch, channels, rows, columns, generator=noise)
+    return model, images.to(setting.device, _DTYPES[setting.dtype])
+
+
+def _timed(calls: Mapping[str, Callable[[], Any]], setting: Setting) -> Timings:
+    return measure(
+        calls, rounds=_ROUNDS, warmup=_WARMUP, sample_ms=_SAMPLE_MS, device=setting.device
+    )
+
+
+# Meeting a time ----------------------------------------------------------------------------------
+
+
+def meet(budget: str, backbone: Backbone, make: Callable[[Mapping[str, Any]], Reducer]) -> Reducer:
+    """Return the method at the rate at which a pass takes the budget's time, within 5 %.
+
+    Args:
+        budget: as ``TimeBudget.parse`` reads it.
+        backbone: parts of the model.
+        make: builds the method from options that override the user's; called many times.
+    """
+    wanted = TimeBudget.parse(budget)
+    if next(backbone.model.parameters()).is_meta:
+        raise ValueError("a model on the meta device has no time; give multiply-adds")
+    setting = setting_of(backbone, wanted.batch, wanted.dtype)
+    template = make({})
+    if not template.fixed_count:
+        raise ValueError(
+            f"how long {template.name} takes depends on the images, for it keeps another number of "
+            "tokens in each: give a budget in multiply-adds"
+        )
+    with evaluating(backbone.model):
+        return _met(wanted, setting, backbone, make)
+
+
+def _met(
+    wanted: TimeBudget,
+    setting: Setting,
+    backbone: Backbone,
+    make: Callable[[Mapping[str, Any]], Reducer],
+) -> Reducer:
+    spec = backbone.spec
+    for fresh in (False, True):  # a kept table may be of a day when the machine was faster
+        table = LatencyTable.of(backbone, setting, fresh=fresh)
+        whole = table.predict([table.tokens[-1]] * spec.depth)
+        target = whole / wanted.value if wanted.relative else wanted.value
+        if target < whole * (1 + _PROMISE):
+            break
+    else:
+        raise ValueError(
+            f"the model takes {whole:.3g} ms ({setting}) without a method, which is within {wanted}"
+        )
+
+    def predicted(reducer: Reducer) -> float:
+        blocks = run_on_meta(spec, reducer, spec.grid).tokens
+        return table.predict([(block.attention + block.mlp) / 2 for block in blocks])
+
+    # ``extra`` is the method's own work, which the table does not know. ``scale`` is how much
+    # slower the machine is than when the table was made.
+    extra, scale, best, miss = 0.0, 1.0, None, float("inf")
+    for _ in range(_ATTEMPTS):
+        said = partial(_milliseconds, extra, scale)
+        options = rate_for(max(target - extra, 0.0), backbone, make, predicted, said, _SOLVED)
+        with torch.device("meta"):
+            reducer = make(options)
+            reducer.build(spec)
+        foreseen, reducer = predicted(reducer), make(options)
+        reducer.build(spec)
+        reached, dense_ms = _compared(backbone, reducer, setting)
+        goal = dense_ms / wanted.value if wanted.relative else wanted.value
+        if abs(reached / goal - 1) < miss:
+            best, miss = make(options), abs(reached / goal - 1)
+        if miss <= _NEAR:
+            break
+        scale = dense_ms / whole
+        extra, target = reached / scale - foreseen, goal / scale
+    assert best is not None
+    if miss > _PROMISE:
+        raise ValueError(
+            f"{best.name} was timed {_ATTEMPTS} times and came no nearer than {miss:.0%} to "
+            f"{wanted} ({setting}): the machine may be busy with other work"
+        )
+    return best
+
+
+def _milliseconds(extra: float, scale: float, predicted: float) -> str:
+    return f"{scale * (predicted + extra):.3g} ms"
+
+
+@torch.no_grad()
+def _compared(backbone: Backbone, reducer: Reducer, setting: Setting) -> tuple[float, float]:
+    """Return the milliseconds of a pass with the method and of the model without it."""
+    like = next(backbone.model.parameters())
+    reducer.to(like.device, like.dtype)
+    driver: type[ReducedViT] = backbone.driver or ReducedViT
+    model, images = _ready(driver(backbone, reducer), setting)
+    plain = model.backbone.model
+    with torch.inference_mode():
+        timings = _timed(
+            {"method": partial(model, images), "dense": partial(plain, images)}, setting
+        )
+    return timings.ms("method").median, timings.ms("dense").median
