@@ -89,6 +89,7 @@ def main() -> None:
                 warmup=3,
                 sample_ms=20.0,
                 device="cpu",
+                settle=True,
                 progress=partial(progress, f"batch {batch}"),
             )
         found = frame(judged(timings, list(models), batch), **where)

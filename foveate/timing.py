@@ -29,6 +29,7 @@ Call = Callable[[], Any]
 
 # Names of the variants that every run has besides the methods and their oracles.
 DENSE, AGAIN, UNFUSED = "dense", "dense again", "dense un-fused"
+_REST = 0.02  # seconds; idle threads of onnxruntime and OpenMP spin for a few milliseconds
 LEAST_ROUNDS = 30  # of a result; fewer are a trial
 
 
@@ -113,6 +114,7 @@ def measure(
     sample_ms: float,
     device: str,
     seed: int = 0,
+    settle: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Timings:
     """Time all variants, interleaved.
@@ -125,6 +127,8 @@ def measure(
             the number of repeats is the same for all variants.
         device: on CUDA the device is synchronised around every sample.
         seed: of the order within rounds.
+        settle: let the threads of another runtime come to rest before each sample, and wake up
+            those of its own by a call that does not count.
         progress: told, between rounds, how many of all rounds are done.
     """
     sync = torch.cuda.synchronize if device == "cuda" else _nothing
@@ -135,6 +139,9 @@ def measure(
     for turn in range(-warmup, rounds):
         shuffle.shuffle(order)
         for name in order:
+            if settle:
+                time.sleep(_REST)
+                _sample(calls[name], 1, sync)
             taken = _sample(calls[name], repeats, sync)
             if turn >= 0:
                 samples[name].append(taken)

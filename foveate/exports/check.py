@@ -181,6 +181,7 @@ def speeds(
             warmup=_WARMUP,
             sample_ms=_SAMPLE_MS,
             device="cpu",
+            settle=True,
             progress=progress,
         )
     found = []

@@ -31,8 +31,8 @@ class Graph:
         batch: number of images; None for any.
         outputs: names of what it gives.
         shapes: of each, in words.
-        layers: for each block the value in the graph that its last linear layer gives. What a
-            runtime has there are the tokens that it really computed.
+        layers: for each block the value in the graph that its last linear layer but one gives,
+            which is in the feed forward. What a runtime has there are the tokens that it really computed.
         tokens: how many tokens an image should have there.
         deciding: values that weights of the method give. They stay in float32 where all else is
             in 8 bits, so that rounding does not choose the tokens.
@@ -141,7 +141,8 @@ def capture(
         program = torch.export.export(asked, (images,), dynamic_shapes=shapes)
         tokens = _tokens(model, backbone, images[:1])
     products = _Products(program, asked)
-    weights = [[p for p in block.parameters() if p.ndim == 2][-1] for block in backbone.blocks]
+    # Not the last one: runtimes melt it together with the scale of the layer behind it.
+    weights = [[p for p in block.parameters() if p.ndim == 2][-2] for block in backbone.blocks]
     own = reduced.reducer.parameters() if isinstance(reduced, ReducedViT) else ()
     return Graph(
         program,
