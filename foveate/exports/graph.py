@@ -32,7 +32,8 @@ class Graph:
         outputs: names of what it gives.
         shapes: of each, in words.
         layers: for each block the value in the graph that its last linear layer but one gives,
-            which is in the feed forward. What a runtime has there are the tokens that it really computed.
+            which is in the feed forward. What a runtime has there are the tokens that it really
+            computed.
         tokens: how many tokens an image should have there.
         deciding: values that weights of the method give. They stay in float32 where all else is
             in 8 bits, so that rounding does not choose the tokens.
