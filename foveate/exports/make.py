@@ -8,8 +8,9 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from foveate.exports.check import Check, compare, speeds
 from foveate.exports.folder import write_about, write_readme, write_script
 from foveate.exports.graph import Graph, answers, capture, fixed
 from foveate.exports.infer import open_model
+from foveate.exports.onnx import LEAST_OPSET
 from foveate.exports.pictures import Paths, for_calibration, for_check
 from foveate.facts import count
 from foveate.machine import physical_cores, version_of
@@ -112,10 +114,8 @@ def export(
         name: what to call the model in the README.
         progress: told what is done, and how much of it.
     """
-    made = _format(format, int8, batch, rounds, opset)
+    _check_asked(format, int8, batch, rounds, opset)
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    _check_installed(made, int8)
-    say = progress or _silent
     if not isinstance(model, nn.Module):
         name = name or Path(model).name
         model = open_base(os.fspath(model))
@@ -123,37 +123,23 @@ def export(
         batch = batch or 1  # images of a batch are taken apart, so its number is part of the graph
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / made.FILE
     pixels = for_calibration(model, calibrate) if int8 else None
+    writer = _Writer(importlib.import_module(f"foveate.exports.{format}"), pixels, opset, progress)
     with fixed(model) as changed:
-        say("capturing", 0, 1)
+        writer.say("capturing")
         graph = capture(model, batch, size)
-        _written(made, graph, path, pixels, opset, say)
-        probe = torch.randn(
-            batch or 2, graph.channels, *graph.size, generator=torch.Generator().manual_seed(_SEED)
-        )
-        tokens = made.tokens(path, graph.layers, probe.numpy())
-        if tokens != graph.tokens:
-            raise ValueError(
-                f"{path} computes {tokens} tokens in its blocks and not {graph.tokens}: the method "
-                "is not in effect there"
-            )
-        about = _about(model, graph, made, int8, name, tuple(filter(None, [changed])))
+        path = writer.write(graph, folder)
+        tokens = writer.tokens(graph, path)
+        about = _about(model, graph, writer, name, [changed] if changed else [])
         write_about(folder, about)
         write_script(folder)
         exported = Exported(folder, path, MappingProxyType(about), tokens, tuple(about["notes"]))
         if check:
-            pictures, source = for_check(model, graph, images if images is not None else calibrate)
-            found = compare(
-                answers(model),
-                exported.open(threads or 0, batch or 0),
-                pictures,
-                batch=batch,
-                int8=int8,
-                source=source,
-            )
+            pictures, source = for_check(model, graph, calibrate if images is None else images)
+            ask = exported.open(threads or 0, batch or 0)
+            found = compare(answers(model), ask, pictures, batch=batch, int8=int8, source=source)
             if rounds:
-                found = _timed(model, exported, graph, found, made, pixels, rounds, threads, say)
+                found = replace(found, **_timed(model, exported, graph, writer, rounds, threads))
             exported = replace(exported, check=found)
     shapes = [f"`{n}`, [{', '.join(s)}]" for n, s in zip(graph.outputs, graph.shapes, strict=True)]
     write_readme(folder, about, shapes, exported.check)
@@ -163,74 +149,99 @@ def export(
 # What can be asked for ---------------------------------------------------------------------------
 
 
-def _format(format: str, int8: bool, batch: int | None, rounds: int, opset: int | None) -> Any:
+def _check_asked(
+    format: str, int8: bool, batch: int | None, rounds: int, opset: int | None
+) -> None:
     check_choice("format", format, FORMATS)
     if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
         raise ValueError(f"batch must be a whole number from 1, or None for any, got {batch!r}")
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0:
         raise ValueError(f"rounds must be a whole number from 0, got {rounds!r}")
-    made: ModuleType = importlib.import_module(f"foveate.exports.{format}")
     if int8 and format == "pt2":
         raise ValueError("int8 is for onnx and openvino: eager torch gains nothing from it")
-    if opset is not None:
-        if format == "pt2":
-            raise ValueError("opset is a version of ONNX's operators: pt2 has none")
-        from foveate.exports.onnx import LEAST_OPSET
-
-        if opset < LEAST_OPSET:
-            raise ValueError(f"opset must be at least {LEAST_OPSET}, got {opset}")
-    return made
-
-
-def _check_installed(made: Any, int8: bool) -> None:
-    needs = [name for name in made.NEEDS if int8 or name != "nncf"]
-    missing = [name for name in needs if importlib.util.find_spec(name) is None]
+    if opset is not None and format == "pt2":
+        raise ValueError("opset is a version of ONNX's operators: pt2 has none")
+    if opset is not None and opset < LEAST_OPSET:
+        raise ValueError(f"opset must be at least {LEAST_OPSET}, got {opset}")
+    needs = {"onnx": ["onnx", "onnxscript", "onnxruntime"], "openvino": ["onnxscript", "openvino"]}
+    needed = needs.get(format, []) + ["nncf"] * (int8 and format == "openvino")
+    missing = [package for package in needed if importlib.util.find_spec(package) is None]
     if missing:
-        extra = made.__name__.rpartition(".")[2]
-        raise ValueError(f"{', '.join(missing)} is not installed: pip install 'foveate[{extra}]'")
+        raise ValueError(f"{', '.join(missing)} is not installed: pip install 'foveate[{format}]'")
 
 
 # Writing -----------------------------------------------------------------------------------------
 
 
-def _written(
-    made: Any,
-    graph: Graph,
-    path: Path,
-    pixels: np.ndarray | None,
-    opset: int | None,
-    say: Progress,
-) -> None:
-    say("writing", 0, 1)
-    options = {} if opset is None else {"opset": opset}
-    made.write(graph, path, **options)
-    if pixels is not None:
-        say("fitting 8 bits", 0, 1)
-        made.quantise(path, graph, pixels)
+class _Writer:
+    """Writes graphs in one format: the model, and the dense one that it is timed beside.
+
+    Attributes:
+        runtime: the package that runs the format.
+        file: name of the model in its folder.
+        int8: whether matrix products compute in 8 bits.
+    """
+
+    def __init__(
+        self, made: Any, pixels: np.ndarray | None, opset: int | None, progress: Progress | None
+    ) -> None:
+        self.runtime: str = made.RUNTIME
+        self.file: str = made.FILE
+        self.int8 = pixels is not None
+        self._made, self._pixels, self._progress = made, pixels, progress
+        self._options = {} if opset is None else {"opset": opset}
+
+    def say(self, what: str, done: int = 0, of: int = 1) -> None:
+        """Tell what is done, and how much of it."""
+        if self._progress is not None:
+            self._progress(what, done, of)
+
+    def write(self, graph: Graph, folder: Path) -> Path:
+        """Write a graph into a folder and return its file."""
+        path = folder / self.file
+        self.say("writing")
+        self._made.write(graph, path, **self._options)
+        if self._pixels is not None:
+            self.say("fitting 8 bits")
+            self._made.quantise(path, graph, self._pixels)
+        return path
+
+    def tokens(self, graph: Graph, path: Path) -> tuple[int, ...]:
+        """Run a file and return its blocks' tokens; ValueError if they are not the graph's."""
+        self.say("counting tokens")
+        noise = torch.Generator().manual_seed(_SEED)
+        images = torch.randn(graph.batch or 2, graph.channels, *graph.size, generator=noise)
+        found: tuple[int, ...] = self._made.tokens(path, graph.layers, images.numpy())
+        if found != graph.tokens:
+            raise ValueError(
+                f"{path} computes {found} tokens in its blocks and not {graph.tokens}: the method "
+                "is not in effect there"
+            )
+        return found
 
 
 def _about(
-    model: nn.Module, graph: Graph, made: Any, int8: bool, name: str | None, notes: tuple[str, ...]
+    model: nn.Module, graph: Graph, writer: _Writer, name: str | None, notes: list[str]
 ) -> dict[str, Any]:
     reduced = model.reduced if isinstance(model, Hosting) else model
     reducer = reduced.reducer if isinstance(reduced, ReducedViT) else None
     method = None if reducer is None or reducer.name == "dense" else repr(reducer)
-    if int8 and not _has_vnni():
-        notes += (
+    if writer.int8 and not _has_vnni():
+        notes.append(
             "this machine's processor has no instructions for products of 8 bits (VNNI or AMX): "
-            "the model runs here, but hardly faster than in float32",
+            "the model runs here, but hardly faster than in float32"
         )
     if isinstance(model, Hosting):
-        notes += (
+        notes.append(
             f"the backbone alone, with its maps, for batches of {graph.batch} images of "
-            f"{graph.size[0]} x {graph.size[1]}; heads stay in torch",
+            f"{graph.size[0]} x {graph.size[1]}; heads stay in torch"
         )
     return {
         "format": _FORMAT,
         "foveate": version_of("foveate"),
-        "runtime": made.RUNTIME,
-        "file": made.FILE,
-        "int8": int8,
+        "runtime": writer.runtime,
+        "file": writer.file,
+        "int8": writer.int8,
         "input": "images",
         "batch": graph.batch,
         "channels": graph.channels,
@@ -241,7 +252,7 @@ def _about(
         "method": method,
         "tokens": list(graph.tokens),
         "macs": _macs(model, graph, method),
-        "notes": list(notes),
+        "notes": notes,
     }
 
 
@@ -292,46 +303,37 @@ def _timed(
     model: nn.Module,
     exported: Exported,
     graph: Graph,
-    found: Check,
-    made: Any,
-    pixels: np.ndarray | None,
+    writer: _Writer,
     rounds: int,
     threads: int | None,
-    say: Progress,
-) -> Check:
-    """Add the times of the exported model, of the model in torch, and of both without method."""
+) -> dict[str, Any]:
+    """Time the exported model, the model in torch, and both without a method.
+
+    Gives what a ``Check`` says of times.
+    """
     threads, batch = threads or physical_cores(), graph.batch or 1
-    runtime, method = made.RUNTIME, exported.about["method"]
-    precision = " int8" if exported.about["int8"] else ""
-    example = torch.randn(batch, graph.channels, *graph.size)
-    values, before = example.numpy(), torch.get_num_threads()
+    method, runtime = exported.about["method"], f"{writer.runtime}{' int8' * writer.int8}"
+    example, before = torch.randn(batch, graph.channels, *graph.size), torch.get_num_threads()
+    pixels = example.numpy()
     plain = unwrap(model) if isinstance(model, ReducedViT | Hosting) else model
-    ask = exported.open(threads, batch)
-    dense, reduced = answers(plain), answers(model)
+    dense, reduced, ask = answers(plain), answers(model), exported.open(threads, batch)
     calls: dict[str, Callable[[], Any]] = {
         DENSE: lambda: dense(example),
         AGAIN: lambda: dense(example),
     }
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as folder:
         if method is not None:
-            say("exporting the dense model, to be timed", 0, 1)
-            other = Path(place)
             size = graph.size if isinstance(model, Hosting) else None
-            twin = capture(plain, graph.batch, size)
-            _written(made, twin, other / made.FILE, pixels, None, say)
-            write_about(other, {**exported.about, "batch": batch})
-            beside = open_model(other, threads, batch)[0]
+            writer.write(capture(plain, graph.batch, size), Path(folder))
+            write_about(Path(folder), {**exported.about, "batch": batch})
+            beside = open_model(Path(folder), threads, batch)[0]
             calls[method] = lambda: reduced(example)
-            calls[f"dense, {runtime}{precision}"] = lambda: beside(values)
-        calls[f"{method or DENSE}, {runtime}{precision}, exported"] = lambda: ask(values)
+            calls[f"dense, {runtime}"] = lambda: beside(pixels)
+        calls[f"{method or DENSE}, {runtime}, exported"] = lambda: ask(pixels)
         torch.set_num_threads(threads)
         try:
             with evaluating(plain, model):
-                times = speeds(calls, rounds, lambda done, of: say("timing", done, of))
+                times = speeds(calls, rounds, partial(writer.say, "timing"))
         finally:
             torch.set_num_threads(before)
-    return replace(found, batch=batch, threads=threads, rounds=rounds, speeds=times)
-
-
-def _silent(what: str, done: int, of: int) -> None:
-    return None
+    return {"batch": batch, "threads": threads, "rounds": rounds, "speeds": times}

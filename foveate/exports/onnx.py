@@ -17,9 +17,9 @@ import torch
 from foveate.exports.graph import Graph
 from foveate.files import write_whole
 
-__all__ = ["FILE", "LEAST_OPSET", "NEEDS", "RUNTIME", "quantise", "tokens", "write"]
+__all__ = ["FILE", "LEAST_OPSET", "RUNTIME", "quantise", "tokens", "write"]
 
-FILE, RUNTIME, NEEDS = "model.onnx", "onnxruntime", ("onnx", "onnxscript", "onnxruntime")
+FILE, RUNTIME = "model.onnx", "onnxruntime"
 LEAST_OPSET = 18  # of torch's exporter
 _BIGGEST = 1_900_000_000  # bytes of weights in one file: protobuf holds no more than 2 GiB
 

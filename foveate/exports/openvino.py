@@ -15,10 +15,9 @@ import numpy as np
 from foveate.exports import onnx
 from foveate.exports.graph import Graph
 
-__all__ = ["FILE", "NEEDS", "RUNTIME", "quantise", "tokens", "write"]
+__all__ = ["FILE", "RUNTIME", "quantise", "tokens", "write"]
 
 FILE, RUNTIME = "model.xml", "openvino"
-NEEDS = ("onnx", "onnxscript", "openvino", "nncf")
 
 
 def write(graph: Graph, path: Path, opset: int | None = None) -> None:

@@ -12,9 +12,9 @@ import torch
 from foveate.exports.graph import Graph
 from foveate.files import write_whole
 
-__all__ = ["FILE", "NEEDS", "RUNTIME", "quantise", "tokens", "write"]
+__all__ = ["FILE", "RUNTIME", "quantise", "tokens", "write"]
 
-FILE, RUNTIME, NEEDS = "model.pt2", "torch", ()
+FILE, RUNTIME = "model.pt2", "torch"
 
 
 def write(graph: Graph, path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from formats import needs
 from PIL import Image
 from small import images, logits, randomise, vit
 
@@ -33,12 +34,6 @@ def with_method(method: str = METHOD, **options: object) -> foveate.core.Reduced
     model = foveate.apply(tiny(**options), method).eval()
     randomise(model.reducer, seed=1)
     return model
-
-
-def needs(format: str) -> None:
-    """Skip where the packages of a format are not installed."""
-    for package in {"onnx": ("onnxscript", "onnxruntime"), "pt2": ()}.get(format, ("nncf",)):
-        pytest.importorskip(package, reason=f"the extra '{format}' is not installed")
 
 
 ALONE = """
@@ -230,8 +225,7 @@ def test_without_a_method_all_tokens_are_computed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_backbone_of_a_detector(tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript", reason="the extra 'onnx' is not installed")
-    pytest.importorskip("onnxruntime", reason="the extra 'onnx' is not installed")
+    needs("onnx")
     model = open_shipped("demo_detector")
     found = foveate.export(model, tmp_path, image_size=(60, 40), check=True, rounds=0)
     assert found.check is not None and found.check.passed

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from contract.table import FORMS, METHODS, close, form, images, reduced, said
-from exports.test_exports import needs
+from formats import needs
 
 import foveate
 from foveate.exports import FORMATS

@@ -77,3 +77,15 @@ def test_ratios_are_paired() -> None:
 )
 def test_only_what_lies_beyond_the_spread_differs(low: float, high: float, verdict: str) -> None:
     assert Interval((low + high) / 2, low, high, 0.95).beyond(0.05) == verdict
+
+
+def test_a_runtime_wakes_up_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``settle``: a rest, and a call that does not count, before each sample."""
+    rests: list[float] = []
+    monkeypatch.setattr("foveate.timing.time.sleep", rests.append)
+    called = []
+    options = {"rounds": 4, "warmup": 0, "sample_ms": 0.0, "device": "cpu"}
+    found = measure({"it": lambda: called.append(1)}, **options, settle=True)
+    assert len(rests) == 4 and rests[0] > 0
+    assert len(called) == 3 + 4 * 2  # three tell how long a call takes
+    assert len(found.samples["it"]) == 4
