@@ -139,7 +139,15 @@ def capture(
     asked = _Answers(model)
     with answering(asked):
         shapes = None if batch else ({0: torch.export.Dim("batch", min=1, max=_MOST)},)
-        program = torch.export.export(asked, (images,), dynamic_shapes=shapes)
+        try:
+            program = torch.export.export(asked, (images,), dynamic_shapes=shapes)
+        except torch._dynamo.exc.UserError as error:
+            if batch or "specialized it to be a constant" not in str(error):
+                raise
+            raise ValueError(
+                f"torch cannot capture a {backbone.spec.family} for any number of images: give a "
+                "fixed one (batch, --batch N)"
+            ) from error
         tokens = _tokens(model, backbone, images[:1])
     products = _Products(program, asked)
     # Not the last one: runtimes melt it together with the scale of the layer behind it.

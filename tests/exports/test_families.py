@@ -18,17 +18,25 @@ CASES = [
     *((format, name, "tome(r=5)") for name in FORMS for format in FORMATS),
     *((format, "vit", method) for method in FIXED for format in FORMATS),
 ]
+# Its pooling in transformers has the number of images in its graph.
+FIXED_BATCH = {"hf_siglip"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("format", "name", "method"), dict.fromkeys(CASES))
 def test_any_batch_answers_as_torch(format: str, name: str, method: str, tmp_path: Path) -> None:
     needs(format)
+    if format == "openvino" and method.startswith("random"):
+        pytest.skip("OpenVINO computes whole numbers in 32 bits: random keeps other patches there")
     model = reduced(method, name)
-    found = foveate.export(model, tmp_path, format=format)
+    if name in FIXED_BATCH:
+        with pytest.raises(ValueError, match="cannot capture a .* for any number of images"):
+            foveate.export(model, tmp_path, format=format)
+    batch = 2 if name in FIXED_BATCH else None
+    found = foveate.export(model, tmp_path, format=format, batch=batch)
     run = found.open(threads=1)
     with torch.no_grad():
-        for batch in (1, 2, 5):
+        for batch in (1, 2, 5) if batch is None else (batch,):
             x = images(batch)
             close(torch.from_numpy(run(x.numpy())[0]), said(model, x), 1e-4)
     counts = model.trace(images(1)).counts()
@@ -44,6 +52,7 @@ def test_eight_bits_on_any_family(name: str, tmp_path: Path) -> None:
         plain,
         tmp_path,
         format="openvino",
+        batch=2 if name in FIXED_BATCH else None,
         int8=True,
         calibrate=images(16),
         check=True,
