@@ -36,8 +36,8 @@ def test_any_batch_answers_as_torch(format: str, name: str, method: str, tmp_pat
     found = foveate.export(model, tmp_path, format=format, batch=batch)
     run = found.open(threads=1)
     with torch.no_grad():
-        for batch in (1, 2, 5) if batch is None else (batch,):
-            x = images(batch)
+        for count in (1, 2, 5) if batch is None else (batch,):
+            x = images(count)
             close(torch.from_numpy(run(x.numpy())[0]), said(model, x), 1e-4)
     counts = model.trace(images(1)).counts()
     assert found.tokens == tuple(one[0] for one in counts)
@@ -59,5 +59,6 @@ def test_eight_bits_on_any_family(name: str, tmp_path: Path) -> None:
         images=images(16, seed=1),
         rounds=0,
     )
-    assert found.check is not None and 1e-4 < found.check.error < 0.7
+    assert found.check is not None and 1e-4 < found.check.error < 2  # of the worst image
+    assert found.check.divergence is None or found.check.divergence < 0.1
     assert np.isfinite(found.open()(images(2).numpy())[0]).all()
