@@ -26,14 +26,14 @@ _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 def has_hooks(module: nn.Module) -> bool:
     """Tell whether anything hangs on a module itself; warn once about what would be bypassed."""
-    own = vars(module)
-    if own.get("_compiled_call_impl") is not None and not torch.compiler.is_compiling():
+    # Attribute by attribute: torch 2.6 cannot capture a look into a module's dictionary.
+    if not torch.compiler.is_compiling() and module._compiled_call_impl is not None:
         _warn_compiled(module)
     return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
         or torch_module._global_forward_hooks
         or torch_module._global_forward_pre_hooks
         or torch_module._global_backward_hooks

@@ -140,7 +140,8 @@ def capture(
     with answering(asked):
         shapes = None if batch else ({0: torch.export.Dim("batch", min=1, max=_MOST)},)
         try:
-            program = torch.export.export(asked, (images,), dynamic_shapes=shapes)
+            # Not strict: from torch 2.7 on that is what torch does by itself.
+            program = torch.export.export(asked, (images,), dynamic_shapes=shapes, strict=False)
         except torch._dynamo.exc.UserError as error:
             if batch or "specialized it to be a constant" not in str(error):
                 raise
