@@ -81,7 +81,14 @@ def test_readme_table_of_methods_is_current() -> None:
 PAGES = sorted(page.name for page in DOCS.glob("*.md") if snippets(page.read_text("utf-8")))
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != TUTORIAL])
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow if page == "faster-detector.md" else ())
+        for page in PAGES
+        if page != TUTORIAL
+    ],
+)
 def test_a_page_runs_from_top_to_bottom(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

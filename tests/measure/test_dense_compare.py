@@ -64,9 +64,10 @@ CELLS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("job", "score"),
-    [pytest.param("detect", "mask_ap", marks=pytest.mark.slow), ("segment", "miou")],
+    [("detect", "mask_ap"), ("segment", "miou")],
 )
 def test_methods_from_one_dense_model(
     job: str, score: str, tmp_path: Path, here: Here, capsys: pytest.CaptureFixture[str]
@@ -119,7 +120,7 @@ def test_methods_from_a_detector_of_another_run(tmp_path: Path) -> None:
     jobs = {name: cell.work.job for name, cell in cells.items()}
     assert jobs["reduced/base/svit/seed3"] == "detect"
     assert jobs["models/base/eval"] == "evaluate" and "models/base" not in cells
-    assert cells["reduced/base/tome/seed4"].work.recipe["model"]["start"] == str(tmp_path / "run")
+    assert cells["reduced/base/svit/seed4"].work.recipe["model"]["start"] == str(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -462,7 +462,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pretrain, Pat
     [
         pytest.param("1,5", 0, marks=pytest.mark.slow),
         pytest.param("0,3", 2, marks=pytest.mark.slow),
-        ("end0", 1),
+        pytest.param("end0", 1, marks=pytest.mark.slow),
         pytest.param("end1", 0, marks=pytest.mark.slow),
         ("val1", 0),
     ],

@@ -34,6 +34,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow  # the blocks are in tests/core/test_sharded.py
 def test_sharded_processes_are_one(tmp_path: Path) -> None:
     parts = {**SETTINGS, "model": {"start": checkpoint(tmp_path / "start.safetensors")}}
     jobs = {
