@@ -26,14 +26,12 @@ from foveate import machine
 from foveate.core import Backbone, ReducedViT, Reducer, TokenState, dense
 from foveate.core.budget import rate_for
 from foveate.core.cost import run_on_meta
-from foveate.core.evaluation import evaluating
 from foveate.core.selection import Selection
 from foveate.files import read_json, write_text
-from foveate.timing import Timings, measure
+from foveate.timing import DTYPES, Timings, measure
 
 __all__ = ["LatencyTable", "Setting", "TimeBudget", "is_time", "meet", "setting_of"]
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SHARES = (
     1.0,
     0.85,
@@ -96,14 +94,14 @@ class TimeBudget:
         first, *rest = (part.strip() for part in text.split(","))
         options: dict[str, Any] = {}
         for part in rest:
-            if part in _DTYPES:
+            if part in DTYPES:
                 options["dtype"] = part
             elif found := re.fullmatch(r"batch\s*(\d+)", part, re.IGNORECASE):
                 options["batch"] = int(found[1])
             else:
                 raise ValueError(
                     f"{part!r} in the budget {text!r} is neither a batch ('batch 8') nor one of "
-                    f"{', '.join(_DTYPES)}"
+                    f"{', '.join(DTYPES)}"
                 )
         if options.get("batch", 1) < 1:
             raise ValueError(f"the batch of a budget must be at least 1, got {text!r}")
@@ -205,9 +203,9 @@ def _path(backbone: Backbone, setting: Setting) -> Path:
 def setting_of(backbone: Backbone, batch: int = 1, dtype: str | None = None) -> Setting:
     """Return the setting in which a model would run as it is."""
     like = next(backbone.model.parameters())
-    names = {kind: name for name, kind in _DTYPES.items()}
+    names = {kind: name for name, kind in DTYPES.items()}
     if dtype is None and like.dtype not in names:
-        raise ValueError(f"times are measured in {', '.join(_DTYPES)}, the model has {like.dtype}")
+        raise ValueError(f"times are measured in {', '.join(DTYPES)}, the model has {like.dtype}")
     device = like.device.type
     threads = torch.get_num_threads() if device == "cpu" else 0
     return Setting(batch, dtype or names[like.dtype], device, threads)
@@ -248,12 +246,12 @@ def _blocks(model: ReducedViT, state: TokenState) -> TokenState:
 
 def _ready(model: ReducedViT, setting: Setting) -> tuple[ReducedViT, torch.Tensor]:
     """Return a copy of a model as it would run, and images for it."""
-    model = copy.deepcopy(model).to(_DTYPES[setting.dtype]).eval().requires_grad_(False)
+    model = copy.deepcopy(model).to(DTYPES[setting.dtype]).eval().requires_grad_(False)
     spec, channels = model.backbone.spec, model.backbone.channels
     rows, columns = (n * p for n, p in zip(spec.grid, spec.patch, strict=True))
     noise = torch.Generator().manual_seed(0)
     images = torch.randn(setting.batch, channels, rows, columns, generator=noise)
-    return model, images.to(setting.device, _DTYPES[setting.dtype])
+    return model, images.to(setting.device, DTYPES[setting.dtype])
 
 
 def _timed(calls: Mapping[str, Callable[[], Any]], setting: Setting) -> Timings:
@@ -283,8 +281,7 @@ def meet(budget: str, backbone: Backbone, make: Callable[[Mapping[str, Any]], Re
             f"how long {template.name} takes depends on the images, for it keeps another number of "
             "tokens in each: give a budget in multiply-adds"
         )
-    with evaluating(backbone.model):
-        return _met(wanted, setting, backbone, make)
+    return _met(wanted, setting, backbone, make)
 
 
 def _met(
@@ -311,7 +308,8 @@ def _met(
 
     # ``extra`` is the method's own work, which the table does not know. ``scale`` is how much
     # slower the machine is than when the table was made.
-    extra, scale, best, miss = 0.0, 1.0, None, float("inf")
+    best: Mapping[str, Any] = {}
+    extra, scale, miss = 0.0, 1.0, float("inf")
     for _ in range(_ATTEMPTS):
         said = partial(_milliseconds, extra, scale)
         options = rate_for(max(target - extra, 0.0), backbone, make, predicted, said, _SOLVED)
@@ -323,18 +321,18 @@ def _met(
         reached, dense_ms = _compared(backbone, reducer, setting)
         goal = dense_ms / wanted.value if wanted.relative else wanted.value
         if abs(reached / goal - 1) < miss:
-            best, miss = make(options), abs(reached / goal - 1)
+            best, miss = options, abs(reached / goal - 1)
         if miss <= _NEAR:
             break
         scale = dense_ms / whole
         extra, target = reached / scale - foreseen, goal / scale
-    assert best is not None
+    found = make(best)
     if miss > _PROMISE:
         raise ValueError(
-            f"{best.name} was timed {_ATTEMPTS} times and came no nearer than {miss:.0%} to "
+            f"{found.name} was timed {_ATTEMPTS} times and came no nearer than {miss:.0%} to "
             f"{wanted} ({setting}): the machine may be busy with other work"
         )
-    return best
+    return found
 
 
 def _milliseconds(extra: float, scale: float, predicted: float) -> str:

@@ -18,6 +18,7 @@ __all__ = [
     "commit",
     "device_of",
     "facts",
+    "has_int8",
     "malloc_untuned",
     "name",
     "physical_cores",
@@ -32,6 +33,7 @@ _MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
     "MALLOC_TOP_PAD_": "268435456",
 }
+_INT8 = ("vnni", "amx_int8", "asimddp", "i8mm")  # of x86 and ARM, as Linux names them
 _ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -169,12 +171,22 @@ def version_of(package: str) -> str | None:
         return None  # not installed, or run from a checkout
 
 
+def has_int8() -> bool:
+    """Tell whether the processor has instructions for products of 8 bits, as far as it says."""
+    text = _cpuinfo()
+    return not text or any(flag in text for flag in _INT8)
+
+
 def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return platform.machine()
-    for line in lines:
+    for line in _cpuinfo().splitlines():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.machine()
+
+
+def _cpuinfo() -> str:
+    """Return what Linux says of the processor; "" on another system."""
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

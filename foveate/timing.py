@@ -15,6 +15,7 @@ import torch
 __all__ = [
     "AGAIN",
     "DENSE",
+    "DTYPES",
     "LEAST_ROUNDS",
     "UNFUSED",
     "Call",
@@ -30,6 +31,7 @@ Call = Callable[[], Any]
 # Names of the variants that every run has besides the methods and their oracles.
 DENSE, AGAIN, UNFUSED = "dense", "dense again", "dense un-fused"
 _REST = 0.02  # seconds; idle threads of onnxruntime and OpenMP spin for a few milliseconds
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LEAST_ROUNDS = 30  # of a result; fewer are a trial
 
 

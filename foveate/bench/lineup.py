@@ -21,11 +21,10 @@ from foveate.bench.unfused import unfused
 from foveate.core import Backbone, ReducedViT, Reducer, Trace
 from foveate.core.cost import counting
 from foveate.dense import DenseModel, Hosting
-from foveate.timing import AGAIN, DENSE, UNFUSED, Call
+from foveate.timing import AGAIN, DENSE, DTYPES, UNFUSED, Call
 
 __all__ = ["CALIBRATION_IMAGES", "DTYPES", "Calls", "DenseLineup", "Lineup", "Method", "lineup_of"]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CALIBRATION_IMAGES = 16
 NETWORK = "network"
 

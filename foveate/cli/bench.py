@@ -20,7 +20,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from foveate.cli.models import add_model
+from foveate.cli.models import add_model, add_untrained
+from foveate.cli.threads import add_threads, check_threads
 
 if TYPE_CHECKING:
     from foveate.bench import Result
@@ -63,12 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of timed rounds (default: 30, the fewest that a claim needs)",
     )
-    add(
-        "--threads",
-        type=int,
-        metavar="N",
-        help="number of CPU threads (default: the physical cores)",
-    )
+    add_threads(parser)
     add(
         "--seed",
         type=int,
@@ -88,11 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="file for a picture of the result: .png, .svg or .pdf",
     )
-    add(
-        "--untrained",
-        action="store_true",
-        help="give a timm model random weights, not pretrained ones",
-    )
+    add_untrained(parser)
     add(
         "--quick",
         action="store_true",
@@ -127,8 +119,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("name a MODEL, or saved results with --compare")
     if args.plot is not None and args.plot.suffix not in _PLOTS:
         raise ValueError(f"{args.plot}: plots are written as {', '.join(_PLOTS)}")
-    if args.threads is not None and args.threads < 1:
-        raise ValueError(f"--threads must be at least 1, got {args.threads}")
+    check_threads(args)
     for path in (args.out, args.plot):
         if path is not None:  # an unwritable place is said before the work
             path.parent.mkdir(parents=True, exist_ok=True)

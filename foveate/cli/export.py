@@ -21,7 +21,8 @@ from __future__ import annotations
 import argparse
 
 from foveate.cli.convert import image_size
-from foveate.cli.models import MODEL
+from foveate.cli.models import MODEL, add_untrained
+from foveate.cli.threads import add_threads, check_threads
 
 __all__ = ["add_arguments", "run"]
 
@@ -86,17 +87,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of timed rounds (default: 30, the fewest that a claim needs; 0 for none)",
     )
-    add(
-        "--threads",
-        type=int,
-        metavar="N",
-        help="number of CPU threads (default: the physical cores)",
-    )
-    add(
-        "--untrained",
-        action="store_true",
-        help="give a timm model random weights, not pretrained ones",
-    )
+    add_threads(parser)
+    add_untrained(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -107,8 +99,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--images are compared on, which --check asks for")
     if args.calibrate and not args.int8:
         raise ValueError("--calibrate is for --int8")
-    if args.threads is not None and args.threads < 1:
-        raise ValueError(f"--threads must be at least 1, got {args.threads}")
+    check_threads(args)
     batch = _batch(args.batch)
     from foveate import machine
 

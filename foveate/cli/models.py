@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["MODEL", "add_model", "open_models"]
+__all__ = ["MODEL", "add_model", "add_untrained", "open_models"]
 
 MODEL = (
     "name of a timm model, checkpoint file, folder of foveate or Hugging Face, or 'demo' for the "
@@ -28,6 +28,15 @@ def add_model(parser: argparse.ArgumentParser, *, needed: bool = True, more: str
         help='method to apply, such as "evit(keep=0.7)"',
     )
     parser.set_defaults(more="methods")
+
+
+def add_untrained(parser: argparse.ArgumentParser) -> None:
+    """Add the flag for a timm model without its weights."""
+    parser.add_argument(
+        "--untrained",
+        action="store_true",
+        help="give a timm model random weights, not pretrained ones",
+    )
 
 
 def open_models(

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foveate.cli.models import add_model
+from foveate.cli.models import add_model, add_untrained
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -84,11 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fp32 (default), or bf16 for automatic mixed precision",
     )
     add("--strict", action="store_true", help="stop at the first image that cannot be read")
-    add(
-        "--untrained",
-        action="store_true",
-        help="give a timm model random weights, not pretrained ones",
-    )
+    add_untrained(parser)
 
 
 def run(args: argparse.Namespace) -> int:

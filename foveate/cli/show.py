@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foveate.cli.models import add_model
+from foveate.cli.models import add_model, add_untrained
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -69,11 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of the class that relevance explains (default: the predicted one)",
     )
     add("--strict", action="store_true", help="stop at the first image that cannot be read")
-    add(
-        "--untrained",
-        action="store_true",
-        help="give a timm model random weights, not pretrained ones",
-    )
+    add_untrained(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from foveate.backbones import backbone_of
 from foveate.core.evaluation import answering
-from foveate.timing import AGAIN, DENSE, LEAST_ROUNDS, measure
+from foveate.exports.graph import Graph
+from foveate.timing import DENSE, LEAST_ROUNDS, measure
 
-__all__ = ["TOLERANCE", "Check", "Speed", "compare", "speeds"]
+__all__ = ["Check", "Speed", "compare", "speeds"]
 
-TOLERANCE = 1e-4  # of the largest output, in float32
+_TOLERANCE = 1e-4  # of the largest output, in float32
+_TOGETHER = 8  # images in a call where the number is free
 _WARMUP, _SAMPLE_MS = 3, 20.0
 
 
@@ -73,17 +74,13 @@ class Check:
         """Whether the answers are those of torch; 8 bits round them, so nothing is asked there."""
         return self.int8 or self.beyond == 0
 
-    def plain(self) -> dict[str, Any]:
-        """Return everything as plain data."""
-        return asdict(self)
-
     def lines(self) -> list[str]:
         """Say everything in words, a line each."""
         found = [f"compared with torch on {self.images} images ({self.source}):"]
         found.append(f"  largest difference of an output  {self.error:.1e} of the largest output")
         if self.beyond and not self.int8:
             found.append(
-                f"  images that differ by more than {TOLERANCE:.0e}: {self.beyond}; where two "
+                f"  images that differ by more than {_TOLERANCE:.0e}: {self.beyond}; where two "
                 "tokens score nearly the same, another one may be kept"
             )
         if self.agreement is not None:
@@ -108,33 +105,34 @@ def compare(
     model: nn.Module,
     ask: Callable[[np.ndarray], list[np.ndarray]],
     images: Tensor,
-    *,
-    batch: int | None,
-    int8: bool,
     source: str,
+    *,
+    graph: Graph,
+    int8: bool,
 ) -> Check:
     """Run a model and its exported form on the same images.
 
     Args:
         model: gives a tensor or a tuple of tensors.
         ask: runs the exported form.
-        images: preprocessed ones.
-        batch: number of images in a call; None for one call with all.
-        int8: whether the exported form computes in 8 bits.
+        images: preprocessed ones; those that do not fill a fixed batch are left out.
         source: where the images are from.
+        graph: what was exported.
+        int8: whether the exported form computes in 8 bits.
     """
+    step, count = graph.batch or _TOGETHER, len(images)
+    if graph.batch:
+        images = images[: count // step * step]
+    if not len(images):
+        raise ValueError(f"a batch of {step} takes as many images to compare on, got {count}")
     wanted: list[list[np.ndarray]] = []
     got: list[list[np.ndarray]] = []
-    step = batch or min(len(images), 8)
-    if len(images) < step:
-        raise ValueError(f"a batch of {step} takes as many images to compare on, got {len(images)}")
     with answering(model):
-        for start in range(0, len(images) - step + 1, step):
-            some = images[start : start + step]
+        for some in images.split(step):
             answer = model(some)
             parts = answer if isinstance(answer, tuple) else (answer,)
-            wanted.append([part.cpu().numpy() for part in parts])
-            got.append(ask(some.cpu().numpy()))
+            wanted.append([part.numpy() for part in parts])
+            got.append(ask(some.numpy()))
     ours, theirs = (
         [np.concatenate(parts).astype(np.float64) for parts in zip(*found, strict=True)]
         for found in (wanted, got)
@@ -145,16 +143,12 @@ def compare(
         scale = np.maximum(np.abs(own).max(axes), 1e-12)
         errors = np.maximum(errors, np.nan_to_num(np.abs(own - other).max(axes) / scale, nan=1e9))
     agreement = divergence = None
-    if ours[0].ndim == 2 and _classifies(model):
+    if graph.outputs == ("logits",):
         agreement = float((ours[0].argmax(1) == theirs[0].argmax(1)).mean())
         p, q = _log_softmax(ours[0]), _log_softmax(theirs[0])
         divergence = float((np.exp(p) * (p - q)).sum(1).mean())
-    beyond = int((errors > TOLERANCE).sum())
+    beyond = int((errors > _TOLERANCE).sum())
     return Check(len(errors), source, int8, float(errors.max()), beyond, agreement, divergence)
-
-
-def _classifies(model: nn.Module) -> bool:
-    return backbone_of(getattr(model, "model", model)).classifies
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -170,7 +164,7 @@ def speeds(
     """Time calls in one interleaved run, each over the one named "dense".
 
     Args:
-        calls: by name; one is "dense" and one "dense again".
+        calls: by name, in the order of the result; one is "dense".
         rounds: rounds that count.
         progress: told, between rounds, how many of all rounds are done.
     """
@@ -185,11 +179,7 @@ def speeds(
             progress=progress,
         )
     found = []
-    for name in _ordered(calls):
+    for name in calls:
         ratio = timings.ratio(name, DENSE)
         found.append(Speed(name, timings.ms(name).median, ratio.median, ratio.low, ratio.high))
     return tuple(found)
-
-
-def _ordered(calls: Mapping[str, Any]) -> Sequence[str]:
-    return [DENSE, AGAIN, *(name for name in calls if name not in (DENSE, AGAIN))]

@@ -11,9 +11,8 @@ from typing import Any
 from foveate.exports.check import Check
 from foveate.files import write_text
 
-__all__ = ["ABOUT", "write_about", "write_readme", "write_script"]
+__all__ = ["write_about", "write_readme", "write_script"]
 
-ABOUT = "model.json"
 _README = """\
 # {title}
 
@@ -38,7 +37,7 @@ A vision transformer that computes few tokens, exported by foveate {version}.
 
 def write_about(folder: Path, about: Mapping[str, Any]) -> None:
     """Write what a program needs to run the model."""
-    write_text(folder / ABOUT, json.dumps(about, indent=1) + "\n")
+    write_text(folder / "model.json", json.dumps(about, indent=1) + "\n")
 
 
 def write_script(folder: Path) -> None:

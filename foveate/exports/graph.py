@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from foveate.backbones import backbone_of
 from foveate.core import Backbone, ReducedViT
 from foveate.core.evaluation import answering
+from foveate.data import Inputs
 from foveate.dense import DenseBackbone, DenseModel, Hosting
 
-__all__ = ["Graph", "answers", "capture", "fixed"]
+__all__ = ["Graph", "answers", "capture", "fixed", "input_size"]
 
 _MOST = 4096  # images in a batch
 
@@ -104,8 +105,26 @@ class _Answers(nn.Module):
         return backbone_of(model).native(images)
 
 
+def input_size(model: nn.Module, wanted: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Return height and width of the images that a model is captured for.
+
+    Args:
+        model: as for ``capture``.
+        wanted: for a dense model, whose images are padded to what its maps divide.
+    """
+    if isinstance(model, Hosting):
+        multiple = model.trunk.size_divisible
+        rows, columns = (-(-side // multiple) * multiple for side in wanted or model.input_size)
+        return rows, columns
+    if wanted is not None:
+        raise ValueError(
+            "an image size is for dense models; foveate.load resizes a ViT's positions"
+        )
+    return Inputs.of(model).size
+
+
 def capture(
-    model: nn.Module, batch: int | None = None, image_size: tuple[int, int] | None = None
+    model: nn.Module, batch: int | None = None, size: tuple[int, int] | None = None
 ) -> Graph:
     """Capture a model as a graph.
 
@@ -113,14 +132,9 @@ def capture(
         model: a plain ViT or one from ``foveate.apply``; a dense backbone, detector or segmenter,
             of which the backbone is captured, with its maps.
         batch: number of images; None for any number.
-        image_size: height and width for a dense model; it is padded to what the maps divide.
+        size: height and width of an image; None for the model's own.
     """
-    if image_size is not None and not isinstance(model, Hosting):
-        raise ValueError(
-            "an image size is for dense models; foveate.load resizes a ViT's positions"
-        )
-    if isinstance(model, Hosting):
-        image_size = image_size or model.input_size
+    size = size or input_size(model)
     if isinstance(model, DenseModel):
         model = model.trunk
     reduced = model.reduced if isinstance(model, Hosting) else model
@@ -133,7 +147,7 @@ def capture(
         )
     if like.device.type != "cpu":
         raise ValueError(f"the model is on {like.device}: export it from the CPU (model.cpu())")
-    size, channels = _size(model, backbone, image_size), backbone.channels
+    channels = backbone.channels
     # Two images: with one, torch takes the batch for a constant.
     images = torch.zeros(batch or 2, channels, *size)
     asked = _Answers(model)
@@ -163,20 +177,8 @@ def capture(
         shapes=_shapes(program, batch),
         layers=tuple(products.of(weight)[0] for weight in weights),
         tokens=tokens,
-        deciding=tuple(name for weight in own for name in products.of(weight)),
+        deciding=tuple(dict.fromkeys(name for weight in own for name in products.of(weight))),
     )
-
-
-def _size(
-    model: nn.Module, backbone: Backbone, image_size: tuple[int, int] | None
-) -> tuple[int, int]:
-    if image_size is not None and isinstance(model, DenseBackbone):
-        rows, columns = (
-            -(-side // model.size_divisible) * model.size_divisible for side in image_size
-        )
-        return rows, columns
-    (rows, columns), (height, width) = backbone.spec.grid, backbone.spec.patch
-    return rows * height, columns * width
 
 
 def _outputs(model: nn.Module, backbone: Backbone) -> tuple[str, ...]:

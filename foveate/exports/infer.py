@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def open_model(folder: Path, threads: int = 0, batch: int = 0) -> tuple[Run, dic
     return ask, about
 
 
-def prepare(image: Image.Image, about: dict[str, Any]) -> np.ndarray:
+def prepare(image: Image.Image, about: Mapping[str, Any]) -> np.ndarray:
     """Turn an image into the model's input ``[C, H, W]``: resized, cut to size, normalised."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):

@@ -23,16 +23,15 @@ from foveate.convert import open_base
 from foveate.core import ReducedViT
 from foveate.core.evaluation import evaluating
 from foveate.core.schedule import check_choice
-from foveate.data import Inputs
 from foveate.dense import DenseModel, Hosting
 from foveate.exports.check import Check, compare, speeds
 from foveate.exports.folder import write_about, write_readme, write_script
-from foveate.exports.graph import Graph, answers, capture, fixed
+from foveate.exports.graph import Graph, answers, capture, fixed, input_size
 from foveate.exports.infer import open_model
 from foveate.exports.onnx import LEAST_OPSET
-from foveate.exports.pictures import Paths, for_calibration, for_check
+from foveate.exports.pictures import Paths, for_calibration, for_check, preparation
 from foveate.facts import count
-from foveate.machine import physical_cores, version_of
+from foveate.machine import has_int8, physical_cores, version_of
 from foveate.timing import AGAIN, DENSE, LEAST_ROUNDS
 
 __all__ = ["FORMATS", "Exported", "export"]
@@ -115,7 +114,7 @@ def export(
         progress: told what is done, and how much of it.
     """
     _check_asked(format, int8, batch, rounds, opset)
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    wanted = (image_size, image_size) if isinstance(image_size, int) else image_size
     if not isinstance(model, nn.Module):
         name = name or Path(model).name
         model = open_base(os.fspath(model))
@@ -123,21 +122,24 @@ def export(
         batch = batch or 1  # images of a batch are taken apart, so its number is part of the graph
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    pixels = for_calibration(model, calibrate) if int8 else None
+    size = input_size(model, wanted)
+    prepared = preparation(model, size)
+    pixels = for_calibration(prepared, calibrate) if int8 else None
+    # Read before the work: a folder without images is said at once.
+    pictures = for_check(prepared, calibrate if images is None else images) if check else None
     writer = _Writer(importlib.import_module(f"foveate.exports.{format}"), pixels, opset, progress)
     with fixed(model) as changed:
         writer.say("capturing")
         graph = capture(model, batch, size)
         path = writer.write(graph, folder)
         tokens = writer.tokens(graph, path)
-        about = _about(model, graph, writer, name, [changed] if changed else [])
+        about = _about(model, graph, writer, prepared, name, [changed] if changed else [])
         write_about(folder, about)
         write_script(folder)
         exported = Exported(folder, path, MappingProxyType(about), tokens, tuple(about["notes"]))
-        if check:
-            pictures, source = for_check(model, graph, calibrate if images is None else images)
+        if pictures is not None:
             ask = exported.open(threads or 0, batch or 0)
-            found = compare(answers(model), ask, pictures, batch=batch, int8=int8, source=source)
+            found = compare(answers(model), ask, *pictures, graph=graph, int8=int8)
             if rounds:
                 found = replace(found, **_timed(model, exported, graph, writer, rounds, threads))
             exported = replace(exported, check=found)
@@ -221,12 +223,17 @@ class _Writer:
 
 
 def _about(
-    model: nn.Module, graph: Graph, writer: _Writer, name: str | None, notes: list[str]
+    model: nn.Module,
+    graph: Graph,
+    writer: _Writer,
+    prepared: Mapping[str, Any],
+    name: str | None,
+    notes: list[str],
 ) -> dict[str, Any]:
     reduced = model.reduced if isinstance(model, Hosting) else model
     reducer = reduced.reducer if isinstance(reduced, ReducedViT) else None
     method = None if reducer is None or reducer.name == "dense" else repr(reducer)
-    if writer.int8 and not _has_vnni():
+    if writer.int8 and not has_int8():
         notes.append(
             "this machine's processor has no instructions for products of 8 bits (VNNI or AMX): "
             "the model runs here, but hardly faster than in float32"
@@ -244,8 +251,7 @@ def _about(
         "int8": writer.int8,
         "input": "images",
         "batch": graph.batch,
-        "channels": graph.channels,
-        **_preparation(model, graph),
+        **prepared,
         "outputs": list(graph.outputs),
         "labels": _labels(model),
         "model": name or type(getattr(reduced, "vit", reduced)).__name__,
@@ -253,26 +259,6 @@ def _about(
         "tokens": list(graph.tokens),
         "macs": _macs(model, graph, method),
         "notes": notes,
-    }
-
-
-def _preparation(model: nn.Module, graph: Graph) -> dict[str, Any]:
-    """Say how pictures become the model's input; a dense model's are stretched to its size."""
-    if isinstance(model, Hosting):
-        mean, std = (0.0,) * graph.channels, (1.0,) * graph.channels
-        if isinstance(model, DenseModel):
-            mean, std = tuple(model.transform.image_mean), tuple(model.transform.image_std)
-        crop_pct, interpolation = None, "bilinear"
-    else:
-        inputs = Inputs.of(model)
-        mean, std = inputs.mean, inputs.std
-        crop_pct, interpolation = inputs.crop_pct, inputs.interpolation
-    return {
-        "size": list(graph.size),
-        "mean": list(mean),
-        "std": list(std),
-        "crop_pct": crop_pct,
-        "interpolation": interpolation,
     }
 
 
@@ -286,14 +272,6 @@ def _macs(model: nn.Module, graph: Graph, method: str | None) -> str:
     found = count(inside, graph.size)
     said = f"{found.macs / 1e9:.2f} G an image"
     return said if method is None else f"{said}, {found.ratio:.2f} of the dense model's"
-
-
-def _has_vnni() -> bool:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return True  # another system, which does not say
-    return any(flag in text for flag in ("vnni", "amx_int8", "asimddp", "i8mm"))
 
 
 # Timing ------------------------------------------------------------------------------------------
@@ -323,8 +301,7 @@ def _timed(
     }
     with tempfile.TemporaryDirectory() as folder:
         if method is not None:
-            size = graph.size if isinstance(model, Hosting) else None
-            writer.write(capture(plain, graph.batch, size), Path(folder))
+            writer.write(capture(plain, graph.batch, graph.size), Path(folder))
             write_about(Path(folder), {**exported.about, "batch": batch})
             beside = open_model(Path(folder), threads, batch)[0]
             calls[method] = lambda: reduced(example)

@@ -32,8 +32,6 @@ def write(graph: Graph, path: Path, opset: int | None = None) -> None:
         path: of the file.
         opset: version of the operators; None for the one that torch's exporter prefers.
     """
-    if opset is not None and opset < LEAST_OPSET:
-        raise ValueError(f"opset must be at least {LEAST_OPSET}, got {opset}")
     with _quiet():
         made: Any = torch.onnx.export(
             graph.program,

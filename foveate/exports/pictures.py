@@ -1,9 +1,9 @@
-"""Images that an export needs: to fit 8 bits to, and to compare on."""
+"""Images that an export needs: how they are prepared, to fit 8 bits to, and to compare on."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -11,23 +11,51 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from foveate.bench.images import images_for, read_images
+from foveate.backbones import backbone_of
+from foveate.bench.images import images_for
 from foveate.data import ImageFiles, Inputs, fashion_mnist_mini, normalise
-from foveate.dense import Hosting
-from foveate.exports.graph import Graph
+from foveate.dense import DenseModel, Hosting
+from foveate.exports.infer import prepare
 
-__all__ = ["Paths", "for_calibration", "for_check"]
+__all__ = ["Paths", "for_calibration", "for_check", "preparation"]
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 _CALIBRATION, _CHECKED = 128, 64  # at most
+_FASHION = (1, 28, 28)
 _SEED = 4321
 
 
-def for_calibration(model: nn.Module, given: Tensor | Paths | None) -> np.ndarray:
-    """Return the images that 8 bits are fitted to."""
+def preparation(model: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
+    """Say how pictures become the model's input; a dense model's are stretched to its size."""
+    found: dict[str, Any] = {"size": list(size)}
+    if not isinstance(model, Hosting):
+        inputs = Inputs.of(model)
+        return {
+            "channels": inputs.channels,
+            **found,
+            "mean": list(inputs.mean),
+            "std": list(inputs.std),
+            "crop_pct": inputs.crop_pct,
+            "interpolation": inputs.interpolation,
+        }
+    channels = backbone_of(model.reduced).channels
+    mean, std = [0.0] * channels, [1.0] * channels
+    if isinstance(model, DenseModel):
+        mean, std = list(model.transform.image_mean), list(model.transform.image_std)
+    more = {"crop_pct": None, "interpolation": "bilinear"}
+    return {"channels": channels, **found, "mean": mean, "std": std, **more}
+
+
+def for_calibration(about: Mapping[str, Any], given: Tensor | Paths | None) -> np.ndarray:
+    """Return the images that 8 bits are fitted to.
+
+    Args:
+        about: what ``preparation`` says of the model.
+        given: paths, or preprocessed images.
+    """
     if given is not None:
-        return _read(model, given, _CALIBRATION)[0].numpy()
-    if isinstance(model, Hosting) or not _is_fashion(model):
+        return _read(about, given, _CALIBRATION)[0].numpy()
+    if _shape(about) != _FASHION:
         raise ValueError(
             "int8 is fitted to images like those that the model will see: give some (calibrate, "
             "--calibrate PATH)"
@@ -35,44 +63,24 @@ def for_calibration(model: nn.Module, given: Tensor | Paths | None) -> np.ndarra
     return normalise(fashion_mnist_mini("train").images[:_CALIBRATION]).numpy()
 
 
-def for_check(model: nn.Module, graph: Graph, given: Tensor | Paths | None) -> tuple[Tensor, str]:
-    """Return the images to compare on, and where they are from."""
+def for_check(about: Mapping[str, Any], given: Tensor | Paths | None) -> tuple[Tensor, str]:
+    """Return the images to compare on, and where they are from; arguments as for calibration."""
     if given is not None:
-        return _read(model, given, _CHECKED)
-    made = images_for(graph.channels, graph.size, _CHECKED, _SEED, None)
+        return _read(about, given, _CHECKED)
+    channels, *size = _shape(about)
+    made = images_for(channels, (size[0], size[1]), _CHECKED, _SEED, None)
     return made.take(_CHECKED), made.source
 
 
-def _is_fashion(model: nn.Module) -> bool:
-    inputs = Inputs.of(model)
-    return inputs.channels == 1 and inputs.size == (28, 28)
+def _shape(about: Mapping[str, Any]) -> tuple[int, ...]:
+    return (about["channels"], *about["size"])
 
 
-def _read(model: nn.Module, given: Tensor | Paths, most: int) -> tuple[Tensor, str]:
-    """Read images as the model takes them: prepared as in evaluation."""
+def _read(about: Mapping[str, Any], given: Tensor | Paths, most: int) -> tuple[Tensor, str]:
+    """Read images as the program beside the exported model will prepare them."""
     if isinstance(given, Tensor):
-        _check_pixels(model, given)
-        return given[:most].detach().float().cpu(), "given by the caller"
-    if isinstance(model, Hosting):
-        found = read_images(
-            model, [given] if isinstance(given, (str, os.PathLike)) else given, most
-        )
-        prepared: Any = model.prepared([*found.pixels])
-        return torch.as_tensor(getattr(prepared, "tensors", prepared)), "from files"
-    inputs = Inputs.of(model)
-    transform = inputs.transform()
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (inputs.mean, inputs.std))
-    pixels = [
-        transform({"image": image})["image"].as_subclass(Tensor).float() / 255
-        for _, image in islice(ImageFiles(given), most)
-    ]
-    return (torch.stack(pixels) - mean) / std, "from files"
-
-
-def _check_pixels(model: nn.Module, given: Tensor) -> None:
-    if isinstance(model, Hosting):
-        return
-    inputs = Inputs.of(model)
-    shape = (inputs.channels, *inputs.size)
-    if given.ndim != 4 or tuple(given.shape[1:]) != shape or not len(given):
-        raise ValueError(f"images must be [N, {', '.join(map(str, shape))}], got {[*given.shape]}")
+        channels, *size = _shape(about)
+        pixels = images_for(channels, (size[0], size[1]), 1, _SEED, given).pixels
+        return pixels[:most].detach().float().cpu(), "given by the caller"
+    read = [prepare(image, about) for _, image in islice(ImageFiles(given), most)]
+    return torch.from_numpy(np.stack(read)), "from files"

@@ -12,7 +12,7 @@ import torch
 from foveate.exports.graph import Graph
 from foveate.files import write_whole
 
-__all__ = ["FILE", "RUNTIME", "quantise", "tokens", "write"]
+__all__ = ["FILE", "RUNTIME", "tokens", "write"]
 
 FILE, RUNTIME = "model.pt2", "torch"
 
@@ -25,11 +25,6 @@ def write(graph: Graph, path: Path) -> None:
             torch.export.save(graph.program, file)
 
     write_whole(path, save)
-
-
-def quantise(path: Path, graph: Graph, images: np.ndarray) -> None:
-    """Refuse: eager torch gains nothing from int8 in such a file."""
-    raise ValueError("int8 is for onnx and openvino: their runtimes have the kernels for it")
 
 
 def tokens(path: Path, layers: Sequence[str], images: np.ndarray) -> tuple[int, ...]:

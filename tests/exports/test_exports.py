@@ -253,8 +253,24 @@ def test_the_backbone_of_a_detector(tmp_path: Path) -> None:
     assert found.about["size"] == [64, 40] and found.about["batch"] == 1
     assert found.about["outputs"] == [f"map_{n}" for n in range(len(model.trunk.scales))]
     assert found.tokens[-1] < found.tokens[0]
+    photos = [photograph(tmp_path / "wide.png", "RGB", (71, 40))]
+    again = foveate.export(
+        model, tmp_path / "b", format="pt2", check=True, images=photos, rounds=0, image_size=32
+    )
+    assert again.check is not None and again.check.passed and again.check.images == 1
     with pytest.raises(ValueError, match="an image size is for dense models"):
         foveate.export(vit(), tmp_path, format="pt2", image_size=64)
+
+
+def test_all_images_are_compared_and_read_before_the_work(tmp_path: Path) -> None:
+    """Not only those that fill a call; but a fixed batch has to be filled."""
+    model, out = with_method(), tmp_path / "out"
+    found = foveate.export(model, out, format="pt2", check=True, images=images(11), rounds=0)
+    assert found.check is not None and found.check.images == 11
+    (tmp_path / "empty").mkdir()
+    for given, message in ((tmp_path / "empty", "no images"), (images(3), "a batch of 4 takes")):
+        with pytest.raises(ValueError, match=message):
+            foveate.export(model, out, format="pt2", batch=4, check=True, images=given, rounds=0)
 
 
 # Checks that fail --------------------------------------------------------------------------------
