@@ -74,7 +74,8 @@ def main() -> None:
         }
         name = f"{model.reducer}, {budget}"
         found += rows("speed", values, run=args.model, method=name, at=wanted.batch)
-    if args.out is not None:
+        if args.out is None:
+            continue
         where = {"commit": machine.commit(), "machine": machine.name(facts)}
         about = {
             "command": machine.command(f"python benchmarks/{Path(__file__).name}"),

@@ -264,7 +264,7 @@ def _timed(calls: Mapping[str, Callable[[], Any]], setting: Setting) -> Timings:
 
 
 def meet(budget: str, backbone: Backbone, make: Callable[[Mapping[str, Any]], Reducer]) -> Reducer:
-    """Return the method at the rate at which a pass takes the budget's time, within 5 %.
+    """Return the method at the rate at which a pass, timed now, is within 5 % of the budget.
 
     Args:
         budget: as ``TimeBudget.parse`` reads it.
