@@ -16,8 +16,11 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 PACKAGE = "foveate"
-# What a release beside the floors does not say of itself.
-BESIDE = ["pyarrow<26"]  # imports numpy 2 alone from 26 on, and does not require it
+# What releases at the floors do not say of themselves.
+BESIDE = [
+    "pyarrow<26",  # imports numpy 2 alone from 26 on, and does not require it
+    "onnx-ir<0.1.13",  # its later inliner leaves functions behind, which onnxscript 0.4 refuses
+]
 
 
 def floors(extras: Iterable[str]) -> dict[str, Version]:

@@ -20,6 +20,7 @@ from foveate.bench.oracle import Counts, Oracle
 from foveate.bench.unfused import unfused
 from foveate.core import Backbone, ReducedViT, Reducer, Trace
 from foveate.core.cost import counting
+from foveate.core.executed import check_executed
 from foveate.dense import DenseModel, Hosting
 from foveate.timing import AGAIN, DENSE, DTYPES, UNFUSED, Call
 
@@ -215,6 +216,7 @@ class Lineup:
         for name, model in self.models.items():
             blocks, inputs = self._blocks(model, images)
             trace = blocks.trace(inputs)
+            self._check_in_effect(model, images, part, trace)
             counts, shared = Counts.of(trace), None
             if part != NETWORK:
                 oracle = Oracle.of(_reduced(model), trace, images[0])
@@ -227,6 +229,13 @@ class Lineup:
             macs = self._cost_ratio(model, trace, images, part)
             found.facts[name] = self._facts(name, shared, counts, macs)
         return found
+
+    def _check_in_effect(self, model: Any, images: Any, part: str, trace: Trace) -> None:
+        """Refuse to time a model that computes other tokens than its method decided."""
+        run, inputs = self._called(model, images, part)
+        wanted = [sum(lengths) for lengths in trace.counts()]
+        with torch.autocast(self.device, enabled=False):
+            check_executed(_backbone(model), lambda: run(inputs), wanted)
 
     def _facts(self, name: str, oracle: str | None, counts: Counts, macs: float) -> dict[str, Any]:
         return {

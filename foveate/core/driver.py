@@ -21,6 +21,7 @@ from foveate.core.attention import AttentionReader, Heads, attend
 from foveate.core.backbone import Backbone, Embedded
 from foveate.core.context import MODES, Context
 from foveate.core.embedding import embed_images, own_patches
+from foveate.core.executed import check_executed
 from foveate.core.gates import DECISIONS
 from foveate.core.hooks import call_with_hooks, check_sharding, has_hooks
 from foveate.core.host import HostedModel
@@ -353,6 +354,27 @@ class ReducedViT(HostedModel):
             state = self.step(block, state, records.watch)
         final = self.end(state)
         return Trace(self.backbone.head(final), final.grid, records.blocks, final)
+
+    def check_in_effect(
+        self, images: Tensor | Sequence[Tensor], keep_mask: Tensor | None = None
+    ) -> list[tuple[int, ...]]:
+        """Run and prove that every block computes the tokens that the method decided, no more.
+
+        They are counted in the matrix products that torch runs. A block that computes others is a
+        RuntimeError, and so is masked mode, which computes all of them.
+
+        Returns:
+            what ``Trace.counts`` gives: tokens in each block, one number an image.
+        """
+        if self.resolved_mode(keep_mask is not None) == "masked":
+            raise RuntimeError(
+                f"{self.reducer.name} is not in effect in masked mode, which computes all tokens "
+                "so that decisions can be trained: call eval(), or set mode"
+            )
+        trace = self.trace(images, keep_mask)
+        wanted = [sum(counts) for counts in trace.counts()]
+        check_executed(self.backbone, lambda: self.run(images, keep_mask), wanted)
+        return trace.counts()
 
     # Parameters --------------------------------------------------------------------------------
 

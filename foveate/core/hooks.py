@@ -26,7 +26,6 @@ _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 def has_hooks(module: nn.Module) -> bool:
     """Tell whether anything hangs on a module itself; warn once about what would be bypassed."""
-    # Attribute by attribute: torch 2.6 cannot capture a look into a module's dictionary.
     if not torch.compiler.is_compiling() and module._compiled_call_impl is not None:
         _warn_compiled(module)
     return bool(

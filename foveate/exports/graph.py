@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from foveate.backbones import backbone_of
 from foveate.core import Backbone, ReducedViT
 from foveate.core.evaluation import answering
+from foveate.core.executed import watched_weights
 from foveate.data import Inputs
 from foveate.dense import DenseBackbone, DenseModel, Hosting
 
@@ -154,8 +155,7 @@ def capture(
     with answering(asked):
         shapes = None if batch else ({0: torch.export.Dim("batch", min=1, max=_MOST)},)
         try:
-            # Not strict: from torch 2.7 on that is what torch does by itself.
-            program = torch.export.export(asked, (images,), dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(asked, (images,), dynamic_shapes=shapes)
         except torch._dynamo.exc.UserError as error:
             if batch or "specialized it to be a constant" not in str(error):
                 raise
@@ -165,8 +165,7 @@ def capture(
             ) from error
         tokens = _tokens(model, backbone, images[:1])
     products = _Products(program, asked)
-    # Not the last one: runtimes melt it together with the scale of the layer behind it.
-    weights = [[p for p in block.parameters() if p.ndim == 2][-2] for block in backbone.blocks]
+    weights = watched_weights(backbone)
     own = reduced.reducer.parameters() if isinstance(reduced, ReducedViT) else ()
     return Graph(
         program,

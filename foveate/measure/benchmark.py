@@ -315,8 +315,8 @@ def closing(results: Results) -> list[str]:
         "itself.",
         "oracle: the same token counts by slicing, without scoring. extra: time beyond it per "
         "block where the method acts, as a share of a dense block. tokens: from the first block "
-        "to the last. MACs: over the dense model's. peak: memory of a call, without weights and "
-        "images, over the dense model's.",
+        "to the last, counted in what torch computed too. MACs: over the dense model's. peak: "
+        "memory of a call, without weights and images, over the dense model's.",
     ]
     if set(_WORDS) & set(results.table["metric"]):
         lines.append("A goal holds when it is reached or lies within the A/A spread.")

@@ -53,7 +53,7 @@ from foveate.train.optim import updates_of
 from foveate.train.processes import device_of, processes
 from foveate.train.result import Result
 from foveate.train.screens import first_screen
-from foveate.train.sharded import Sharded, check_sharding, whole_state
+from foveate.train.sharded import Sharded, whole_state
 from foveate.train.task import Task
 from foveate.train.throughput import SECONDS, Throughput
 
@@ -377,7 +377,6 @@ def _trainer(recipe: recipes.Recipe, out: Path, progress: bool) -> Trainer:
     devices, nodes = processes(loop, device)
     strategy: Any = loop.strategy
     if strategy == "fsdp":
-        check_sharding(device)
         strategy = Sharded(devices * nodes)
     callbacks: list[Callback] = []
     if progress:

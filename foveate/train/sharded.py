@@ -5,24 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-__all__ = ["SHARDS_ON_CPU", "Sharded", "check_sharding", "hold_whole", "shard", "whole_state"]
-
-# fully_shard of torch 2.6 asks streams for events, and those of a CPU had none then.
-SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
-
-
-def check_sharding(device: str) -> None:
-    """Refuse what this torch cannot shard."""
-    if device == "cpu" and not SHARDS_ON_CPU:
-        raise ValueError(
-            f"loop.strategy=fsdp on a CPU needs a newer torch than {torch.__version__}: take ddp"
-        )
+__all__ = ["Sharded", "hold_whole", "shard", "whole_state"]
 
 
 class Sharded(ModelParallelStrategy):
@@ -56,7 +44,9 @@ def hold_whole(model: nn.Module, whole: bool) -> None:
     """Hold all weights on every process, for as long as there are no gradients; or no longer."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_reshard_after_forward(not whole, recurse=False)
+            # The outermost keeps its weights for the backward pass, as ``fully_shard`` has it: what
+            # ``run`` gives is no tensor, on which it could notice that the pass begins.
+            module.set_reshard_after_forward(not whole and module is not model, recurse=False)
             if whole:
                 module.unshard()
             else:

@@ -80,7 +80,7 @@ def test_exports_with_a_dynamic_batch(row: Row, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("row", "name"), CASES)
 def test_runs_as_onnx_with_a_dynamic_batch(row: Row, name: str, tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript", reason="the extra 'export' is not installed")
+    pytest.importorskip("onnxscript", reason="the extra 'onnx' is not installed")
     onnxruntime = pytest.importorskip("onnxruntime")
     model = Said(reduced(row, name)).eval()
     path = tmp_path / "model.onnx"

@@ -147,6 +147,7 @@ def test_counts_follow_the_plan(row: Row, name: str) -> None:
     for size in ((48, 48), fitting(name, OTHER_SIZES[1])):  # the latter is not square
         grid = (size[0] // 8, size[1] // 8)
         trace = model.trace(images(3, size))
+        assert model.check_in_effect(images(3, size)) == trace.counts()
         if model.reducer.fixed_count or row.name == "ats":
             expected = foveate.count(model, size).tokens
             for block, count in zip(trace.blocks, expected, strict=True):

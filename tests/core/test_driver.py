@@ -8,6 +8,7 @@ from small import close, images, keep_masks, logits, noise, randomise, vit
 
 import foveate
 from foveate.core import ReducedViT
+from foveate.core.executed import executed_tokens
 
 
 def made(method: str = "evit(keep=0.5)", **options: object) -> ReducedViT:
@@ -492,3 +493,28 @@ def test_a_model_resized_later() -> None:
     again = foveate.apply(model.vit, "evit(keep=0.5)").eval()
     x = images(2, (64, 64))
     assert torch.equal(logits(model, x), logits(again, x))
+
+
+# In effect --------------------------------------------------------------------------------------
+
+
+def test_a_model_that_runs_dense_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made("evit(keep=0.5)")
+    assert executed_tokens(model.backbone, lambda: model.vit(images(2))) == (2 * 37,) * 4
+    assert model.check_in_effect(images(2))[-1][0] < 37
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "run", lambda x, keep_mask: model.vit(x))
+        with pytest.raises(RuntimeError, match=r"not in effect: block \d computed 74 tokens, and"):
+            model.check_in_effect(images(2))
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(RuntimeError, match="nothing can be said of tokens: run without autocast"),
+    ):
+        model.check_in_effect(images(2))
+
+
+def test_masked_mode_is_not_in_effect() -> None:
+    model = made("dynamicvit(keep=0.5)").train()
+    with pytest.raises(RuntimeError, match="masked mode, which computes all tokens"):
+        model.check_in_effect(images(2))
+    model.eval().check_in_effect(images(2))

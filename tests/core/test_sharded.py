@@ -15,9 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import foveate
-from foveate.train.sharded import SHARDS_ON_CPU
 
-pytestmark = pytest.mark.skipif(not SHARDS_ON_CPU, reason="this torch shards on GPUs alone")
 METHODS = ("evit(keep=0.5)", "dynamicvit(keep=0.5)", "tome(r=4)", "ats(K=12)", "svit(keep=0.5)")
 
 

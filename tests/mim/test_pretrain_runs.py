@@ -37,7 +37,6 @@ from foveate.train.logs import read_metrics
 from foveate.train.probe import probe
 from foveate.train.recipe import Probe
 from foveate.train.run import train
-from foveate.train.sharded import SHARDS_ON_CPU
 
 PROBE: dict[str, Any] = {
     **{"data": "fashion-mnist", "limit": 64, "val_limit": 32, "feature": "avg", "epochs": 4},
@@ -598,7 +597,6 @@ def test_two_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SHARDS_ON_CPU, reason="this torch shards on GPUs alone")
 def test_shared_out_students_and_their_teachers(tmp_path: Path) -> None:
     """With fsdp the teacher is whole on every process, and follows as on one."""
     jobs = []

@@ -291,12 +291,6 @@ def test_data(setting: str, words: str, tmp_path: Path) -> None:
     refused(finetune(*texts), tmp_path / "run", words)
 
 
-def test_sharding_on_a_cpu_by_an_old_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foveate.train.sharded.SHARDS_ON_CPU", False)
-    wrong = finetune("loop.strategy=fsdp")
-    refused(wrong, tmp_path / "run", "fsdp on a CPU needs a newer torch than .*: take ddp")
-
-
 def test_fewer_validation_images_than_processes() -> None:
     recipe = finetune("data.val_limit=2", "data.batch=2")
     task = make_finetune(recipe, 10)

@@ -24,9 +24,7 @@ from runs import (
 )
 
 from foveate import config
-from foveate.train.sharded import SHARDS_ON_CPU
 
-pytestmark = pytest.mark.skipif(not SHARDS_ON_CPU, reason="this torch shards on GPUs alone")
 SETTINGS: dict[str, Any] = {
     "optim": {"name": "sgd", "lr": 0.05, "warmup_epochs": 0.5, "clip": 1.0},
     "data": {**DATA, "limit": 32, "val_limit": 17, "val_batch": 8},
