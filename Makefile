@@ -18,7 +18,7 @@ OLDEST_EXTRAS := test
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test oldest check format slow crossings speed docs clean
+.PHONY: help demo test oldest check check-copies check-types check-style format slow crossings speed docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,12 +33,20 @@ oldest: $(OLDEST_STAMP) ## the same tests, with the lowest versions that are pro
 	$(OLDEST)/bin/python tests/floors.py --check $(OLDEST_EXTRAS)
 	$(ONE_THREAD) $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
+# Side by side, the longest first.
 check: $(STAMP) ## format, lint, types, layers, duplicate code
+	$(MAKE) --no-print-directory --output-sync --jobs $(WORKERS) check-copies check-types check-style
+
+check-copies: $(STAMP)
+	$(BIN)/pylint --disable=all --enable=duplicate-code foveate
+
+check-types: $(STAMP)
+	$(BIN)/mypy foveate
+
+check-style: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy foveate
 	$(BIN)/lint-imports
-	$(BIN)/pylint --jobs $(WORKERS) --disable=all --enable=duplicate-code foveate
 
 format: $(STAMP) ## format the code and mend what ruff can mend
 	$(BIN)/ruff format .
