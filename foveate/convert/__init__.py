@@ -1,6 +1,6 @@
 """Load and save models: our own folders, Hugging Face folders, released checkpoints."""
 
-from foveate.convert.folders import note_run, save
+from foveate.convert.folders import note_results, note_run, save
 from foveate.convert.hub import push_to_hub, shared_files
 from foveate.convert.loading import (
     Loaded,
@@ -21,6 +21,7 @@ __all__ = [
     "Settings",
     "from_pretrained",
     "load",
+    "note_results",
     "note_run",
     "open_base",
     "open_model",

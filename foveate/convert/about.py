@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Any
 
-from foveate.backbones import image_settings
 from foveate.core import ReducedViT
 from foveate.core.cost import has_formula
 from foveate.data import Inputs
@@ -55,9 +53,10 @@ def _task(model: ReducedViT | DenseModel) -> str:
 def _inputs(model: ReducedViT) -> dict[str, Any]:
     backbone = model.backbone
     if backbone.channels in _PICTURES:
-        return json.loads(json.dumps(asdict(Inputs.of(model))))
+        stated = asdict(Inputs.of(model))
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in stated.items()}
     size = [n * side for n, side in zip(backbone.spec.grid, backbone.spec.patch, strict=True)]
-    return {"size": size, "channels": backbone.channels, **image_settings(model.vit)}
+    return {"size": size, "channels": backbone.channels}
 
 
 def _dense_inputs(model: DenseModel) -> dict[str, Any]:

@@ -18,7 +18,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from foveate.convert.record import RECORD, read_record
 from foveate.files import write_text
 
-__all__ = ["CARD", "card_text", "is_generated", "write_card"]
+__all__ = [
+    *("CARD", "HUB", "card_text", "is_generated", "model_name", "with_facts", "write_card"),
+]
 
 CARD = "README.md"
 HUB = "hf-hub:OWNER/NAME"  # what a card calls its model until it is on the hub
@@ -57,6 +59,16 @@ _QUALITIES = {
 }
 
 
+def with_facts(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return a folder's configuration; ValueError if it lacks what a card says of the model."""
+    if "about" not in config:
+        raise ValueError(
+            f"{folder} was saved by an earlier foveate, without what a card says: load the model "
+            "and save it again"
+        )
+    return config
+
+
 def write_card(folder: Path, config: Mapping[str, Any]) -> None:
     """Write a model's card into its folder, unless there is one that somebody changed.
 
@@ -90,7 +102,7 @@ def card_text(folder: Path, config: Mapping[str, Any], repository: str | None = 
         repository: OWNER/NAME on the hub; None for a folder that is not there.
     """
     about, record = config["about"], read_record(folder) or {}
-    name = _name(folder) if repository is None else repository.partition("/")[2]
+    name = model_name(folder) if repository is None else repository.partition("/")[2]
     parts = [
         f"---\n{_metadata(name, about, record)}\n---\n",
         f"# {name}\n",
@@ -109,7 +121,7 @@ def _checksum(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _name(folder: Path) -> str:
+def model_name(folder: Path) -> str:
     """Name the model after its folder; one inside a run after the run."""
     *before, last = folder.resolve().parts
     best = False
@@ -132,8 +144,7 @@ def _metadata(name: str, about: Mapping[str, Any], record: Mapping[str, Any]) ->
             metric_name=_METRICS[one["metric"]][1],
             metric_value=one["value"],
         )
-        for one in record.get("measured", [])
-        if one["metric"] in _METRICS
+        for one in _scores(record)
     ]
     data = ModelCardData(
         library_name="foveate",
@@ -160,17 +171,19 @@ def _what(config: Mapping[str, Any]) -> str:
 
 
 def _use(config: Mapping[str, Any], source: str) -> str:
-    about, given, note = config["about"], "", ""
+    about, given, note = config["about"], ", vit", ""
     if not config.get("everything", True):
-        given = ", vit"
         note = (
-            "\nOnly the method's own parameters are here. `vit` is the plain model that they were "
-            "trained with.\n"
+            "Only the method's own parameters are here. `vit` is the plain model that they are for."
         )
+    elif "model" in config and config["model"] is None:
+        note = "`vit` is a plain model of the same form, made by its own code; it gets the weights."
+    else:
+        given = ""
     return (
         "## Use\n\n`pip install foveate`, then\n\n```python\nimport foveate\n\n"
         f'model = foveate.load("{source}"{given})  # or the path of this folder\n'
-        f"{_USES[about['task']]}\n```\n{note}"
+        f"{_USES[about['task']]}\n```\n" + (f"\n{note}\n" if note else "")
     )
 
 
@@ -238,13 +251,19 @@ def _many(value: float) -> str:
     return f"{value / 1e9:.2f} billion" if value >= 1e9 else f"{value / 1e6:.2f} million"
 
 
+def _scores(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the scores, those of an evaluation first."""
+    found = [*record.get("evaluated", []), *record.get("measured", [])]
+    return [one for one in found if one["metric"] in _METRICS]
+
+
 def _measured(about: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     """Say what was measured, and what was not."""
-    found = [one for one in record.get("measured", []) if one["metric"] in _METRICS]
-    rows = [_score(one, record) for one in found]
+    rows = [_score(one, record.get("weights")) for one in _scores(record)]
     if not rows:
         rows.append(f"| {_QUALITIES[about['task']]} | not measured | |")
-    rows.append("| speed | not measured | |")
+    timed = [one for one in record.get("evaluated", []) if one["metric"] == "speed"]
+    rows += [_speed(one) for one in timed] or ["| speed | not measured | |"]
     table = "\n".join(rows)
     return (
         f"## What was measured\n\n| what | value | on |\n| --- | --- | --- |\n{table}\n\n"
@@ -253,22 +272,36 @@ def _measured(about: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     )
 
 
-def _score(one: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+def _score(one: Mapping[str, Any], weights: str | None) -> str:
     _, name, unit = _METRICS[one["metric"]]
-    on = [f"{one['images']:,} validation images of `{_cell(one['data'])}`"]
+    kind = {"val": "validation ", "test": "test "}.get(one["split"], "")
+    on = [f"{one['images']:,} {kind}images of `{_cell(one['data'])}`"]
     if one["held_out"]:
         held = one["held_out"]
         on.append(f"held out of its training images (share {held['share']:g}, seed {held['seed']})")
-    if record["weights"] == "best":
+    if kind.startswith("val") and weights == "best":
         on.append("which also chose these weights")
-    on.append(f"seed of training {one['seed']}")
-    commit, _, changes = (one["commit"] or "").partition(" ")
-    on.append(f"foveate at commit {commit[:12]} {changes}".strip() if commit else "commit unknown")
-    return f"| {name} | {one['value']:g}{unit} | {'; '.join(on)} |"
+    if one["seed"] is not None:
+        on.append(f"seed of training {one['seed']}")
+    return f"| {name} | {one['value']:g}{unit} | {'; '.join([*on, _commit(one)])} |"
+
+
+def _speed(one: Mapping[str, Any]) -> str:
+    return (
+        f"| speed, batch {one['batch']} | {one['times']:.2f} times as fast as without the method "
+        f"(95 % interval {one['low']:.2f} to {one['high']:.2f}), {one['per_second']:.4g} images a "
+        f"second | {_cell(one['machine'])}; {one['precision']}; {one['rounds']:g} interleaved "
+        f"rounds; {_commit(one)} |"
+    )
+
+
+def _commit(one: Mapping[str, Any]) -> str:
+    commit, _, changes = (one["commit"] or "unknown").partition(" ")
+    return "commit unknown" if commit == "unknown" else f"commit {commit[:12]} {changes}".strip()
 
 
 def _made(record: Mapping[str, Any]) -> str:
-    if not record:
+    if "recipe" not in record:
         return (
             "## How it was made\n\nSaved with `foveate.save`, outside of a training run: nothing "
             "is recorded about its training.\n"
@@ -296,10 +329,9 @@ def _limits(about: Mapping[str, Any], record: Mapping[str, Any]) -> str:
         )
     if not about["fixed_count"]:
         lines.append("The number of tokens depends on the image, and so do time and multiply-adds.")
-    if record.get("measured"):
+    if any(one["split"] == "val" for one in _scores(record)):
         lines.append(
-            "The scores are of validation images, on which settings may have been chosen; nothing "
-            "is claimed about other data."
+            "Scores on validation images may be too high: settings may have been chosen on them."
         )
     lines.append("Nothing was measured about fairness, robustness or safety.")
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"

@@ -21,17 +21,18 @@ from foveate.backbones import (
     set_image_settings,
 )
 from foveate.convert.about import about
-from foveate.convert.card import write_card
+from foveate.convert.card import model_name, with_facts, write_card
 from foveate.convert.dense import DENSE, save_dense
 from foveate.convert.parts import listed, made, read_tensors, version
-from foveate.convert.record import drop_record, write_record
+from foveate.convert.record import add_measured, drop_record, write_record
+from foveate.convert.results import read_results
 from foveate.core import ReducedViT
 from foveate.core.backbone import BackboneSpec
 from foveate.dense import DenseModel
 from foveate.files import read_json, write_text, write_whole
 from foveate.registry import method_class
 
-__all__ = ["CONFIG", "WEIGHTS", "note_run", "open_folder", "save"]
+__all__ = ["CONFIG", "WEIGHTS", "note_results", "note_run", "open_folder", "save"]
 
 CONFIG = "foveate.json"  # its presence tells such a folder from others
 WEIGHTS = "foveate.safetensors"
@@ -114,6 +115,20 @@ def note_run(
     if path is not None:
         write_record(folder, recipe, result, scores, weights=weights)
         write_card(folder, read_json(path, f"{path} does not exist"))
+
+
+def note_results(folder: Path, results: Path) -> None:
+    """Put what ``foveate eval`` measured of a saved model into its record and on its card.
+
+    Args:
+        folder: of the model.
+        results: the folder that ``foveate eval --out`` wrote.
+    """
+    kind = DENSE if (folder / DENSE).is_file() else CONFIG
+    config = read_json(folder / kind, f"{folder} holds no {CONFIG}: not what foveate.save wrote")
+    about = with_facts(folder, config)["about"]
+    add_measured(folder, read_results(results, about["method"], model_name(folder)))
+    write_card(folder, config)
 
 
 def open_folder(folder: Path, model: nn.Module | None = None) -> ReducedViT:

@@ -31,9 +31,9 @@ from huggingface_hub.errors import (
 from torch import nn
 
 from foveate.backbones import check_folder
-from foveate.convert.card import CARD, HUB, card_text, is_generated
+from foveate.convert.card import CARD, HUB, card_text, is_generated, with_facts
 from foveate.convert.dense import DENSE, DENSE_WEIGHTS
-from foveate.convert.folders import CONFIG, WEIGHTS, save
+from foveate.convert.folders import CONFIG, WEIGHTS, note_results, save
 from foveate.convert.parts import read_tensors, run_model, version
 from foveate.convert.record import RECORD
 from foveate.convert.timm_folder import check_timm_folder, is_timm_folder
@@ -186,6 +186,7 @@ def push_to_hub(
     repo_id: str,
     *,
     license: str | None = None,
+    results: str | os.PathLike[str] | None = None,
     commit_message: str = "Add a model of foveate",
     revision: str | None = None,
     create_pr: bool = False,
@@ -203,6 +204,8 @@ def push_to_hub(
             folder of one, or of a run that ended with one.
         repo_id: OWNER/NAME.
         license: name of the model's licence, as the hub writes it: "apache-2.0".
+        results: folder that ``foveate eval --out`` wrote; what it measured of this model goes on
+            the card and into the record.
         commit_message: of the commit.
         revision: branch, which is made if it is missing; None is the main branch.
         create_pr: open a pull request instead of committing.
@@ -223,8 +226,8 @@ def push_to_hub(
             )
         with TemporaryDirectory() as made:
             save(model, made, everything=True)
-            return _push(Path(made), repository, license, upload)
-    return _push(Path(model), repository, license, upload)
+            return _push(Path(made), repository, license, results, upload)
+    return _push(Path(model), repository, license, results, upload)
 
 
 def shared_files(folder: Path) -> list[Path]:
@@ -245,12 +248,21 @@ def shared_files(folder: Path) -> list[Path]:
     return [folder / name for name in _OURS if (folder / name).is_file()]
 
 
-def _push(folder: Path, repository: str, license: str | None, upload: _Upload) -> str:
+def _push(
+    folder: Path,
+    repository: str,
+    license: str | None,
+    results: str | os.PathLike[str] | None,
+    upload: _Upload,
+) -> str:
     """Check a folder, and put its files on the hub."""
-    files: dict[str, Path | bytes] = {path.name: path for path in shared_files(folder)}
+    shared_files(folder)
     folder = run_model(folder)
     for weights in _WEIGHTS[_kind(folder)]:
         read_tensors(folder / weights)  # what is damaged is not shared
+    if results is not None:
+        note_results(folder, Path(results))
+    files: dict[str, Path | bytes] = {path.name: path for path in shared_files(folder)}
     text, generated = _card(folder, repository, license)
     files[CARD] = text.encode()
     api = HfApi(token=upload.token, library_name="foveate", library_version=version())
@@ -293,12 +305,7 @@ def _card(folder: Path, repository: str, license: str | None) -> tuple[str, bool
         if license is not None:
             raise ValueError(f"{path} was changed by hand, so write its license there")
         return text.replace(HUB, PREFIX + repository), False
-    config = read_json(folder / _kind(folder), f"{folder} holds no model")
-    if "about" not in config:
-        raise ValueError(
-            f"{folder} was saved by an earlier foveate, without what a card says: load the model "
-            "and save it again"
-        )
+    config = with_facts(folder, read_json(folder / _kind(folder), f"{folder} holds no model"))
     if license is not None:
         config["about"]["license"] = license
     return card_text(folder, config, repository), True

@@ -171,7 +171,8 @@ def open_model(
     path = download(str(path)) if is_hub_name(path) else run_model(Path(path))
     if not path.is_dir():
         return _from_file(path, model, method, options, settings)
-    foreign = (path / "config.json").is_file() and not (path / CONFIG).is_file()
+    ours = any((path / name).is_file() for name in (CONFIG, DENSE))
+    foreign = (path / "config.json").is_file() and not ours
     for name in settings.changed():
         if not foreign or name not in _RESIZING:
             files = "checkpoint files" + " and Hugging Face folders" * (name in _RESIZING)

@@ -1,4 +1,4 @@
-"""The record of a saved model that comes from a run: recipe, result, and what was measured.
+"""The record of a saved model: the run that it comes from, and what was measured of it.
 
 It is made to be shared, so it names data and files without the folders that they lie in.
 """
@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from foveate.files import read_json, write_text
 
-__all__ = ["RECORD", "drop_record", "read_record", "write_record"]
+__all__ = ["RECORD", "add_measured", "drop_record", "read_record", "write_record"]
 
 RECORD = "record.json"
 _FORMAT = 1
@@ -54,9 +54,20 @@ def write_record(
         "weights": weights,
         "datasets": _hub_names(splits.get("train", {}).get("data")),
         "measured": [{"metric": k, "value": v, **where} for k, v in scores.items()],
+        "evaluated": [],
         "result": dict(result),
         "recipe": dict(recipe),
     }
+    _write(folder, record)
+
+
+def add_measured(folder: Path, found: Sequence[Mapping[str, Any]]) -> None:
+    """Put numbers of an evaluation into a model's record, in place of those of a former one."""
+    record = read_record(folder) or {"format": _FORMAT, "measured": []}
+    _write(folder, {**record, "evaluated": list(found)})
+
+
+def _write(folder: Path, record: Mapping[str, Any]) -> None:
     write_text(folder / RECORD, json.dumps(_without_folders(record), indent=1) + "\n")
 
 

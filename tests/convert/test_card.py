@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from huggingface_hub import ModelCard
-from small import hf, images, randomise, vit
+from small import eva, hf, images, randomise, vit
 from torch import nn
 
 import foveate
@@ -129,6 +129,32 @@ def test_the_lines_that_a_card_shows_run(
     assert code.count("\n") <= 4
     exec(code.replace("hf-hub:OWNER/NAME", "mine"), {})
     assert capsys.readouterr().out.strip() in foveate.backbones.class_names(open_base("demo"))
+
+
+@pytest.mark.parametrize(
+    ("everything", "words"),
+    [(False, "Only the method's own parameters"), (True, "a plain model of the same form")],
+)
+def test_a_card_says_if_the_backbone_is_needed(
+    everything: bool, words: str, tmp_path: Path
+) -> None:
+    """One of a class of its own cannot be made again from plain data."""
+    model = foveate.apply(randomise(eva()), "evit")
+    foveate.save(model, tmp_path, everything=everything)
+    assert json.loads((tmp_path / "foveate.json").read_text())["model"] is None
+    found = card(tmp_path).text
+    assert 'load("hf-hub:OWNER/NAME", vit)' in found and words in found
+    foveate.load(tmp_path, randomise(eva(), seed=2))
+
+
+def test_a_folder_does_not_say_where_its_model_came_from(tmp_path: Path) -> None:
+    """transformers notes the path that a model was loaded from."""
+    pytest.importorskip("transformers")
+    randomise(hf("ViTForImageClassification")).save_pretrained(tmp_path / "private")
+    model = foveate.load(tmp_path / "private", method="evit")
+    foveate.save(model, tmp_path / "shared", everything=True)
+    assert not any(b"private" in content for content in contents(tmp_path / "shared").values())
+    assert foveate.load(tmp_path / "shared").reducer.name == "evit"
 
 
 def test_a_licence_stands_there_only_if_it_was_given(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ from foveate.convert import open_base
 from foveate.convert.card import is_generated
 from foveate.convert.hub import split_name
 from foveate.core import ReducedViT
+from foveate.train.build import make_model
+from foveate.train.recipe import Model
 
 FILES = {"README.md", "foveate.json", "foveate.safetensors"}
 
@@ -131,6 +133,8 @@ def test_a_new_push_replaces_all_of_the_former(hub: Hub, tmp_path: Path) -> None
 def test_dense_models_go_there_too(hub: Hub, tmp_path: Path) -> None:
     foveate.push_to_hub(open_base("demo_detector"), "anna/garments")
     assert {"dense.json", "dense.safetensors"} < set(hub.repositories["anna/garments"].files())
+    repository = hub.repositories["anna/garments"]
+    repository.commit({**repository.files(), "config.json": b"{}"})  # by which the hub counts
     assert foveate.load("hf-hub:anna/garments").reducer.name == "svit"
 
 
@@ -184,6 +188,8 @@ def test_plain_models_of_timm_keep_working(hub: Hub, tmp_path: Path) -> None:
     assert foveate.backbones.class_names(found) == tuple("abcde")
     reduced = foveate.load("hf-hub:anna/plain", method="tome(r=1)")
     assert isinstance(reduced, ReducedViT)
+    start = make_model(Model(start="hf-hub:anna/plain"), 5)  # as training opens it
+    assert torch.equal(answer(start.eval()), answer(model))
     assert set(hub.fetched()) == {"config.json", "model.safetensors"}
     with pytest.raises(ValueError, match="says all of its model: leave image_size out"):
         foveate.load(tmp_path / "timm", image_size=64)
