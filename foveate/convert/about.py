@@ -30,8 +30,11 @@ def about(model: ReducedViT | DenseModel, license: str | None = None) -> dict[st
     return {
         "task": _task(model),
         "classes": model.num_classes if isinstance(model, DenseModel) else backbone.spec.classes,
-        "model": recipe.get("timm") or recipe.get("transformers") or type(reduced.vit).__name__,
+        "model": recipe.get("timm") or recipe.get("transformers"),
         "family": backbone.spec.family,
+        "width": backbone.spec.width,
+        "depth": backbone.spec.depth,
+        "patch": list(backbone.spec.patch),
         "around": {k: model.settings[k]["name"] for k in ("head", "backbone")} if dense else None,
         "method": repr(reduced.reducer) if methods else "",
         "methods": [method.name for method in methods],

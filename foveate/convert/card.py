@@ -137,7 +137,7 @@ def _metadata(name: str, about: Mapping[str, Any], record: Mapping[str, Any]) ->
     results = [
         EvalResult(
             task_type=about["task"],
-            dataset_type=datasets[0] if datasets else str(one["data"]),
+            dataset_type=str(one["hub_name"] or one["data"]),
             dataset_name=str(one["data"]),
             dataset_split=one["split"],
             metric_type=_METRICS[one["metric"]][0],
@@ -164,9 +164,12 @@ def _what(config: Mapping[str, Any]) -> str:
     runs = "uses all tokens"
     if about["method"]:
         runs = f"computes few tokens, with the method `{about['method']}`"
+    named = f"`{about['model']}`, " if about["model"] else ""
+    height, width = about["patch"]
     return (
-        f"{noun} that {runs}. The vision transformer inside is `{about['model']}`, of the family "
-        f"{about['family']}. Saved by foveate {config['foveate']}.\n"
+        f"{noun} that {runs}. The vision transformer inside is {named}a {about['family']} of "
+        f"{about['depth']} blocks and width {about['width']} on patches of {height} x {width} "
+        f"pixels. Saved by foveate {config['foveate']}.\n"
     )
 
 
@@ -297,7 +300,7 @@ def _speed(one: Mapping[str, Any]) -> str:
 
 def _commit(one: Mapping[str, Any]) -> str:
     commit, _, changes = (one["commit"] or "unknown").partition(" ")
-    return "commit unknown" if commit == "unknown" else f"commit {commit[:12]} {changes}".strip()
+    return f"foveate at commit {commit[:12]} {changes}".strip()
 
 
 def _made(record: Mapping[str, Any]) -> str:

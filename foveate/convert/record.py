@@ -43,6 +43,7 @@ def write_record(
     val = splits.get("val", {})
     where = {
         "data": val.get("data"),
+        "hub_name": next(iter(_hub_names(val.get("data"))), None),
         "split": "val",
         "held_out": {k: val[k] for k in ("share", "seed") if k in val} or None,
         "images": result.get("images", {}).get("val"),
@@ -64,7 +65,8 @@ def write_record(
 def add_measured(folder: Path, found: Sequence[Mapping[str, Any]]) -> None:
     """Put numbers of an evaluation into a model's record, in place of those of a former one."""
     record = read_record(folder) or {"format": _FORMAT, "measured": []}
-    _write(folder, {**record, "evaluated": list(found)})
+    named = [{**one, "hub_name": next(iter(_hub_names(one.get("data"))), None)} for one in found]
+    _write(folder, {**record, "evaluated": named})
 
 
 def _write(folder: Path, record: Mapping[str, Any]) -> None:

@@ -49,6 +49,8 @@ def read_results(folder: Path, method: str, label: str) -> list[dict[str, Any]]:
             f"{', '.join(runs)}; evaluate {label} alone"
         )
     run = label if label in runs else runs[0]
+    if label.endswith("best") != run.endswith("best"):  # other weights of the same run
+        raise ValueError(f"{folder} has numbers of {run}, not of {label}: evaluate that one")
     mine = [row for row in mine if row["run"] == run]
     return [*_qualities(mine, about["settings"]), *_speeds(mine, about["settings"])]
 

@@ -56,7 +56,9 @@ def test_a_new_model_in_the_folder_has_no_results(folders: tuple[Path, Path]) ->
     assert read_record(model) is None and "not measured" in (model / "README.md").read_text()
 
 
-def test_results_of_something_else_are_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_results_of_something_else_are_refused(
+    folders: tuple[Path, Path], found: Evaluation, tmp_path: Path
+) -> None:
     model, results = folders
     foveate.save(open_base("demo_dynamicvit"), tmp_path / "third", everything=True)
     with pytest.raises(ValueError, match="several models .*its twin, mine; evaluate third alone"):
@@ -64,6 +66,11 @@ def test_results_of_something_else_are_refused(folders: tuple[Path, Path], tmp_p
     foveate.save(foveate.apply(open_base("demo"), "evit"), tmp_path / "other", everything=True)
     with pytest.raises(ValueError, match=r"no numbers of a model with evit\(keep=0.7\)"):
         note_results(tmp_path / "other", results)
+    foveate.save(open_base("demo_dynamicvit"), tmp_path / "mine" / "best", everything=True)
+    single = Evaluation(found.table[found.table["run"] == "mine"], found.about)
+    single.save(tmp_path / "last" / "eval.json")
+    with pytest.raises(ValueError, match="has numbers of mine, not of mine-best"):
+        note_results(tmp_path / "mine" / "best", tmp_path / "last")
     with pytest.raises(ValueError, match="has no eval.json"):
         note_results(model, tmp_path)
     table = (results / "eval.csv").read_text().splitlines()
