@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from foveate.api import apply, unwrap
-    from foveate.convert import load, save
+    from foveate.convert import from_pretrained, load, push_to_hub, save
     from foveate.core import Schedule
     from foveate.exports import export
     from foveate.facts import count, describe
@@ -35,12 +35,14 @@ __all__ = [
     "evaluate",
     "export",
     "finetune",
+    "from_pretrained",
     "list_methods",
     "load",
     "pipeline",
     "predict",
     "pretrain",
     "probe",
+    "push_to_hub",
     "reduce",
     "save",
     "segment",
@@ -57,11 +59,13 @@ _HOMES = {
     "evaluate": "jobs",
     "export": "exports",
     "finetune": "jobs",
+    "from_pretrained": "convert",
     "list_methods": "registry",
     "load": "convert",
     "pipeline": "jobs",
     "pretrain": "jobs",
     "probe": "jobs",
+    "push_to_hub": "convert",
     "reduce": "jobs",
     "predict": "predictions",
     "save": "convert",

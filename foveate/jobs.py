@@ -18,6 +18,7 @@ from torch import nn
 
 from foveate import config
 from foveate.convert import open_base
+from foveate.convert.hub import is_hub_name
 from foveate.convert.named import check_name
 from foveate.core import ReducedViT, Reducer
 from foveate.core.evaluation import evaluating
@@ -424,7 +425,7 @@ def _model(given: Any, scratch: bool) -> Any:
         return {"start": given}
     if isinstance(given, (str, Path)):
         name = str(given)
-        if name == "demo" or Path(name).exists():
+        if name == "demo" or is_hub_name(name) or Path(name).exists():
             return {"start": name}
         if name not in ("lvvit_s", "lvvit_m"):
             check_name(name)

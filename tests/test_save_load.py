@@ -64,7 +64,7 @@ def test_the_small_part_alone(folder: Path) -> None:
     assert torch.equal(logits(again, images()), logits(model, images()))
     other = foveate.load(folder, randomise(vit(num_classes=3))).eval()  # another head is fine
     assert logits(other, images()).shape == (3, 3)
-    assert sorted(p.name for p in folder.iterdir()) == [CONFIG, WEIGHTS]
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", CONFIG, WEIGHTS]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,11 @@ def test_saving_twice_leaves_the_later(tmp_path: Path) -> None:
         foveate.save(made(method), tmp_path / "deep" / "er")
     assert repr(foveate.load(tmp_path / "deep" / "er", vit()).reducer) == "evit(keep=0.5)"
     foveate.save(made(), str(tmp_path / "deep" / "er"))
-    assert sorted(p.name for p in (tmp_path / "deep" / "er").iterdir()) == [CONFIG, WEIGHTS]
+    assert sorted(p.name for p in (tmp_path / "deep" / "er").iterdir()) == [
+        "README.md",
+        CONFIG,
+        WEIGHTS,
+    ]
 
 
 def test_a_failed_save_leaves_the_earlier_folder_whole(

@@ -16,7 +16,7 @@ from foveate.backbones._shared import (
 )
 from foveate.backbones.hf_clip import HfClip
 from foveate.backbones.hf_dinov2 import HfDinov2
-from foveate.backbones.hf_folder import HF_FAMILIES, from_folder
+from foveate.backbones.hf_folder import HF_FAMILIES, check_folder, from_folder
 from foveate.backbones.hf_positions import resize_positions
 from foveate.backbones.hf_siglip import HfSiglip
 from foveate.backbones.hf_vit import HfViT
@@ -47,6 +47,7 @@ __all__ = [
     "TimmViT",
     "backbone_for",
     "backbone_of",
+    "check_folder",
     "class_names",
     "expand_position_bias",
     "from_folder",

@@ -252,7 +252,7 @@ class HfBackbone(Backbone):
     def recipe(self) -> dict[str, Any] | None:
         """Return the class's name, its configuration, and other constructor arguments."""
         model = self.model
-        config = {k: v for k, v in model.config.to_dict().items() if not _names_code(k)}
+        config = {k: v for k, v in model.config.to_dict().items() if not _left_out(k)}
         recipe = {
             "transformers": type(model).__name__,
             "config": config,
@@ -274,7 +274,7 @@ class HfBackbone(Backbone):
         if name not in cls.forms:
             raise ValueError(f"no {cls.family} model is called {name!r}")
         kind = library_class(name)
-        plain = {k: v for k, v in dict(config).items() if not _names_code(k)}
+        plain = {k: v for k, v in dict(config).items() if not _left_out(k)}
         try:
             made = kind.config_class.from_dict(plain)
             made._attn_implementation = "sdpa"
@@ -441,9 +441,10 @@ def _library_class(kind: type, modules: Sequence[str]) -> type | None:
     return None
 
 
-def _names_code(key: str) -> bool:
-    """Entries of a configuration that may name code to fetch or run."""
-    return key in ("auto_map", "custom_pipelines", "quantization_config") or "attn_impl" in key
+def _left_out(key: str) -> bool:
+    """Tell entries of a configuration that name code to run, or the path of the model's files."""
+    code = ("auto_map", "custom_pipelines", "quantization_config")
+    return key in (*code, "_name_or_path") or "attn_impl" in key
 
 
 def _find(model: Any, path: str) -> Any:

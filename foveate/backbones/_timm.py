@@ -25,6 +25,11 @@ from foveate.core import (
 __all__ = ["SizedPatches", "TimmBackbone", "spec_of"]
 
 _log = logging.getLogger(__name__)
+# Arguments of ``timm.create_model`` that make it fetch weights or read them from a path.
+_READS = {
+    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict"),
+    *("checkpoint_path", "cache_dir"),
+}
 _POOLS = ("", "avg", "avgmax", "max", "token", "map")
 
 
@@ -77,9 +82,13 @@ class TimmBackbone(Backbone):
         """Make a model by timm's name for it; nothing is downloaded."""
         name, arguments = recipe["timm"], recipe["arguments"]
         # Only timm's own constructors: a prefixed name would make timm fetch or read elsewhere.
-        known = isinstance(name, str) and timm.is_model(name)
-        if not known or "pretrained" in arguments:
+        if not isinstance(name, str) or not timm.is_model(name):
             raise ValueError(f"this timm knows no model {name!r} to make again")
+        if foreign := sorted(_READS & set(arguments)):
+            raise ValueError(
+                f"{name} cannot be made again with arguments that are not of a model: "
+                f"{', '.join(foreign)}"
+            )
         try:
             return timm.create_model(name, pretrained=False, **arguments)
         except (TypeError, ValueError, RuntimeError, AssertionError) as error:

@@ -17,7 +17,7 @@ from foveate.backbones.hf_siglip import HfSiglip
 from foveate.backbones.hf_vit import HfViT
 from foveate.files import read_json
 
-__all__ = ["HF_FAMILIES", "from_folder"]
+__all__ = ["HF_FAMILIES", "check_folder", "from_folder"]
 
 HF_FAMILIES: tuple[type[HfBackbone], ...] = (HfViT, HfDinov2, HfClip, HfSiglip)
 
@@ -60,6 +60,11 @@ def from_folder(folder: str | os.PathLike[str]) -> nn.Module:
         )
     set_image_settings(model, folder_settings(folder))  # also where the folder moves
     return model.eval()
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder whose model cannot be driven, before its weights are needed."""
+    _class_name(folder, _config(folder))
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -18,8 +18,8 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = (
     *("bench", "compare", "convert", "data", "demo", "describe", "detect", "env", "eval", "export"),
-    *("finetune", "list", "look", "pipeline", "predict", "pretrain", "probe", "rauc", "reduce"),
-    *("segment", "show"),
+    *("finetune", "list", "look", "pipeline", "predict", "pretrain", "probe", "push", "rauc"),
+    *("reduce", "segment", "show"),
 )
 
 

@@ -250,7 +250,8 @@ def _images(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
 
     found = {json.dumps(data): data for name in names if (data := _trained_on(Path(name)))}
     for name in names:
-        if (Path(name).suffix or "/" in name) and not Path(name).exists():
+        local = not name.startswith("hf-hub:") and (Path(name).suffix or "/" in name)
+        if local and not Path(name).exists():
             raise ValueError(f"{name} does not exist")
     if len(found) != 1:
         raise ValueError("say with --data what to evaluate on, such as folder:PATH")

@@ -1,4 +1,4 @@
-"""What commands take as MODEL: a file, a folder, a timm name, or a model that ships."""
+"""What commands take as MODEL: a file, a folder, a name of timm or the hub, or one that ships."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 __all__ = ["MODEL", "add_model", "add_untrained", "open_models"]
 
 MODEL = (
-    "name of a timm model, checkpoint file, folder of foveate or Hugging Face, or 'demo' for the "
-    "small trained model that ships with the package ('demo_detector' is a detector)"
+    "name of a timm model, checkpoint file, folder of foveate, timm or Hugging Face, "
+    "hf-hub:OWNER/NAME for a model on the Hugging Face hub, or 'demo' for the small trained model "
+    "that ships with the package ('demo_detector' is a detector)"
 )
 
 

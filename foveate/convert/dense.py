@@ -11,14 +11,17 @@ from safetensors.torch import save_file
 
 from foveate.api import apply
 from foveate.backbones import image_settings, rebuild, set_image_settings
+from foveate.convert.about import about
+from foveate.convert.card import write_card
 from foveate.convert.parts import listed, made, read_tensors, version
+from foveate.convert.record import drop_record
 from foveate.dense import DenseModel, make_dense
 from foveate.files import read_json, write_text, write_whole
 
-__all__ = ["DENSE", "open_dense", "save_dense"]
+__all__ = ["DENSE", "DENSE_WEIGHTS", "open_dense", "save_dense"]
 
 DENSE = "dense.json"  # its presence tells such a folder from others
-_WEIGHTS = "dense.safetensors"
+DENSE_WEIGHTS = "dense.safetensors"
 _FORMAT = 1
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     **{"methods": list, "mode": str, "family": str, "vit": dict, "images": dict},
@@ -26,7 +29,9 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
 }
 
 
-def save_dense(model: DenseModel, folder: str | os.PathLike[str]) -> None:
+def save_dense(
+    model: DenseModel, folder: str | os.PathLike[str], license: str | None = None
+) -> None:
     """Write a detector or a segmenter with its method to a folder: safetensors and JSON."""
     reduced, folder = model.reduced, Path(folder)
     recipe = reduced.backbone.recipe()
@@ -50,13 +55,16 @@ def save_dense(model: DenseModel, folder: str | os.PathLike[str]) -> None:
         "images": image_settings(reduced.vit),
         "class_names": list(model.class_names),
         **model.settings,
+        "about": about(model, license),
     }
     tensors = {
         name: value.detach().contiguous().clone() for name, value in model.state_dict().items()
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / _WEIGHTS, lambda path: save_file(tensors, path))
+    drop_record(folder)
+    write_whole(folder / DENSE_WEIGHTS, lambda path: save_file(tensors, path))
     write_text(folder / DENSE, json.dumps(config, indent=2) + "\n")
+    write_card(folder, config)
 
 
 def open_dense(folder: Path) -> DenseModel:
@@ -80,15 +88,15 @@ def open_dense(folder: Path) -> DenseModel:
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{path} cannot be made again: {error}") from error
     model.reduced.mode = config["mode"]
-    tensors = read_tensors(folder / _WEIGHTS)
+    tensors = read_tensors(folder / DENSE_WEIGHTS)
     for name, value in tensors.items():
         if not value.isfinite().all():
-            raise ValueError(f"{folder / _WEIGHTS} has NaN or infinity in {name}")
+            raise ValueError(f"{folder / DENSE_WEIGHTS} has NaN or infinity in {name}")
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise ValueError(
-            f"{folder / _WEIGHTS} does not fit {path}: {' '.join(str(error).split())}"
+            f"{folder / DENSE_WEIGHTS} does not fit {path}: {' '.join(str(error).split())}"
         ) from None
     return model.eval()
 

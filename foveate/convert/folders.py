@@ -20,35 +20,52 @@ from foveate.backbones import (
     set_class_names,
     set_image_settings,
 )
-from foveate.convert.dense import save_dense
+from foveate.convert.about import about
+from foveate.convert.card import model_name, with_facts, write_card
+from foveate.convert.dense import DENSE, save_dense
 from foveate.convert.parts import listed, made, read_tensors, version
+from foveate.convert.record import add_measured, drop_record, write_record
+from foveate.convert.results import read_results
 from foveate.core import ReducedViT
 from foveate.core.backbone import BackboneSpec
 from foveate.dense import DenseModel
 from foveate.files import read_json, write_text, write_whole
 from foveate.registry import method_class
 
-__all__ = ["CONFIG", "open_folder", "save"]
+__all__ = ["CONFIG", "WEIGHTS", "note_results", "note_run", "open_folder", "save"]
 
 CONFIG = "foveate.json"  # its presence tells such a folder from others
-_WEIGHTS = "foveate.safetensors"
+WEIGHTS = "foveate.safetensors"
 _FORMAT = 1
 
 
 def save(
-    model: ReducedViT | DenseModel, folder: str | os.PathLike[str], *, everything: bool = False
+    model: ReducedViT | DenseModel,
+    folder: str | os.PathLike[str],
+    *,
+    everything: bool = False,
+    license: str | None = None,
 ) -> None:
     """Write a model's method and the method's parameters to a folder: safetensors and JSON.
+
+    Beside them goes a model card, README.md, of what was counted. A card that somebody changed is
+    kept, with a warning.
 
     Args:
         model: a model from ``apply``; or a detector or segmenter, of which everything is written.
         folder: folder to write, made if it is missing.
         everything: write the backbone's weights too, so that the folder loads without a model.
+        license: name of the model's licence for the card, as the hub writes it: "apache-2.0".
     """
+    folder = Path(folder)
     if isinstance(model, DenseModel):
-        save_dense(model, folder)
+        if (folder / CONFIG).exists():
+            raise ValueError(f"{folder} holds a model with a method already; give another folder")
+        save_dense(model, folder, license)
         return
-    vit, folder = unwrap(model), Path(folder)
+    vit = unwrap(model)
+    if (folder / DENSE).exists():
+        raise ValueError(f"{folder} holds a detector or segmenter already; give another folder")
     folder.mkdir(parents=True, exist_ok=True)
     prefixes = ("reducer.", "vit.") if everything else ("reducer.",)
     tensors = {
@@ -74,20 +91,55 @@ def save(
         "images": image_settings(vit) if everything else {},
         "class_names": class_names(vit) if everything else None,
         "everything": everything,
+        "about": about(model, license),
     }
-    write_whole(folder / _WEIGHTS, lambda path: save_file(tensors, path))
+    drop_record(folder)
+    write_whole(folder / WEIGHTS, lambda path: save_file(tensors, path))
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    write_card(folder, config)
+
+
+def note_run(
+    folder: Path,
+    recipe: Mapping[str, Any],
+    result: Mapping[str, Any],
+    scores: Mapping[str, float],
+    *,
+    weights: str,
+) -> None:
+    """Add the record of its run to a saved model, and write the card anew.
+
+    What is not a folder that ``save`` wrote stays as it is. The arguments are ``write_record``'s.
+    """
+    path = next((folder / name for name in (DENSE, CONFIG) if (folder / name).is_file()), None)
+    if path is not None:
+        write_record(folder, recipe, result, scores, weights=weights)
+        write_card(folder, read_json(path, f"{path} does not exist"))
+
+
+def note_results(folder: Path, results: Path) -> None:
+    """Put what ``foveate eval`` measured of a saved model into its record and on its card.
+
+    Args:
+        folder: of the model.
+        results: the folder that ``foveate eval --out`` wrote.
+    """
+    kind = DENSE if (folder / DENSE).is_file() else CONFIG
+    config = read_json(folder / kind, f"{folder} holds no {CONFIG}: not what foveate.save wrote")
+    about = with_facts(folder, config)["about"]
+    add_measured(folder, read_results(results, about["method"], model_name(folder)))
+    write_card(folder, config)
 
 
 def open_folder(folder: Path, model: nn.Module | None = None) -> ReducedViT:
-    """Load the model in a folder that ``save`` wrote.
+    """Load the model in a folder that ``save`` wrote, in evaluation mode.
 
     Args:
         folder: the folder.
         model: the backbone. It may be left out if everything was saved and the backbone is a timm
             or Hugging Face model that can be made again.
     """
-    config, tensors = _read_config(folder), read_tensors(folder / _WEIGHTS)
+    config, tensors = _read_config(folder), read_tensors(folder / WEIGHTS)
     if model is None:
         model = _rebuild(folder, config)
     reduced = apply(model, made(config["methods"]), check=False)
@@ -102,17 +154,17 @@ def open_folder(folder: Path, model: nn.Module | None = None) -> ReducedViT:
     }
     missing, extra = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
     if missing or extra:
-        raise ValueError(f"{folder / _WEIGHTS} does not fit: missing {missing}, unexpected {extra}")
+        raise ValueError(f"{folder / WEIGHTS} does not fit: missing {missing}, unexpected {extra}")
     for name, value in reduced.state_dict().items():
         if name in tensors and tensors[name].shape != value.shape:
             raise ValueError(
-                f"{folder / _WEIGHTS} does not fit: {name} has shape {list(tensors[name].shape)}, "
+                f"{folder / WEIGHTS} does not fit: {name} has shape {list(tensors[name].shape)}, "
                 f"the model's is {list(value.shape)}"
             )
     reduced.load_state_dict(tensors, strict=False)
     reduced.mode = config["mode"]
     check_driven(reduced.backbone)
-    return reduced
+    return reduced.eval()
 
 
 def _rebuild(folder: Path, config: Mapping[str, Any]) -> nn.Module:

@@ -38,14 +38,17 @@ from foveate.convert.geometry import (
     Geometry,
     resize_note,
 )
+from foveate.convert.hub import download, is_hub_name
 from foveate.convert.origins import FAMILY, ORIGINS, Origin, find_origin, translate
+from foveate.convert.parts import run_model
 from foveate.convert.read import Checkpoint, read, shorten
+from foveate.convert.timm_folder import from_timm_folder, is_timm_folder
 from foveate.core import ReducedViT, Reducer
 from foveate.facts import image_grid
 from foveate.files import write_whole
 from foveate.registry import suggest
 
-__all__ = ["Loaded", "Settings", "load", "open_model", "save_plain"]
+__all__ = ["Loaded", "Settings", "from_pretrained", "load", "open_model", "save_plain"]
 
 _log = logging.getLogger(__name__)
 _Method = str | Reducer | type[Reducer]
@@ -95,11 +98,12 @@ def load(
     DynamicViT, EViT, Evo-ViT (DeiT) or SViT classifier. Sizes are inferred from its tensors. No
     code in a file is run.
 
-    The path may also be the folder of a training run. The result is a reduced model if there is a
-    method, otherwise the plain model.
+    The path may also be the folder of a training run, or ``hf-hub:OWNER/NAME`` for a model of
+    foveate, timm or transformers on the Hugging Face hub (``from_pretrained`` has more options).
+    The result is a reduced model if there is a method, otherwise the plain model.
 
     Args:
-        path: the file or folder.
+        path: the file or folder, or the name on the hub.
         model: model that gets the weights, instead of a new one. Folders that hold only the
             method's own part need it. For files it can have what tensors do not show, such as an
             activation.
@@ -121,6 +125,39 @@ def load(
     return loaded.model
 
 
+def from_pretrained(
+    repo_id: str,
+    model: nn.Module | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    **settings: Any,
+) -> Any:
+    """Load a model of foveate, timm or transformers from the Hugging Face hub, in eval mode.
+
+    Only safetensors and JSON are fetched, and no code runs.
+
+    Args:
+        repo_id: OWNER/NAME, or OWNER/NAME@REVISION.
+        model: backbone for a folder that holds only the method's own part.
+        revision: branch, tag or commit; None is the main branch.
+        token: of the hub; None takes the one that is logged in.
+        cache_dir: folder to keep files in, instead of the hub's own cache.
+        local_files_only: take only what is in the cache already.
+        settings: further arguments of ``load``, such as ``method``.
+    """
+    folder = download(
+        repo_id,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    return load(folder, model, **settings)
+
+
 def open_model(
     path: str | os.PathLike[str],
     model: nn.Module | None,
@@ -129,12 +166,13 @@ def open_model(
     settings: Settings,
 ) -> Loaded:
     """Do what ``load`` does, and return what was recognised too."""
-    path = _run_folder(Path(path))
     if isinstance(model, ReducedViT):
         raise ValueError("the model is reduced already; foveate.unwrap() it first")
+    path = download(str(path)) if is_hub_name(path) else run_model(Path(path))
     if not path.is_dir():
         return _from_file(path, model, method, options, settings)
-    foreign = (path / "config.json").is_file() and not (path / CONFIG).is_file()
+    ours = any((path / name).is_file() for name in (CONFIG, DENSE))
+    foreign = (path / "config.json").is_file() and not ours
     for name in settings.changed():
         if not foreign or name not in _RESIZING:
             files = "checkpoint files" + " and Hugging Face folders" * (name in _RESIZING)
@@ -144,6 +182,8 @@ def open_model(
             raise ValueError(
                 f"{path} is a Hugging Face folder, which has its own model; leave model out"
             )
+        if is_timm_folder(path):
+            return _from_timm(path, method, options, settings)
         return _from_hugging_face(path, method, options, settings)
     if method is not None or options:
         given = shorten([*["method"] * (method is not None), *options])
@@ -157,18 +197,15 @@ def open_model(
     return Loaded(open_folder(path, model), "foveate")
 
 
-def _run_folder(path: Path) -> Path:
-    """Return the model inside a training run's folder, or the path if it is not such a folder.
-
-    A run's folder may hold another model with its best weights, in a folder "best".
-    """
-    run = path.parent if path.name == "best" else path
-    if (run / "recipe.yaml").is_file():
-        for name in ("model.safetensors", "model"):
-            if (path / name).exists():
-                return path / name
-        raise ValueError(f"{path} is a run that has not finished: it holds no model yet")
-    return path
+def _from_timm(
+    path: Path, method: _Method | None, options: Mapping[str, Any], settings: Settings
+) -> Loaded:
+    if settings.changed():
+        raise ValueError(
+            f"{path} is a folder of timm, which says all of its model: leave "
+            f"{shorten(settings.changed())} out"
+        )
+    return Loaded(_with_method(from_timm_folder(path), method, options), "timm")
 
 
 def _from_hugging_face(

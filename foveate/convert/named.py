@@ -1,4 +1,4 @@
-"""Open a model by what a user calls it: a file, a folder, a name of timm, or one that ships."""
+"""Open a model by what a user calls it: a file, a folder, a name of timm or on the hub, ..."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 from foveate.backbones import set_class_names
+from foveate.convert.hub import is_hub_name
 from foveate.convert.loading import Settings, open_model
 from foveate.convert.shipped import SHIPPED, open_shipped
 
@@ -20,13 +21,14 @@ def open_base(name: str, *, untrained: bool = False) -> nn.Module:
     """Open a model in evaluation mode; one with a method of its own comes with it.
 
     Args:
-        name: a checkpoint file, a folder of a run, of foveate or of Hugging Face, a name of timm,
-            or one of the small models that ship with the package, such as "demo".
+        name: a checkpoint file, a folder of a run, of foveate, of timm or of Hugging Face, a name
+            of timm, ``hf-hub:OWNER/NAME``, or one of the small models that ship with the package,
+            such as "demo".
         untrained: take a timm model with random weights instead of fetching its own.
     """
     if name in SHIPPED:
         return open_shipped(name)
-    if Path(name).exists():
+    if is_hub_name(name) or Path(name).exists():
         return open_model(name, None, None, {}, Settings()).model.eval()
     check_name(name)
     if untrained:
@@ -49,7 +51,10 @@ def check_name(name: str) -> None:
             name, timm.list_models("*vit*") + timm.list_models("*dei*")
         )
         hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise ValueError(f"{name} is neither a file, a folder nor a model that timm knows{hint}")
+        raise ValueError(
+            f"{name} is neither a file, a folder nor a model that timm knows{hint}; a model on the "
+            "hub is called hf-hub:OWNER/NAME"
+        )
 
 
 def _name_imagenet_classes(model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from foveate.core import Chain, Reducer
 from foveate.registry import make
 
-__all__ = ["listed", "made", "read_tensors", "version"]
+__all__ = ["listed", "made", "read_tensors", "run_model", "version"]
 
 
 def version() -> str:
@@ -49,3 +49,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except Exception as error:  # safetensors raises its own type for each kind of damage
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
+def run_model(path: Path) -> Path:
+    """Return the model inside a training run's folder, or the path if it is not such a folder.
+
+    A run's folder may hold another model with its best weights, in a folder "best".
+    """
+    run = path.parent if path.name == "best" else path
+    if (run / "recipe.yaml").is_file():
+        for name in ("model.safetensors", "model"):
+            if (path / name).exists():
+                return path / name
+        raise ValueError(f"{path} is a run that has not finished: it holds no model yet")
+    return path

@@ -24,7 +24,7 @@ __all__ = ["HostedModel", "on_grid"]
 _REFUSED = {
     "prune_intermediate_layers": "call it on the model before foveate.apply",
     "save_pretrained": "use foveate.save(model, folder)",
-    "push_to_hub": "use foveate.save(model, folder)",
+    "push_to_hub": "use foveate.push_to_hub(model, 'OWNER/NAME')",
 }
 
 

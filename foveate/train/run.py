@@ -39,6 +39,7 @@ from torch import nn
 
 from foveate import config, machine
 from foveate.backbones import set_class_names
+from foveate.convert import note_run
 from foveate.data import Loader, Source, Splits, Transform, limited, usual_workers
 from foveate.files import write_text
 from foveate.train import recipe as recipes
@@ -182,10 +183,20 @@ def fit(
         exported = plain
     exported.eval().to("cpu")
     if rank == 0:
-        found["model"] = task.export(exported, out).name
+        scores = _of_exported(module.results)
+        facts = {name: value for name, value in found.items() if name not in scores}
+        exported_to = task.export(exported, out)
+        note_run(exported_to, config.load(out / _RECIPE), facts, scores, weights="last")
+        found["model"] = exported_to.name
         shutil.rmtree(out / "best", ignore_errors=True)  # of a run that has gone on since
         if best is not None and best.value is not None:
             found["best"] = _best(best, trainer, task, exported, out, found)
+            if found["best"].get("model", "").startswith("best/"):
+                share = best.update / trainer.global_step
+                facts |= {"updates": best.update, "epochs": round(share * found["epochs"], 2)}
+                score = {task.score: found["best"]["score"]}
+                model = out / found["best"]["model"]
+                note_run(model, config.load(out / _RECIPE), facts, score, weights="best")
         write_text(out / _RESULT, json.dumps(found, indent=1) + "\n")
     return Result(out, found, exported)
 

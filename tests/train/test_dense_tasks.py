@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from runs import checkpoint, elsewhere, exported, run, same_run, together
 from torch import nn
 
@@ -100,6 +101,9 @@ def test_a_dense_run_says_what_it_reached_and_opens_again(job: str, dense: dict[
     assert isinstance(model, DenseModel) and not model.training
     assert len(model.class_names) == {"detect": 10, "segment": 11}[job]
     assert model.reducer.name == "dense"
+    card = ModelCard((result.path / "model" / "README.md").read_text(encoding="utf-8"))
+    scores = {one.metric_value for one in card.data.eval_results}
+    assert scores == {result[name] for name in names} and f"By `foveate {job}`: " in card.text
     with torch.no_grad():
         one, other = result.model(scenes(job)), model(scenes(job))
     for mine, its in zip(one, other, strict=True):
