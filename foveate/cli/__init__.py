@@ -17,7 +17,19 @@ from collections.abc import Callable, Sequence
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = (
-    *("bench", "compare", "convert", "data", "demo", "describe", "detect", "env", "eval", "export"),
+    *(
+        "app",
+        "bench",
+        "compare",
+        "convert",
+        "data",
+        "demo",
+        "describe",
+        "detect",
+        "env",
+        "eval",
+        "export",
+    ),
     *("finetune", "list", "look", "pipeline", "predict", "pretrain", "probe", "rauc", "reduce"),
     *("segment", "show"),
 )
