@@ -12,11 +12,14 @@ from PIL import Image
 from foveate.app.find import Finding, Findings
 from foveate.app.look import Look, Time, Variant
 from foveate.app.reports import Report, data_url
-from foveate.measure.sheets import Sheet
+from foveate.measure.sheets import Sheet, html_table
+from foveate.measure.table import pd
 from foveate.viz.captions import giga
 from foveate.viz.layout import Key
 
 __all__ = ["answers", "found", "numbers", "report", "walk"]
+
+_TOKENS = "tokens, first to last block"
 
 
 def walk(look: Look, number: int) -> str:
@@ -63,7 +66,7 @@ def answers(look: Look) -> str:
 def numbers(look: Look) -> str:
     """Show tokens, multiply-adds and times of every variant as a table."""
     dense = look.variants[0]
-    head = ["", "tokens, first to last block", "GMACs, of dense", "share", "features like dense"]
+    head = ["method", _TOKENS, "GMACs, of dense", "share", "features like dense"]
     timed = dense.time is not None
     head += ["ms", "times as fast", "beside the noise"] * timed
     body = []
@@ -76,7 +79,7 @@ def numbers(look: Look) -> str:
     notes.append("Features: mean cosine over all patches, brought back to the grid.")
     if not all(one.trained for one in look.variants):
         notes.append("Untrained: gates with random weights, so their choice means nothing.")
-    return _table(head, body, words=(0, 1)) + _paragraph(notes)
+    return _sheet(Sheet("Cost and time", pd.DataFrame(body, columns=head), head[:2], notes))
 
 
 def found(look: Findings) -> str:
@@ -94,7 +97,7 @@ def found(look: Findings) -> str:
             f"<p>{escape(_named(one, look.objects))}</p></section>"
         )
     head = [
-        "",
+        "method",
         "objects" if look.objects else "classes",
         "patches used",
         "GMACs, of dense",
@@ -114,7 +117,8 @@ def found(look: Findings) -> str:
     ]
     notes = [f"Multiply-adds without {look.left_out}."] if look.left_out else []
     notes.append(_how(look.rounds, look.setting))
-    return "".join(sections) + _table(head, body) + _paragraph(notes)
+    table = Sheet("Cost and time", pd.DataFrame(body, columns=head), head[:1], notes)
+    return "".join(sections) + _sheet(table)
 
 
 def report(one: Report) -> str:
@@ -141,10 +145,7 @@ def report(one: Report) -> str:
 
 
 def _sheet(sheet: Sheet) -> str:
-    columns = list(sheet.table)
-    body = [[*map(str, line)] for line in sheet.table.itertuples(index=False)]
-    words = [number for number, name in enumerate(columns) if name in sheet.words]
-    table = _table(columns, body, words=words)
+    table = f'<div class="fv-scroll">{html_table(sheet)}</div>'
     return f"<h4>{escape(sheet.title)}</h4>{table}{_paragraph(sheet.notes)}"
 
 
@@ -152,23 +153,6 @@ def _markdown(text: str) -> str:
     """Make HTML of Markdown; HTML in it is escaped."""
     reader = MarkdownIt("commonmark", {"html": False}).enable("table").disable("image")
     return str(reader.render(text))
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[str]], words: Sequence[int] = (0,)) -> str:
-    """Make a table; columns that hold words stand left."""
-
-    def line(cells: Sequence[str], kind: str) -> str:
-        marked = (
-            f"<{kind}{' class=fv-words' if n in words else ''}>{escape(cell)}</{kind}>"
-            for n, cell in enumerate(cells)
-        )
-        return f"<tr>{''.join(marked)}</tr>"
-
-    rows = "".join(line(cells, "td") for cells in body)
-    return (
-        f'<div class="fv-scroll"><table><thead>{line(head, "th")}</thead>'
-        f"<tbody>{rows}</tbody></table></div>"
-    )
 
 
 def _timed(time: Time | None) -> list[str]:

@@ -151,7 +151,7 @@ class Page:
         walk = gr.HTML(
             _HINT.format("Drop a photograph or take an example, and look."), elem_id="walk"
         )
-        numbers, answers = gr.HTML(), gr.HTML()
+        numbers, answers = gr.HTML(elem_id="numbers"), gr.HTML(elem_id="answers")
 
         bar = gr.Progress()
 
@@ -263,6 +263,7 @@ class Page:
                 info=self._where("path"),
                 allow_custom_value=True,
                 scale=4,
+                min_width=280,
             )
             again = gr.Button("Search again", scale=1, min_width=140, size="sm")
         seen = gr.HTML(elem_id="report")
@@ -360,7 +361,7 @@ def running(page: Page, host: str = _LOCAL[0], port: int = 7860) -> Iterator[str
             share=False,
             quiet=True,
             prevent_thread_lock=True,
-            max_file_size=int(page.megabytes * 1e6),
+            max_file_size=int(page.megabytes * 2**20),
             allowed_paths=[],
             app_kwargs={"middleware": _middleware(host), "docs_url": None, "redoc_url": None},
             state_session_capacity=_SESSIONS,

@@ -23,7 +23,7 @@ def read_upload(path: Path, megabytes: float) -> Image.Image:
         path: the file.
         megabytes: the largest file that is read.
     """
-    size = path.stat().st_size / 1e6 if path.is_file() else 0.0
+    size = path.stat().st_size / 2**20 if path.is_file() else 0.0
     if size > megabytes:
         raise ValueError(f"{path.name} has {size:.1f} MB; at most {megabytes:g} are taken")
     try:

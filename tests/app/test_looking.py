@@ -230,7 +230,7 @@ def test_uploads_that_are_refused(tmp_path: Path) -> None:
     empty, text, large = tmp_path / "empty.png", tmp_path / "text.jpg", tmp_path / "large.png"
     empty.touch()
     text.write_text("not an image")
-    large.write_bytes(bytes(2_000_000))
+    large.write_bytes(bytes(2**21))
     for path, words in (
         (empty, "empty.png: not an image"),
         (text, "text.jpg: not an image"),

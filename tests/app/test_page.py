@@ -65,7 +65,7 @@ def test_what_the_server_tells(address: str) -> None:
     assert "default-src 'self'" in headers["content-security-policy"]
     assert answer(address, {"Host": "elsewhere.example"})[0] == 400
     config = json.loads(answer(f"{address}config")[1])
-    assert config["analytics_enabled"] is False and config["max_file_size"] == 1_000_000
+    assert config["analytics_enabled"] is False and config["max_file_size"] == 2**20
     named = json.loads(answer(f"{address}gradio_api/info")[1])
     assert named == {"named_endpoints": {}, "unnamed_endpoints": {}}
     for route in ("docs", "redoc", "monitoring"):
@@ -145,9 +145,10 @@ def test_a_visit(address: str, tmp_path: Path) -> None:
         (tmp_path / "empty.png").touch()
         upload.set_input_files(tmp_path / "empty.png")
         page.get_by_text("empty.png: not an image").wait_for()
+        page.get_by_text("Click to Upload").first.wait_for()  # it was taken away again
 
         upload.set_input_files(photograph(tmp_path / "photo.png"))
-        page.locator("[data-testid=image] img, .image-frame img").first.wait_for()
+        page.locator(".image-frame img").first.wait_for()
         page.get_by_label("Timed rounds").first.fill("1")
         page.get_by_role("button", name="Look").click()
         last = page.locator("#walk figure >> nth=1 >> img")
