@@ -32,7 +32,7 @@ def walk(look: Look, number: int) -> str:
         if not figures:
             words = f"<b>input</b><span>{one.walk.found[0].patches} patches</span>"
             figures.append(_figure(_address(one.walk.base.image()), words, "the input"))
-        step = min(number, len(one.walk) - 1)
+        step = min(max(number, 0), len(one.walk) - 1)
         label = one.walk.found[step].label
         words = f"<b>{escape(one.name)}</b><span>{label}: {escape(one.walk.words(step))}</span>"
         alt = f"{one.name}, {label}"

@@ -35,7 +35,7 @@ __all__ = ["Page", "is_local", "running"]
 
 _log = logging.getLogger(__name__)
 
-_LOCAL = ("127.0.0.1", "localhost", "::1")
+_LOCAL = ("127.0.0.1", "localhost")
 _PREVIEW = 768  # longer side, in pixels, of an image as the page shows it
 _SESSIONS, _SECONDS = 16, 3600  # visitors whose photographs are kept, and how long
 _SHOWN = 20  # seconds that an error stays on the page, unless it is closed
@@ -399,7 +399,7 @@ def _middleware(host: str) -> list[Any]:
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    names = [*_LOCAL, "[::1]"] if is_local(host) else ["*"]
+    names = [*_LOCAL] if is_local(host) else ["*"]
     return [Middleware(TrustedHostMiddleware, allowed_hosts=names), Middleware(_Policy)]
 
 

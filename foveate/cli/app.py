@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
         if not is_local(args.host):
             print(
                 f"warning  at {args.host} everybody who can reach this machine can use the page: "
-                "it asks for no password"
+                "it has no password"
             )
         print(f"open     {address} (Ctrl-C ends it)", flush=True)
         threading.Event().wait()

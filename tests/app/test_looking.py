@@ -82,8 +82,8 @@ def test_methods_beside_the_dense_model(photo: Image.Image) -> None:
 
 def test_a_picture_for_each_block(photo: Image.Image) -> None:
     found = look(open_shipped("demo"), photo, ["evit", "tome(r=3)"], rounds=0)
-    pages = [markup.walk(found, number) for number in range(found.steps)]
-    assert len(set(pages)) == found.steps  # tome merges in every block
+    pages = [markup.walk(found, number) for number in (0, 5, 11)]
+    assert len(set(pages)) == 3  # tome merges in every block
     evit = found.variants[1].walk
     assert evit is not None
     drawn = [np.asarray(evit.picture(number)) for number in range(12)]
@@ -115,8 +115,6 @@ def test_a_budget(photo: Image.Image) -> None:
 
 def test_a_model_with_its_own_method(photo: Image.Image) -> None:
     model = open_shipped("demo_dynamicvit")
-    found = look(model, photo, rounds=0)
-    assert [one.name for one in found.variants] == ["dense", "dynamicvit(keep=0.7)"]
     found = look(model, photo, amount="0.5", rounds=0)
     assert [one.name for one in found.variants] == ["dense", "dynamicvit(keep=0.5)"]
     assert found.variants[1].trained
@@ -199,10 +197,10 @@ def test_a_detector_with_and_without_its_method() -> None:
 
 def test_a_segmenter_with_a_method(photo: Image.Image) -> None:
     parts = {"name": "pyramid"}, {"name": "fpn"}
-    model = make_dense(randomise(vit()), ["sky", "<sea>"], *parts, None).eval()
+    model = make_dense(randomise(vit(depth=2)), ["sky", "<sea>"], *parts, None).eval()
     assert isinstance(model, Segmenter)
-    found = find(model, photo, "evit(keep=0.5)", rounds=0)
-    assert [one.name for one in found.each] == ["dense", "evit(keep=0.5)"]
+    found = find(model, photo, "evit(keep=0.5, blocks=(1,))", rounds=0)
+    assert [one.name for one in found.each] == ["dense", "evit(keep=0.5, blocks=(1,))"]
     assert sum(share for _, share in found.each[0].found) == pytest.approx(1)
     assert "Shares of the pixels" in markup.found(found)
     assert "<sea>" not in markup.found(found)

@@ -7,6 +7,7 @@ import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,21 @@ def test_the_command_refuses(
             said_there = capsys.readouterr().err
             assert sentence in said_there and "Traceback" not in said_there
     assert is_local("127.0.0.1") and is_local("localhost") and not is_local("0.0.0.0")
+
+
+def test_a_host_that_others_reach_is_warned_of(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("foveate.machine.tune_malloc", lambda device: None)
+    monkeypatch.setattr("foveate.app.page.running", lambda page, host, port: nullcontext(host))
+    monkeypatch.setattr("threading.Event.wait", interrupted)
+    for host, warned in (("0.0.0.0", True), ("127.0.0.1", False)):
+        assert main(["app", "--host", host]) == 130
+        said_there = capsys.readouterr().out
+        assert f"open     {host}" in said_there and ("no password" in said_there) is warned
 
 
 def photograph(path: Path) -> Path:
