@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from PIL import Image
 from timm.data import resolve_model_data_config
-from torch import nn
+from torch import Tensor, nn
 
 from foveate.backbones import backbone_of, image_settings
 from foveate.data.augment import Transform, eval_transform
@@ -62,3 +65,30 @@ class Inputs:
     def transform(self) -> Transform:
         """What turns samples into such images, before they are normalised."""
         return eval_transform(self.size, self.channels, self.crop_pct, self.interpolation)
+
+    def batch(self, images: Iterable[Image.Image], like: Tensor) -> Tensor:
+        """Prepare RGB images as a batch, ``[B, channels, H, W]``.
+
+        Args:
+            images: of any sizes.
+            like: a tensor whose device and type the batch gets.
+        """
+        transform = self.transform()
+        mean, std = (
+            torch.tensor(values, device=like.device).view(-1, 1, 1)
+            for values in (self.mean, self.std)
+        )
+        pixels = torch.stack([transform({"image": image})["image"] for image in images])
+        return ((pixels.as_subclass(Tensor).to(like.device).float() / 255 - mean) / std).to(like)
+
+    def box(self, image: Image.Image) -> tuple[float, float, float, float]:
+        """Return left, top, right and bottom of what the model sees of an image, in pixels."""
+        if image.size == self.size[::-1]:
+            return 0.0, 0.0, float(image.width), float(image.height)
+        sides = (image.height, image.width)
+        factor = max(
+            int(n / self.crop_pct) / side for n, side in zip(self.size, sides, strict=True)
+        )
+        height, width = (n / factor for n in self.size)
+        left, top = (image.width - width) / 2, (image.height - height) / 2
+        return left, top, left + width, top + height

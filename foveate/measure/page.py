@@ -8,8 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from foveate.measure.sheets import Sheet, sheets
-from foveate.measure.table import Results, one, pd
+from foveate.measure.sheets import Sheet, html_table, sheets
+from foveate.measure.table import Results, one
 
 __all__ = ["REMARK", "page"]
 
@@ -84,9 +84,7 @@ def _detector(found: Results, scenes: Sequence[Path]) -> str:
 
 
 def _table(sheet: Sheet) -> str:
-    with pd.option_context("display.max_colwidth", None):
-        cells = sheet.table.to_html(index=False, border=0)
-    return "".join(map(_marked, re.split("(?=<tr>)", cells)))
+    return "\n".join(map(_marked, html_table(sheet).splitlines()))
 
 
 def _embedded(picture: Path) -> str:
@@ -95,7 +93,7 @@ def _embedded(picture: Path) -> str:
 
 def _marked(line: str) -> str:
     """Mark what is slower than the dense model, whose interval ends below 1, in a table's line."""
-    if "<td>dense</td>" in line:
+    if ">dense</td>" in line:
         return line
     return re.sub(r"<td>([\d.]+ \[[\d.]+, 0\.\d+\])", r'<td class="slow">\1', line)
 
@@ -105,16 +103,17 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
   max-width: 64rem; margin: 2rem auto; padding: 0 1rem; }
 h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem; }
 figure { margin: 0 0 1.5rem; }
-svg, img { width: 100%; height: auto; }
-section { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
-div { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
-th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap; }
+figure, div { overflow-x: auto; }
+svg, img { width: 100%; min-width: 30rem; height: auto; }
+section { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .875rem; }
+th, td { padding: .25rem .5rem; text-align: right; white-space: nowrap; }
 th { border-bottom: 2px solid #333; white-space: normal; vertical-align: bottom; }
-td:nth-child(-n+2) { text-align: left; }
+.words { text-align: left; }
 td.slow, b { color: #9a3412; font-weight: normal; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; font-size: .92rem; }
-dd { margin: 0; }
+dd { margin: 0; overflow-wrap: anywhere; min-width: 0; }
 """
 
 _SCENES = """<h2>A detector that looks only where it matters</h2>
@@ -142,8 +141,8 @@ multiply-adds an image.</p>
 <div>{{table}}</div>
 <p>{{remark}} <b>Slower than dense</b> is marked.</p>
 <h2>What each method looks at</h2>
-<p><img alt="One row an image, one column a method: what each kept or merged"
-src="{{sheet}}"></p>
+<figure><img alt="One row an image, one column a method: what each kept or merged"
+src="{{sheet}}"></figure>
 {{detector}}
 <h2>How it was measured</h2>
 <dl>{{facts}}</dl>

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from foveate.measure.figures import label_of, macs_unit
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-__all__ = ["Sheet", "markdown", "markdown_table", "sheets", "show", "terminal"]
+__all__ = ["Sheet", "html_table", "markdown", "markdown_table", "sheets", "show", "terminal"]
 
 _SPLITS = {"train": "training ", "val": "validation ", "test": "test "}
 # Digits of a part; others have two.
@@ -134,6 +135,19 @@ def markdown_table(sheet: Sheet) -> list[str]:
 
     marks = ["---" if name in sheet.words else "---:" for name in sheet.table]
     return [line([*sheet.table]), line(marks), *map(line, sheet.table.itertuples(index=False))]
+
+
+def html_table(sheet: Sheet) -> str:
+    """Return a table in HTML, a line for each row; cells that hold words have the class "words"."""
+    marks = [' class="words"' if name in sheet.words else "" for name in sheet.table]
+
+    def line(cells: Sequence[str], kind: str) -> str:
+        marked = (f"<{kind}{m}>{escape(c)}</{kind}>" for c, m in zip(cells, marks, strict=True))
+        return f"<tr>{''.join(marked)}</tr>"
+
+    head, body = line([*sheet.table], "th"), sheet.table.itertuples(index=False)
+    rows = "\n".join(line(cells, "td") for cells in body)
+    return f"<table>\n<thead>{head}</thead>\n<tbody>\n{rows}\n</tbody>\n</table>"
 
 
 def _said(value: object) -> str:

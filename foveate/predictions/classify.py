@@ -12,7 +12,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -205,7 +204,7 @@ def picture(model: nn.Module, image: Image.Image, prediction: Prediction) -> Ima
         prediction.confidences,
         title=title,
         trace=trace,
-        box=classifier.box(image),
+        box=classifier.inputs.box(image),
     )
 
 
@@ -256,29 +255,10 @@ class _Classifier:
             )
         self.names = class_names(model)
         self.inputs = Inputs.of(model)
-        self.transform = self.inputs.transform()
-        spread = self.inputs.mean, self.inputs.std
-        self.mean, self.std = (torch.tensor(v).view(-1, 1, 1) for v in spread)
 
     def batch(self, images: Iterable[Image.Image]) -> Tensor:
         """Prepare RGB images, ``[B, channels, H, W]``, on the model's device."""
-        like = next(self.model.parameters())
-        pixels = torch.stack([self.transform({"image": image})["image"] for image in images])
-        mean, std = self.mean.to(like.device), self.std.to(like.device)
-        return ((pixels.as_subclass(Tensor).to(like.device).float() / 255 - mean) / std).to(like)
-
-    def box(self, image: Image.Image) -> tuple[float, float, float, float]:
-        """Return left, top, right and bottom of what the model sees of an image, in pixels."""
-        if image.size == self.inputs.size[::-1]:
-            return 0.0, 0.0, float(image.width), float(image.height)
-        sides = (image.height, image.width)
-        factor = max(
-            int(n / self.inputs.crop_pct) / side
-            for n, side in zip(self.inputs.size, sides, strict=True)
-        )
-        height, width = (n / factor for n in self.inputs.size)
-        left, top = (image.width - width) / 2, (image.height - height) / 2
-        return left, top, left + width, top + height
+        return self.inputs.batch(images, next(self.model.parameters()))
 
     def predictions(
         self, pictures: Sequence[tuple[str | Path, Image.Image]], top: int

@@ -2,7 +2,7 @@
 
 ``draw``, ``heat`` and ``sheet`` take models and images. ``kept``, ``groups``, ``depth`` and
 ``brought_back`` take an existing trace and draw one of its images. ``usage`` looks at a data set
-with objects, and ``usage_figure`` draws what it found.
+with objects, and ``usage_figure`` draws what it found. ``Walk`` has a picture for each block.
 """
 
 from foveate.viz.answers import answers
@@ -13,6 +13,7 @@ from foveate.viz.relevance import HEATS, heat_map
 from foveate.viz.show import KINDS, SHEETS, draw, heat, sheet
 from foveate.viz.tokens import brought_back, depth, groups, kept
 from foveate.viz.usage import Usage, UsageSums, usage, usage_figure
+from foveate.viz.walk import Walk
 
 __all__ = [
     "HEATS",
@@ -20,6 +21,7 @@ __all__ = [
     "SHEETS",
     "Usage",
     "UsageSums",
+    "Walk",
     "answers",
     "brought_back",
     "caption",

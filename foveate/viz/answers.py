@@ -9,14 +9,14 @@ from PIL import Image
 
 from foveate.core import Trace
 from foveate.viz.colours import EXTRA
-from foveate.viz.grid import Box, as_image, laid, panel, seen
+from foveate.viz.grid import Box, as_image, laid, panel, seen, shrunk
 from foveate.viz.layout import Cell, chart, page
 from foveate.viz.steps import steps
 from foveate.viz.tokens import LEFT_OUT, MERGED, SUMS_UP, with_groups
 
-__all__ = ["answers"]
+__all__ = ["LONGEST", "answers"]
 
-_LONGEST = 448  # longer side of an image on the page, in pixels
+LONGEST = 448  # longer side of an image on the page, in pixels
 
 
 def answers(
@@ -40,12 +40,7 @@ def answers(
         index: number of the image in the trace.
         box: part of the image that the model saw, in pixels; None is the whole image.
     """
-    whole = as_image(image)
-    picture = whole.copy()
-    picture.thumbnail((_LONGEST, _LONGEST), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    if box is not None:
-        across, down = picture.width / whole.width, picture.height / whole.height
-        box = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
+    picture, box = shrunk(as_image(image), LONGEST, box)
     if trace is None:
         base = seen(panel(picture, (1, 1), box))
     else:

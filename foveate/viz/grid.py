@@ -14,7 +14,7 @@ from torch import Tensor
 from foveate.core import Trace
 from foveate.data import read_image, to_rgb
 
-__all__ = ["Box", "Panel", "as_image", "check_index", "laid", "panel", "seen"]
+__all__ = ["Box", "Panel", "as_image", "check_index", "laid", "panel", "seen", "shrunk"]
 
 Box = tuple[float, float, float, float]
 
@@ -93,6 +93,16 @@ class Panel:
     def image(self) -> Image.Image:
         """Return the panel as a picture."""
         return Image.fromarray(np.round(self.pixels).clip(0, 255).astype(np.uint8))
+
+
+def shrunk(image: Image.Image, longest: int, box: Box | None) -> tuple[Image.Image, Box | None]:
+    """Return an image whose longer side has at most so many pixels, and the box within it."""
+    picture = image.copy()
+    picture.thumbnail((longest, longest), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    if box is not None:
+        across, down = picture.width / image.width, picture.height / image.height
+        box = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
+    return picture, box
 
 
 def panel(

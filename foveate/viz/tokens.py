@@ -27,14 +27,17 @@ __all__ = [
     "LEFT_OUT",
     "MERGED",
     "SUMS_UP",
+    "WAITS",
     "brought_back",
     "depth",
     "depth_bar",
     "groups",
     "kept",
+    "later_used",
     "tinted",
     "with_depth",
     "with_groups",
+    "with_waiting",
 ]
 
 _RIM = (255, 255, 255)
@@ -42,6 +45,7 @@ _DARK = (0, 0, 0)
 LEFT_OUT = Key("left out", ((64, 64, 64),))
 MERGED = Key("merged: one colour per group", OKABE_ITO[:3])
 SUMS_UP = Key("a token that sums up patches left out", (EXTRA,))
+WAITS = Key("unused here, used later", (BROUGHT_BACK,))
 
 
 def kept(
@@ -138,31 +142,23 @@ def brought_back(
     Patches that are never used again are dimmed. Arguments are those of ``kept``.
     """
     found = steps(trace, index)
-    later = _later_used(found)
+    later = later_used(found)
     stages = changes(found, "working") or found[-1:]
     place = {id(step): n for n, step in enumerate(found)}
 
     def draw(base: Panel, step: Step) -> Panel:
         waits = later[place[id(step)]] & ~step.working
-        gone = step.left_out & ~waits
-        lit = base.where(gone, dimmed(base.pixels))
-        lit = lit.where(waits, blend(base.pixels, np.array(BROUGHT_BACK), 0.6))
-        label = np.where(waits, 1, np.where(gone, 2, 0))
-        edge = base.borders(label) & (base.of(label) > 0)
-        return lit.painted(edge, _RIM)
+        return with_waiting(base.where(step.left_out, dimmed(base.pixels)), base, step, waits)
 
     def words(step: Step) -> list[str]:
         waits = int((later[place[id(step)]] & ~step.working).sum())
         return [step.label, f"{waits} brought back later"]
 
-    legend = [
-        Key("unused here, used later", (BROUGHT_BACK,)),
-        Key("not used again", LEFT_OUT.colours),
-    ]
+    legend = [WAITS, Key("not used again", LEFT_OUT.colours)]
     return _strip(trace, image, index, model, box, stages, draw, words, legend)
 
 
-def _later_used(found: Sequence[Step]) -> list[np.ndarray]:
+def later_used(found: Sequence[Step]) -> list[np.ndarray]:
     """Return for each step the patches that any later step works on, ``[H*W]`` bool."""
     later = [np.zeros_like(found[-1].working)]
     for step in reversed(found[1:]):
@@ -180,6 +176,14 @@ def with_groups(base: Panel, step: Step) -> Panel:
     # Outlines run between groups and around them, but not between single patches.
     label = np.where(step.merged, step.group, -1)
     return drawn.painted(base.borders(label) & base.of(step.merged), _DARK)
+
+
+def with_waiting(drawn: Panel, base: Panel, step: Step, waits: np.ndarray) -> Panel:
+    """Colour patches that wait for a later block, and outline them and those left out."""
+    lit = drawn.where(waits, blend(base.pixels, np.array(BROUGHT_BACK), 0.6))
+    label = np.where(waits, 1, np.where(step.left_out, 2, 0))
+    edge = base.borders(label) & (base.of(label) > 0)
+    return lit.painted(edge, _RIM)
 
 
 def _with_kept(base: Panel, step: Step) -> Panel:

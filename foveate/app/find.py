@@ -1,0 +1,123 @@
+"""What a detector or a segmenter finds in one photograph, with its method and without."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from foveate import api
+from foveate.app.look import Time, Told, check_rounds, timed
+from foveate.dense import DenseModel, Segmenter
+from foveate.facts import count
+from foveate.latency import setting_of
+from foveate.measure import DENSE
+from foveate.predictions import DensePrediction, predict_dense
+
+__all__ = ["Finding", "Findings", "find"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found, with a method or without.
+
+    Attributes:
+        name: "dense", or the method with its options.
+        picture: the photograph, what was found in it and, with a method, the blocks that worked
+            on each patch.
+        found: names with their confidence, or of a segmenter their share of the pixels.
+        usage: share of the patches that the blocks worked on; None without a method.
+        macs: multiply-adds of this image, but for those that depend on what is found.
+        time: None where nothing was timed.
+    """
+
+    name: str
+    picture: Image.Image
+    found: tuple[tuple[str, float], ...]
+    usage: float | None
+    macs: float
+    time: Time | None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The model without a method and with it.
+
+    Attributes:
+        each: the dense model first.
+        objects: True of a detector, False of a segmenter.
+        left_out: what multiply-adds leave out.
+        setting: what times are of, in words.
+        rounds: number of timed rounds.
+    """
+
+    each: tuple[Finding, ...]
+    objects: bool
+    left_out: str
+    setting: str
+    rounds: int
+
+
+def find(
+    model: DenseModel,
+    image: Image.Image,
+    method: str = "",
+    least: float = 0.5,
+    rounds: int = 10,
+    progress: Told | None = None,
+) -> Findings:
+    """Run a detector or segmenter on a photograph, without a method and with one.
+
+    Args:
+        model: the detector or segmenter.
+        image: the photograph, RGB.
+        method: to apply to a model that has none; "" for its own, if any.
+        least: least score of an object that is drawn and named.
+        rounds: timed rounds; 0 times nothing.
+        progress: told, between rounds, how many of all rounds are done.
+    """
+    check_rounds(rounds)
+    models: dict[str, DenseModel] = {DENSE: model}
+    if model.reducer.name != "dense":
+        if method.strip():
+            raise ValueError(f"the model has its own method {model.reducer!r}: name no other")
+        plain: Any = api.unwrap(model)  # a model of the same class
+        models = {DENSE: plain, repr(model.reducer): model}
+    elif method.strip():
+        reduced = api.apply(model, method.strip()).eval()
+        models[repr(reduced.reducer)] = reduced
+    pixels = [model.pixels(image)]
+    times = timed(models, pixels, rounds, progress)
+    each = []
+    for name, one in models.items():
+        record, picture = _predicted(one, image, least)
+        labels = one.class_names or tuple(f"class {n}" for n in range(one.num_classes))
+        pairs = zip(record.classes, record.scores, strict=True)
+        found = [(labels[n], score) for n, score in pairs if score >= least or _areas(one)]
+        counted = count(one, images=pixels)
+        each.append(
+            Finding(name, picture, tuple(found), record.usage, counted.macs, times.get(name))
+        )
+    setting = setting_of(model.reduced.backbone)
+    return Findings(tuple(each), not _areas(model), counted.left_out, str(setting), rounds)
+
+
+def _areas(model: DenseModel) -> bool:
+    """Tell a segmenter, whose scores are shares of the pixels, from a detector."""
+    return isinstance(model, Segmenter)
+
+
+def _predicted(
+    model: DenseModel, image: Image.Image, least: float
+) -> tuple[DensePrediction, Image.Image]:
+    """Return what was found and the picture that ``foveate predict`` draws of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, drawn = Path(folder, "photograph"), Path(folder, "drawn")
+        image.save(given, "PNG", compress_level=1)
+        (record,) = predict_dense(model, given, pictures=drawn, least=least)
+        (path,) = drawn.iterdir()
+        with Image.open(path) as file:
+            return record, file.copy()
