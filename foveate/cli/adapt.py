@@ -1,0 +1,65 @@
+"""Train a reduced model to agree with its own dense self, on images without labels.
+
+A model in place of the recipe is adapted by the recipe "folder"; one that was saved with a method
+brings that along, any other takes method=METHOD.
+
+In a terminal:
+  foveate adapt --list
+  foveate adapt tuned/ --images photos/
+  foveate adapt deit_small_patch16_224 "method=evit(keep=0.7)" --images photos/
+  foveate adapt fashion_part "method=tome(r=4)" train=blocks:4
+  foveate adapt demo_dynamicvit data.train=fashion-mnist train=method
+  foveate adapt --resume runs/adapt-folder
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from foveate.cli.training import add_recipe_arguments, run_job
+
+__all__ = ["add_arguments", "run"]
+
+_USUAL = "folder"  # the recipe of a model that is named without one
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command line."""
+    more = "; or a model: a name of timm, a checkpoint, the folder of a run or of foveate.save"
+    add_recipe_arguments(parser, "adapt", resumable=True, more=more)
+    parser.add_argument(
+        "--images",
+        metavar="FOLDER",
+        help="folder of images without labels, the same as data.train=folder:FOLDER",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Adapt, and say what came of it."""
+    if not args.resume:
+        _name_recipe(args)
+    run_job("adapt", args)
+
+
+def _name_recipe(args: argparse.Namespace) -> None:
+    """Turn a model and --images into settings of a recipe."""
+    given = []
+    if args.recipe is not None and not _is_recipe(args.recipe):
+        if "=" in args.recipe:  # settings alone
+            args.settings.insert(0, args.recipe)
+        else:
+            from foveate.jobs import model_group
+
+            group = json.dumps(model_group(args.recipe))
+            given += [f"model={group}", "method=null"]
+        args.recipe = _USUAL
+    if args.images is not None:
+        given.append(f"data.train={json.dumps(f'folder:{args.images}')}")
+    args.settings = given + args.settings
+
+
+def _is_recipe(name: str) -> bool:
+    from foveate import config
+
+    return name.endswith((".yaml", ".yml")) or name in config.list_recipes("adapt")
