@@ -7,7 +7,7 @@ In a terminal:
   foveate adapt --list
   foveate adapt tuned/ --images photos/
   foveate adapt deit_small_patch16_224 "method=evit(keep=0.7)" --images photos/
-  foveate adapt fashion_part "method=tome(r=4)" train=blocks:4
+  foveate adapt fashion_part "method=tome(r=5)" train=blocks:4
   foveate adapt demo_dynamicvit data.train=fashion-mnist train=method
   foveate adapt --resume runs/adapt-folder
 """
@@ -51,8 +51,11 @@ def _name_recipe(args: argparse.Namespace) -> None:
         else:
             from foveate.jobs import model_group
 
-            group = json.dumps(model_group(args.recipe))
-            given += [f"model={group}", "method=null"]
+            try:
+                group = model_group(args.recipe)
+            except ValueError as error:
+                raise ValueError(f"no recipe of that name (see --list), and {error}") from error
+            given += [f"model={json.dumps(group)}", "method=null"]
         args.recipe = _USUAL
     if args.images is not None:
         given.append(f"data.train={json.dumps(f'folder:{args.images}')}")

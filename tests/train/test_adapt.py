@@ -170,7 +170,7 @@ METHODS = (
             *(
                 "svit(keep=0.5)",
                 "ats(K=8)",
-                "evovit(keep=0.5)",
+                "evovit(keep=0.5, aux=True)",
                 "static(keep=0.5)",
                 "pitome(keep=0.9)",
             ),
@@ -338,5 +338,5 @@ def test_refused_images(
         assert main([*words, folder]) == 2
         assert said in capsys.readouterr().err
     assert main(["adapt", "fashion_prt"]) == 2
-    assert "fashion_prt is neither a" in capsys.readouterr().err
+    assert "no recipe of that name (see --list), and fashion_prt is neither" in capsys.readouterr().err
     assert not Path("runs").exists() or not list(Path("runs").iterdir())
