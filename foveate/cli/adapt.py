@@ -1,7 +1,7 @@
 """Train a reduced model to agree with its own dense self, on images without labels.
 
-A model in place of the recipe is adapted by the recipe "folder"; one that was saved with a method
-brings that along, any other takes method=METHOD.
+A model in place of the recipe, or settings that name one, take the rest from the recipe "folder".
+A model that was saved with a method brings that along, any other takes method=METHOD.
 
 In a terminal:
   foveate adapt --list
@@ -37,32 +37,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Adapt, and say what came of it."""
-    if not args.resume:
-        _name_recipe(args)
-    run_job("adapt", args)
-
-
-def _name_recipe(args: argparse.Namespace) -> None:
-    """Turn a model and --images into settings of a recipe."""
     given = []
-    if args.recipe is not None and not _is_recipe(args.recipe):
-        if "=" in args.recipe:  # settings alone
-            args.settings.insert(0, args.recipe)
-        else:
-            from foveate.jobs import model_group
-
-            try:
-                group = model_group(args.recipe)
-            except ValueError as error:
-                raise ValueError(f"no recipe of that name (see --list), and {error}") from error
-            given += [f"model={json.dumps(group)}", "method=null"]
-        args.recipe = _USUAL
     if args.images is not None:
         given.append(f"data.train={json.dumps(f'folder:{args.images}')}")
+    if args.recipe is not None and not args.resume and not _is_recipe(args.recipe):
+        # A model, or settings that name one: it brings its method or is given one.
+        group, settings = ("{}", [args.recipe]) if "=" in args.recipe else (_model(args.recipe), [])
+        given += [f"model={group}", "method=null", *settings]
+        args.recipe = _USUAL
     args.settings = given + args.settings
+    run_job("adapt", args)
 
 
 def _is_recipe(name: str) -> bool:
     from foveate import config
 
     return name.endswith((".yaml", ".yml")) or name in config.list_recipes("adapt")
+
+
+def _model(name: str) -> str:
+    """Return the group "model" of a recipe for a model that is named in its place."""
+    from foveate.jobs import model_group
+
+    try:
+        return json.dumps(model_group(name))
+    except ValueError as error:
+        raise ValueError(f"no recipe of that name (see --list), and {error}") from error

@@ -472,8 +472,9 @@ class Adapt(Recipe):
 
     Attributes:
         model: which one, and from where; as it is before training it is the teacher.
-        method: reduction method with its options, as in ``Reduce``; None takes the method that the
-            model was saved with.
+        method: reduction method with its options, such as "evit(keep=0.7)"; or its name and options
+            one by one, such as method.name=evit method.keep=0.7. None takes the one that the model
+            was saved with.
         train: what is trained: "method" (its own parameters, such as gates), "blocks:N" (these and
             the last N blocks of the model) or "all".
         weights: factors of the losses (patches, prefix, kl, and the method's own, such as ratio),

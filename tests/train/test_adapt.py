@@ -19,8 +19,9 @@ from small import hf, vit
 import foveate
 from foveate.backbones import image_settings, set_image_settings
 from foveate.cli import main
-from foveate.data import Loader, eval_transform, limited, open_images
+from foveate.data import Loader, eval_transform, limited, open_images, open_source
 from foveate.data.sources.memory import ArraySource
+from foveate.train.callbacks import Pictures
 from foveate.train.logs import read_metrics
 
 QUIET: dict[str, Any] = {"progress": False, "say": lambda _: None}
@@ -119,12 +120,26 @@ def test_a_folder_without_classes(
     assert foveate.load("runs/adapt-folder").reducer.config()["r"] == 2
     more = ("adapt", "--resume", "runs/adapt-folder", "loop.epochs=2")
     assert main(more) == 0 and "the model is runs/adapt-folder" in capsys.readouterr().out
+    assert main([*more, "--images", "photos"]) == 2
+    assert "a run goes on with its own recipe" in capsys.readouterr().err
     # The model's name alone, settings alone, and a recipe of one's own.
-    words = ["adapt", "model.start=tuned", "method=null", "--images", "photos", "--print"]
-    assert main(words) == 0 and "start: tuned" in capsys.readouterr().out
+    words = ["adapt", "model.start=tuned", "data.train=folder:photos", "--print"]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert "start: tuned" in text and "name: null" in text and "method: null" in text
     Path("mine.yaml").write_text("model: {start: tuned}\n")
     assert main(["adapt", "mine.yaml", "train=blocks:2", "--print"]) == 0
     assert "train: blocks:2" in capsys.readouterr().out
+
+
+def test_pictures_of_images_without_labels(tmp_path: Path) -> None:
+    """As many as of images with classes, which are then all different."""
+    source = open_source(str(photos(tmp_path / "photos", 6)), "all", labels=False)
+    assert len(Pictures(tmp_path, 1, source)._images) == 4
+    clothes = open_images("fashion-mnist", "val")
+    names = Pictures(tmp_path, 1, clothes)._images
+    labels = {clothes.label(n) for n in range(len(clothes)) if clothes.name(n) in names}
+    assert len(names) == len(labels) == 4
 
 
 # What is trained ---------------------------------------------------------------------------------
@@ -338,5 +353,7 @@ def test_refused_images(
         assert main([*words, folder]) == 2
         assert said in capsys.readouterr().err
     assert main(["adapt", "fashion_prt"]) == 2
-    assert "no recipe of that name (see --list), and fashion_prt is neither" in capsys.readouterr().err
+    assert (
+        "no recipe of that name (see --list), and fashion_prt is neither" in capsys.readouterr().err
+    )
     assert not Path("runs").exists() or not list(Path("runs").iterdir())
