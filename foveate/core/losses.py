@@ -9,11 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = [
-    *("channel_spread", "distillation", "feature_distance", "hard_distillation", "ratio_loss"),
+    *("distillation", "feature_distance", "hard_distillation", "ratio_loss"),
     "token_distillation",
 ]
 
-_LEAST_SPREAD = 1e-6
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -52,26 +51,13 @@ def token_distillation(tokens: Tensor, teacher: Tensor, kept: Tensor, how: str =
     return (each * weight).sum() / _of_a_process(weight.sum()).clamp_min(_TINY)
 
 
-def feature_distance(features: Tensor, teacher: Tensor, spread: Tensor) -> Tensor:
-    """Compute the smooth L1 distance of features from a teacher's, in units of their spread.
-
-    Args:
-        features: ``[B, N, C]``.
-        teacher: ``[B, N, C]``.
-        spread: of each channel, ``[C]``, as ``channel_spread`` gives it.
-    """
-    return F.smooth_l1_loss(features.float() / spread, teacher.float() / spread)
-
-
-def channel_spread(tokens: Tensor) -> Tensor:
-    """Compute each channel's standard deviation over ``tokens [B, N, C]`` of all processes."""
-    flat = tokens.float().flatten(0, 1)
-    mean = _of_a_process(flat.mean(0))
-    return _of_a_process((flat - mean).square().mean(0)).sqrt().clamp_min(_LEAST_SPREAD)
+def feature_distance(features: Tensor, teacher: Tensor) -> Tensor:
+    """Average one minus the cosine of features ``[B, N, C]`` with a teacher's over all tokens."""
+    return 1 - F.cosine_similarity(features.float(), teacher.float(), dim=-1).mean()
 
 
 def _of_a_process(count: Tensor) -> Tensor:
-    """Average over all processes, so that what is divided by it averages to that of all tokens."""
+    """Average a count over all processes, so that they average to the mean over all tokens."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return count
     whole = count.clone()

@@ -18,13 +18,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric
 
 from foveate import api
 from foveate.backbones import backbone_for
 from foveate.core import ReducedViT, dense
-from foveate.core.losses import channel_spread, distillation, feature_distance
+from foveate.core.losses import distillation, feature_distance
 from foveate.data import Inputs, Splits
 from foveate.dense import DenseModel
 from foveate.train import recipe as recipes
@@ -90,11 +89,9 @@ class AdaptTask(MethodTask):
         with torch.no_grad():
             wanted = self.teacher.run(images)
         target, front = wanted.state.tokens(), wanted.state.prefix
-        spread, patches = channel_spread(target), outcome.state.restore()
-        losses = {"patches": feature_distance(patches, target[:, front:], spread)}
+        losses = {"patches": feature_distance(outcome.state.restore(), target[:, front:])}
         if front:
-            prefix = outcome.state.prefix_tokens()
-            losses["prefix"] = feature_distance(prefix, target[:, :front], spread)
+            losses["prefix"] = feature_distance(outcome.state.prefix_tokens(), target[:, :front])
         likely = None
         if self.classifies:
             losses["kl"] = distillation(outcome.logits, wanted.logits)
@@ -114,8 +111,8 @@ class AdaptTask(MethodTask):
         assert isinstance(model, ReducedViT)
         images = self.pixels(batch)
         outcome, wanted = model.run(images, track=True), self.teacher.run(images)
-        patches = wanted.state.tokens()[:, wanted.state.prefix :].float()
-        found = {"cosine": F.cosine_similarity(outcome.state.restore().float(), patches, -1).mean()}
+        patches = wanted.state.tokens()[:, wanted.state.prefix :]
+        found = {"cosine": 1 - feature_distance(outcome.state.restore(), patches)}
         if self.classifies:
             same = outcome.logits.argmax(-1) == wanted.logits.argmax(-1)
             found["agreement"] = 100 * same.float().mean()
