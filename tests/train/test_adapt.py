@@ -57,12 +57,12 @@ def test_it_learns_to_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         raise AssertionError("a label was read")
 
     monkeypatch.setattr(ArraySource, "label", label)
-    settings = ("data.limit=192", "data.batch=32", "data.val_limit=100", "optim.lr=1e-3")
+    settings = ("data.limit=256", "data.batch=32", "data.val_limit=100", "optim.lr=1e-3")
     recipe = adapt("demo", "evit(keep=0.3)", *settings, "loop.epochs=1")
     result = run(replace(recipe, data=replace(recipe.data, mean=None, std=None)), tmp_path)
-    assert result["updates"] == 6 and result["score"] == "kl"
+    assert result["updates"] == 8 and result["score"] == "kl"
     assert result["agreement"] > result["agreement_before"] + 5
-    assert result["kl"] < 0.75 * result["kl_before"]
+    assert result["kl"] < 0.8 * result["kl_before"]
     assert result["cosine"] > result["cosine_before"]
     model = foveate.load(tmp_path)
     assert repr(model.reducer) == "evit(keep=0.3)" and foveate.backbones.class_names(model)
