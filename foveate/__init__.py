@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from foveate.exports import export
     from foveate.facts import count, describe
     from foveate.jobs import (
+        adapt,
         detect,
         evaluate,
         finetune,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Predictions",
     "Schedule",
+    "adapt",
     "apply",
     "count",
     "describe",
@@ -52,6 +54,7 @@ __all__ = [
 _HOMES = {
     "Predictions": "predictions",
     "Schedule": "core",
+    "adapt": "jobs",
     "apply": "api",
     "count": "facts",
     "describe": "facts",

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from foveate import config
-from foveate.convert import open_base
+from foveate.convert import SHIPPED, open_base
 from foveate.convert.hub import is_hub_name
 from foveate.convert.named import check_name
 from foveate.core import ReducedViT, Reducer
@@ -33,6 +33,7 @@ from foveate.registry import suggest
 from foveate.stages import Measured, Pipeline
 from foveate.stages import run as run_stages
 from foveate.train import recipe as recipes
+from foveate.train.adapt import adapt as run_adapt
 from foveate.train.dense_recipe import Detect, Segment
 from foveate.train.detect import detect as run_detect
 from foveate.train.probe import probe as run_probe
@@ -42,7 +43,8 @@ from foveate.train.run import train
 from foveate.train.segment import segment as run_segment
 
 __all__ = [
-    *("detect", "evaluate", "finetune", "pipeline", "pretrain", "probe", "reduce", "segment"),
+    *("adapt", "detect", "evaluate", "finetune", "model_group", "pipeline", "pretrain", "probe"),
+    *("reduce", "segment"),
 ]
 
 _R = TypeVar("_R")
@@ -137,6 +139,45 @@ def reduce(
     return train(
         made, _folder("reduce", out, made.loop, resume), resume=resume, progress=progress, say=say
     )
+
+
+def adapt(
+    model: str | Path | nn.Module | recipes.Model | Settings | None = None,
+    method: str | Settings | Reducer | None = None,
+    data: Any = None,
+    *,
+    train: str | None = None,
+    weights: Mapping[str, float] | None = None,
+    optim: recipes.Optim | Settings | None = None,
+    loop: recipes.Loop | Settings | None = None,
+    recipe: str | Path | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    say: Say = print,
+) -> Result:
+    """Train a reduced model to agree with itself as it is dense, on images without labels.
+
+    Args:
+        model: as in ``finetune``; also one that has a method: a model from ``foveate.apply``, or a
+            folder that ``foveate.save`` wrote.
+        method: such as "evit(keep=0.7)"; None is that of a model that is given, else the recipe's.
+        data: as in ``finetune``; labels are not looked at.
+        train: what is trained: "method", "blocks:N" (the last N too) or "all".
+        weights: factors of losses, such as {"kl": 0.5, "ratio": 4.0}.
+        optim: the group of that name, as a dictionary or its class.
+        loop: likewise.
+        recipe: one that ships, by name, or a YAML file; the groups change it.
+        out: folder of the run; None takes runs/adapt, or the next that is free.
+        resume: go on with the run in ``out``.
+        progress: show a progress bar.
+        say: is told what is trained on what before it begins.
+    """
+    groups = {"method": method, "train": train, "weights": weights, "optim": optim, "loop": loop}
+    own = ("method",) if isinstance(model, (str, Path, nn.Module)) else ()
+    made = _recipe(recipes.Adapt, "adapt", recipe, model, data, groups, without=own)
+    folder = _folder("adapt", out, made.loop, resume)
+    return run_adapt(made, folder, resume=resume, progress=progress, say=say)
 
 
 def detect(
@@ -394,12 +435,25 @@ def _recipe(
     groups: Mapping[str, Any],
     *,
     scratch: bool = False,
+    without: Sequence[str] = (),
 ) -> _R:
-    """Make a recipe with what was given laid over it; objects are put in at the end."""
+    """Make a recipe with what was given laid over it; objects are put in at the end.
+
+    Args:
+        cls: of the recipe.
+        job: its name.
+        recipe: one that ships, or a file.
+        model: what was given for the group of that name.
+        data: likewise.
+        groups: what was given for the others; None leaves the recipe's.
+        scratch: see ``model_group``.
+        without: keys of the recipe that what was given takes the place of.
+    """
     tree: dict[str, Any] = {}
     if recipe is not None:
         tree = config.load(config.find_recipe(job, str(recipe)))
-    given = {**groups, "model": _model(model, scratch), "data": _data(data)}
+        tree = {key: value for key, value in tree.items() if key not in without}
+    given = {**groups, "model": model_group(model, scratch), "data": _data(data)}
     objects: dict[tuple[str, ...], Any] = {}
     for name, value in given.items():
         if value is None:
@@ -419,13 +473,18 @@ def _recipe(
     return made
 
 
-def _model(given: Any, scratch: bool) -> Any:
-    """Return the group "model" that a name, a path or a module stands for."""
+def model_group(given: Any, scratch: bool = False) -> Any:
+    """Return the group "model" of a recipe that a name, a path or a module stands for.
+
+    Args:
+        given: a group is returned as it is.
+        scratch: begin with new weights where a name of timm is given.
+    """
     if isinstance(given, nn.Module):
         return {"start": given}
     if isinstance(given, (str, Path)):
         name = str(given)
-        if name == "demo" or is_hub_name(name) or Path(name).exists():
+        if name in SHIPPED or is_hub_name(name) or Path(name).exists():
             return {"start": name}
         if name not in ("lvvit_s", "lvvit_m"):
             check_name(name)

@@ -289,6 +289,7 @@ def test_the_public_names() -> None:
     assert sorted(foveate.__all__) == [
         "Predictions",
         "Schedule",
+        "adapt",
         "apply",
         "count",
         "describe",

@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = (
-    *("app", "bench", "compare", "convert", "data", "demo", "describe", "detect", "env", "eval"),
-    *("export", "finetune", "list", "look", "pipeline", "predict", "pretrain", "probe", "push"),
-    *("rauc", "reduce", "segment", "show"),
+    *("adapt", "app", "bench", "compare", "convert", "data", "demo", "describe", "detect", "env"),
+    *("eval", "export", "finetune", "list", "look", "pipeline", "predict", "pretrain", "probe"),
+    *("push", "rauc", "reduce", "segment", "show"),
 )
 
 

@@ -8,18 +8,25 @@ from typing import Any
 
 __all__ = ["add_recipe_arguments", "begin", "run_job", "show_recipes"]
 
-_TRAINERS = {"detect": ("detect", "detect"), "segment": ("segment", "segment")}
+_TRAINERS = {name: (name, name) for name in ("adapt", "detect", "segment")}
 
 
-def add_recipe_arguments(parser: Any, job: str, *, resumable: bool) -> None:
-    """Describe the command line of a job; its settings are listed when help is asked for."""
+def add_recipe_arguments(parser: Any, job: str, *, resumable: bool, more: str = "") -> None:
+    """Describe the command line of a job; its settings are listed when help is asked for.
+
+    Args:
+        parser: of the command.
+        job: its name.
+        resumable: whether a run can be gone on with.
+        more: what the command takes besides in the place of a recipe, for its help.
+    """
     parser.more_help = lambda: _settings(job)
     add = parser.add_argument
     add(
         "recipe",
         nargs="?",
         metavar="RECIPE",
-        help="name of a recipe that ships (see --list), or a YAML file",
+        help=f"name of a recipe that ships (see --list), or a YAML file{more}",
     )
     add(
         "settings",

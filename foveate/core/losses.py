@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["distillation", "hard_distillation", "ratio_loss", "token_distillation"]
+__all__ = [
+    *("distillation", "feature_distance", "hard_distillation", "ratio_loss"),
+    "token_distillation",
+]
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -46,6 +49,11 @@ def token_distillation(tokens: Tensor, teacher: Tensor, kept: Tensor, how: str =
         each = F.kl_div(student, wanted, log_target=True, reduction="none").sum(-1)
     # Where no token at all was kept there is nothing to compare, and no division by zero.
     return (each * weight).sum() / _of_a_process(weight.sum()).clamp_min(_TINY)
+
+
+def feature_distance(features: Tensor, teacher: Tensor) -> Tensor:
+    """Average one minus the cosine of features ``[B, N, C]`` with a teacher's over all tokens."""
+    return 1 - F.cosine_similarity(features.float(), teacher.float(), dim=-1).mean()
 
 
 def _of_a_process(count: Tensor) -> Tensor:

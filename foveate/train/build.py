@@ -25,7 +25,7 @@ from foveate.train.reduce import ReduceTask
 
 __all__ = [
     *("check_start", "check_unseen", "make_finetune", "make_model", "make_reduce", "open_data"),
-    *("open_start", "set_checkpointing", "set_drop_path"),
+    *("open_start", "open_whole", "set_checkpointing", "set_drop_path"),
 ]
 
 _log = logging.getLogger(__name__)
@@ -79,6 +79,20 @@ def open_start(path: str | nn.Module, weights: str = "auto") -> nn.Module:
     if path in SHIPPED:
         return open_shipped(str(path))
     return open_model(path, None, None, {}, Settings(weights=weights)).model
+
+
+def open_whole(recipe: recipes.Model) -> nn.Module:
+    """Open the model that a recipe names as it is: with its head, and with its method if any."""
+    if recipe.start is None:
+        raise ValueError(
+            f"model.name={recipe.name} has random weights: model.start says which to begin with, "
+            "such as pretrained"
+        )
+    if recipe.start == "pretrained":
+        return _made(recipe, {})
+    if recipe.name is not None:
+        return _opened(recipe)
+    return open_start(recipe.start, recipe.weights)
 
 
 def open_data(data: recipes.Data, *, labels: bool = True, labels_of: str = IMAGE) -> Splits:

@@ -58,7 +58,7 @@ class TokenCounts(Callback):
 
 
 class Pictures(Callback):
-    """Draws every few epochs what the method does to the first evaluated images of some classes.
+    """Draws every few epochs what the method does to some evaluated images, of different classes.
 
     Args:
         folder: of the files.
@@ -77,9 +77,9 @@ class Pictures(Callback):
             )
         labels: set[int] = set()
         for index in range(len(source)):
-            if len(labels) == number:
+            if len(self._images) == number:
                 break
-            if source.label(index) not in labels:
+            if source.classes is None or source.label(index) not in labels:
                 try:
                     self._images[source.name(index)] = as_picture(source.image(index))
                 except Unreadable:  # evaluation says so, if it is to

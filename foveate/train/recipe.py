@@ -7,15 +7,18 @@ by all jobs; each job's recipe is a class of its own at the end.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from foveate.core.schedule import check_choice
 from foveate.data import Augment
+from foveate.data.splits import NONE
 from foveate.registry import make
 
 __all__ = [
+    "Adapt",
     "Data",
     "Distill",
     "Finetune",
@@ -461,6 +464,42 @@ class Reduce(Recipe):
         self.method = one_word(self.method)
         check_choice("token_loss", self.token_loss, ("mse", "kl"))
         checked_weights(self.weights)
+
+
+@dataclass(kw_only=True)
+class Adapt(Recipe):
+    """Training of a reduced model to agree with itself as it is dense; no labels are read.
+
+    Attributes:
+        model: which one, and from where; as it is before training it is the teacher.
+        method: reduction method with its options, such as "evit(keep=0.7)"; or its name and options
+            one by one, such as method.name=evit method.keep=0.7. None takes the one that the model
+            was saved with.
+        train: what is trained: "method" (its own parameters, such as gates), "blocks:N" (these and
+            the last N blocks of the model) or "all".
+        weights: factors of the losses (patches, prefix, kl, and the method's own, such as ratio),
+            such as weights.kl=0.5.
+    """
+
+    model: Model
+    method: str | dict[str, Any] | None = None
+    train: str = "all"
+    weights: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.method = None if self.method is None else one_word(self.method)
+        checked_weights(self.weights)
+        if not re.fullmatch(r"method|all|blocks:[1-9]\d*", self.train):
+            raise ValueError(f"train must be method, all or blocks:N from 1, got {self.train!r}")
+        if self.data.val == NONE:
+            raise ValueError("data.val=none: agreement is measured on validation images")
+
+    @property
+    def blocks(self) -> int | None:
+        """Count the last blocks that are trained; None trains the whole model."""
+        if self.train == "all":
+            return None
+        return int(self.train.partition(":")[2] or 0)
 
 
 @dataclass(kw_only=True)

@@ -20,10 +20,10 @@ from foveate.core import GatedReducer, Outcome, ReducedViT, dense
 from foveate.core.chain import chained_name
 from foveate.registry import make, suggest
 from foveate.train.draws import Draws
-from foveate.train.images import ClassificationTask
+from foveate.train.images import ClassificationTask, ImageTask
 from foveate.train.recipe import Data, Mix
 
-__all__ = ["ReduceTask", "own_weights"]
+__all__ = ["MethodTask", "ReduceTask", "chosen_weights", "own_weights"]
 
 _COMPARED = ("kl", "token")  # losses that need a teacher
 
@@ -39,14 +39,55 @@ def own_weights(model: ReducedViT) -> dict[str, float]:
     }
 
 
-class ReduceTask(ClassificationTask):
+def chosen_weights(
+    given: Mapping[str, float] | None, usual: Mapping[str, float], method: str
+) -> dict[str, float]:
+    """Return the weights of losses with those that were given; no others may be."""
+    given = given or {}
+    for name in given:
+        if name not in usual:
+            raise ValueError(suggest(f"loss of {method}", name, usual))
+    return {**usual, **given}
+
+
+class MethodTask(ImageTask):
+    """What training a model with a method is, whatever is lost on images."""
+
+    model: ReducedViT
+    _run: Callable[..., Outcome] | None = None  # compiled
+
+    def run(self, images: Tensor, *, track: bool = False) -> Outcome:
+        """Run a training step's pass, compiled or not."""
+        return (self._run or self.model.run)(images, track=track)
+
+    def set_progress(self, progress: float, model: nn.Module) -> None:
+        """Lower the method's rate and change its stages as the run goes on."""
+        assert isinstance(model, ReducedViT)
+        model.set_progress(progress)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """Return the ViT; evaluation mode reaches it alone, since gates must go on sampling."""
+        return self.model.vit
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the driven pass, which steps call instead of the model."""
+        self._run = torch.compile(self.model.run, *args, **kwargs)
+
+    def export(self, model: nn.Module, folder: Path) -> Path:
+        """Write backbone and method, for ``foveate.load``."""
+        assert isinstance(model, ReducedViT)
+        path = folder / "model"
+        save(model, path, everything=True)
+        return path
+
+
+class ReduceTask(MethodTask, ClassificationTask):
     """Classification, the method's own losses, and distances from a dense teacher.
 
     The teacher is given afterwards by ``learn_from``, where ``needs_teacher`` says so: which losses
     are computed follows from the weights.
     """
-
-    model: ReducedViT
 
     def __init__(
         self,
@@ -58,15 +99,9 @@ class ReduceTask(ClassificationTask):
         weights: Mapping[str, float] | None = None,
         token_loss: str = "mse",
     ) -> None:
-        own = own_weights(model)
-        given = dict(weights or {})
-        legal = {"class": 1.0, "kl": 0.0, **own}
-        for name in given:
-            if name not in legal:
-                raise ValueError(suggest(f"loss of {model.reducer.name}", name, legal))
-        weights = {**legal, **given}
+        usual = {"class": 1.0, "kl": 0.0, **own_weights(model)}
+        weights = chosen_weights(weights, usual, model.reducer.name)
         super().__init__(model, classes, data, mix, weights=weights)
-        self._run: Callable[[Tensor], Outcome] | None = None  # compiled
         for part in model.reducer.members:
             part.loss_weights |= {name: weights[name] for name in _COMPARED if name in weights}
             if isinstance(part, GatedReducer):
@@ -92,7 +127,7 @@ class ReduceTask(ClassificationTask):
     def training_step(self, batch: dict[str, Any], draws: Draws) -> dict[str, Tensor]:
         """Compute the loss "class" and the method's own ones, which may compare with a teacher."""
         images, targets = self.mixed(batch)
-        outcome, teacher = (self._run or self.model.run)(images), None
+        outcome, teacher = self.run(images), None
         if self.needs_teacher:
             if self.teacher is None:
                 names = " and ".join(name for name in _COMPARED if self.weights.get(name))
@@ -103,24 +138,3 @@ class ReduceTask(ClassificationTask):
             "class": self.classified(outcome.logits, targets),
             **self.model.reducer.losses(outcome, targets, teacher),
         }
-
-    def set_progress(self, progress: float, model: nn.Module) -> None:
-        """Lower the method's rate and change its stages as the run goes on."""
-        assert isinstance(model, ReducedViT)
-        model.set_progress(progress)
-
-    @property
-    def backbone(self) -> nn.Module:
-        """Return the ViT; evaluation mode reaches it alone, since gates must go on sampling."""
-        return self.model.vit
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the driven pass, which steps call instead of the model."""
-        self._run = torch.compile(self.model.run, *args, **kwargs)
-
-    def export(self, model: nn.Module, folder: Path) -> Path:
-        """Write backbone and method, for ``foveate.load``."""
-        assert isinstance(model, ReducedViT)
-        path = folder / "model"
-        save(model, path, everything=True)
-        return path

@@ -58,7 +58,7 @@ from foveate.train.sharded import Sharded, whole_state
 from foveate.train.task import Task
 from foveate.train.throughput import SECONDS, Throughput
 
-__all__ = ["Loaders", "fit", "make_loaders", "train"]
+__all__ = ["Loaders", "fit", "make_loaders", "method_callbacks", "train"]
 
 _log = logging.getLogger(__name__)
 _RECIPE, _METRICS, _RESULT = "recipe.yaml", "metrics.csv", "result.json"
@@ -91,7 +91,7 @@ def train(
     Of several processes only the first exports, and says where in "model".
     """
     how: dict[str, Any] = {"resume": resume, "progress": progress, "say": say, "again": again}
-    return fit(recipe, out, _build, callbacks=_own_callbacks, **how)
+    return fit(recipe, out, _build, callbacks=method_callbacks, **how)
 
 
 def fit(
@@ -277,7 +277,7 @@ def _build(recipe: recipes.Finetune | recipes.Reduce) -> tuple[Task, Splits]:
     return task, splits
 
 
-def _own_callbacks(recipe: Any, task: Task, loaders: Loaders, out: Path) -> list[Callback]:
+def method_callbacks(recipe: Any, task: Task, loaders: Loaders, out: Path) -> list[Callback]:
     """Make the callbacks for a model that may have a method."""
     loop = recipe.loop
     found: list[Callback] = []

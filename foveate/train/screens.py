@@ -17,6 +17,7 @@ __all__ = ["first_screen", "last_screen"]
 
 _DENSE = ("detect", "segment")
 _SHARES = {"box_ap": "box AP", "mask_ap": "mask AP", "miou": "mean IoU"}  # said in per cent
+_AGREEMENT = {"agreement": "agreement {:.1f} %", "kl": "KL {:.4f}", "cosine": "cosine {:.3f}"}
 _NAMED = 5  # classes that are named
 
 
@@ -66,6 +67,12 @@ def last_screen(job: str, result: Mapping[str, Any], out: Path) -> str:
         lines.append(
             f"best     {said} after update {best['update']}, its model is {out / best['model']}"
         )
+    if (
+        job == "adapt"
+    ):  # what it learnt from needs no labels, so there may be nothing to score it by
+        lines.append(f"next     foveate export {out} FOLDER --check    # to run it without foveate")
+        lines.append(f"         foveate show {out} --images FOLDER    # what it keeps")
+        return "\n".join(lines)
     what = "    # on the test images" if "test" in result["splits"] else ""
     lines.append(f"next     foveate eval {out}{what}")
     if job in _DENSE:
@@ -83,5 +90,17 @@ def last_screen(job: str, result: Mapping[str, Any], out: Path) -> str:
 def _scores(result: Mapping[str, Any]) -> str:
     if "accuracy" in result:
         return f"accuracy {result['accuracy']:.2f} %"
+    agreed = [
+        words.format(result[name]) + _before(words, result.get(f"{name}_before"))
+        for name, words in _AGREEMENT.items()
+        if name in result
+    ]
+    if agreed:
+        return ", ".join(agreed)
     known = {words: result[name] for name, words in _SHARES.items() if name in result}
     return ", ".join(f"{words} {100 * value:.1f} %" for words, value in known.items())
+
+
+def _before(words: str, value: float | None) -> str:
+    """Say in brackets what a number was before training."""
+    return "" if value is None else f" (before: {words.partition(' ')[2].format(value)})"

@@ -33,7 +33,7 @@ def test_every_help_has_an_example(command: str, capsys: pytest.CaptureFixture[s
     assert f"In a terminal:\n  foveate {command}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["finetune", "reduce", "pretrain", "probe"])
+@pytest.mark.parametrize("command", ["adapt", "finetune", "reduce", "pretrain", "probe"])
 def test_the_help_of_a_job(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """What data there are, where a run goes, and a sentence for each setting."""
     with pytest.raises(SystemExit):

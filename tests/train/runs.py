@@ -19,6 +19,7 @@ from torch import Tensor
 from foveate import config
 from foveate.convert import save_plain
 from foveate.train import recipe as recipes
+from foveate.train.adapt import adapt as run_adapt
 from foveate.train.build import make_model
 from foveate.train.dense_recipe import Detect, Segment
 from foveate.train.detect import detect
@@ -51,6 +52,12 @@ def reduce(method: str, *overrides: str, **parts: Any) -> recipes.Reduce:
     return config.parse(recipes.Reduce, {**TREE, "method": method, **parts}, overrides)
 
 
+def adapt(start: Any, method: str | None, *overrides: str, **parts: Any) -> recipes.Adapt:
+    """Such a run that makes a model with a method agree with itself."""
+    tree = {**TREE, "model": {"start": start}, "method": method, **parts}
+    return config.parse(recipes.Adapt, tree, overrides)
+
+
 def small_model(**changes: Any) -> Any:
     """The plain model of the recipes, without training."""
     torch.manual_seed(7)
@@ -67,7 +74,7 @@ def checkpoint(path: Path, **changes: Any) -> str:
 
 def run(recipe: Any, out: Path, **options: Any) -> Any:
     """Train in this process."""
-    known: dict[type, Any] = {Detect: detect, Segment: segment}
+    known: dict[type, Any] = {Detect: detect, Segment: segment, recipes.Adapt: run_adapt}
     return known.get(type(recipe), train)(recipe, out, progress=False, **options)
 
 

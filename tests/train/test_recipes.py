@@ -25,6 +25,7 @@ from foveate.train.logs import read_metrics
 from foveate.train.probe import probe
 
 JOBS: dict[str, type] = {
+    "adapt": recipes.Adapt,
     "finetune": recipes.Finetune,
     "reduce": recipes.Reduce,
     "probe": recipes.Probe,
@@ -176,6 +177,9 @@ def test_a_recipe_runs(
     if isinstance(recipe, DenseRecipe):
         assert len(rows) == 2 and 0 <= result[result["score"]] <= 1
         assert all(bool(value.isfinite().all()) for value in exported(tmp_path).values())
+        return
+    if job == "adapt":
+        assert len(rows) == 2 and all(0 < float(row["train/patches"]) < 1 for row in rows)
         return
     # Ten classes, which an untrained head does not tell apart: ln 10 is 2.3.
     assert len(rows) == 2 and all(1.5 < float(row["train/class"]) < 4 for row in rows)

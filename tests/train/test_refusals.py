@@ -91,9 +91,9 @@ def test_a_callback_that_raises(
                 raise KeyError("no such column")
 
     recipe = finetune("loop.save_every=1", "loop.epochs=1")
-    own = importlib.import_module("foveate.train.run")._own_callbacks
+    own = importlib.import_module("foveate.train.run").method_callbacks
     with monkeypatch.context() as patch:
-        patch.setattr("foveate.train.run._own_callbacks", lambda *a: [*own(*a), Broken()])
+        patch.setattr("foveate.train.run.method_callbacks", lambda *a: [*own(*a), Broken()])
         with pytest.raises(KeyError, match="no such column"):
             run(recipe, tmp_path / "cut")
     said = f"ended by KeyError; once mended, --resume {tmp_path / 'cut'} goes on from the last"
