@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from foveate.predictions import Predictions, predict
     from foveate.registry import list_methods
+    from foveate.tuning import tune
 
 __all__ = [
     "Predictions",
@@ -44,6 +45,7 @@ __all__ = [
     "reduce",
     "save",
     "segment",
+    "tune",
     "unwrap",
 ]
 
@@ -66,6 +68,7 @@ _HOMES = {
     "predict": "predictions",
     "save": "convert",
     "segment": "jobs",
+    "tune": "tuning",
     "unwrap": "api",
 }
 

@@ -19,7 +19,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = (
     *("bench", "compare", "convert", "data", "demo", "describe", "detect", "env", "eval", "export"),
     *("finetune", "list", "look", "pipeline", "predict", "pretrain", "probe", "rauc", "reduce"),
-    *("segment", "show"),
+    *("segment", "show", "tune"),
 )
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from PIL import Image
 from timm.data import resolve_model_data_config
-from torch import nn
+from torch import Tensor, nn
 
 from foveate.backbones import backbone_of, image_settings
 from foveate.data.augment import Transform, eval_transform
@@ -62,3 +65,10 @@ class Inputs:
     def transform(self) -> Transform:
         """What turns samples into such images, before they are normalised."""
         return eval_transform(self.size, self.channels, self.crop_pct, self.interpolation)
+
+    def batch(self, images: Iterable[Image.Image], like: Tensor) -> Tensor:
+        """Prepare RGB images, ``[B, channels, H, W]``, in type and on the device of ``like``."""
+        transform = self.transform()
+        pixels = torch.stack([transform({"image": image})["image"] for image in images])
+        mean, std = (torch.tensor(v).view(-1, 1, 1).to(like.device) for v in (self.mean, self.std))
+        return ((pixels.as_subclass(Tensor).to(like.device).float() / 255 - mean) / std).to(like)

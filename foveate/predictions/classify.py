@@ -12,7 +12,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -256,16 +255,10 @@ class _Classifier:
             )
         self.names = class_names(model)
         self.inputs = Inputs.of(model)
-        self.transform = self.inputs.transform()
-        spread = self.inputs.mean, self.inputs.std
-        self.mean, self.std = (torch.tensor(v).view(-1, 1, 1) for v in spread)
 
     def batch(self, images: Iterable[Image.Image]) -> Tensor:
         """Prepare RGB images, ``[B, channels, H, W]``, on the model's device."""
-        like = next(self.model.parameters())
-        pixels = torch.stack([self.transform({"image": image})["image"] for image in images])
-        mean, std = self.mean.to(like.device), self.std.to(like.device)
-        return ((pixels.as_subclass(Tensor).to(like.device).float() / 255 - mean) / std).to(like)
+        return self.inputs.batch(images, next(self.model.parameters()))
 
     def box(self, image: Image.Image) -> tuple[float, float, float, float]:
         """Return left, top, right and bottom of what the model sees of an image, in pixels."""
