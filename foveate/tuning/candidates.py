@@ -19,7 +19,6 @@ from foveate.core.budget import parse_budget
 from foveate.core.cost import BlockTokens, cost, on_meta, run_on_meta, tokens_of
 from foveate.latency import (
     LatencyTable,
-    Setting,
     TimeBudget,
     goal_of,
     is_time,
@@ -34,10 +33,7 @@ __all__ = [
 ]
 
 RANDOM = "random"
-_OVER, _NEAR = (
-    0.0025,
-    0.0025,
-)  # of the goal: how far above it a price may be, and how near is enough
+_NEAR = 0.0025  # of the goal: so far above it a price may be, and so near below is enough
 _STEPS = 5000  # of the level
 Recall = int | str | None
 
@@ -337,11 +333,6 @@ class Times(Price):
     table: LatencyTable
     wanted: TimeBudget
 
-    @property
-    def setting(self) -> Setting:
-        """What the times are of."""
-        return self.table.setting
-
     def of(self, template: Template, reducer: Reducer) -> tuple[float, tuple[BlockTokens, ...]]:
         """Read the table at the tokens of each block, and add the method's own work."""
         blocks = tokens_of(self.spec, reducer)
@@ -414,7 +405,7 @@ def solve(
     goal = price.goal if goal is None else goal
     low, high = 0, _STEPS
     before, best = price.dense, _at(high, template, curve, recall, price)
-    if best is None or best.price > goal * (1 + _OVER):
+    if best is None or best.price > goal * (1 + _NEAR):
         return None
     known = {best.method: best}
     for turn in itertools.count():
@@ -426,7 +417,7 @@ def solve(
         middle = min(max(middle, low + 1), high - 1)
         now = _at(middle, template, curve, recall, price, known)
         assert now is not None
-        if now.price > goal * (1 + _OVER):
+        if now.price > goal * (1 + _NEAR):
             low, before = middle, now.price
         else:
             high, best = middle, now

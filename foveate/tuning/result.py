@@ -115,7 +115,9 @@ class Tuned:
             found = "KL: divergence of the classes; same: images with the same most likely class."
         else:
             found = "Similarity: mean cosine over all patches, the mean feature taken off."
-        return f"{found} Speeds are over the dense model, {self.about['speeds']}."
+        timed = self.about["measured"]
+        found += f" Speeds are over the dense model: predicted {self.about['predicted']}"
+        return found + (f", measured in {timed}." if timed else ".")
 
     def lines(self) -> list[str]:
         """Say what was chosen, what to know of it, and what to type next."""
@@ -160,7 +162,7 @@ class Tuned:
         left.set_ylabel(words.get(self.about["judge"], "similarity of features, higher is better"))
         if self.about["judge"] == "classes" and (table["reporting"] > 0).all():
             left.set_yscale("log")
-        left.set_xlabel(f"times the dense model's speed\n{self.about['speeds']}")
+        left.set_xlabel(f"times the dense model's speed,\npredicted {self.about['predicted']}")
         left.set_title(f"on {self.about['reporting']} images that chose nothing", fontsize="medium")
         left.plot([], [], "o", color=QUIET, markerfacecolor="white", label="hollow: constant rate")
         self._draw_tokens(right)

@@ -17,9 +17,9 @@ from foveate.convert import open_base, save
 from foveate.core import Backbone, ReducedViT, Reducer
 from foveate.dense import Hosting
 from foveate.facts import count as count_costs
-from foveate.latency import beside_dense, setting_of
+from foveate.latency import Setting, beside_dense, setting_of
 from foveate.measure.table import pd
-from foveate.timing import DENSE, Timings
+from foveate.timing import DENSE, LEAST_ROUNDS, Timings
 from foveate.tuning.agreement import Judge, Paths, kind_of, read_pictures
 from foveate.tuning.candidates import (
     Candidate,
@@ -36,7 +36,6 @@ from foveate.tuning.search import Found, Progress, Scored, search
 
 __all__ = ["tune"]
 
-_ROUNDS = 15
 _SAVINGS = (0.5, 0.75, 1.25)  # of what the target saves: other speeds, for the frontier
 _ALIKE = 0.99  # speeds that differ by less count as one on the frontier
 _NEAR, _PROMISE, _AGAIN = 0.02, 0.05, 2  # how near a measured time must come, and how often
@@ -53,7 +52,7 @@ def tune(
     judge: str | None = None,
     seed: int = 0,
     tries: int = 60,
-    rounds: int = _ROUNDS,
+    rounds: int = LEAST_ROUNDS,
     name: str | None = None,
     progress: Progress | None = None,
 ) -> Tuned:
@@ -77,7 +76,8 @@ def tune(
             classes where the model has some.
         seed: of the drawing of images and the order of moves.
         tries: moves that are tried to improve each of the best two schedules, block by block.
-        rounds: timed rounds at the end; 0 times nothing but what a target in time needs.
+        rounds: timed rounds at the end; 0 times nothing but what a target in time needs, and fewer
+            than 30 are a trial.
         name: what to call the model; None is its own name.
         progress: told what is done, and how much of it.
     """
@@ -122,7 +122,8 @@ def tune(
         "tried": best.tried,
         "choosing": len(pictures.choosing),
         "reporting": len(pictures.reporting),
-        "speeds": _speeds(price),
+        "predicted": _predicted(price),
+        "measured": table.measured(rounds),
         "images": {
             half: [pictures.names[number] for number in getattr(pictures, half)]
             for half in ("choosing", "reporting")
@@ -156,8 +157,8 @@ def _parts(model: nn.Module) -> tuple[nn.Module, Reducer | None]:
             "(--judge features), and put the method that is found on it"
         )
     if not isinstance(model, ReducedViT):
-        return model.eval(), None
-    return model.vit.eval(), model.reducer if model.reducer.name != "dense" else None
+        return model, None
+    return model.vit, model.reducer if model.reducer.name != "dense" else None
 
 
 def _folder(out: str | os.PathLike[str] | None, name: str) -> Path:
@@ -244,12 +245,21 @@ class _Table:
             f"{missed:.0%} off the target {target!r}: the machine may be busy with other work"
         ]
 
+    def measured(self, rounds: int) -> str | None:
+        """Say how was timed; None if nothing was."""
+        trial = " (a trial)" * (rounds < LEAST_ROUNDS)
+        return f"{rounds} interleaved rounds{trial}, {self._setting()}" if rounds else None
+
+    def _setting(self) -> Setting:
+        if isinstance(self.price, Times):
+            return self.price.table.setting
+        return setting_of(self.backbone)
+
     def _measure(self, some: Sequence[Scored], rounds: int) -> None:
-        setting = self.price.setting if isinstance(self.price, Times) else None
         timings = beside_dense(
             self.backbone,
             {one.candidate.method: one.candidate.reducer for one in some},
-            setting or setting_of(self.backbone),
+            self._setting(),
             rounds=rounds,
             progress=lambda done, of: self.told("timing finalists", done, of),
         )
@@ -360,10 +370,10 @@ class _Table:
 # In words ----------------------------------------------------------------------------------------
 
 
-def _speeds(price: Price) -> str:
+def _predicted(price: Price) -> str:
     if isinstance(price, Times):
-        return f"predicted from the latency table ({price.setting})"
-    return "predicted from multiply-adds"
+        return f"from the latency table ({price.table.setting})"
+    return "from multiply-adds"
 
 
 def _left_out(reasons: dict[str, str]) -> list[str]:
