@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from dataclasses import fields
+from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 __all__ = ["check_types"]
@@ -16,7 +17,7 @@ def check_types(config: Any) -> None:
 
     Options come from strings and JSON too, where nobody checked them before.
     """
-    hints = get_type_hints(type(config))
+    hints = _hints(type(config))
     for f in fields(config):
         value = getattr(config, f.name)
         if isinstance(value, (list, range)):
@@ -24,6 +25,11 @@ def check_types(config: Any) -> None:
             setattr(config, f.name, value)
         if not _fits(value, hints[f.name]):
             raise ValueError(f"{f.name} must be {_words(hints[f.name])}, got {value!r}")
+
+
+@cache  # reading them takes longer than all else that makes a method
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 __all__ = ["COLUMNS", "Tuned"]
 
 _FORMAT = 1
+_ACROSS = {
+    "ms": "times as fast as the dense model",
+    "macs": "times fewer multiply-adds than the dense model",
+}
 _AT_TARGET = ("dense", "choice", "schedule", "constant")
 COLUMNS = (
     *("role", "method", "options", "schedule", "tokens", "macs", "predicted_ms", "predicted"),
@@ -115,9 +119,13 @@ class Tuned:
             found = "KL: divergence of the classes; same: images with the same most likely class."
         else:
             found = "Similarity: mean cosine over all patches, the mean feature taken off."
+        found += f" Predicted: {self._across}, {self.about['predicted']}."
         timed = self.about["measured"]
-        found += f" Speeds are over the dense model: predicted {self.about['predicted']}"
-        return found + (f", measured in {timed}." if timed else ".")
+        return found + f" Measured: in {timed}." * (timed is not None)
+
+    @property
+    def _across(self) -> str:
+        return _ACROSS["ms" if self.table["predicted_ms"].notna().any() else "macs"]
 
     def lines(self) -> list[str]:
         """Say what was chosen, what to know of it, and what to type next."""
@@ -162,7 +170,7 @@ class Tuned:
         left.set_ylabel(words.get(self.about["judge"], "similarity of features, higher is better"))
         if self.about["judge"] == "classes" and (table["reporting"] > 0).all():
             left.set_yscale("log")
-        left.set_xlabel(f"times the dense model's speed,\npredicted {self.about['predicted']}")
+        left.set_xlabel(f"{self._across},\n{self.about['predicted']}")
         left.set_title(f"on {self.about['reporting']} images that chose nothing", fontsize="medium")
         left.plot([], [], "o", color=QUIET, markerfacecolor="white", label="hollow: constant rate")
         self._draw_tokens(right)

@@ -107,8 +107,7 @@ def tune(
     table.add(best)
     notes = table.time(rounds, target) if rounds else []
     notes += [one.note for one in found if one.note] + _left_out(left_out) + table.doubts()
-    met = {one.candidate.template for one in (*best.best, *best.constants)}
-    notes += [f"{one.label} cannot meet the target" for one in found if one not in met]
+    notes += _unmet(found, best)
     chosen = table.choice.candidate
     reduced = apply(vit, chosen.reducer, check=False).eval()
     save(reduced, folder, everything=True)
@@ -266,9 +265,13 @@ class _Table:
         self.timings |= {one.candidate.method: timings for one in some}
 
     def _ms(self, one: Scored) -> tuple[float, float]:
-        """Return measured milliseconds of a candidate and of the dense model beside it."""
+        """Return measured milliseconds of a candidate and of the dense model beside it.
+
+        Ratios are of pairs in a round, which a busy machine slows alike.
+        """
         timings = self.timings[one.candidate.method]
-        return timings.ms(one.candidate.method).median, timings.ms(DENSE).median
+        dense = timings.ms(DENSE).median
+        return dense / timings.ratio(one.candidate.method, DENSE).median, dense
 
     def _goal(self) -> float:
         """Return the milliseconds that the choice may take, as fast as the machine was then."""
@@ -361,9 +364,8 @@ class _Table:
         timings = self.timings.get(candidate.method)
         if timings is not None:
             ratio = timings.ratio(candidate.method, DENSE)
-            found["measured_ms"] = timings.ms(candidate.method).median
             found |= {"measured": ratio.median, "measured_low": ratio.low}
-            found["measured_high"] = ratio.high
+            found |= {"measured_high": ratio.high, "measured_ms": self._ms(one)[0]}
         return found
 
 
@@ -373,7 +375,7 @@ class _Table:
 def _predicted(price: Price) -> str:
     if isinstance(price, Times):
         return f"from the latency table ({price.table.setting})"
-    return "from multiply-adds"
+    return "counted"
 
 
 def _left_out(reasons: dict[str, str]) -> list[str]:
@@ -382,6 +384,16 @@ def _left_out(reasons: dict[str, str]) -> list[str]:
     for name, why in reasons.items():
         by_reason.setdefault(why, []).append(name)
     return [f"left out {', '.join(names)}: {why}" for why, names in by_reason.items()]
+
+
+def _unmet(searched: Sequence[Template], found: Found) -> list[str]:
+    """Say which methods do not meet the target, at a constant rate or at all."""
+    constant = {one.candidate.template for one in found.constants}
+    met = {one.candidate.template for one in found.best}
+    never = [one.label for one in searched if one not in met]
+    late = [one.label for one in searched if one in met - constant]
+    said = [f"no schedule of {', '.join(never)} meets the target"] * bool(never)
+    return said + [f"no constant rate of {', '.join(late)} meets the target"] * bool(late)
 
 
 def _commands(
