@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import types
 from dataclasses import fields
-from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 __all__ = ["check_types"]
 
 _WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
+# By class: reading them takes longer than all else that makes a method.
+_HINTS: dict[type, dict[str, Any]] = {}
 
 
 def check_types(config: Any) -> None:
@@ -27,9 +28,10 @@ def check_types(config: Any) -> None:
             raise ValueError(f"{f.name} must be {_words(hints[f.name])}, got {value!r}")
 
 
-@cache  # reading them takes longer than all else that makes a method
 def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
+    if cls not in _HINTS:
+        _HINTS[cls] = get_type_hints(cls)
+    return _HINTS[cls]
 
 
 def _fits(value: Any, hint: Any) -> bool:
