@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from foveate.predictions import Predictions, predict
     from foveate.registry import list_methods
+    from foveate.tuning import tune
 
 __all__ = [
     "Predictions",
@@ -48,6 +49,7 @@ __all__ = [
     "reduce",
     "save",
     "segment",
+    "tune",
     "unwrap",
 ]
 
@@ -73,6 +75,7 @@ _HOMES = {
     "predict": "predictions",
     "save": "convert",
     "segment": "jobs",
+    "tune": "tuning",
     "unwrap": "api",
 }
 

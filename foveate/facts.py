@@ -396,7 +396,7 @@ def _times(model: ReducedViT, counted: Count) -> list[str]:
     table = LatencyTable.known(backbone, setting_of(backbone))
     if table is None:
         return []
-    whole = table.predict([table.tokens[-1]] * backbone.spec.depth)
+    whole = table.whole(backbone.spec.depth)
     return [
         f"time: about {table.predict(counted.tokens):.3g} of {whole:.3g} ms, as blocks with so "
         f"many tokens took here ({table.setting}); the method's own work comes on top"

@@ -25,12 +25,15 @@ import torch
 from foveate import machine
 from foveate.core import Backbone, ReducedViT, Reducer, TokenState, dense
 from foveate.core.budget import rate_for
-from foveate.core.cost import run_on_meta
+from foveate.core.cost import BlockTokens, run_on_meta, tokens_of
 from foveate.core.selection import Selection
 from foveate.files import read_json, write_text
-from foveate.timing import DTYPES, Timings, measure
+from foveate.timing import DENSE, DTYPES, Timings, measure
 
-__all__ = ["LatencyTable", "Setting", "TimeBudget", "is_time", "meet", "setting_of"]
+__all__ = [
+    *("LatencyTable", "Setting", "TimeBudget", "beside_dense", "goal_of", "is_time", "meet"),
+    *("own_work", "setting_of"),
+]
 
 _SHARES = (
     1.0,
@@ -68,7 +71,8 @@ class Setting:
     threads: int
 
     def __str__(self) -> str:
-        where = f"{self.threads} CPU threads" if self.threads else self.device
+        threads = "1 CPU thread" if self.threads == 1 else f"{self.threads} CPU threads"
+        where = threads if self.threads else self.device
         return f"batch {self.batch}, {self.dtype}, {where}"
 
 
@@ -151,6 +155,29 @@ class LatencyTable:
             tokens: of each block.
         """
         return float(np.interp(tokens, self.tokens, self.block_ms).sum()) + self.rest_ms
+
+    def whole(self, depth: int) -> float:
+        """Return the milliseconds of a pass without a method through so many blocks."""
+        return self.predict([self.tokens[-1]] * depth)
+
+    def predict_pass(self, blocks: Sequence[BlockTokens], own_ms: float = 0.0) -> float:
+        """Return the milliseconds of a pass with a method.
+
+        Args:
+            blocks: tokens of each block.
+            own_ms: the method's own work in a block where it acts (``own_work``).
+        """
+        mean = [(block.attention + block.mlp) / 2 for block in blocks]
+        return self.predict(mean) + own_ms * self.acting(blocks)
+
+    def acting(self, blocks: Sequence[BlockTokens]) -> int:
+        """Count the blocks in which tokens leave or come back."""
+        now, found = self.tokens[-1], 0
+        for block in blocks:
+            counts = (block.attention, block.mlp, block.output)
+            found += any(count != now for count in counts)
+            now = block.output
+        return found
 
     @classmethod
     def of(cls, backbone: Backbone, setting: Setting, *, fresh: bool = False) -> LatencyTable:
@@ -254,9 +281,19 @@ def _ready(model: ReducedViT, setting: Setting) -> tuple[ReducedViT, torch.Tenso
     return model, images.to(setting.device, DTYPES[setting.dtype])
 
 
-def _timed(calls: Mapping[str, Callable[[], Any]], setting: Setting) -> Timings:
+def _timed(
+    calls: Mapping[str, Callable[[], Any]],
+    setting: Setting,
+    rounds: int = _ROUNDS,
+    progress: Callable[[int, int], None] | None = None,
+) -> Timings:
     return measure(
-        calls, rounds=_ROUNDS, warmup=_WARMUP, sample_ms=_SAMPLE_MS, device=setting.device
+        calls,
+        rounds=rounds,
+        warmup=_WARMUP,
+        sample_ms=_SAMPLE_MS,
+        device=setting.device,
+        progress=progress,
     )
 
 
@@ -284,6 +321,19 @@ def meet(budget: str, backbone: Backbone, make: Callable[[Mapping[str, Any]], Re
     return _met(wanted, setting, backbone, make)
 
 
+def goal_of(wanted: TimeBudget, setting: Setting, backbone: Backbone) -> tuple[LatencyTable, float]:
+    """Return a model's table and the milliseconds that a budget allows; ValueError if all are."""
+    for fresh in (False, True):  # a kept table may be of a day when the machine was faster
+        table = LatencyTable.of(backbone, setting, fresh=fresh)
+        whole = table.whole(backbone.spec.depth)
+        goal = whole / wanted.value if wanted.relative else wanted.value
+        if goal < whole * (1 + _PROMISE):
+            return table, goal
+    raise ValueError(
+        f"the model takes {whole:.3g} ms ({setting}) without a method, which is within {wanted}"
+    )
+
+
 def _met(
     wanted: TimeBudget,
     setting: Setting,
@@ -291,20 +341,11 @@ def _met(
     make: Callable[[Mapping[str, Any]], Reducer],
 ) -> Reducer:
     spec = backbone.spec
-    for fresh in (False, True):  # a kept table may be of a day when the machine was faster
-        table = LatencyTable.of(backbone, setting, fresh=fresh)
-        whole = table.predict([table.tokens[-1]] * spec.depth)
-        target = whole / wanted.value if wanted.relative else wanted.value
-        if target < whole * (1 + _PROMISE):
-            break
-    else:
-        raise ValueError(
-            f"the model takes {whole:.3g} ms ({setting}) without a method, which is within {wanted}"
-        )
+    table, target = goal_of(wanted, setting, backbone)
+    whole = table.whole(spec.depth)
 
     def predicted(reducer: Reducer) -> float:
-        blocks = run_on_meta(spec, reducer, spec.grid).tokens
-        return table.predict([(block.attention + block.mlp) / 2 for block in blocks])
+        return table.predict_pass(run_on_meta(spec, reducer, spec.grid).tokens)
 
     # ``extra`` is the method's own work, which the table does not know. ``scale`` is how much
     # slower the machine is than when the table was made.
@@ -339,16 +380,68 @@ def _milliseconds(extra: float, scale: float, predicted: float) -> str:
     return f"{scale * (predicted + extra):.3g} ms"
 
 
-@torch.no_grad()
 def _compared(backbone: Backbone, reducer: Reducer, setting: Setting) -> tuple[float, float]:
     """Return the milliseconds of a pass with the method and of the model without it."""
-    like = next(backbone.model.parameters())
-    reducer.to(like.device, like.dtype)
-    driver: type[ReducedViT] = backbone.driver or ReducedViT
-    model, images = _ready(driver(backbone, reducer), setting)
-    plain = model.backbone.model
+    timings = beside_dense(backbone, {"method": reducer}, setting)
+    return timings.ms("method").median, timings.ms(DENSE).median
+
+
+@torch.no_grad()
+def beside_dense(
+    backbone: Backbone,
+    reducers: Mapping[str, Reducer],
+    setting: Setting,
+    *,
+    rounds: int = _ROUNDS,
+    progress: Callable[[int, int], None] | None = None,
+) -> Timings:
+    """Time passes with some methods and the model without any ("dense"), interleaved.
+
+    Args:
+        backbone: parts of the model; a copy of it is timed.
+        reducers: the methods by name, built for the model.
+        setting: how the model runs.
+        rounds: rounds that count.
+        progress: told, between rounds, how many of all rounds are done.
+    """
+    bare, images = _ready(dense(backbone), setting)
+    shared = bare.backbone  # one copy of the weights for all
+    driver: type[ReducedViT] = shared.driver or ReducedViT
+    like = next(shared.model.parameters())
+    calls: dict[str, Callable[[], Any]] = {DENSE: partial(shared.model, images)}
+    for name, reducer in reducers.items():
+        own = copy.deepcopy(reducer).to(like.device, like.dtype).requires_grad_(False)
+        calls[name] = partial(driver(shared, own).eval(), images)
     with torch.inference_mode():
-        timings = _timed(
-            {"method": partial(model, images), "dense": partial(plain, images)}, setting
-        )
-    return timings.ms("method").median, timings.ms("dense").median
+        return _timed(calls, setting, rounds, progress)
+
+
+def own_work(
+    backbone: Backbone,
+    table: LatencyTable,
+    reducers: Mapping[str, Reducer],
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """Return what methods do besides the blocks, in milliseconds for a block where they act.
+
+    It is what a pass takes longer than the table says. It is timed once for a method and kept in a
+    file beside the table.
+
+    Args:
+        backbone: parts of the model.
+        table: that of the model.
+        reducers: the methods, built for the model, by names that tell all their options.
+        progress: told how far the timing is.
+    """
+    path = _path(backbone, table.setting).with_suffix(".own.json")
+    known: dict[str, float] = read_json(path, "") if path.exists() else {}
+    new = {name: one for name, one in reducers.items() if name not in known}
+    if new:
+        timings = beside_dense(backbone, new, table.setting, progress=progress)
+        scale = timings.ms(DENSE).median / table.whole(backbone.spec.depth)
+        for name, reducer in new.items():
+            blocks = tokens_of(backbone.spec, reducer)
+            more = timings.ms(name).median / scale - table.predict_pass(blocks)
+            known[name] = more / max(1, table.acting(blocks))
+        write_text(path, json.dumps(known, indent=1) + "\n")
+    return {name: known[name] for name in reducers}

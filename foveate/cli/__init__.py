@@ -19,7 +19,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = (
     *("adapt", "app", "bench", "compare", "convert", "data", "demo", "describe", "detect", "env"),
     *("eval", "export", "finetune", "list", "look", "pipeline", "predict", "pretrain", "probe"),
-    *("push", "rauc", "reduce", "segment", "show"),
+    *("push", "rauc", "reduce", "segment", "show", "tune"),
 )
 
 

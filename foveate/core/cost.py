@@ -40,6 +40,7 @@ __all__ = [
     "on_meta",
     "run",
     "run_on_meta",
+    "tokens_of",
 ]
 
 _HOOKS = ("before", "between", "after")
@@ -99,6 +100,26 @@ def run_on_meta(spec: BackboneSpec, reducer: Reducer, grid: tuple[int, int]) -> 
     found = run(model, torch.empty(1, 1, *grid, device="meta", dtype=dtype))
     rest = cost(spec, reducer, grid, found.tokens, own=False)
     return Cost(rest.total + found.total, found.tokens)
+
+
+def tokens_of(spec: BackboneSpec, reducer: Reducer) -> tuple[BlockTokens, ...]:
+    """Return the tokens of every block of a method with fixed counts, for the model's own size.
+
+    It runs on the CPU and counts no products, which takes a tenth of the time of ``run_on_meta``.
+    """
+    model, watched = _Hollow(_Shell(spec, spec.grid), reducer).eval(), []
+    with torch.inference_mode():
+        state = model.begin(torch.zeros(1, 1, *spec.grid))
+        for block in range(spec.depth):
+            seen: dict[str, int] = {}
+            state = model.step(block, state, _noting(seen))
+            watched.append(BlockTokens(**seen))
+    return tuple(watched)
+
+
+def _noting(seen: dict[str, int]) -> Callable[[str, TokenState], None]:
+    """Return what notes the number of tokens under the name of the place."""
+    return lambda name, now: seen.__setitem__(name, now.layout.longest)
 
 
 class _Shell(Backbone):
@@ -175,20 +196,16 @@ def counting(model: nn.Module) -> Iterator[Callable[[], float]]:
 
 def run(model: ReducedViT, images: Tensor) -> Cost:
     """Count one pass over one image, by torch's own counter."""
-    watched: list[dict[str, int]] = []
+    watched: list[BlockTokens] = []
     with counting(model) as spent:
         state = model.begin(images)
         for block in range(model.backbone.spec.depth):
             seen: dict[str, int] = {}
-
-            def watch(name: str, now: TokenState, seen: dict[str, int] = seen) -> None:
-                seen[name] = now.layout.longest
-
-            state = model.step(block, state, watch)
-            watched.append(seen)
+            state = model.step(block, state, _noting(seen))
+            watched.append(BlockTokens(**seen))
         model.backbone.head(model.end(state))
         total = spent()
-    return Cost(total, tuple(BlockTokens(**seen) for seen in watched))
+    return Cost(total, tuple(watched))
 
 
 def has_formula(reducer: Reducer) -> bool:

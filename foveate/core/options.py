@@ -9,6 +9,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 __all__ = ["check_types"]
 
 _WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
+# By class: reading them takes longer than all else that makes a method.
+_HINTS: dict[type, dict[str, Any]] = {}
 
 
 def check_types(config: Any) -> None:
@@ -16,7 +18,7 @@ def check_types(config: Any) -> None:
 
     Options come from strings and JSON too, where nobody checked them before.
     """
-    hints = get_type_hints(type(config))
+    hints = _hints(type(config))
     for f in fields(config):
         value = getattr(config, f.name)
         if isinstance(value, (list, range)):
@@ -24,6 +26,12 @@ def check_types(config: Any) -> None:
             setattr(config, f.name, value)
         if not _fits(value, hints[f.name]):
             raise ValueError(f"{f.name} must be {_words(hints[f.name])}, got {value!r}")
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    if cls not in _HINTS:
+        _HINTS[cls] = get_type_hints(cls)
+    return _HINTS[cls]
 
 
 def _fits(value: Any, hint: Any) -> bool:

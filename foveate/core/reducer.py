@@ -18,7 +18,14 @@ from foveate.core.attention import AttentionReader
 from foveate.core.backbone import BackboneSpec
 from foveate.core.losses import distillation
 from foveate.core.options import check_types
-from foveate.core.schedule import Schedule, check_blocks, check_choice, check_keep, stage_blocks
+from foveate.core.schedule import (
+    Schedule,
+    check_blocks,
+    check_choice,
+    check_keep,
+    nearest_share,
+    stage_blocks,
+)
 from foveate.core.selection import Selection
 from foveate.core.tokens import TokenState
 from foveate.core.trace import Outcome
@@ -232,6 +239,16 @@ class Reducer(nn.Module):
         """
         return {self.rate: max(1.0 - level, 1e-6)}
 
+    def at_counts(self, left: Sequence[int]) -> dict[str, Any] | None:
+        """Set the schedule so that about so many patches are left after each block.
+
+        Searches use it, on a method that is built. A method without a schedule by block gives None.
+
+        Args:
+            left: one number a block, at least 1 and never rising.
+        """
+        return None
+
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class ScoreReducer(Reducer):
@@ -315,6 +332,24 @@ class ScoreReducer(Reducer):
     def default_blocks(self, depth: int) -> tuple[int, ...]:
         """Return the blocks at which the method acts if the user names none."""
         return stage_blocks(depth)
+
+    def at_counts(self, left: Sequence[int]) -> dict[str, Any] | None:
+        """Give every block where the count falls a rate of its own.
+
+        Parts that the method learns belong to their blocks, so those stay.
+        """
+        assert self.spec is not None
+        patches = self.spec.grid[0] * self.spec.grid[1]
+        how: dict[str, Any] = {"relative": "original", "rounding": "nearest"}
+        blocks = self.active_blocks
+        if next(self.parameters(), None) is None:
+            before = [patches] * len(left) if self.rest == "park" else [patches, *left[:-1]]
+            pairs = enumerate(zip(left, before, strict=True))
+            blocks = tuple(block for block, (count, now) in pairs if count < now)
+            if not blocks:
+                return dict(self.identity or {})
+            how["blocks"] = blocks
+        return {"keep": tuple(nearest_share(left[b], patches) for b in blocks), **how}
 
     # Score, select, dispose ----------------------------------------------------------------------
 

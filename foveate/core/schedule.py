@@ -17,6 +17,7 @@ __all__ = [
     "check_choice",
     "check_keep",
     "check_removed",
+    "nearest_share",
     "stage_blocks",
 ]
 
@@ -68,6 +69,15 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     if value not in choices:
         listed = ", ".join(repr(c) for c in choices)
         raise ValueError(f"{name} must be one of {listed}; got {value!r}")
+
+
+def nearest_share(count: int, original: int) -> float:
+    """Return a share with few digits of which rounding to the nearest gives the count again."""
+    for digits in range(1, 7):
+        share = round(count / original, digits)
+        if 0 < share <= 1 and round(original * share) == count:
+            return share
+    return count / original
 
 
 def stage_blocks(depth: int, parts: int = 4) -> tuple[int, ...]:

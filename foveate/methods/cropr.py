@@ -284,3 +284,10 @@ class Cropr(Reducer):
         goal = round(level * (self.spec.grid[0] * self.spec.grid[1] - 1))
         each, more = divmod(goal, len(self.active_blocks))
         return {"r": tuple(each + (i < more) for i in range(len(self.active_blocks)))}
+
+    def at_counts(self, left: Sequence[int]) -> dict[str, Any] | None:
+        """Remove after each block that has a module what should have left by then."""
+        assert self.spec is not None
+        wanted = [self.spec.grid[0] * self.spec.grid[1], *(left[b] for b in self.active_blocks)]
+        pairs = zip(wanted[:-1], wanted[1:], strict=True)
+        return {"r": tuple(before - after for before, after in pairs)}

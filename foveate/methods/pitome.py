@@ -27,6 +27,7 @@ logits may differ by some 1e-3 between devices or batch sizes, where other metho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -175,6 +176,17 @@ class PiToMe(MatchReducer):
     def at_level(self, level: float) -> dict[str, Any]:
         """Keep everything at level 0 and half of the tokens in every block at level 1."""
         return {"keep": 1 - level / 2}
+
+    def at_counts(self, left: Sequence[int]) -> dict[str, Any] | None:
+        """Keep in each block the share that leaves so many, at least half."""
+        assert self.spec is not None
+        now, shares = self.spec.grid[0] * self.spec.grid[1], []
+        for count in left:
+            count = max(min(count, now), (now + 1) // 2)
+            # Counts are rounded up, so the share lies just below the exact one.
+            shares.append(max(0.5, math.floor(count / now * 1e4) / 1e4))
+            now = count
+        return {"keep": tuple(shares), "blocks": None}
 
 
 def _ranks(order: Tensor, first: int, stop: int | list[int]) -> Selection:

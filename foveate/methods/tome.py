@@ -144,3 +144,14 @@ class ToMe(MatchReducer):
         if not more:
             return {"r": each}
         return {"r": tuple(each + (i < more) for i in range(blocks))}
+
+    def at_counts(self, left: Sequence[int]) -> dict[str, Any] | None:
+        """Merge in each block as many as should leave there, at most half; the next takes more."""
+        assert self.spec is not None
+        now, removed = self.spec.grid[0] * self.spec.grid[1], []
+        for count in left:
+            removed.append(max(0, min(now - count, now // 2)))
+            now -= removed[-1]
+        while len(removed) > 1 and removed[-1] == 0:
+            removed.pop()
+        return {"r": tuple(removed), "inflection": 0.0, "blocks": None}

@@ -1,0 +1,178 @@
+"""How far a model with a method agrees with itself without one, image by image."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from foveate.core import Backbone, ReducedViT, Reducer, dense
+from foveate.core.evaluation import answering
+from foveate.core.host import on_grid
+from foveate.core.schedule import check_choice
+from foveate.data import ImageFiles, Inputs, find_images
+
+__all__ = ["JUDGES", "Agreement", "Judge", "LEAST_IMAGES", "Pictures", "kind_of", "read_pictures"]
+
+JUDGES = ("classes", "features")
+LEAST_IMAGES = 4
+_TOGETHER = 8  # images in a pass
+
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """Images in random order: those with even numbers choose, the others report.
+
+    Attributes:
+        pixels: preprocessed, ``[N, channels, H, W]``.
+        names: of the files; numbers of images that came as a tensor.
+    """
+
+    pixels: Tensor
+    names: tuple[str, ...]
+
+    @property
+    def choosing(self) -> list[int]:
+        """Numbers of the images that choose."""
+        return list(range(0, len(self.names), 2))
+
+    @property
+    def reporting(self) -> list[int]:
+        """Numbers of the images that report."""
+        return list(range(1, len(self.names), 2))
+
+
+def read_pictures(model: nn.Module, given: Tensor | Paths, count: int, seed: int) -> Pictures:
+    """Draw at most ``count`` images, and prepare them as evaluation does.
+
+    Args:
+        model: that will see them.
+        given: files and folders, or preprocessed images.
+        count: how many are wanted.
+        seed: of the drawing.
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or count < LEAST_IMAGES:
+        raise ValueError(
+            f"count must be at least {LEAST_IMAGES}, half of the images to choose and half to "
+            f"report, got {count!r}"
+        )
+    inputs, draw = Inputs.of(model), random.Random(seed)
+    if isinstance(given, Tensor):
+        shape = (inputs.channels, *inputs.size)
+        if given.ndim != 4 or tuple(given.shape[1:]) != shape:
+            wanted = ", ".join(map(str, shape))
+            raise ValueError(
+                f"images must be [N, {wanted}] for this model, got {list(given.shape)}"
+            )
+        order = draw.sample(range(len(given)), min(count, len(given)))
+        _check_enough(len(order), "the tensor")
+        return Pictures(given[order].detach(), tuple(map(str, order)))
+    files = find_images(given)
+    where = os.fspath(given) if isinstance(given, str | os.PathLike) else "what was given"
+    _check_enough(len(files), where)
+    read = list(islice(ImageFiles(draw.sample(files, len(files))), count))
+    _check_enough(len(read), where)
+    like = next(model.parameters())
+    pixels = inputs.batch((image for _, image in read), like)
+    return Pictures(pixels, tuple(_short(path, where) for path, _ in read))
+
+
+def _check_enough(found: int, where: str) -> None:
+    if found < LEAST_IMAGES:
+        raise ValueError(
+            f"at least {LEAST_IMAGES} images are needed, half of them to choose and half to "
+            f"report; {where} has {found}"
+        )
+
+
+def _short(path: Path, where: str) -> str:
+    """Name a file within the folder that was given, or by itself."""
+    return str(path.relative_to(where)) if path.is_relative_to(where) else path.name
+
+
+def kind_of(backbone: Backbone, judge: str | None) -> str:
+    """Return what is compared: the given kind, or classes where the model has some."""
+    if judge is None:
+        return "classes" if backbone.classifies else "features"
+    check_choice("judge", judge, JUDGES)
+    if judge == "classes" and not backbone.classifies:
+        raise ValueError("this model has no classifier, so there are no classes to compare")
+    return judge
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Agreement with the dense model, a mean over images.
+
+    Attributes:
+        distance: what the search makes small: the divergence (KL) of the classes, or 1 - similarity
+            of the features.
+        same: share of images with the same most likely class; None for features.
+        images: how many images it is of.
+    """
+
+    distance: float
+    same: float | None
+    images: int
+
+
+class Judge:
+    """The dense model's answers to some images, and what others are worth beside them.
+
+    Features are compared patch by patch on the whole grid, by the cosine once the mean feature of
+    the choosing images is taken off: what all patches have in common would hide differences.
+    """
+
+    def __init__(self, backbone: Backbone, pictures: Pictures, kind: str) -> None:
+        self.backbone, self.pictures, self.kind = backbone, pictures, kind
+        plain = dense(backbone)
+        with answering(plain):
+            parts = [self._answer(plain, part) for part in _parts(range(len(pictures.names)))]
+            wanted = torch.cat(parts)
+        if not bool(wanted.isfinite().all()):
+            raise ValueError("the model's answers contain NaN or infinity: its weights are broken")
+        if kind == "features":
+            self._mean = wanted[pictures.choosing].mean((0, 1))
+        self._wanted = wanted
+
+    def model(self, reducer: Reducer) -> ReducedViT:
+        """Return the model with a method that is built."""
+        like = next(self.backbone.model.parameters())
+        driver: type[ReducedViT] = self.backbone.driver or ReducedViT
+        return driver(self.backbone, reducer.to(like.device, like.dtype))
+
+    def compare(self, model: ReducedViT, numbers: Sequence[int]) -> list[tuple[float, bool | None]]:
+        """Return distance and, of classes, whether the most likely one is the same, by image."""
+        found: list[tuple[float, bool | None]] = []
+        with answering(model):
+            for part in _parts(numbers):
+                answer, wanted = self._answer(model, part), self._wanted[part]
+                if self.kind == "features":
+                    near = F.cosine_similarity(answer - self._mean, wanted - self._mean, dim=2)
+                    found += [(1 - value, None) for value in near.mean(1).tolist()]
+                    continue
+                p, q = wanted.log_softmax(1), answer.log_softmax(1)
+                apart = (p.exp() * (p - q)).sum(1).tolist()
+                same = (wanted.argmax(1) == answer.argmax(1)).tolist()
+                found += zip(apart, same, strict=True)
+        return found
+
+    def _answer(self, model: ReducedViT, numbers: Sequence[int]) -> Tensor:
+        state = model.tokens(self.pictures.pixels[list(numbers)], track=self.kind == "features")
+        if self.kind == "classes":
+            return model.backbone.head(state).double()
+        return on_grid(state)[:, state.prefix :].float()
+
+
+def _parts(numbers: Sequence[int]) -> Iterator[list[int]]:
+    for start in range(0, len(numbers), _TOGETHER):
+        yield list(numbers[start : start + _TOGETHER])

@@ -1,0 +1,412 @@
+"""``tune``: search on half of the images, report on the other half, and save the choice."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from foveate import machine
+from foveate.api import apply, check_driven
+from foveate.backbones import backbone_for
+from foveate.convert import open_base, save
+from foveate.core import Backbone, ReducedViT, Reducer
+from foveate.dense import Hosting
+from foveate.facts import count as count_costs
+from foveate.latency import Setting, beside_dense, setting_of
+from foveate.measure.table import pd
+from foveate.timing import DENSE, LEAST_ROUNDS, Timings
+from foveate.tuning.agreement import Judge, Paths, kind_of, read_pictures
+from foveate.tuning.candidates import (
+    Candidate,
+    Price,
+    Template,
+    Times,
+    cheapest,
+    price_of,
+    solve,
+    templates,
+)
+from foveate.tuning.result import COLUMNS, Tuned
+from foveate.tuning.search import Found, Progress, Scored, search
+
+__all__ = ["tune"]
+
+_SAVINGS = (0.5, 0.75, 1.25)  # of what the target saves: other speeds, for the frontier
+_ALIKE = 0.99  # speeds that differ by less count as one on the frontier
+_NEAR, _PROMISE, _AGAIN = 0.02, 0.05, 2  # how near a measured time must come, and how often
+
+
+def tune(
+    model: nn.Module | str | os.PathLike[str],
+    images: Tensor | Paths,
+    target: str = "1.5x faster",
+    *,
+    methods: Sequence[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    count: int = 64,
+    judge: str | None = None,
+    seed: int = 0,
+    tries: int = 60,
+    rounds: int = LEAST_ROUNDS,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> Tuned:
+    """Search the method and schedule with which a model agrees best with itself as it is.
+
+    Neither labels nor training are needed. Half of the images choose, the other half reports, and
+    dropping at random is always in the table. The result has the table, the choice and a folder
+    that ``foveate.load`` opens.
+
+    Args:
+        model: a plain ViT or one with a method that was trained; or what commands take as MODEL.
+        images: files and folders, or preprocessed images ``[N, channels, H, W]``.
+        target: what a pass may cost, as ``budget`` of ``foveate.apply``: "1.5x faster", "12 ms",
+            "12 ms, batch 8", "2.4 GMACs", "60%".
+        methods: those to search, such as "tome" or "tome(prop_attn=False)"; None for all that run
+            without training.
+        out: folder for the choice, the table and the picture, which must be empty or missing; None
+            is runs/tune-NAME.
+        count: number of images, drawn at random if there are more.
+        judge: what is compared: "classes", or "features" of all patches of the grid; None is
+            classes where the model has some.
+        seed: of the drawing of images and the order of moves.
+        tries: moves that are tried to improve each of the best two schedules, block by block.
+        rounds: timed rounds at the end; 0 times nothing but what a target in time needs, and fewer
+            than 30 are a trial.
+        name: what to call the model; None is its own name.
+        progress: told what is done, and how much of it.
+    """
+    told = progress or (lambda what, done, of: None)
+    if not isinstance(model, nn.Module):
+        name = name or Path(model).name
+        model = open_base(os.fspath(model))
+    for what, number in (("tries", tries), ("rounds", rounds), ("seed", seed)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise ValueError(f"{what} must be a whole number from 0, got {number!r}")
+    vit, own = _parts(model)
+    name = name or type(vit).__name__
+    backbone = backbone_for(vit)
+    kind = kind_of(backbone, judge)
+    found, left_out = templates(backbone.spec, methods, own, recalls=kind == "features")
+    pictures = read_pictures(vit, images, count, seed)
+    folder = _folder(out, name)
+    check_driven(backbone)
+    told("timing blocks", 0, 1)
+    price = price_of(target, backbone)
+    if not _learn(price, backbone, found, told):
+        _check_reachable(target, found, price)
+    told("dense model", 0, 1)
+    looked = Judge(backbone, pictures, kind)
+    best = search(found, price, looked, tries=tries, seed=seed, progress=told)
+    table = _Table(looked, price, backbone, told)
+    table.add(best)
+    notes = table.time(rounds, target) if rounds else []
+    notes += [one.note for one in found if one.note] + _left_out(left_out) + table.doubts()
+    notes += _unmet(found, best)
+    chosen = table.choice.candidate
+    reduced = apply(vit, chosen.reducer, check=False).eval()
+    save(reduced, folder, everything=True)
+    about = {
+        "model": name,
+        "target": target,
+        "judge": kind,
+        "seed": seed,
+        "tries": tries,
+        "rounds": rounds,
+        "tried": best.tried,
+        "choosing": len(pictures.choosing),
+        "reporting": len(pictures.reporting),
+        "predicted": _predicted(price),
+        "measured": table.measured(rounds),
+        "images": {
+            half: [pictures.names[number] for number in getattr(pictures, half)]
+            for half in ("choosing", "reporting")
+        },
+        "left_out": left_out,
+        "machine": machine.facts(next(vit.parameters()).device.type),
+        "commit": machine.commit(),
+    }
+    result = Tuned(
+        path=folder,
+        table=table.frame(),
+        choice=chosen.method,
+        model=reduced,
+        about=about,
+        notes=tuple(notes),
+        commands=tuple(_commands(folder, images, backbone, chosen)),
+    )
+    told("writing", 0, 1)
+    result.write()
+    return result
+
+
+# Before the work ---------------------------------------------------------------------------------
+
+
+def _parts(model: nn.Module) -> tuple[nn.Module, Reducer | None]:
+    """Return the plain ViT, and the method that it was trained with."""
+    if isinstance(model, Hosting):
+        raise ValueError(
+            f"a {type(model).__name__} is not searched itself: give its ViT with judge='features' "
+            "(--judge features), and put the method that is found on it"
+        )
+    if not isinstance(model, ReducedViT):
+        return model, None
+    return model.vit, model.reducer if model.reducer.name != "dense" else None
+
+
+def _folder(out: str | os.PathLike[str] | None, name: str) -> Path:
+    """Return the folder of the result, made; ValueError for one with files in it."""
+    folder = Path("runs", f"tune-{name}") if out is None else Path(out)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty: name another folder (out, --out)")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _learn(price: Price, backbone: Backbone, found: Sequence[Template], told: Progress) -> bool:
+    """Let the price know each method's own work, from its constant rate; tell if there is one."""
+    pairs = [(one, recall) for one in found for recall in (one.recalls[0], one.recalls[-1])]
+    solved = [solve(one, None, recall, price) for one, recall in dict.fromkeys(pairs)]
+    known = [one for one in solved if one is not None]
+    price.learn(backbone, known, lambda done, of: told("timing methods", done, of))
+    return bool(known)
+
+
+def _check_reachable(target: str, found: Sequence[Template], price: Price) -> None:
+    best = cheapest(found, price)
+    if best.price > price.goal:
+        raise ValueError(
+            f"no schedule meets the target {target!r}, which allows {price.said(price.goal)}: the "
+            f"fastest that there is, {best.method}, takes {price.said(best.price)}"
+        )
+
+
+# The table ---------------------------------------------------------------------------------------
+
+
+class _Table:
+    """Rows of the result, as they come about."""
+
+    def __init__(self, judge: Judge, price: Price, backbone: Backbone, told: Progress) -> None:
+        self.judge, self.price, self.backbone, self.told = judge, price, backbone, told
+        self.roles: list[tuple[str, Scored]] = []
+        self.timings: dict[str, Timings] = {}
+
+    @property
+    def choice(self) -> Scored:
+        """What was chosen."""
+        return next(one for role, one in self.roles if role == "choice")
+
+    def add(self, found: Found) -> None:
+        """Take up what a search found, and the same schedules at other speeds."""
+        self.roles = [("choice", found.best[0])]
+        self.roles += [("schedule", one) for one in found.best[1:] if one.candidate.curve]
+        self.roles += [("constant", one) for one in found.constants if one is not found.best[0]]
+        saved = self.price.dense - self.price.goal
+        for done, one in enumerate(found.best):
+            self.told("other speeds", done, len(found.best))
+            for share in _SAVINGS:
+                goal, was = self.price.dense - share * saved, one.candidate
+                other = solve(was.template, was.curve, was.recall, self.price, goal)
+                if other is not None and other.method != was.method:
+                    self.roles.append(("frontier", Scored.of(other, self.judge)))
+        for done, (_, one) in enumerate(self.roles):
+            self.told("images that report", done, len(self.roles))
+            one.on(self.judge.pictures.reporting)
+
+    # Timing --------------------------------------------------------------------------------------
+
+    def time(self, rounds: int, target: str) -> list[str]:
+        """Time what meets the target beside the dense model; correct the choice where it misses.
+
+        Gives what is to be said of it.
+        """
+        price = self.price
+        finalists = [one for role, one in self.roles if role != "frontier"]
+        self._measure(finalists, rounds)
+        if not isinstance(price, Times):
+            return []
+        for _ in range(_AGAIN):
+            if self._missed() <= _NEAR or not self._correct():
+                break
+            self._measure([self.choice], rounds)
+        missed, (ms, dense) = self._missed(), self._ms(self.choice)
+        if missed <= _PROMISE:
+            return []
+        return [
+            f"the choice was timed at {ms:.3g} ms beside {dense:.3g} of the dense model, "
+            f"{missed:.0%} off the target {target!r}: the machine may be busy with other work"
+        ]
+
+    def measured(self, rounds: int) -> str | None:
+        """Say how was timed; None if nothing was."""
+        trial = " (a trial)" * (rounds < LEAST_ROUNDS)
+        return f"{rounds} interleaved rounds{trial}, {self._setting()}" if rounds else None
+
+    def _setting(self) -> Setting:
+        if isinstance(self.price, Times):
+            return self.price.table.setting
+        return setting_of(self.backbone)
+
+    def _measure(self, some: Sequence[Scored], rounds: int) -> None:
+        timings = beside_dense(
+            self.backbone,
+            {one.candidate.method: one.candidate.reducer for one in some},
+            self._setting(),
+            rounds=rounds,
+            progress=lambda done, of: self.told("timing finalists", done, of),
+        )
+        self.timings |= {one.candidate.method: timings for one in some}
+
+    def _ms(self, one: Scored) -> tuple[float, float]:
+        """Return measured milliseconds of a candidate and of the dense model beside it.
+
+        Ratios are of pairs in a round, which a busy machine slows alike.
+        """
+        timings = self.timings[one.candidate.method]
+        dense = timings.ms(DENSE).median
+        return dense / timings.ratio(one.candidate.method, DENSE).median, dense
+
+    def _goal(self) -> float:
+        """Return the milliseconds that the choice may take, as fast as the machine was then."""
+        assert isinstance(self.price, Times)
+        wanted, (_, dense) = self.price.wanted, self._ms(self.choice)
+        return dense / wanted.value if wanted.relative else wanted.value
+
+    def _missed(self) -> float:
+        return abs(self._ms(self.choice)[0] / self._goal() - 1)
+
+    def _correct(self) -> bool:
+        """Solve the choice anew, knowing what it took; tell whether that is another one."""
+        price = self.price
+        assert isinstance(price, Times)
+        (ms, dense), goal, was = self._ms(self.choice), self._goal(), self.choice.candidate
+        scale = dense / price.dense
+        price.correct(was, ms / scale)
+        now = solve(was.template, was.curve, was.recall, price, goal / scale)
+        if now is None or now.method == was.method:
+            return False
+        other = Scored.of(now, self.judge)
+        self.roles[0] = ("choice", other)
+        other.on(self.judge.pictures.reporting)
+        return True
+
+    # In the end ----------------------------------------------------------------------------------
+
+    def doubts(self) -> list[str]:
+        """Say where the reporting half would have chosen otherwise."""
+        half = self.judge.pictures.reporting
+        at_target = [one for role, one in self.roles if role != "frontier"]
+        best = min(at_target, key=lambda one: one.on(half).distance)
+        low, own = best.on(half).distance, self.choice.on(half).distance
+        if low >= own:
+            return []
+        return [
+            f"on the images that report {best.candidate.method} agrees better than the choice: "
+            f"its distance from the dense model is {low:.3g} instead of {own:.3g}"
+        ]
+
+    def frame(self) -> pd.DataFrame:
+        """Return all rows; those are on the frontier that nothing beats in both ways."""
+        rows = [self._dense(), *(self._row(role, one) for role, one in self.roles)]
+        table = pd.DataFrame(rows, columns=list(COLUMNS))
+        pairs = list(zip(table["predicted"], table["reporting"], strict=True))
+        table["frontier"] = [
+            not any(x >= speed * _ALIKE and y < distance for x, y in pairs)
+            for speed, distance in pairs
+        ]
+        return table
+
+    def _dense(self) -> dict[str, Any]:
+        spec, same = self.backbone.spec, 1.0 if self.judge.kind == "classes" else math.nan
+        times = isinstance(self.price, Times)
+        return {
+            "role": "dense",
+            "method": "dense",
+            "schedule": "",
+            "options": "",
+            "tokens": [spec.prefix + spec.grid[0] * spec.grid[1]] * spec.depth,
+            "macs": count_costs(self.backbone.model).macs,
+            "predicted_ms": self.price.dense if times else math.nan,
+            "predicted": 1.0,
+            "choosing": 0.0,
+            "reporting": 0.0,
+            "same_choosing": same,
+            "same_reporting": same,
+        }
+
+    def _row(self, role: str, one: Scored) -> dict[str, Any]:
+        candidate, pictures = one.candidate, self.judge.pictures
+        # A schedule at another speed reports, and chooses nothing.
+        choosing = None if role == "frontier" else one.on(pictures.choosing)
+        reporting = one.on(pictures.reporting)
+        found = {
+            "role": role,
+            "method": candidate.template.label,
+            "options": candidate.method,
+            "schedule": candidate.schedule,
+            "tokens": candidate.tokens,
+            "macs": count_costs(one.model).macs,
+            "predicted": self.price.times(candidate.price),
+            "choosing": math.nan if choosing is None else choosing.distance,
+            "same_choosing": None if choosing is None else choosing.same,
+            "reporting": reporting.distance,
+            "same_reporting": reporting.same,
+        }
+        if isinstance(self.price, Times):
+            found["predicted_ms"] = candidate.price
+        timings = self.timings.get(candidate.method)
+        if timings is not None:
+            ratio = timings.ratio(candidate.method, DENSE)
+            found |= {"measured": ratio.median, "measured_low": ratio.low}
+            found |= {"measured_high": ratio.high, "measured_ms": self._ms(one)[0]}
+        return found
+
+
+# In words ----------------------------------------------------------------------------------------
+
+
+def _predicted(price: Price) -> str:
+    if isinstance(price, Times):
+        return f"from the latency table ({price.table.setting})"
+    return "counted"
+
+
+def _left_out(reasons: dict[str, str]) -> list[str]:
+    """Say which methods were left out, those of one reason together."""
+    by_reason: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        by_reason.setdefault(why, []).append(name)
+    return [f"left out {', '.join(names)}: {why}" for why, names in by_reason.items()]
+
+
+def _unmet(searched: Sequence[Template], found: Found) -> list[str]:
+    """Say which methods do not meet the target, at a constant rate or at all."""
+    constant = {one.candidate.template for one in found.constants}
+    met = {one.candidate.template for one in found.best}
+    never = [one.label for one in searched if one not in met]
+    late = [one.label for one in searched if one in met - constant]
+    said = [f"no schedule of {', '.join(never)} meets the target"] * bool(never)
+    return said + [f"no constant rate of {', '.join(late)} meets the target"] * bool(late)
+
+
+def _commands(
+    folder: Path, images: Tensor | Paths, backbone: Backbone, chosen: Candidate
+) -> list[str]:
+    """Return the commands that would raise the agreement, or the accuracy, by training."""
+    where = os.fspath(images) if isinstance(images, str | os.PathLike) else "FOLDER"
+    found = [f"foveate adapt {folder} --images {where}  (without labels)"]
+    if backbone.classifies:
+        small = backbone.channels == 1 and backbone.spec.patch == (4, 4)
+        recipe = "fashion_part_dynamicvit" if small else "imagenet_deit_s_evit model.name=null"
+        found.append(
+            f'foveate reduce {recipe} model.start={folder} "method={chosen.method}" '
+            "data.train=folder:LABELLED  (with labels)"
+        )
+    return found
