@@ -119,9 +119,8 @@ def test_describe_says_the_time_where_a_table_is_there(clock: Clock) -> None:
     assert "time:" not in foveate.describe(foveate.apply(model, "evit"))
     reduced = foveate.apply(model, "evit", budget="1.2x faster")
     said = foveate.describe(reduced)
-    threads = torch.get_num_threads()
     assert "of 16.8 ms, as blocks with so many tokens took here" in said
-    assert f"(batch 1, fp32, {threads} CPU threads)" in said
+    assert f"({setting_of(backbone_for(model))})" in said
     assert "time:" not in foveate.describe(reduced, 64)
 
 
