@@ -76,6 +76,17 @@ def test_a_time_is_met(method: str, budget: str, clock: Clock) -> None:
     assert 0 < reduced.reducer.keep < 1
 
 
+@pytest.mark.parametrize("method", ["spvit", "svit"])
+def test_gates_that_decide_for_each_image_are_trained_for_a_time(method: str, clock: Clock) -> None:
+    """They are timed at their rates, keep deciding for each image, and are pulled to those rates."""
+    reduced = foveate.apply(vit(), method, budget="1.25x faster").eval()
+    assert reduced.reducer.gate is None and not reduced.reducer.fixed_count
+    assert "ratio" in reduced.reducer.loss_weights
+    reduced.gate = "topk"
+    reached = clock.ms(latency.partial(reduced, torch.zeros(1, 3, 48, 48)))
+    assert abs(reached * 1.25 / (REST + TOKEN * 37 * 4) - 1) < 0.05
+
+
 def test_a_machine_that_became_slower(clock: Clock) -> None:
     """The table is of a quicker time; the rate is corrected by what is measured now."""
     model = vit()
