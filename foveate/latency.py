@@ -303,8 +303,8 @@ def _timed(
 def meet(budget: str, backbone: Backbone, make: Callable[[Mapping[str, Any]], Reducer]) -> Reducer:
     """Return the method at the rate at which a pass, timed now, is within 5 % of the budget.
 
-    Gates that decide for each image are timed keeping as many tokens as their rates say. Those rates
-    are what the method is trained to keep, so this is the latency-aware training of SPViT.
+    Gates that decide for each image are timed keeping as many tokens as their rates say. Those
+    rates are what the method is trained to keep, so this is the latency-aware training of SPViT.
 
     Args:
         budget: as ``TimeBudget.parse`` reads it.

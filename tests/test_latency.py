@@ -78,7 +78,7 @@ def test_a_time_is_met(method: str, budget: str, clock: Clock) -> None:
 
 @pytest.mark.parametrize("method", ["spvit", "svit"])
 def test_gates_that_decide_for_each_image_are_trained_for_a_time(method: str, clock: Clock) -> None:
-    """They are timed at their rates, keep deciding for each image, and are pulled to those rates."""
+    """They are timed at their rates, keep deciding for each image, and learn those rates."""
     reduced = foveate.apply(vit(), method, budget="1.25x faster").eval()
     assert reduced.reducer.gate is None and not reduced.reducer.fixed_count
     assert "ratio" in reduced.reducer.loss_weights
