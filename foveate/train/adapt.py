@@ -77,8 +77,8 @@ class AdaptTask(MethodTask):
         usual |= {"kl": 1.0} if self.classifies else {}
         weights = chosen_weights(weights, usual, model.reducer.name)
         super().__init__(model, data, weights=weights, teacher=teacher)
-        score = "kl" if self.classifies else "cosine"
-        vars(self).update(score=score, higher_is_better=score == "cosine")
+        self.score = "kl" if self.classifies else "cosine"
+        self.higher_is_better = not self.classifies
         if blocks is not None:
             _freeze(model, blocks)
 

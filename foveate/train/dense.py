@@ -74,7 +74,7 @@ class DenseTask(Task):
 
     labels_of: ClassVar[str]
     heads: ClassVar[Mapping[str, tuple[str, ...]]]
-    higher_is_better: ClassVar[bool] = True
+    higher_is_better: bool = True
     model: DenseModel
 
     def __init__(

@@ -28,7 +28,7 @@ _BOXES = ("objectness", "rpn_box_reg", "classifier", "box_reg")
 class DetectTask(DenseTask):
     """torchvision's losses of proposals, boxes and masks; average precision of both."""
 
-    score: ClassVar[str] = "box_ap"
+    score: str = "box_ap"
     heads: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "faster_rcnn": _BOXES,
         "mask_rcnn": (*_BOXES, "mask"),

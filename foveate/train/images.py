@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from timm.data import Mixup
@@ -109,8 +109,8 @@ class ClassificationTask(ImageTask):
         teacher: see ``Task``.
     """
 
-    score: ClassVar[str] = "accuracy"
-    higher_is_better: ClassVar[bool] = True
+    score: str = "accuracy"
+    higher_is_better: bool = True
 
     def __init__(
         self,

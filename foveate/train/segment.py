@@ -22,7 +22,7 @@ __all__ = ["SegmentTask", "segment"]
 class SegmentTask(DenseTask):
     """Cross entropy of every pixel; mean intersection over union."""
 
-    score: ClassVar[str] = "miou"
+    score: str = "miou"
     heads: ClassVar[Mapping[str, tuple[str, ...]]] = {"fpn": ("segment",), "upernet": ("segment",)}
 
     def wanted(self, batch: Mapping[str, Any]) -> list[Tensor]:

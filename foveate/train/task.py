@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,8 @@ class Task(nn.Module):
         higher_is_better: of that metric.
     """
 
-    score: ClassVar[str] = "loss"
-    higher_is_better: ClassVar[bool] = False
+    score: str = "loss"
+    higher_is_better: bool = False
     model: nn.Module
     teacher: nn.Module | None
 
