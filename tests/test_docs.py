@@ -78,13 +78,15 @@ def test_readme_table_of_methods_is_current() -> None:
 
 # Pages -------------------------------------------------------------------------------------------
 
+# What these show is in default tests too: of detectors, exports and tuning.
+LONG_PAGES = {"faster-detector.md", "export.md", "tune.md"}
 PAGES = sorted(page.name for page in DOCS.glob("*.md") if snippets(page.read_text("utf-8")))
 
 
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, marks=pytest.mark.slow if page == "faster-detector.md" else ())
+        pytest.param(page, marks=pytest.mark.slow if page in LONG_PAGES else ())
         for page in PAGES
         if page != TUTORIAL
     ],
@@ -123,7 +125,8 @@ for form in ("vit", "dinov2_reg4", "dinov3"):
 # Examples ----------------------------------------------------------------------------------------
 
 
-LONG = {"pretrain.py"}  # its steps are in tests/train/test_learning.py too
+# Their steps are in tests/train and on the pages about training and detection too.
+LONG = {"detect.py", "pretrain.py", "train.py"}
 SCRIPTS = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 

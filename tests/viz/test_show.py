@@ -165,7 +165,7 @@ def test_models_are_files_folders_and_names(folder: Path) -> None:
     first, second = open_models(str(folder / "plain.safetensors"), ["evit", "tome(r=2)"])
     assert first.vit is second.vit and repr(second.reducer) == "tome(r=2)"
     with pytest.raises(ValueError, match="neither a file, a folder nor a model that timm knows"):
-        open_base("hf-hub:somebody/something")
+        open_base("somebody/something")
 
 
 def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
