@@ -20,9 +20,11 @@ from foveate.backbones import backbone_for
 from foveate.bench import natural_images
 from foveate.cli import main
 from foveate.convert import open_base, save_plain
+from foveate.core import Backbone
 from foveate.core.cost import tokens_of
 from foveate.data import Inputs, fashion_mnist_mini, normalise
-from foveate.tuning import Tuned, result
+from foveate.timing import Timings
+from foveate.tuning import Tuned, result, run
 from foveate.tuning.agreement import read_pictures
 from foveate.tuning.candidates import templates
 
@@ -142,6 +144,27 @@ def test_a_time(clock: Clock, tmp_path: Path) -> None:  # noqa: F811
     assert clock.measured - measured < measured  # table and own work are kept
     assert again.choice == found.choice
     assert not [note for note in found.notes if "busy" in note]
+
+
+def test_what_cannot_be_brought_to_a_time_is_not_the_choice(
+    clock: Clock,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """EViT agrees best here, and is slower than any correction allows for: another one is taken."""
+    real = run.beside_dense
+
+    def slowed(backbone: Backbone, reducers: dict, *args: object, **options: object) -> Timings:
+        found = real(backbone, reducers, *args, **options)
+        slow = {name: 3 if name.startswith("evit") else 1 for name in found.samples}
+        return Timings({n: [slow[n] * ms for ms in of] for n, of in found.samples.items()}, 1)
+
+    monkeypatch.setattr(run, "beside_dense", slowed)
+    options = {**QUICK, "rounds": 1, "tries": 1, "methods": ["evit"]}
+    found = foveate.tune(late_is_harmless(), images(4), "1.3x faster", out=tmp_path, **options)
+    assert found.choice.startswith("random") and found.row["measured"] > 1.3 * 0.95
+    assert any("evit" in note and "could not be brought to" in note for note in found.notes)
+    assert "evit" in set(found.table["method"])
 
 
 # Features ----------------------------------------------------------------------------------------
