@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from foveate.cli.models import add_model, add_untrained
-from foveate.cli.threads import add_threads, check_threads
+from foveate.cli.threads import add_threads, check_threads, prepare_timing
 
 if TYPE_CHECKING:
     from foveate.bench import Result
@@ -123,14 +123,7 @@ def run(args: argparse.Namespace) -> None:
     for path in (args.out, args.plot):
         if path is not None:  # an unwritable place is said before the work
             path.parent.mkdir(parents=True, exist_ok=True)
-    from foveate import machine
-
-    args.device = machine.device_of(args.device)
-    machine.tune_malloc(args.device)
-
-    import torch
-
-    torch.set_num_threads(args.threads or machine.physical_cores())
+    prepare_timing(args)
     _measure(args)
 
 

@@ -1,10 +1,10 @@
-"""The option --threads of commands that time what runs on a CPU."""
+"""The option --threads of commands that time what runs on a CPU, and what comes before timing."""
 
 from __future__ import annotations
 
 import argparse
 
-__all__ = ["add_threads", "check_threads"]
+__all__ = ["add_threads", "check_threads", "prepare_timing"]
 
 
 def add_threads(parser: argparse.ArgumentParser) -> None:
@@ -21,3 +21,15 @@ def check_threads(args: argparse.Namespace) -> None:
     """Refuse a number that no processor has."""
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"--threads must be at least 1, got {args.threads}")
+
+
+def prepare_timing(args: argparse.Namespace) -> None:
+    """Choose the device and the threads of what will be timed; malloc is tuned before torch."""
+    from foveate import machine
+
+    args.device = machine.device_of(args.device)
+    machine.tune_malloc(args.device)
+
+    import torch
+
+    torch.set_num_threads(args.threads or machine.physical_cores())

@@ -18,7 +18,7 @@ import argparse
 from pathlib import Path
 
 from foveate.cli.models import MODEL, add_untrained
-from foveate.cli.threads import add_threads, check_threads
+from foveate.cli.threads import add_threads, check_threads, prepare_timing
 
 __all__ = ["add_arguments", "run"]
 
@@ -90,13 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Search, print, and say where the files are."""
     check_threads(args)
-    from foveate import machine
-
-    args.device = machine.device_of(args.device)
-    machine.tune_malloc(args.device)
-    import torch
-
-    torch.set_num_threads(args.threads or machine.physical_cores())
+    prepare_timing(args)
 
     from foveate.bench.progress import progress_bar
     from foveate.convert import open_base
