@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 from collections import Counter
 from itertools import product
@@ -133,26 +135,28 @@ def test_without_ray_the_command_says_what_to_install(
         list(run_cells({}, [], [], resources=Resources()))
 
 
-def test_an_address_where_nobody_is(
-    config: Path, out: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def as_a_command(*words: object) -> subprocess.CompletedProcess[str]:
+    """Compare in a process of its own: Ray takes hold of the streams of the one it runs in."""
     pytest.importorskip("ray")
-    words = ("--launcher", "ray", "--address", "127.0.0.1:1")
-    assert compare(config, "evaluate.limit=8", "--out", out, *words) == 2
-    assert "--address 127.0.0.1:1: no cluster of Ray answers" in capsys.readouterr().err
+    command = [sys.executable, "-m", "foveate", "compare", *map(str, words), "--launcher", "ray"]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_cells_are_tasks_of_ray(
-    config: Path, out: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("ray")
+def test_an_address_where_nobody_is(config: Path, out: Path) -> None:
+    words = ("evaluate.limit=8", "--out", out, "--address", "127.0.0.1:1")
+    done = as_a_command(config, *words)
+    assert done.returncode == 2
+    assert "--address 127.0.0.1:1: no cluster of Ray answers" in done.stderr
+
+
+def test_cells_are_tasks_of_ray(config: Path, out: Path) -> None:
     path = out / METHOD / "seed0" / "eval.json"
     before = path.with_suffix(".csv").read_text()
     path.unlink()
     shutil.rmtree(out / METHOD / "seed1")
-    words = ("--launcher", "ray", "--parallel", "1", "--only", f"{METHOD}/*/eval")
-    assert compare(config, "--out", out, *words) == 2  # seed1 is not there to be evaluated
-    assert f"skipped  {METHOD}/seed1/eval: {METHOD}/seed1 is not there" in capsys.readouterr().out
+    done = as_a_command(config, "--out", out, "--parallel", "1", "--only", f"{METHOD}/*/eval")
+    assert done.returncode == 2, done.stderr  # seed1 is not there to be evaluated
+    assert f"skipped  {METHOD}/seed1/eval: {METHOD}/seed1 is not there" in done.stdout
     assert path.with_suffix(".csv").read_text() == before
 
 
