@@ -371,7 +371,10 @@ class ReducedViT(HostedModel):
                 f"{self.reducer.name} is not in effect in masked mode, which computes all tokens "
                 "so that decisions can be trained: call eval(), or set mode"
             )
-        trace = self.trace(images, keep_mask)
+        where = next(self.parameters()).device
+        # Gates that sample draw the same noise in both runs.
+        with torch.random.fork_rng([] if where.type == "cpu" else [where]):
+            trace = self.trace(images, keep_mask)
         wanted = [sum(counts) for counts in trace.counts()]
         check_executed(self.backbone, lambda: self.run(images, keep_mask), wanted)
         return trace.counts()

@@ -518,3 +518,10 @@ def test_masked_mode_is_not_in_effect() -> None:
     with pytest.raises(RuntimeError, match="masked mode, which computes all tokens"):
         model.check_in_effect(images(2))
     model.eval().check_in_effect(images(2))
+
+
+def test_gates_that_sample_are_in_effect() -> None:
+    model = made("dynamicvit(keep=0.5)")
+    model.gate = "sample"
+    drawn = {tuple(model.check_in_effect(images(2))) for _ in range(8)}
+    assert len(drawn) > 1  # both of its runs draw alike, and the next ones draw anew
