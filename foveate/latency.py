@@ -31,8 +31,8 @@ from foveate.files import read_json, write_text
 from foveate.timing import DENSE, DTYPES, Timings, measure
 
 __all__ = [
-    *("LatencyTable", "Setting", "TimeBudget", "beside_dense", "goal_of", "is_time", "meet"),
-    *("own_work", "setting_of"),
+    *("LatencyTable", "Setting", "TimeBudget", "approach", "beside_dense", "goal_of", "is_time"),
+    *("meet", "own_work", "setting_of"),
 ]
 
 _SHARES = (
@@ -347,25 +347,52 @@ def _met(
 ) -> Mapping[str, Any]:
     """Return the options that meet a time."""
     spec = backbone.spec
-    table, target = goal_of(wanted, setting, backbone)
-    whole = table.whole(spec.depth)
+    table, _ = goal_of(wanted, setting, backbone)
 
     def predicted(reducer: Reducer) -> float:
         return table.predict_pass(run_on_meta(spec, reducer, spec.grid).tokens)
 
-    # ``extra`` is the method's own work, which the table does not know. ``scale`` is how much
-    # slower the machine is than when the table was made.
+    def timed(options: Mapping[str, Any]) -> tuple[float, float]:
+        reducer = make(options)
+        reducer.build(spec)
+        return _compared(backbone, reducer, setting)
+
+    return approach(wanted, str(setting), table.whole(spec.depth), backbone, make, predicted, timed)
+
+
+def approach(
+    wanted: TimeBudget,
+    where: str,
+    whole: float,
+    backbone: Backbone,
+    make: Callable[[Mapping[str, Any]], Reducer],
+    predicted: Callable[[Reducer], float],
+    timed: Callable[[Mapping[str, Any]], tuple[float, float]],
+) -> Mapping[str, Any]:
+    """Return the options that meet a time: predict, run, correct the prediction, and again.
+
+    Args:
+        wanted: the time.
+        where: what it is of, in words.
+        whole: milliseconds of a pass without a method, as predictions have them.
+        backbone: parts of the model.
+        make: builds the method from options that override the user's; called many times.
+        predicted: milliseconds with a method, its own work left out.
+        timed: milliseconds of a pass with these options, and without a method, measured together.
+    """
     best: Mapping[str, Any] = {}
+    # ``extra`` is the method's own work, which no prediction knows. ``scale`` is how much slower
+    # the machine is than when predictions were made.
     extra, scale, miss = 0.0, 1.0, float("inf")
+    target = whole / wanted.value if wanted.relative else wanted.value
     for _ in range(_ATTEMPTS):
         said = partial(_milliseconds, extra, scale)
         options = rate_for(max(target - extra, 0.0), backbone, make, predicted, said, _SOLVED)
         with torch.device("meta"):
             reducer = make(options)
-            reducer.build(spec)
-        foreseen, reducer = predicted(reducer), make(options)
-        reducer.build(spec)
-        reached, dense_ms = _compared(backbone, reducer, setting)
+            reducer.build(backbone.spec)
+        foreseen = predicted(reducer)
+        reached, dense_ms = timed(options)
         goal = dense_ms / wanted.value if wanted.relative else wanted.value
         if abs(reached / goal - 1) < miss:
             best, miss = options, abs(reached / goal - 1)
@@ -376,7 +403,7 @@ def _met(
     if miss > _PROMISE:
         raise ValueError(
             f"{make(best).name} was timed {_ATTEMPTS} times and came no nearer than {miss:.0%} to "
-            f"{wanted} ({setting}): the machine may be busy with other work"
+            f"{wanted} ({where}): the machine may be busy with other work"
         )
     return best
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from foveate.core import Chain, Reducer
 
-__all__ = ["list_methods", "make", "method_class", "parse", "register", "suggest"]
+__all__ = ["list_methods", "make", "method_class", "parse", "register", "remake", "suggest"]
 
 _METHODS: dict[str, type[Reducer]] = {}
 _R = TypeVar("_R", bound=type[Reducer])
@@ -70,6 +70,18 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Reducer:
         if option not in legal:
             raise ValueError(suggest(f"option of {name}", option, legal))
     return cls(**options)
+
+
+def remake(reducer: Reducer, options: Mapping[str, Any]) -> Reducer:
+    """Build a method that is bound to a model anew, with other options and the same weights."""
+    spec = reducer.spec
+    assert spec is not None
+    found = make(reducer.name, {**reducer.config(), **options})
+    found.build(spec)
+    if reducer.pixel_classes:
+        found.for_pixels(reducer.pixel_classes)
+    found.load_state_dict(reducer.state_dict())
+    return found
 
 
 def parse(text: str) -> Reducer:

@@ -9,10 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
-
-from torch import Tensor
 
 from foveate.core import Backbone, BackboneSpec, Chain, Reducer
 from foveate.core.budget import parse_budget
@@ -25,7 +22,7 @@ from foveate.latency import (
     own_work,
     setting_of,
 )
-from foveate.registry import list_methods, make, parse
+from foveate.registry import list_methods, make, parse, remake
 
 __all__ = [
     *("RANDOM", "Candidate", "Curve", "Macs", "Price", "Template", "Times", "cheapest", "curves"),
@@ -54,20 +51,9 @@ class Template:
     recalls: tuple[Recall, ...] = (None,)
     note: str = ""
 
-    @cached_property
-    def weights(self) -> dict[str, Tensor]:
-        """Trained parts of the method."""
-        return self.reducer.state_dict()
-
     def make(self, options: Mapping[str, Any]) -> Reducer:
         """Build the method with other options and the same trained parts."""
-        spec = self.reducer.spec
-        assert spec is not None
-        found = make(self.reducer.name, {**self.reducer.config(), **options})
-        found.build(spec)
-        if self.weights:
-            found.load_state_dict(self.weights)
-        return found
+        return remake(self.reducer, options)
 
 
 @dataclass(frozen=True)
@@ -166,12 +152,7 @@ def _fixed(own: Reducer) -> Reducer:
     """Return a trained method as it is, or with gates that keep one count in all images."""
     if own.fixed_count or not hasattr(own, "gate"):
         return own
-    spec = own.spec
-    assert spec is not None
-    found = make(own.name, {**own.config(), "gate": "topk"})
-    found.build(spec)
-    found.load_state_dict(own.state_dict())
-    return found
+    return remake(own, {"gate": "topk"})
 
 
 def _reducing_nothing(given: Reducer, spec: BackboneSpec) -> Reducer:
