@@ -12,6 +12,7 @@ import torch
 from small import vit
 
 import foveate
+from foveate import machine
 from foveate.cli import COMMANDS, _parsers, main
 from foveate.config import explain, recipe_class
 from foveate.data.sources import KINDS
@@ -113,9 +114,14 @@ def test_debug_shows_the_traceback() -> None:
         main(["describe", "deit_tiny_patch16_224", "evit(keep=2)", "--debug"])
 
 
-def test_env(capsys: pytest.CaptureFixture[str]) -> None:
+def test_env(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All packages that foveate can use, those of extras too, and none that its tests need."""
+    known = machine.version_of
+    monkeypatch.setattr(machine, "version_of", lambda name: None if name == "ray" else known(name))
     text = said(capsys, "env")
-    assert f"torch         {torch.__version__.split('+')[0]}" in text and "threads " in text
+    assert f"torch            {torch.__version__.split('+')[0]}" in text and "threads " in text
+    assert "huggingface-hub  " in text and "lightning  " in text and "pytest" not in text
+    assert "not installed    ray\n" in text
 
 
 def test_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
