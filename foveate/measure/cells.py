@@ -37,6 +37,8 @@ __all__ = ["EVALUATE", "Cell", "Key", "Work", "chosen", "make_cells", "plain", "
 
 EVALUATE = "evaluate"
 
+_TEACHERS = {"finetune": "distill.teacher", "reduce": "teacher"}  # settings by job
+
 
 @dataclass(frozen=True)
 class Key:
@@ -218,32 +220,41 @@ def _training(
     own: Sequence[str],
     processes: int | None,
 ) -> Cell:
-    """Return a training, from the model of the same seed that comes before it."""
-    start: str | None = None
-    needs: tuple[str, ...] = ()
-    before = key.model if key.method is not None else comparison.entry(key.model).start
-    if before is not None:
-        base = comparison.entry(before)
+    """Return a training, from the models of the same seed that come before it."""
+    # Settings that are models, and which models of the comparison those are.
+    others: dict[str, str | None] = {"model.start": key.model}
+    if key.method is None:
+        entry = comparison.entry(key.model)
+        others = {"model.start": entry.start}
+        if entry.teacher is not None and job not in _TEACHERS:
+            raise ValueError(f"{key.folder}: a model of job={job} has no teacher")
+        if entry.teacher is not None:
+            others[_TEACHERS[job]] = entry.teacher
+    given, needs = [], []
+    for setting, other in others.items():
+        if other is None:
+            continue
+        base = comparison.entry(other)
         if base.open is not None:
-            start = _opened(base, key.seed)
-        elif not base.shared and key.seed not in comparison.seeds_of(before):
-            raise ValueError(f"{key.folder} starts from {before}, which has no seed {key.seed}")
+            path = _opened(base, key.seed)
+        elif not base.shared and key.seed not in comparison.seeds_of(other):
+            raise ValueError(f"{key.folder} needs {other}, which has no seed {key.seed}")
         else:
-            needs = (Key(before, seed=None if base.shared else key.seed).folder,)
-            start = str(out / needs[0])
+            needs.append(Key(other, seed=None if base.shared else key.seed).folder)
+            path = str(out / needs[-1])
+        given.append(f"{setting}={json.dumps(path)}")
     probes = job == "probe"
     settings = [*([] if probes else comparison.settings), *own]
     seed = comparison.seed_of(key.seed)
     settings.append(f"seed={seed}" if probes else f"loop.seed={seed}")
-    if start is not None:
-        settings.append(f"model.start={json.dumps(start)}")
+    settings += given
     try:
         read: Any = config.read(config.recipe_class(job), config.find_recipe(job, recipe), settings)
     except ValueError as error:
         raise ValueError(f"{key.folder}: {error}") from None
     together = 1 if probes else processes or comparison.resources.processes
     work = Work(job=job, recipe=plain(read))
-    return Cell({"": key}, work, key.folder, out / key.folder, needs, together)
+    return Cell({"": key}, work, key.folder, out / key.folder, tuple(needs), together)
 
 
 def _opened(entry: Entry, seed: int | None) -> str:

@@ -38,6 +38,7 @@ class Entry:
             unless given. Settings come behind its settings. Pre-training is compared with the model
             at the beginning of such a chain.
         start: an earlier model, of the same seed; None leaves the start of the recipe.
+        teacher: likewise: the model that "finetune" distils from, or "reduce" compares with.
         settings: changes of the recipe, such as ``masking.ratios=[]``.
         seeds: instead of those of the comparison.
         once: train it with the first seed alone; what starts from it has all seeds.
@@ -51,6 +52,7 @@ class Entry:
     open: str | None = None
     like: str | None = None
     start: str | None = None
+    teacher: str | None = None
     settings: tuple[str, ...] = ()
     seeds: tuple[int, ...] | None = None
     once: bool = False
@@ -62,11 +64,12 @@ class Entry:
             raise ValueError("once=true trains with one seed: leave seeds out")
         if (self.recipe is None and self.like is None) == (self.open is None):
             raise ValueError("either recipe or open says where the model comes from, not both")
-        trained = self.start or self.settings or self.like or self.job not in (None, *DENSE_JOBS)
+        trained = any((self.start, self.teacher, self.settings, self.like))
+        trained = trained or self.job not in (None, *DENSE_JOBS)
         if self.open is not None and trained:
             raise ValueError(
-                f"open={self.open} is not trained: leave like, start and settings out, and job too "
-                f"unless it is {' or '.join(DENSE_JOBS)}"
+                f"open={self.open} is not trained: leave like, start, teacher and settings out, "
+                f"and job too unless it is {' or '.join(DENSE_JOBS)}"
             )
         check_choice("job", self.job, (None, *JOBS))
         for text in self.variants:
@@ -93,6 +96,7 @@ class Entry:
             job=self.job or base.job,
             recipe=self.recipe or base.recipe,
             start=self.start or base.start,
+            teacher=self.teacher or base.teacher,
             settings=(*base.settings, *self.settings),
             seeds=self.seeds or base.seeds,
             variants=self.variants or base.variants,
@@ -257,7 +261,8 @@ class Comparison:
         earlier: list[str] = []
         entry: Entry
         for name, entry in self.models.items():
-            for what, value in (("start", entry.start), ("like", entry.like)):
+            given = {"start": entry.start, "teacher": entry.teacher, "like": entry.like}
+            for what, value in given.items():
                 if value is not None:
                     _known(f"{what} of models.{name}, an earlier model", (value,), earlier)
             earlier.append(name)

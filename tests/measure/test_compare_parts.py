@@ -191,6 +191,7 @@ models:
   mae_mto: {{like: mae, settings: [mto.preset=default], seeds: [1]}}
   labels: {{recipe: fashion_part_full, settings: [loop.epochs=1, optim.warmup_epochs=0]}}
   labels_mae: {{like: labels, start: mae_mto, seeds: [1]}}
+  labels_taught: {{like: labels_mae, teacher: labels, settings: [distill.kind=soft]}}
   read:
     job: probe
     recipe: fashion_part
@@ -209,8 +210,12 @@ def test_any_job_is_a_cell(tmp_path: Path, here: Here) -> None:
     assert compare(path, "--out", out) == 0
     assert here.names == [
         *("models/mae/seed0", "models/mae/seed1", "models/mae_mto/seed1", "models/labels/seed0"),
-        *("models/labels/seed1", "models/labels_mae/seed1", "models/read/seed0", "together/eval"),
+        *("models/labels/seed1", "models/labels_mae/seed1", "models/labels_taught/seed1"),
+        *("models/read/seed0", "together/eval"),
     ]
+    taught = configs.load(out / "models/labels_taught/seed1/recipe.yaml")
+    assert taught["distill"]["teacher"] == str(out / "models/labels/seed1")
+    assert taught["model"]["start"] == str(out / "models/mae_mto/seed1")
     report = Results.load(out / "report.json", "foveate compare")
     table = report.table
     assert report.about["like"] == {"mae_mto": "mae"}
@@ -244,7 +249,7 @@ def test_any_job_is_a_cell(tmp_path: Path, here: Here) -> None:
     else:
         note = "mae_mto over mae, probe/linear, seed 1, by seconds: "
         assert any(text.startswith(note) for text in report.about["notes"])
-    assert set(select(table, metric="top1")["run"]) == {"labels", "labels_mae"}
+    assert set(select(table, metric="top1")["run"]) == {"labels", "labels_mae", "labels_taught"}
     page = (out / "report.md").read_text()
     for words in ("## Linear probe on frozen features", "## Heterogeneity of hidden tokens"):
         assert words in page
@@ -343,7 +348,12 @@ def test_what_an_earlier_version_trained_is_done(config: Path, out: Path, here: 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("models.labels_mae.seeds=[0]", "starts from mae_mto, which has no seed 0"),
+        ("models.labels_mae.seeds=[0]", "needs mae_mto, which has no seed 0"),
+        (
+            "models.mae_mto.teacher=mae",
+            "models/mae_mto/seed1: a model of job=pretrain has no teacher",
+        ),
+        ("models.labels_taught.teacher=label", "did you mean 'labels'"),
         ("models.mae.variants=[evit]", "has no classes: leave variants out"),
         ("models.mae_mto.like=maee", "did you mean 'mae'"),
         ("models.read.settings=[epoch=2]", "did you mean 'epochs'"),
