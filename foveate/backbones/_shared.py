@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,7 +41,8 @@ def refuse(model: nn.Module, what: str) -> ValueError:
 
 def patch_grid(images: Tensor, patch: tuple[int, int]) -> tuple[int, int]:
     """Return patch rows and columns of images; ValueError where the patch does not divide them."""
-    height, width = images.shape[-2:]
+    # One graph for each image size: see ``Schedule.count``.
+    height, width = (operator.index(side) for side in images.shape[-2:])
     for name, size, side in zip(("height", "width"), (height, width), patch, strict=True):
         if size % side or size == 0:
             raise ValueError(

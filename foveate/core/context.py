@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -45,7 +46,7 @@ class Context:
         if isinstance(r, int):
             return r
         if self.original is None:
-            return round(r * self.patches)
+            return operator.index(round(r * self.patches))  # see ``Schedule.count``
         each = [round(r * count) for count in self.original]
         return each[0] if len(set(each)) == 1 else each
 

@@ -8,6 +8,7 @@ methods train with.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -161,4 +162,6 @@ class Schedule:
             count = math.floor(exact + _SLACK)
         else:
             count = math.ceil(exact - _SLACK)
-        return min(current, max(1, count))
+        # An index is a plain number while a graph is made too: where all numbers of a model are to
+        # be dynamic, counts would otherwise be formulas of rates, nested a stage deeper each time.
+        return min(current, max(1, operator.index(count)))
