@@ -268,3 +268,32 @@ def test_checks_accept_what_is_legal() -> None:
     check_keep((0.1, 1.0), "share")
     with pytest.raises(ValueError, match="share must"):
         check_keep(0.0, "share")
+
+
+def test_a_count_is_a_plain_number_in_a_graph() -> None:
+    """Where all numbers are dynamic, a rate is one of them; what follows from it would be too."""
+    schedule = Schedule((0, 1), 0.7, "current", "ceil")
+    seen: list[torch.fx.GraphModule] = []
+
+    def compiler(graph: torch.fx.GraphModule, _: object) -> object:
+        seen.append(graph)
+        return graph
+
+    class Keeping(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.schedule = schedule
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for stage in (0, 1):
+                x = x[:, : self.schedule.count(stage, 20, 20 - 6 * stage)]
+            return x
+
+    torch._dynamo.reset()
+    compiled = torch.compile(Keeping(), backend=compiler, fullgraph=True, dynamic=True)
+    assert compiled(torch.zeros(3, 20)).shape == (3, 10)
+    (graph,) = seen
+    (output,) = (node for node in graph.graph.nodes if node.op == "output")
+    (shape,) = (value.meta["example_value"].shape for value in output.all_input_nodes)
+    assert isinstance(shape[1], int) and shape[1] == 10
+    assert isinstance(shape[0], torch.SymInt)
