@@ -13,7 +13,7 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
         "--threads",
         type=int,
         metavar="N",
-        help="number of CPU threads (default: the physical cores)",
+        help="number of CPU threads (default: one for each physical core)",
     )
 
 

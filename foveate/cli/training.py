@@ -33,7 +33,7 @@ def add_recipe_arguments(parser: Any, job: str, *, resumable: bool, more: str = 
         nargs="*",
         default=[],
         metavar="key=value",
-        help="settings that differ from the recipe's, such as optim.lr=1e-4 or "
+        help="changes of the recipe's settings, such as optim.lr=1e-4 or "
         "data.train=folder:photos; all settings are listed below",
     )
     parser.set_defaults(more="settings")
@@ -48,8 +48,8 @@ def add_recipe_arguments(parser: Any, job: str, *, resumable: bool, more: str = 
         add(
             "--resume",
             action="store_true",
-            help=f"go on with a stopped run: foveate {job} --resume FOLDER; a larger loop.epochs, "
-            "loop.max_steps or loop.patience makes a finished run longer",
+            help=f"resume an interrupted run: foveate {job} --resume FOLDER; with a larger "
+            "loop.epochs, loop.max_steps or loop.patience a finished run trains on",
         )
     add("--print", action="store_true", help="print the recipe with all its settings, and stop")
 
