@@ -96,7 +96,8 @@ class Loader:
         if train and batch * world > len(source):
             on = f" on each of {world} processes" if world > 1 else ""
             raise ValueError(
-                f"a batch of {batch}{on} needs as many images; the training data have {len(source)}"
+                f"a batch of {batch}{on} is larger than the training data, which have "
+                f"{len(source)} images; take a smaller batch"
             )
         self._read = _Reader(source, transform, collate or stacked, seed, train, corrupt)
         self._plans = _Plans()

@@ -31,6 +31,7 @@ from foveate.exports.infer import open_model
 from foveate.exports.onnx import LEAST_OPSET
 from foveate.exports.pictures import Paths, for_calibration, for_check, preparation
 from foveate.facts import count
+from foveate.files import made_folder
 from foveate.machine import has_int8, physical_cores, version_of
 from foveate.timing import AGAIN, DENSE, LEAST_ROUNDS
 
@@ -121,14 +122,13 @@ def export(
     if isinstance(model, Hosting):
         batch = batch or 1  # images of a batch are taken apart, so its number is part of the graph
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     size = input_size(model, wanted)
     prepared = preparation(model, size)
     pixels = for_calibration(prepared, calibrate) if int8 else None
     # Read before the work: a folder without images is said at once.
     pictures = for_check(prepared, calibrate if images is None else images) if check else None
     writer = _Writer(importlib.import_module(f"foveate.exports.{format}"), pixels, opset, progress)
-    with fixed(model) as changed:
+    with made_folder(folder), fixed(model) as changed:
         writer.say("capturing")
         graph = capture(model, batch, size)
         path = writer.write(graph, folder)

@@ -61,7 +61,7 @@ class ConMIM(TokenEncoder, TaughtModel):
         super().__init__(vit)
         for name, value in (("projector_width", projector_width), ("projector_out", projector_out)):
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
         check_momentum(momentum)

@@ -179,7 +179,7 @@ def checked_heads(width: int, depth: int, heads: int | None) -> int:
     heads = max(1, width // 32) if heads is None and isinstance(width, int) else heads
     for name, value in (("width", width), ("depth", depth), ("heads", heads)):
         if not isinstance(value, int) or value < 1:
-            raise ValueError(f"decoder_{name} must be at least 1, got {value}")
+            raise ValueError(f"decoder_{name} must be a whole number from 1, got {value!r}")
     if width % 4:
         raise ValueError(f"decoder_width={width} must be a multiple of 4, for its positions")
     assert heads is not None

@@ -19,7 +19,7 @@ from torch import nn
 from foveate import api, config
 from foveate.backbones import backbone_for
 from foveate.core import ReducedViT
-from foveate.data import final_images
+from foveate.data import final_images, open_images
 from foveate.data.splits import NONE
 from foveate.measure import at_rate
 from foveate.measure.cells import EVALUATE, Cell, Key, Work, plain
@@ -282,6 +282,7 @@ def _check_data(stages: Sequence[Planned]) -> None:
                     f"{one.stage.where} has data.{name}={mine} and {first.stage.where} {its}: one "
                     "pipeline has the same labelled images in all stages, said once in data"
                 )
+    open_images(first.recipe.data.train)  # which refuses images without labels
     for one in stages:
         if one.stage.job == "pretrain":
             seen, judged = one.recipe.data, first.recipe.data

@@ -6,11 +6,14 @@ by all jobs; each job's recipe is a class of its own at the end.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from timm.optim import list_optimizers
 
 from foveate.core.schedule import check_choice
 from foveate.data import Augment
@@ -246,6 +249,12 @@ class Optim:
     fixed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        # timm reads the last word: "lookahead_adamw" is adamw with a lookahead.
+        names = list_optimizers()
+        if self.name.lower().rpartition("_")[2] not in names:
+            near = difflib.get_close_matches(self.name.lower(), names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"optim.name={self.name} is not an optimiser of timm{hint}")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"optim.lr must be a number above 0, got {self.lr}")
         if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):

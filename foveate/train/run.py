@@ -27,7 +27,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from foveate import config, machine
 from foveate.backbones import set_class_names
 from foveate.convert import note_run
 from foveate.data import Loader, Source, Splits, Transform, limited, usual_workers
-from foveate.files import write_text
+from foveate.files import made_folder, write_text
 from foveate.train import recipe as recipes
 from foveate.train.bars import LineBar, RichBar
 from foveate.train.best import Best
@@ -122,10 +122,9 @@ def fit(
     with _quiet():
         trainer = _trainer(recipe, out, progress)
     rank, world = trainer.global_rank, trainer.world_size
-    new = not out.exists()
-    checkpoint = _prepare_folder(recipe, out, resume, rank)
-    torch.manual_seed(loop.seed)  # of new weights
-    try:
+    with made_folder(out):
+        checkpoint = _prepare_folder(recipe, out, resume, rank)
+        torch.manual_seed(loop.seed)  # of new weights
         task, splits = build(recipe)
         loaders = make_loaders(recipe, task, splits, rank, world, trainer.num_devices)
         _check_space(out, task, loop.keep_last)
@@ -139,11 +138,6 @@ def fit(
         if loaders.val is not None:
             _check_score(task)
         own = callbacks(recipe, task, loaders, out)
-    except BaseException:
-        if new and rank == 0:  # nothing was done: leave nothing behind
-            with suppress(OSError):
-                out.rmdir()
-        raise
     best = None
     if loaders.val is not None:
         best = Best(out / "best.pt", loop.patience)
@@ -322,13 +316,6 @@ def _check_score(task: Task) -> None:
 
 def _prepare_folder(recipe: Any, out: Path, resume: bool, rank: int) -> Path | None:
     """Check the folder, and find what to resume from."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".writable-{rank}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"{out} cannot be written to: {error.strerror}") from error
     if not resume:
         # A recipe alone is of a run that came to nothing.
         begun = any_checkpoint(out / "checkpoints")

@@ -42,7 +42,7 @@ def test_the_help_of_a_job(command: str, capsys: pytest.CaptureFixture[str]) -> 
     about = text.partition("data.train=")[2].partition("data.val=")[0]
     assert all(kind in about for kind in KINDS)
     assert f"(default: runs/{command}-RECIPE)" in text
-    assert (f"foveate {command} --resume FOLDER; a larger loop.epochs" in text) is (
+    assert (f"foveate {command} --resume FOLDER; with a larger loop.epochs" in text) is (
         command != "probe"
     )
     assert ("mto.spa (as the preset has it) (number or null)" in text) is (command == "pretrain")
@@ -74,6 +74,59 @@ def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown command 'lst'; did you mean list?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("evall", "foveate: unknown command 'evall'; did you mean eval?; foveate --help says more"),
+        ("predict demo", "foveate predict: the following arguments are required: --images; "),
+        ("describe", "foveate describe: the following arguments are required: MODEL; "),
+        ("describe demo --image-size 28x", "pixels, such as 384 or 224x384 (height x width), got"),
+        ("eval demo --limit few", "foveate eval: argument --limit: invalid int value: 'few'; "),
+        ("show demo --images . --out x.png --kind kep", "invalid choice: 'kep'"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(
+    command: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(command.split())
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and words in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "eval demo nomethod --out made/here",
+        "look nowhere --out made/here",
+        "rauc nowhere nothing --out made/here",
+        "predict demo --images nowhere --out made/here.json --pictures made/pictures",
+        "show demo evit --images nowhere --out made/here/sheet.png",
+        "bench demo --images nowhere --out made/here.json --plot made/here.png",
+        "tune demo --images nowhere --out made/here",
+        "export demo evit made/here --check --images nowhere",
+        "finetune fashion_part_full data.train=folder:nowhere --out made/here",
+        "probe fashion_part model.start=nowhere --out made/here",
+    ],
+)
+def test_a_mistake_leaves_no_folder(
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "foveate " in said(capsys, *command.split(), code=2)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "inside"):
+        words = said(capsys, "rauc", "a", "b", "--out", str(out), code=2)
+        assert f"{out} cannot be written to: " in words
+
+
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     text = said(capsys, "list")
     for name in foveate.list_methods():
@@ -101,7 +154,7 @@ def test_describe_a_saved_folder(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_describe_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     text = said(capsys, "describe", "deit_tny_patch16_224", "evit", code=2)
-    assert "nor a model that timm knows; did you mean deit_tiny_patch16_224" in text
+    assert "OWNER/NAME); did you mean deit_tiny_patch16_224, " in text
     text = said(capsys, "describe", "deit_tiny_patch16_224", "--budget", "0.6x", code=2)
     assert "--budget sets the rate of a METHOD" in text
     text = said(capsys, "describe", "deit_tiny_patch16_224", "evit(keep=2)", code=2)

@@ -762,4 +762,4 @@ def test_folders_that_will_not_do(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert said in text and text.count("\n") == 1, text
     few = (f"data.train=folder:{flat}", "data.val=none", "data.limit=null")
     text = command(capsys, "pretrain", "fashion_part_mae", *TINY, *few, *out, code=2)
-    assert "a batch of 16 needs as many images; the training data have 4" in text
+    assert "a batch of 16 is larger than the training data, which have 4 images" in text

@@ -104,9 +104,10 @@ def _splits(root: Path) -> dict[str, Path]:
 def _classes(folder: Path) -> tuple[str, ...]:
     names = _subfolders(folder)
     if not names:
-        held = f"{len(find_images(folder))} images and no subfolders"
+        count = len(find_images(folder))
         raise ValueError(
-            f"{folder} holds {held}: classes are subfolders; only pre-training does without"
+            f"{folder} holds {count} image{'s' * (count != 1)} and no subfolders: labels come from "
+            "a subfolder for each class; only pretrain and adapt work without labels"
         )
     return tuple(names)
 
