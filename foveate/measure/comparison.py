@@ -139,13 +139,13 @@ class Measuring:
     """How models are measured, in a comparison and at the end of a pipeline.
 
     Attributes:
-        occlusion: shares of patches to drop; none measures no curve.
-        mask_seeds: how many seeds that has, for each model.
-        speed: batches at which everything is timed, interleaved; none times nothing.
-        rounds: of that run; fewer than 30 are a trial.
-        batch: images a call.
-        workers: processes that read images; 0 reads in the process itself.
-        limit: use so many images; null takes all.
+        occlusion: shares of patches to drop, for a curve of accuracy; an empty list measures none.
+        mask_seeds: number of random masks with which occlusion is measured, for each model.
+        speed: batch sizes at which everything is timed, taking turns; an empty list times nothing.
+        rounds: number of timed rounds; fewer than 30 are only a trial.
+        batch: number of images in one pass.
+        workers: number of processes that read images; 0 reads them in the process itself.
+        limit: number of images to use; None takes all.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
         precision: "fp32" or "bf16".
     """
@@ -171,18 +171,19 @@ class Measuring:
 
 @dataclass(kw_only=True)
 class Asked(Measuring):
-    """What is measured. Accuracy and multiply-adds are, of every model and method.
+    """What is measured besides accuracy and multiply-adds, which always are.
 
     Attributes:
-        models: models of which occlusion and pruning are measured; None is all.
-        pruning: shares that each stage of pruning without training keeps; none does not.
-        mask_seeds: how many seeds occlusion and pruning have, for each model.
-        statistics: of tokens, for every method; detectors and segmenters have those of their own.
-        speed: batches at which every method is timed against its dense model, interleaved.
-        calibration: training images over which gates of detectors and segmenters are shifted; what
-            comes of it stands beside the method as it is.
-        together: evaluate all models in one process, so that all are timed in one interleaved run.
-        limit: use so many images; None leaves what the recipes say.
+        models: models whose occlusion and pruning are measured; None is all.
+        pruning: shares of tokens that each stage of pruning without training keeps; an empty list
+            does not prune.
+        mask_seeds: number of random masks for occlusion and pruning, for each model.
+        statistics: count the tokens of every method; detectors and segmenters have their own.
+        speed: batch sizes at which every method is timed beside its dense model, taking turns.
+        calibration: number of training images over which gates of detectors and segmenters are
+            shifted; the result stands beside the method without the shift.
+        together: evaluate all models in one process, so that all are timed in the same run.
+        limit: number of images to use; None takes as many as the recipes say.
     """
 
     models: tuple[str, ...] | None = None
@@ -203,12 +204,12 @@ class Asked(Measuring):
 
 @dataclass(kw_only=True)
 class Resources:
-    """What each cell takes.
+    """What each cell needs.
 
     Attributes:
-        cpus: processor cores of each process, on a cluster.
-        gpus: graphics cards of each process, on a cluster, or a part of one.
-        processes: that train together, started by torchrun.
+        cpus: processor cores for each process, on a cluster.
+        gpus: graphics cards for each process, on a cluster; may be a part of one.
+        processes: number of processes that train together, started by torchrun.
     """
 
     cpus: float = 1.0

@@ -79,12 +79,12 @@ class Hiding:
     """How patches are hidden.
 
     Attributes:
-        kind: "random" patches, random square "unit"s of several patches, or "block": BEiT's
-            rectangles, placed until the share is reached.
-        ratio: share of the patches that is hidden; None is the method's own.
+        kind: "random" hides single patches, "unit" random squares of several patches, and "block"
+            rectangles as BEiT does, until the ratio is reached. None uses the method's own kind.
+        ratio: share of the patches to hide; None uses the method's own.
         unit: side of a "unit" in pixels.
-        blocks: share of the hidden patches that lie in rectangles, for "block"; the others are
-            hidden one by one. None is the method's own.
+        blocks: for "block", share of the hidden patches that lie in rectangles; the others are
+            hidden one by one. None uses the method's own.
     """
 
     kind: str | None = None

@@ -65,7 +65,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(kw_only=True)
 class Mto:
-    """Choices of masked token optimisation; what is not given is the preset's.
+    """Masked token optimisation, off unless a setting of it is given; the preset gives the others.
 
     Attributes:
         preset: "default", or "paper" for the formulas as they are printed.
@@ -74,22 +74,22 @@ class Mto:
         r: weight of the loss that ranks heterogeneity from layer to layer.
         ramp: share of the run over which the weights grow from 0.
         similarity: how tokens are compared: "cosine", "layernorm", "scaled" or "raw".
-        temperature: number that divides cosines before the softmax; the lower it is, the more near
-            tokens count.
+        temperature: number that divides cosines before the softmax; the lower it is, the more
+            the most similar tokens count.
         initial: tokens that count as layer 0: "pre_pos", before positions are added, or "post_pos".
-        normalise: divide entropies by the largest value that they can have.
+        normalise: divide entropies by their largest possible value.
         reduction: "mean" or "sum" over visible tokens ("spa") and over layers ("r").
         include_self: let a visible token's similarity to itself count in "spa".
-        direction: "decreasing" asks for heterogeneity that sinks with depth, as the paper's text
-            and figures say; "as_printed" is its formula, which asks for the contrary.
+        direction: "decreasing" makes heterogeneity fall with depth, as the paper's text and
+            figures say; "as_printed" is its formula, which does the opposite.
         eps: small number that is added to the heterogeneity that the loss "e" divides by.
-        form: what the loss "spa" measures: the "entropy" of a visible token's row, or the "mass"
-            that it leaves to visible tokens, which says the aim directly and is not in the paper.
-        margin: amount by which heterogeneity has to sink from layer to layer.
-        layers: layers to compare: one number for every so many, beginning before the first, or a
-            list of them.
-        detach_visible: let the gradient of heterogeneity reach hidden tokens alone.
-        detach_prev: let the gradient of the ranking reach the later layer of each pair alone.
+        form: what the loss "spa" measures: the "entropy" of a visible token's attention, or the
+            "mass" of it that stays on visible tokens, which is more direct and not in the paper.
+        margin: amount by which heterogeneity has to fall from layer to layer.
+        layers: layers to compare: a number N takes every Nth, from before the first block on; a
+            list takes those in it.
+        detach_visible: let the gradient of heterogeneity reach only hidden tokens.
+        detach_prev: let the gradient of the ranking reach only the later layer of each pair.
     """
 
     preset: str = "default"

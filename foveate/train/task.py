@@ -115,7 +115,7 @@ class Task(nn.Module):
         return []
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile what a step spends its time in."""
+        """Compile the model, in which a step spends most of its time."""
         self.model.compile(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Task:
