@@ -1,4 +1,4 @@
-"""What a comparison is made of: models, methods, rates and seeds under one protocol."""
+"""The settings of a comparison: models, methods, rates and seeds under one protocol."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Entry:
             for each seed, otherwise all seeds share it. Methods that are trained from a detector
             or segmenter need its job beside it.
         like: an earlier model whose job, recipe, start, settings, seeds and variants are taken over
-            unless given. Settings come behind its settings. Pre-training is compared with the model
-            at the beginning of such a chain.
+            unless given. Settings take precedence over those of that model. Pre-training is
+            compared with the model at the beginning of such a chain.
         start: an earlier model, of the same seed; None leaves the start of the recipe.
         settings: changes of the recipe, such as ``masking.ratios=[]``.
         seeds: instead of those of the comparison.
@@ -105,14 +105,14 @@ class Trained:
     """A method that is trained from models, at every rate.
 
     Attributes:
-        recipe: of the job "reduce", or of the models' own job if that is "detect" or "segment"; a
-            name or a file.
-        method: with ``{rate}`` where the rate goes, such as "evit(keep={rate})".
-        starts: the models.
-        rates: whatever the method calls keep, r or K; none for a method without.
+        recipe: recipe of the job "reduce", or of the models' own job if that is "detect" or
+            "segment"; a name or a file.
+        method: method, with ``{rate}`` in the place of its rate, such as "evit(keep={rate})".
+        starts: names of the models to train from.
+        rates: rates (keep, r or K of the method); empty for a method without a rate.
         settings: changes of the recipe.
-        seeds: instead of those of the models.
-        processes: that train together; None is what the resources say.
+        seeds: seeds, instead of those of the models.
+        processes: number of processes that train together; None takes the number in the resources.
     """
 
     recipe: str
@@ -226,18 +226,18 @@ class Resources:
 
 @dataclass(kw_only=True)
 class Comparison:
-    """A comparison, as its YAML file says.
+    """A comparison, as its YAML file describes it.
 
     Attributes:
-        models: by name, in an order in which each comes after those that it names.
-        methods: trained from models, by name.
-        seeds: of training.
+        models: models by name; each stands after those that it names.
+        methods: methods that are trained from models, by name.
+        seeds: seeds of the trainings.
         settings: changes of every recipe of finetune, reduce and pretrain; those of a model or
-            method come behind.
+            method take precedence.
         evaluate: what is measured.
-        data: what is evaluated on, as ``foveate.data.open_source`` takes it; None is what the
-            recipes evaluate on, if that is one and the same.
-        resources: what each cell takes.
+        data: data set to evaluate on, as ``foveate.data.open_source`` takes it; None takes that of
+            the recipes, if they all have the same.
+        resources: what each cell needs.
     """
 
     models: dict[str, Any]

@@ -59,7 +59,7 @@ def run_demo(
         out: folder for demo.html, the table, plots and pictures; made if missing.
         settings: changes of the comparison, such as "evaluate.rounds=3".
         command: what was typed, for the record.
-        progress: told how far everything is.
+        progress: called with the progress of everything.
     """
     comparison = config.read(Comparison, config.find_recipe("compare", "demo"), settings)
     cells = make_cells(comparison, out)

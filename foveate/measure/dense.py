@@ -102,7 +102,7 @@ def evaluate_dense(
 
 @dataclass
 class _Seen:
-    """What is counted of one variant."""
+    """The counts of one variant."""
 
     metrics: dict[str, Metric]
     macs: dict[str, list[float]] = field(default_factory=dict)
