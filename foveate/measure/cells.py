@@ -1,5 +1,4 @@
-"""The cells of a comparison: what each trains or evaluates, in which folder, and after which
-others.
+"""The cells of a comparison: what each trains or evaluates, in which folder, after which others.
 
 models/<name>/seed<k>/                    a model: the run folder of its job
 reduced/<model>/<method>-<rate>/seed<k>/  a method trained from it: another one

@@ -45,7 +45,7 @@ class DenseData(Data):
 
 @dataclass(kw_only=True)
 class DenseRecipe(Recipe):
-    """What detection and segmentation have in common.
+    """The settings that detection and segmentation share.
 
     Attributes:
         model: the ViT and its first weights; or with ``start`` a detector or segmenter of an

@@ -81,12 +81,12 @@ def train(
     """Train a classifier, with or without a method, and export it.
 
     Args:
-        recipe: what to do.
+        recipe: the recipe of the run.
         out: folder of the run; made if missing.
         resume: go on from the newest checkpoint there that can be read.
         progress: show a progress bar.
-        say: is told, before the first step, what is trained on what.
-        again: what to type to go on with a run that was stopped; None is --resume and its folder.
+        say: called, before the first step, with a summary of what is trained on what.
+        again: command to show for resuming a stopped run; None shows --resume and the folder.
 
     Of several processes only the first exports, and says where in "model".
     """
@@ -108,14 +108,14 @@ def fit(
     """Train as ``train`` does, for any task.
 
     Args:
-        recipe: of the job; of a task of one's own a ``Recipe`` will do.
+        recipe: recipe of the job; for your own task a ``Recipe`` is enough.
         out: folder of the run.
         build: makes the task and opens its images, from the recipe.
-        callbacks: of the job alone, from recipe, task, loaders and folder.
-        resume: go on.
+        callbacks: makes the callbacks of this job, from recipe, task, loaders and folder.
+        resume: go on from the newest checkpoint.
         progress: show a progress bar.
-        say: is told, before the first step, what is trained on what.
-        again: what to type to go on.
+        say: called, before the first step, with a summary of what is trained on what.
+        again: command to show for resuming.
     """
     started = time.monotonic()
     loop = recipe.loop
@@ -197,7 +197,7 @@ def fit(
 
 @dataclass(frozen=True)
 class Loaders:
-    """Batches of a run, and the images they are of; ``val`` is None where nothing is validated."""
+    """The batches of a run and their images; ``val`` is None without validation."""
 
     splits: Splits
     train: Loader
@@ -212,7 +212,7 @@ def make_loaders(
     world: int = 1,
     here: int = 1,
 ) -> Loaders:
-    """Make the loaders of a task for one of several processes, of which some are here."""
+    """Make the loaders for one of ``world`` processes, of which ``here`` run on this machine."""
     data = recipe.data
     training, evaluation = task.transforms()
 
@@ -258,7 +258,7 @@ def make_loaders(
 
 
 def _build(recipe: recipes.Finetune | recipes.Reduce) -> tuple[Task, Splits]:
-    """Build the task after its data are opened, since the head is made for their classes."""
+    """Open the data, then build the task, since its head depends on their classes."""
     check_start(recipe.data, recipe.model.start)
     splits = open_data(recipe.data)
     classes = splits.train.classes or ()
@@ -291,7 +291,7 @@ def _best(
     out: Path,
     found: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Export the best weights where they are not the last, and say how good they are."""
+    """Export the best weights if they are not the last, and return their score."""
     assert best.value is not None
     about: dict[str, Any] = {"score": round(best.value, 4), "update": best.update}
     if best.update == trainer.global_step:
@@ -305,7 +305,7 @@ def _best(
 
 
 def _check_score(task: Task) -> None:
-    """Refuse a task whose evaluation would not measure what chooses the best weights."""
+    """Refuse a task whose metrics do not include the score that chooses the best weights."""
     names = list(task.metrics())
     if task.score not in names:
         raise ValueError(
@@ -352,7 +352,7 @@ def _prepare_folder(recipe: Any, out: Path, resume: bool, rank: int) -> Path | N
 
 
 def _check_space(out: Path, task: Task, keep: int) -> None:
-    """Refuse a disk that has no room for the checkpoints, of weights and two moments each."""
+    """Refuse a disk without room for the checkpoints, each of weights and two moments."""
     values = sum(p.numel() * p.element_size() for p in task.parameters())
     needed = 4 * values * (keep + 1) + _FREE
     free = shutil.disk_usage(out).free
@@ -423,7 +423,7 @@ def _loggers(loop: recipes.Loop, out: Path) -> list[Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Lightning from saying what is meant so, or is advertising."""
+    """Silence Lightning's warnings about intended settings, and its advertising."""
     loud = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric")]
     before = [log.level for log in loud]
     for log in loud:
@@ -446,7 +446,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _stoppable(out: Path, again: str) -> Iterator[None]:
-    """Say how a run that is stopped, or whose disk is full, goes on.
+    """Tell the user how to resume a run that was stopped or whose disk is full.
 
     Ctrl-C is Python's KeyboardInterrupt again, and SIGTERM ends with its usual code: Lightning's
     trainer makes a SystemExit of both, and is deaf to Ctrl-C from then on. A notebook would be too.
@@ -513,9 +513,9 @@ def _result(
 
 
 def _of_exported(results: Mapping[str, float]) -> dict[str, float]:
-    """Return scores by their plain names; where a running mean is exported, those of the mean.
+    """Return scores by their plain names; if a running mean is exported, these are its scores.
 
-    What the model itself reached is then called so.
+    The scores of the model itself then end in "_without_ema".
     """
     found = {name.removeprefix("val/"): round(value, 4) for name, value in results.items()}
     for name in [name for name in found if name.endswith("_ema")]:

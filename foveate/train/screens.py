@@ -1,4 +1,4 @@
-"""What a run says in its first lines and in its last ones."""
+"""The first and the last lines that a run prints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NAMED = 5  # classes that are named
 
 
 def first_screen(recipe: Any, task: Task, splits: Splits, trainer: Trainer, out: Path) -> str:
-    """Say what is about to be trained, on what, with what and where."""
+    """Return the lines that say what is trained, on which images and device, and where."""
     model = task.model
     plain = model.vit if isinstance(model, ReducedViT) else model
     millions = sum(p.numel() for p in plain.parameters()) / 1e6
@@ -57,7 +57,7 @@ def _name(recipe: Any, model: torch.nn.Module) -> str:
 
 
 def last_screen(job: str, result: Mapping[str, Any], out: Path) -> str:
-    """Say what came of a run, and what to type next."""
+    """Return the lines that say what a run reached, and what to type next."""
     images, best = result["images"]["val"], result.get("best", {})
     lines = [
         f"{_scores(result)} of {images} validation images, the model is {out / result['model']}"
@@ -102,5 +102,5 @@ def _scores(result: Mapping[str, Any]) -> str:
 
 
 def _before(words: str, value: float | None) -> str:
-    """Say in brackets what a number was before training."""
+    """Return in brackets the value of a number before training."""
     return "" if value is None else f" (before: {words.partition(' ')[2].format(value)})"
