@@ -147,7 +147,7 @@ class Mto:
         return any(self.weights.values())
 
     def weights_at(self, progress: float) -> dict[str, float]:
-        """Return the weights when so much of the run, 0 to 1, is done."""
+        """Return the weights at a progress of the run from 0 to 1."""
         assert self.ramp is not None
         grown = min(1.0, progress / self.ramp) if self.ramp else 1.0
         return {name: grown * weight for name, weight in self.weights.items()}
@@ -162,7 +162,7 @@ class Mto:
         return sorted(set(self.layers))
 
     def check_depth(self, depth: int) -> None:
-        """Refuse what leaves nothing to rank, and warn of a network that leaves a single pair."""
+        """Refuse a depth without layers to rank, and warn if there is only a single pair."""
         if not self.r:
             return
         chosen = self.chosen(depth)
@@ -183,13 +183,13 @@ class Mto:
 def mto_losses(states: Sequence[States], mask: Mask, choices: Mto) -> dict[str, Tensor]:
     """Compute the losses that have a weight, means over networks: "mto_spa", "mto_e", "mto_r".
 
-    Activations are not kept for the backward pass but computed again there, image-sized maps of
-    every layer being what would cost memory.
+    Activations are recomputed in the backward pass, because maps of every layer would need much
+    memory.
 
     Args:
-        states: of each network in which hidden and visible tokens meet.
-        mask: what was hidden.
-        choices: of the formulas.
+        states: tokens of each network that has hidden and visible tokens.
+        mask: the hidden patches.
+        choices: the options of MTO.
     """
     found: dict[str, list[Tensor]] = {
         name: [] for name, weight in choices.weights.items() if weight
@@ -245,7 +245,7 @@ def _network_losses(network: States, mask: Mask, choices: Mto) -> dict[str, Tens
 
 
 def _separation(tokens: Tensor, mask: Mask, kind: Similarity, choices: Mto) -> Tensor:
-    """Return the entropy of visible tokens' rows, or the share that they leave to hidden ones."""
+    """Return the entropy of visible tokens' rows, or minus the log of their visible share."""
     with torch.autocast(tokens.device.type, enabled=False):
         count = tokens.shape[1]
         if mask.visible is None:
@@ -287,7 +287,7 @@ def _over_images(values: Tensor, mask: Mask) -> Tensor:
 
 
 def _again(function: Callable[..., Tensor], *tokens: Tensor) -> Tensor:
-    """Compute, and once more in the backward pass instead of keeping what it needs."""
+    """Compute, and recompute in the backward pass instead of keeping activations."""
     if not (torch.is_grad_enabled() and any(one.requires_grad for one in tokens)):
         return function(*tokens)
     return checkpoint(function, *tokens, use_reentrant=False, preserve_rng_state=False)

@@ -1,4 +1,4 @@
-"""The recipe of pre-training: what fine-tuning's recipes have, masks, MTO, and what is watched."""
+"""The recipe of pre-training: the parts of other recipes, masks, MTO, and measurements."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Pretrain(Recipe):
             )
 
     def kept(self, epoch: int) -> bool:
-        """Tell whether the weights after so many epochs are kept."""
+        """Tell whether the weights after ``epoch`` epochs are kept."""
         if isinstance(self.snapshots, int):
             return epoch % self.snapshots == 0
         return epoch in self.snapshots
