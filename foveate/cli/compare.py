@@ -97,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do what is not done yet, and draw the report."""
+    """Run what is not finished yet, and write the report."""
     if args.list:
         show_recipes("compare")
         return
@@ -153,7 +153,7 @@ def _work(
     states: Mapping[str, State],
     wanted: set[str],
 ) -> list[Outcome]:
-    """Run what is to be done; gives what failed or was skipped."""
+    """Run the cells to do, and return what failed or was skipped."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,

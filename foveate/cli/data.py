@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Say how, check, make or describe."""
+    """Print where to get Fashion-MNIST, check it, write scenes, or count a data set."""
     names = ("size", "train", "val", "test", "seed", "colour", "clutter")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     making = args.name == "scenes" and args.folder is not None

@@ -248,7 +248,7 @@ def _dense(models: dict[str, Any], plan: Any) -> Any:
 
 
 def _images(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    """Return what is evaluated on: as asked for, or the final images of the runs themselves."""
+    """Return the images to evaluate on: those asked for, or the test images of the runs."""
     given = {"split": args.split, "val_share": args.val_share, "split_seed": args.split_seed}
     asked = {name: value for name, value in given.items() if value is not None}
     if args.val_share is not None and not 0 < args.val_share < 1:
@@ -275,7 +275,7 @@ def _images(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _trained_on(path: Path) -> dict[str, Any] | None:
-    """Return the data of a run, if the path is in one."""
+    """Return the data of a run, if the path belongs to one."""
     for folder in (path, path.parent):
         if (folder / "recipe.yaml").is_file() and (folder / "result.json").is_file():
             from foveate import config
@@ -285,14 +285,14 @@ def _trained_on(path: Path) -> dict[str, Any] | None:
 
 
 def _chosen(given: list[_T] | None, default: Sequence[_T]) -> tuple[_T, ...]:
-    """Return the values of an option that may stand alone: none, the default, or its own."""
+    """Return the values of an option that may be absent, without values, or with some."""
     if given is None:
         return ()
     return tuple(given or default)
 
 
 def _labels(names: Sequence[str]) -> list[str]:
-    """Return the last part of each name, and more of it where two models would share it."""
+    """Return the last part of each name, or more of it if two names share that part."""
     parts = [Path(name).parts or (name,) for name in names]
     longest = max(map(len, parts))
     for length in range(1, longest + 1):

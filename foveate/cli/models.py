@@ -1,4 +1,4 @@
-"""What commands take as MODEL: a file, a folder, a name of timm or the hub, or one that ships."""
+"""The argument MODEL: a file, a folder, a name of timm or the hub, or a model that ships."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def add_untrained(parser: argparse.ArgumentParser) -> None:
 def open_models(
     name: str, methods: Sequence[str], *, untrained: bool = False, budget: str | None = None
 ) -> list[nn.Module]:
-    """Open a model once for each method; the weights are shared. Without methods, as it is."""
+    """Open a model and apply each method to it, sharing the weights; without methods as it is."""
     from foveate import api
     from foveate.convert import open_base
     from foveate.core import Reducer

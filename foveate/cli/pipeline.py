@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do what is not done yet, and show what each stage brought."""
+    """Run what is not finished yet, and show what each stage brought."""
     begun = begin("pipeline", args)
     if begun is None:
         return

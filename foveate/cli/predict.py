@@ -127,7 +127,7 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def _predictions(args: argparse.Namespace, models: Sequence[nn.Module]) -> Predictions:
-    """Predict with each model in turn; the answers to an image stand together."""
+    """Predict with each model in turn, and put the answers for each image together."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -170,7 +170,7 @@ def _console() -> Console:
 def _table(
     found: Predictions, models: Sequence[Any], console: Console, room: int | None = None
 ) -> Table:
-    """Set one line for each image and method.
+    """Make a table with a line for each image and method.
 
     ``room`` is the width for further answers, 0 for none; None measures what the others leave.
     """
@@ -210,7 +210,7 @@ def _table(
 
 
 def _further(record: Prediction, room: int) -> str:
-    """List the answers after the best one, as many as there is room for."""
+    """List the answers after the best one that fit into the width."""
     words = ""
     for label, confidence in zip(record.labels[1:], record.confidences[1:], strict=True):
         longer = f"{words}{', ' if words else ''}{label} {confidence:.1%}"
@@ -221,7 +221,7 @@ def _further(record: Prediction, room: int) -> str:
 
 
 def _shared_folder(found: Predictions) -> str:
-    """Return the folder that all files are in, so that it need not stand on every line."""
+    """Return the folder that all files share, to leave it out of every line."""
     names = [record.image for record in found]
     if len({*names}) < 2 or len({os.path.isabs(name) for name in names}) > 1:
         return ""

@@ -105,7 +105,7 @@ def _show(args: argparse.Namespace, one_file: bool) -> None:
 
 
 def _check(args: argparse.Namespace, models: list[Any]) -> None:
-    """Refuse what cannot be drawn of these models."""
+    """Refuse pictures that cannot be drawn of these models."""
     from foveate.core import ReducedViT
     from foveate.dense import Hosting
 

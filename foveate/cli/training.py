@@ -1,4 +1,4 @@
-"""What the commands that run recipes share: their arguments, and from words to a recipe."""
+"""The part shared by commands that run recipes: their arguments, and reading the recipe."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def add_recipe_arguments(parser: Any, job: str, *, resumable: bool, more: str = 
     """Describe the command line of a job; its settings are listed when help is asked for.
 
     Args:
-        parser: of the command.
-        job: its name.
-        resumable: whether a run can be gone on with.
-        more: what the command takes besides in the place of a recipe, for its help.
+        parser: parser of the command.
+        job: name of the job.
+        resumable: whether its runs can be resumed.
+        more: what else the command takes in the place of a recipe, for the help.
     """
     parser.more_help = lambda: _settings(job)
     add = parser.add_argument
@@ -124,7 +124,7 @@ def begin(job: str, args: argparse.Namespace) -> tuple[Any, Path] | None:
 
 
 def run_job(job: str, args: argparse.Namespace) -> None:
-    """Do what a training command does: list, print, or train and say what came of it."""
+    """List or print recipes, or train and print the result."""
     begun = begin(job, args)
     if begun is None:
         return
