@@ -273,8 +273,8 @@ def _scored(run: Path, metric: str, over: str) -> dict[float, float]:
     if len(scores) < _LEAST:
         raise ValueError(
             f"{run} holds {len(scores)} scored checkpoint{'s' * (len(scores) != 1)}; RAUC needs at "
-            f"least {_LEAST}: pre-train with probe.every=..., or read its snapshots with foveate "
-            "probe, feature and lr as in the runs, into a CSV file of one's own"
+            f"least {_LEAST}: pre-train with probe.every=..., or measure its snapshots with "
+            "foveate probe, with the runs' feature and lr, and write a CSV file of the scores"
         )
     return scores if over == EPOCHS else by_seconds(scores, seconds(run))
 
@@ -290,7 +290,7 @@ def _differences(names: Sequence[str], runs: Sequence[Path]) -> Iterator[str]:
             tree = config.load(path)
             int(tree["loop"]["epochs"])
         except (KeyError, TypeError, ValueError):
-            wrong = f"{path} is no recipe of a run: expected a number loop.epochs"
+            wrong = f"{path} is not the recipe of a run: expected a number loop.epochs"
             raise ValueError(wrong) from None
         for key, found in settings.items():
             group, _, last = key.partition(".")

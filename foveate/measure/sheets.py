@@ -312,8 +312,8 @@ def _notes(numbers: _Numbers, there: set[str]) -> Iterator[str]:
         spread = select(speed, metric="spread")["value"].max()
         yield (
             f"Speed: {rounds:.0f} interleaved rounds{trial}, median ratio with its 95 % interval; "
-            f"a dense model is compared with itself. That strays by up to {spread:.0%}, and less "
-            "is no difference."
+            f"a dense model compared with itself strays by up to {spread:.0%}, so smaller "
+            "differences mean nothing."
         )
 
 

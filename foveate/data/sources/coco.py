@@ -148,7 +148,7 @@ def open_coco(spec: str, location: str, split: str, labels: bool) -> CocoSource:
     """
     file, images = _located(spec, location, split)
     if not images.is_dir():
-        raise ValueError(f"{images}, where the images of {file} should be, is no folder")
+        raise ValueError(f"{images}, where the images of {file} should be, is not a folder")
     known = read_coco(file)
     left_out = dataclasses.replace(known.left_out, reasons=dict(known.left_out.reasons))
     paths = [os.path.join(images, known.image_names[i]) for i in range(len(known.image_ids))]
