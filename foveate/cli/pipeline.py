@@ -46,5 +46,5 @@ def run(args: argparse.Namespace) -> None:
     for sheet in (brought, *sheets(results, blocks=False)):
         show(sheet, console)
     last = [stage.label for stage in pipeline.in_order if stage.classifies][-1]
-    print(f"next     foveate show {out / last} --images FOLDER    # what it keeps")
+    print(f"next     foveate show {out / last} --images FOLDER --out kept.png")
     print(f"         foveate predict {out / last} --images FOLDER    # its answers")

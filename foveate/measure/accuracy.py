@@ -190,12 +190,12 @@ class _Meter:
             trace = self.model.trace(images)
             try:
                 counted = facts.count(self.model, trace=trace)
-            except ValueError:  # a method that does not work out its own cost is counted by running
+            except ValueError:  # a method without its own count of costs is counted by running
                 counted = facts.count(self.model, images=images)
             self.counts.append((len(images), counted))
             return trace.logits
         if not self.counts:
-            # One that is no plain ViT has an accuracy all the same.
+            # A model that is not a plain ViT still has an accuracy.
             with suppress(ValueError):
                 self.counts.append((1, facts.count(self.model, (images.shape[2], images.shape[3]))))
         return logits_of(self.model(images))

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["break_even", "cell_sheet", "closing", "figure", "opening", "pairs", "table_of"]
 
 _PROGRAM = "foveate bench"
-# Okabe and Ito's colours, told apart with any kind of sight; markers say the same again.
+# Okabe and Ito's colours, which colour-blind readers can tell apart; markers differ as well.
 _LOOKS = {
     "faster": ("#0072B2", "o"),
     "no difference": ("#555555", "s"),
@@ -259,7 +259,7 @@ def cell_sheet(results: Results, run: str | None = None, at: float | None = None
     ).fillna("")
     if not set(_WORDS) & set(wide):
         table = table.drop(columns="goal")
-    if "share" not in wide:  # a network of which a part alone is reduced has no oracles
+    if "share" not in wide:  # a network that is reduced only in part has no oracles
         table = table.drop(columns=["of oracle [95 %]", "extra"])
     title = (
         f"{run}, batch {at:g}: {dense['rounds']:.0f} rounds of {dense['calls']:.0f} calls, A/A "

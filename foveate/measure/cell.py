@@ -61,7 +61,7 @@ def train(
     recipe, path = work.settings, folder / "recipe.yaml"
     resume = any((folder / "checkpoints").glob("update-*.ckpt"))
     if resume:
-        # It differs at most in how it writes the start, and a run goes on with its own recipe.
+        # It differs at most in the path of the start; a run resumes with its own recipe.
         recipe = config.read(work.recipe_class, path)
     elif _rank() == 0:
         path.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint

@@ -308,7 +308,7 @@ def _evaluation(
             if getattr(asked, part):
                 raise ValueError(f"evaluate.{part} is for classifiers, which {dense[0]} is not")
         plan = dataclasses.replace(plan, statistics=False)
-    elif not only:  # so that another question about other models changes nothing here
+    elif not only:  # so that evaluating other models changes nothing here
         plan = dataclasses.replace(plan, occlusion=(), pruning=())
     work = Work(
         job=EVALUATE,

@@ -33,7 +33,7 @@ __all__ = ["run_demo"]
 
 _log = logging.getLogger(__name__)
 
-# Whose pictures the page shows, by the model that it runs on.
+# The methods whose pictures the page shows, by model.
 _SHOWN: dict[str, tuple[str, ...]] = {
     "demo": ("evit(keep=0.5)", "tome(r=3)", "ats(K=28)"),
     "demo_dynamicvit": ("dynamicvit(keep=0.5)",),

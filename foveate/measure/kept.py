@@ -16,7 +16,7 @@ __all__ = ["choose", "locate", "name_files", "read_recipe", "weights_kept"]
 
 _RECIPE, _FINAL, _RESULT = "recipe.yaml", "model.safetensors", "result.json"
 _KIND, _REST = ".safetensors", ".pretrain.safetensors"
-_MOST = 6  # snapshots, where nobody says which
+_MOST = 6  # default number of snapshots
 
 
 def locate(path: Path) -> tuple[Path, Path | None]:

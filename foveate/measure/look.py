@@ -42,7 +42,7 @@ from foveate.train.images import image_inputs
 __all__ = ["Choices", "Look", "alarms", "look", "sheet", "words", "write"]
 
 _log = logging.getLogger(__name__)
-_COLUMNS = 4  # affinity maps in a row, where nobody says which
+_COLUMNS = 4  # default number of affinity maps in a row
 _SHOWN = 6  # images whose hidden patches are drawn
 _CHUNK = 64  # images at a time; tokens of all layers are held
 
@@ -243,7 +243,7 @@ def _new_model(recipe: Pretrain, file: Path) -> MaskedImageModel:
         torch.manual_seed(recipe.loop.seed)  # as training does
         if recipe.model.name is not None:
             return make_masked_model(replace(recipe, model=replace(recipe.model, start=None)))
-        # What the model is stands in its start alone, and in what was written of it since.
+        # The model itself is described only by its start, and by files written since.
         model = make_method(recipe.method, open_start(str(file)), recipe.options)
         model.initialise()
         return model
@@ -334,7 +334,7 @@ def sheet(found: Look) -> Sheet:
     means = select(found.table, part="layers", metric="mean")
     wide = means.pivot(index=keys, columns="at", values="value")
     wide = wide.reindex(means.set_index(keys).index.unique())
-    digits = 3 if len(wide.columns) <= 13 else 2  # what there is room for: changes are small
+    digits = 3 if len(wide.columns) <= 13 else 2  # as many as fit, because changes are small
     table = wide.map(lambda mean: "" if pd.isna(mean) else f"{mean:.{digits}f}")
     table.columns = [f"{layer:g}" for layer in wide]
     losses = select(found.table, part="loss").pivot(

@@ -38,7 +38,7 @@ EPOCHS, SECONDS = "epochs", "seconds"  # what curves are over
 PROTOCOL = "Compare checkpoints inside one schedule: a run annealed earlier is another experiment."
 MEAN = "means of the curves"
 _LEAST = 3  # with two points, RAUC is the ratio of two straight lines
-_FLAT = 1e-9  # of the scores: a mean gain that is nothing but rounding
+_FLAT = 1e-9  # a mean gain, relative to the scores, below which it is rounding
 
 Scores = Mapping[float, float]
 
@@ -250,7 +250,7 @@ def over_runs(
             )
             values["rauc"] = rauc(before, after, first, last)
             match = epochs_to_match(before, goal, after)
-        except ValueError as error:  # and to be as good as a run that gains nothing is no feat
+        except ValueError as error:  # matching a run that gains nothing means nothing
             refusals[seed] = str(error)
             continue
         if match is not None:
@@ -331,7 +331,7 @@ def sheet(results: Results) -> Sheet:
     table = pd.DataFrame({"runs": wide.index}, index=wide.index)
     for head, name in zip(heads, ends, strict=True):
         table[head] = formatted(wide[name], "#.4g")
-    # As good at its first score, a run may have been so before.
+    # A run that is as good at its first score may have been as good before.
     most, least = (
         wide["at_once"].map({1.0: sign}).astype(object).fillna("") for sign in ("<= ", ">= ")
     )
@@ -396,7 +396,7 @@ def figure(results: Results) -> Figure:
     drawn = lines_figure(lines, across=f"{about['over']} of pre-training{several}", up=up)
     axes, level = drawn.axes[0], mean["base_start"]
     axes.axvspan(start, end, color=QUIET, alpha=0.06, linewidth=0, zorder=0)
-    # The lesser area covers the greater one: what stands out beyond it is the lead.
+    # Draw the smaller area over the larger one: the part that stays visible is the lead.
     for number in (0, 1) if mean.get("rauc", 1) < 1 else (1, 0):
         line = list(lines.values())[number]
         scores = dict(zip(line["at"], line["mean"], strict=True))

@@ -80,7 +80,7 @@ def _trained(cell: Cell) -> State:
         there: Any = config.read(cell.work.recipe_class, path)
     except ValueError as error:
         return State(DIFFERS, str(error))
-    # Both ways through the dataclass: a default that a recipe gained since is no difference.
+    # Read both through the dataclass, so that new settings with defaults do not differ.
     wanted = dict(_leaves(plain(cell.work.settings)))
     found = dict(_leaves(plain(there)))
     for key in _MODELS:

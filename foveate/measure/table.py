@@ -34,14 +34,14 @@ __all__ = [
     *("said", "select"),
 ]
 
-FORMAT = 2  # 1 was JSON alone, of what foveate.evaluate was
+FORMAT = 2  # format 1 was only JSON, by an earlier package foveate.evaluate
 _WORDS = ("run", "part", "method", "metric", "commit", "machine")
 _REAL, _WHOLE = ("rate", "at", "value"), ("seed", "draw")
 COLUMNS = (
     *("run", "part", "method", "rate", "seed", "draw", "at", "metric", "value"),
     *("commit", "machine"),
 )
-# What tells the numbers of a table apart, but for repetitions.
+# The columns that identify a number, apart from repetitions.
 KEYS = ["run", "part", "method", "rate", "at", "metric"]
 MISSING = "missing"
 

@@ -157,7 +157,7 @@ class _Sums:
         if self.grid is None:
             raise ValueError("the data set gave no image, so there are no statistics")
         sums = self.sums
-        # Where a position is never used there is no token to speak of; 1 is what merges nothing.
+        # A position that is never used has no token; 1 means that nothing was merged.
         group = torch.where(sums["used"] > 0, sums["size"] / sums["used"].clamp_min(1), 1.0)
         state = torch.cat([sums["used"], sums["size"]], 1)
         before = torch.full_like(state, self.images)

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
 __all__ = ["LineBar", "RichBar"]
 
-# Of what the log has, in this order; the log keeps its own names.
+# Values of the log to show, in this order; the log keeps its own names.
 _SHOWN = {"train/loss": "loss", "train/accuracy": "train %", "val/accuracy": "val %"}
 
 

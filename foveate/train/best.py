@@ -70,8 +70,8 @@ class Best(Callback):
             return
         self.value, self.update, self._since = value, trainer.global_step, 0
         if trainer.state.fn != TrainerFn.FITTING:
-            # After the last step: these weights are exported anyway, and the file has to stay
-            # what the last checkpoint says of it.
+            # After the last step these weights are exported anyway, and the file must stay as the
+            # last checkpoint describes it.
             return
         state = whole_state(model)  # all processes have to ask
         if trainer.is_global_zero:

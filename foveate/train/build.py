@@ -43,7 +43,7 @@ def _started(recipe: recipes.Model, classes: int | None) -> tuple[nn.Module, boo
         model = _bare(recipe.start).train()
     elif recipe.start is None:
         model = _made(recipe, {"num_classes": classes or 0})
-    elif recipe.start == "pretrained":  # with its own head, so that another one is asked for
+    elif recipe.start == "pretrained":  # with its own head, so that other classes need new_head
         model = _made(recipe, {"num_classes": 0} if classes is None else {})
     else:
         model = _opened(recipe)
@@ -136,7 +136,7 @@ def check_start(data: recipes.Data, start: Any) -> None:
     if not path.is_file():
         return
     tree = config.load(path).get("data")
-    # A data set of one's own is written as what it says of itself, which opens nothing.
+    # A data set object is recorded by its description, which cannot be opened.
     if isinstance(tree, dict) and isinstance(tree.get("train"), str):
         keys = [key for key in ("train", "val", "val_share", "split_seed") if key in tree]
         seen = config.parse(recipes.Data, {key: tree[key] for key in keys}, where=str(path))

@@ -82,7 +82,7 @@ class Pictures(Callback):
             if source.classes is None or source.label(index) not in labels:
                 try:
                     self._images[source.name(index)] = as_picture(source.image(index))
-                except Unreadable:  # evaluation says so, if it is to
+                except Unreadable:  # the evaluation reports it
                     continue
                 labels.add(source.label(index))
 

@@ -31,7 +31,7 @@ def save_whole(content: dict[str, Any], path: Path) -> None:
 
     try:
         write_whole(path, write)
-    except RuntimeError as error:  # torch's writer has no other word for a disk that is full
+    except RuntimeError as error:  # torch's writer raises this when the disk is full
         reason = str(error).split("\n", 1)[0]
         raise OSError(errno.EIO, f"writing {path.name} failed ({reason})") from error
 
@@ -64,7 +64,7 @@ class Checkpoints(Callback):
         """Remove checkpoints later than the one that was resumed from: they are damaged."""
         self._saved = trainer.global_step
         if trainer.is_global_zero:
-            # Else they would count among the newest that stay, and push out those that are whole.
+            # Otherwise they would count among those to keep, and push out whole ones.
             for path in _found(self.folder):
                 if _update(path) > self._saved:
                     path.unlink(missing_ok=True)
@@ -107,7 +107,7 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     for path in found:
         try:
             return path, torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a zip that is cut short raises many kinds
+        except Exception as error:  # a truncated zip raises many kinds
             reason = str(error).split("\n", 1)[0]
             _log.warning("%s is damaged (%s); the one before it is used", path, reason)
     raise ValueError(f"none of the checkpoints in {folder} can be read")

@@ -40,7 +40,7 @@ __all__ = [
     "one_word",
 ]
 
-LENGTHS = ("epochs", "max_steps", "patience")  # of ``Loop``: what may change as a run is resumed
+LENGTHS = ("epochs", "max_steps", "patience")  # of ``Loop``; may change when a run is resumed
 
 
 @dataclass(kw_only=True)

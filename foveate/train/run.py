@@ -62,7 +62,7 @@ __all__ = ["Loaders", "fit", "make_loaders", "method_callbacks", "train"]
 
 _log = logging.getLogger(__name__)
 _RECIPE, _METRICS, _RESULT = "recipe.yaml", "metrics.csv", "result.json"
-_FREE = 200 * 2**20  # bytes that a run needs at least besides its checkpoints
+_FREE = 200 * 2**20  # bytes that a run needs besides its checkpoints
 _LOGGERS = {"tensorboard": "TensorBoardLogger", "wandb": "WandbLogger"}
 
 Build = Callable[[Any], tuple[Task, Splits]]
@@ -164,7 +164,7 @@ def fit(
             ckpt_path=None if checkpoint is None else str(checkpoint),
             weights_only=True,
         )
-        # Not evaluated where it stopped, or not as it is exported: at the method's final rate.
+        # Evaluate again if the last evaluation was earlier, or not at the method's final rate.
         stale = module.evaluated != trainer.global_step or trainer.global_step < module.updates
         if loaders.val is not None and stale:
             trainer.validate(module, loaders.val, verbose=False)
@@ -317,7 +317,7 @@ def _check_score(task: Task) -> None:
 def _prepare_folder(recipe: Any, out: Path, resume: bool, rank: int) -> Path | None:
     """Check the folder, and find what to resume from."""
     if not resume:
-        # A recipe alone is of a run that came to nothing.
+        # A recipe alone was left by a run that never started.
         begun = any_checkpoint(out / "checkpoints")
         begun = begun or any((out / name).exists() for name in (_METRICS, _RESULT))
         if begun and (out / _RECIPE).exists() and rank == 0:
@@ -470,7 +470,7 @@ def _stoppable(out: Path, again: str) -> Iterator[None]:
             "from the last checkpoint"
         ) from error
     except ValueError:
-        raise  # says itself what is wrong with the run
+        raise  # its message explains the error
     except Exception as error:  # of a callback, a task or a data set, whose traceback says where
         name = type(error).__name__
         _log.warning("ended by %s; once mended, %s goes on from the last checkpoint", name, again)

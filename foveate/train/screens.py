@@ -67,11 +67,9 @@ def last_screen(job: str, result: Mapping[str, Any], out: Path) -> str:
         lines.append(
             f"best     {said} after update {best['update']}, its model is {out / best['model']}"
         )
-    if (
-        job == "adapt"
-    ):  # what it learnt from needs no labels, so there may be nothing to score it by
+    if job == "adapt":  # its images need no labels, so there may be nothing to evaluate on
         lines.append(f"next     foveate export {out} FOLDER --check    # to run it without foveate")
-        lines.append(f"         foveate show {out} --images FOLDER    # what it keeps")
+        lines.append(f"         foveate show {out} --images FOLDER --out kept.png")
         return "\n".join(lines)
     what = "    # on the test images" if "test" in result["splits"] else ""
     lines.append(f"next     foveate eval {out}{what}")
@@ -83,7 +81,7 @@ def last_screen(job: str, result: Mapping[str, Any], out: Path) -> str:
     elif job == "finetune":
         lines.append(f"         foveate reduce RECIPE model.start={out}    # with fewer tokens")
     else:
-        lines.append(f"         foveate show {out} --images FOLDER    # what it keeps")
+        lines.append(f"         foveate show {out} --images FOLDER --out kept.png")
     return "\n".join(lines)
 
 

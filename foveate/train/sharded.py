@@ -44,8 +44,9 @@ def hold_whole(model: nn.Module, whole: bool) -> None:
     """Keep all weights on every process while there are no gradients, or stop keeping them."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # The outermost keeps its weights for the backward pass, as ``fully_shard`` has it: what
-            # ``run`` gives is no tensor, on which it could notice that the pass begins.
+            # The outermost part keeps its weights for the backward pass, as ``fully_shard`` does by
+            # default: ``run`` does not return a tensor on which it could notice the beginning of
+            # that pass.
             module.set_reshard_after_forward(not whole and module is not model, recurse=False)
             if whole:
                 module.unshard()

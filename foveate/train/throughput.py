@@ -13,7 +13,7 @@ from foveate.files import write_text
 
 __all__ = ["SECONDS", "Throughput"]
 
-SECONDS = "seconds.csv"  # not in metrics.csv, which is the same after a resume
+SECONDS = "seconds.csv"  # not in metrics.csv, which must be equal after a resume
 
 
 class Throughput(Callback):

@@ -13,8 +13,9 @@ from small import vit
 
 import foveate
 from foveate.cli import COMMANDS, _parsers, main
-from foveate.config import explain, recipe_class
+from foveate.config import explain, headers, recipe_class
 from foveate.data.sources import KINDS
+from foveate.train.screens import last_screen
 
 
 def said(capsys: pytest.CaptureFixture[str], *command: str, code: int = 0) -> str:
@@ -125,6 +126,25 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixt
     for out in (tmp_path / "file", tmp_path / "file" / "inside"):
         words = said(capsys, "rauc", "a", "b", "--out", str(out), code=2)
         assert f"{out} cannot be written to: " in words
+
+
+@pytest.mark.parametrize("job", ["adapt", "finetune", "reduce", "detect", "segment"])
+def test_the_commands_that_a_run_suggests_parse(job: str) -> None:
+    score = {"detect": "box_ap", "segment": "miou"}.get(job, "accuracy")
+    result = {score: 0.5, "images": {"val": 9}, "model": "model", "splits": {"test": {}}}
+    lines = last_screen(job, result, Path("runs/it")).splitlines()[1:]
+    parser, _ = _parsers()
+    for line in lines:
+        assert parser.parse_args(shlex.split(line.partition("foveate ")[2].partition(" #")[0]))
+    assert len(lines) == 2 + (job in ("detect", "segment"))
+
+
+def test_the_lists_of_recipes_are_whole_sentences() -> None:
+    """--list shows the first line of a recipe, which must not break off."""
+    jobs = ["adapt", "compare", "detect", "finetune", "pipeline", "pretrain", "probe", "reduce"]
+    for job in [*jobs, "segment"]:
+        for name, header in headers(job).items():
+            assert re.fullmatch(r"[A-Z0-9].{19,98}[.]", header), (job, name, header)
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
