@@ -54,18 +54,19 @@ def test_the_help_of_a_job(command: str, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_the_documented_commands_parse() -> None:
-    """Every line of these pages that starts with foveate; one page has every command."""
+    """Every line of all pages that starts with foveate; one page has every command."""
     root = Path(__file__).parents[2]
     lines = [
         line.removeprefix("$ ").partition("  #")[0]
-        for page in ("docs/commands.md", "docs/pretraining.md", "docs/training.md", "README.md")
-        for line in (root / page).read_text(encoding="utf-8").splitlines()
+        for page in [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+        for line in page.read_text(encoding="utf-8").splitlines()
         if line.startswith("$ foveate ")
     ]
     assert {line.split()[1] for line in lines} == set(COMMANDS)
     parser, _ = _parsers()
     for line in lines:
-        parser.parse_args(shlex.split(line)[1:])
+        _, rest = parser.parse_known_args(shlex.split(line)[1:])
+        assert all("=" in text for text in rest), line  # settings may follow options
 
 
 def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
