@@ -362,7 +362,7 @@ def test_a_folder_without_images(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("here")
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError, match="file cannot be written to: File exists"):
         foveate.export(vit(), tmp_path / "file", format="pt2")
 
 

@@ -694,7 +694,10 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
         ("probe.feature=token", "model.options.class_token=false", "model.options.global_pool=''"),
         "probe.feature=token needs a class token",
     ),
-    "heads": (("options.decoder_heads=two",), "decoder_heads must be at least 1, got two"),
+    "heads": (
+        ("options.decoder_heads=two",),
+        "decoder_heads must be a whole number from 1, got 'two'",
+    ),
     "method": (("method=mea",), "'mea'; did you mean 'mae'?"),
     "option": (("options.decoder_dept=2",), "'decoder_dept'; did you mean 'decoder_depth'?"),
     "setting": (("mto.presett=paper",), "'mto.presett'; did you mean 'mto.preset'?"),
