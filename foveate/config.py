@@ -41,6 +41,7 @@ _RECIPES = {
 }
 _NAMED = [["method"], ["backbone"], ["head"]]  # groups of a name and its options
 _METHOD = "method"  # of the groups, the one that is also written as one word
+_TERSE = ("method", "backbone", "head", "data.augment")  # their errors name the last key alone
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -258,8 +259,9 @@ def _origin(said: str, overrides: Sequence[str], given: str, where: str) -> str:
     keys = [text.partition("=")[0] for text in overrides]
     for key in keys:
         words = rf"(?<![\w.]){re.escape(key)}(?!\w)"
-        if key.startswith(f"{_METHOD}."):  # the method's own errors name its option alone
-            words += rf"|'{re.escape(key.partition('.')[2])}'"
+        group, _, last = key.rpartition(".")
+        if group in _TERSE:
+            words += rf"|^{re.escape(last)}\b|'{re.escape(last)}'"
         if key and re.search(words, said):
             return given
     return where

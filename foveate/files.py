@@ -1,14 +1,15 @@
-"""Files that are written whole or not at all, and JSON that is read with clear errors."""
+"""Files that are written whole or not at all, folders for results, and JSON with clear errors."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FreeNames", "read_json", "write_text", "write_whole"]
+__all__ = ["FreeNames", "made_folder", "read_json", "write_text", "write_whole"]
 
 
 def write_whole(path: Path, write: Callable[[str], object]) -> None:
@@ -27,6 +28,33 @@ def write_whole(path: Path, write: Callable[[str], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole."""
     write_whole(path, lambda partial: Path(partial).write_text(text, encoding="utf-8"))
+
+
+@contextmanager
+def made_folder(folder: Path | None) -> Iterator[None]:
+    """Make the folder of a result before the work that fills it; None makes nothing.
+
+    An unwritable place is thus refused at once. If the work fails, the folders that were made
+    and are still empty are removed again.
+    """
+    if folder is None:
+        yield
+        return
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written to: {error.strerror}") from error
+    try:
+        yield
+    except BaseException:
+        for place in missing:
+            with suppress(OSError):  # it has files now
+                place.rmdir()
+        raise
 
 
 def read_json(path: Path, absent: str) -> Any:

@@ -1,9 +1,9 @@
-"""The jobs as plain functions: what the commands do, for programs and notebooks.
+"""The jobs of the command line as plain functions, for programs and notebooks.
 
-Each takes a model (a name of timm, a path, or a module of one's own), images (a spec, or a data
-set of one's own) and groups of settings, as dictionaries or as the classes of
-``foveate.train.recipe``. What a recipe says comes first; a dictionary changes its keys, a class
-stands for a whole group, and so does a model that is named or given.
+Each takes a model (a name of timm, a path, or your own module), images (a data set by its name, or
+your own data set) and groups of settings, as dictionaries or as the classes of
+``foveate.train.recipe``. The recipe comes first; a dictionary changes some of its keys, while a
+class, or a model that is named or given, replaces a whole group.
 """
 
 from __future__ import annotations
@@ -70,20 +70,20 @@ def finetune(
     """Fine-tune a plain ViT, on whole images or with random patches hidden.
 
     Args:
-        model: a name of timm, whose pretrained weights are taken; a path to weights; a module of
-            one's own, which is trained itself; or the group "model" of a recipe.
-        data: what ``foveate.data.open_source`` takes; a data set of one's own, with labels; or the
-            group "data", whose train, val and test may be data sets too.
-        mix: the group of that name, as a dictionary or its class; so are the next ones.
-        optim: likewise.
-        loop: likewise.
-        masking: likewise.
-        distill: likewise.
-        recipe: one that ships, by name, or a YAML file; the groups change it.
-        out: folder of the run; None takes runs/finetune, or the next that is free.
-        resume: go on with the run in ``out``.
+        model: a name of timm, with its pretrained weights; a path to weights; your own module,
+            which is trained in place; or the group "model" of a recipe.
+        data: what ``foveate.data.open_source`` takes; your own labelled data set; or the group
+            "data", whose train, val and test may be data sets too.
+        mix: the group "mix" of a recipe, as a dictionary or its class; the next four likewise.
+        optim: the group "optim".
+        loop: the group "loop".
+        masking: the group "masking".
+        distill: the group "distill".
+        recipe: name of a recipe that ships, or a YAML file; the groups change it.
+        out: folder of the run; None takes runs/finetune, or the next free name.
+        resume: resume the run in ``out``.
         progress: show a progress bar.
-        say: is told what is trained on what before it begins.
+        say: called, before training, with a summary of what is trained on what.
     """
     groups = {"mix": mix, "optim": optim, "loop": loop, "masking": masking, "distill": distill}
     made = _recipe(recipes.Finetune, "finetune", recipe, model, data, groups)
@@ -112,20 +112,20 @@ def reduce(
     """Train a model together with a reduction method.
 
     Args:
-        model: as in ``finetune``; also a model from ``foveate.apply``, which brings its method.
-        method: such as "dynamicvit(keep=0.7)"; or its name and options in a dictionary.
+        model: as in ``finetune``; or a model from ``foveate.apply`` with its method.
+        method: method, such as "dynamicvit(keep=0.7)"; or its name and options in a dictionary.
         data: as in ``finetune``.
-        mix: the group of that name, as a dictionary or its class; so are the next ones.
-        optim: likewise.
-        loop: likewise.
-        teacher: weights or a model that losses compare with; None is the start of the run.
-        weights: factors of losses instead of the method's own.
+        mix: the group "mix" of a recipe, as a dictionary or its class; the next two likewise.
+        optim: the group "optim".
+        loop: the group "loop".
+        teacher: weights or a model that losses compare with; None is the model before training.
+        weights: factors of losses that replace the method's own.
         token_loss: how final tokens are compared with the teacher's: "mse" or "kl".
-        recipe: one that ships, by name, or a YAML file.
-        out: folder of the run; None takes runs/reduce, or the next that is free.
-        resume: go on with the run in ``out``.
+        recipe: name of a recipe that ships, or a YAML file.
+        out: folder of the run; None takes runs/reduce, or the next free name.
+        resume: resume the run in ``out``.
         progress: show a progress bar.
-        say: is told what is trained on what before it begins.
+        say: called, before training, with a summary of what is trained on what.
     """
     if isinstance(model, ReducedViT):
         if method is not None:
@@ -156,22 +156,23 @@ def adapt(
     progress: bool = True,
     say: Say = print,
 ) -> Result:
-    """Train a reduced model to agree with itself as it is dense, on images without labels.
+    """Train a model with a method to answer as it does without it, on images without labels.
 
     Args:
-        model: as in ``finetune``; also one that has a method: a model from ``foveate.apply``, or a
-            folder that ``foveate.save`` wrote.
-        method: such as "evit(keep=0.7)"; None is that of a model that is given, else the recipe's.
-        data: as in ``finetune``; labels are not looked at.
+        model: as in ``finetune``; or one with a method: a model from ``foveate.apply``, or a folder
+            that ``foveate.save`` wrote.
+        method: method, such as "evit(keep=0.7)"; None takes the method of the given model, or else
+            the recipe's.
+        data: as in ``finetune``; labels are not used.
         train: what is trained: "method", "blocks:N" (the last N too) or "all".
         weights: factors of losses, such as {"kl": 0.5, "ratio": 4.0}.
-        optim: the group of that name, as a dictionary or its class.
-        loop: likewise.
-        recipe: one that ships, by name, or a YAML file; the groups change it.
-        out: folder of the run; None takes runs/adapt, or the next that is free.
-        resume: go on with the run in ``out``.
+        optim: the group "optim" of a recipe, as a dictionary or its class.
+        loop: the group "loop".
+        recipe: name of a recipe that ships, or a YAML file; the groups change it.
+        out: folder of the run; None takes runs/adapt, or the next free name.
+        resume: resume the run in ``out``.
         progress: show a progress bar.
-        say: is told what is trained on what before it begins.
+        say: called, before training, with a summary of what is trained on what.
     """
     groups = {"method": method, "train": train, "weights": weights, "optim": optim, "loop": loop}
     own = ("method",) if isinstance(model, (str, Path, nn.Module)) else ()
@@ -199,21 +200,21 @@ def detect(
     """Train a detector on a ViT, dense or with a method.
 
     Args:
-        model: as in ``finetune``, without a head; also a detector, or the path of one, to go on
-            with.
-        data: images with objects: a spec such as "coco:photos", a data set of one's own, or the
-            group "data".
-        backbone: name and options of what makes maps, such as {"name": "pyramid"}.
+        model: as in ``finetune``, without a head; or a detector, or the path of one, to train
+            further.
+        data: images with objects: a spec such as "coco:photos", your own data set, or the group
+            "data".
+        backbone: name and options of the backbone, such as {"name": "pyramid"}.
         head: name and options of the detector, such as {"name": "faster_rcnn"}.
-        method: such as "svit(keep=0.7)"; None trains dense.
-        optim: the group of that name, as a dictionary or its class.
-        loop: likewise.
+        method: method, such as "svit(keep=0.7)"; None computes all tokens.
+        optim: the group "optim" of a recipe, as a dictionary or its class.
+        loop: the group "loop".
         weights: factors of losses, such as {"mask": 2.0, "ratio": 4.0}.
-        recipe: one that ships, by name, or a YAML file; the groups change it.
-        out: folder of the run; None takes runs/detect, or the next that is free.
-        resume: go on with the run in ``out``.
+        recipe: name of a recipe that ships, or a YAML file; the groups change it.
+        out: folder of the run; None takes runs/detect, or the next free name.
+        resume: resume the run in ``out``.
         progress: show a progress bar.
-        say: is told what is trained on what before it begins.
+        say: called, before training, with a summary of what is trained on what.
     """
     parts = {"backbone": backbone, "head": head, "method": method, "weights": weights}
     made = _recipe(Detect, "detect", recipe, model, data, {**parts, "optim": optim, "loop": loop})
@@ -241,19 +242,19 @@ def segment(
 
     Args:
         model: as in ``detect``.
-        data: images with a class for each pixel: a spec such as "masks:photos", a data set of
-            one's own, or the group "data".
+        data: images with a class for each pixel: a spec such as "masks:photos", your own data set,
+            or the group "data".
         backbone: as in ``detect``.
         head: name and options of the head, such as {"name": "upernet"}.
-        method: such as "svit(keep=0.7)"; None trains dense.
-        optim: the group of that name, as a dictionary or its class.
-        loop: likewise.
+        method: method, such as "svit(keep=0.7)"; None computes all tokens.
+        optim: the group "optim" of a recipe, as a dictionary or its class.
+        loop: the group "loop".
         weights: factors of losses, such as {"ratio": 4.0}.
-        recipe: one that ships, by name, or a YAML file; the groups change it.
-        out: folder of the run; None takes runs/segment, or the next that is free.
-        resume: go on with the run in ``out``.
+        recipe: name of a recipe that ships, or a YAML file; the groups change it.
+        out: folder of the run; None takes runs/segment, or the next free name.
+        resume: resume the run in ``out``.
         progress: show a progress bar.
-        say: is told what is trained on what before it begins.
+        say: called, before training, with a summary of what is trained on what.
     """
     parts = {"backbone": backbone, "head": head, "method": method, "weights": weights}
     made = _recipe(Segment, "segment", recipe, model, data, {**parts, "optim": optim, "loop": loop})
@@ -283,23 +284,25 @@ def pretrain(
     """Pre-train a ViT on images without labels.
 
     Args:
-        model: a name of timm, which begins with new weights; a module of one's own; a path to
-            weights to go on from; or the group "model".
-        data: as in ``finetune``; labels are not looked at.
+        model: a name of timm, with new weights; your own module; a path to weights to start from;
+            or the group "model".
+        data: as in ``finetune``; labels are not used.
         method: "mae", "simmim", "bootmae" or "conmim".
-        options: what the method is made with, such as {"decoder_depth": 4}.
-        mask: the group of that name, as a dictionary or its class; so are the next ones.
-        mto: likewise; {} is masked token optimisation with its default choices.
-        optim: likewise.
-        loop: likewise.
-        watch: the group "probe" of a recipe: a labelled set that the backbone is read on meanwhile.
-        snapshots: epochs after which weights are kept: every so many, or these.
-        layers_every: epochs between measurements of heterogeneity.
-        recipe: one that ships, by name, or a YAML file.
-        out: folder of the run; None takes runs/pretrain, or the next that is free.
-        resume: go on with the run in ``out``.
+        options: options of the method, such as {"decoder_depth": 4}.
+        mask: the group "mask" of a recipe, as a dictionary or its class; the next three likewise.
+        mto: the group "mto"; {} is masked token optimisation with its default settings, None none.
+        optim: the group "optim".
+        loop: the group "loop".
+        watch: the group "probe" of a recipe: a labelled set on which the backbone is measured
+            during training.
+        snapshots: epochs whose weights are kept: a number N for every Nth epoch, or a list of
+            epochs.
+        layers_every: number of epochs between measurements of heterogeneity.
+        recipe: name of a recipe that ships, or a YAML file.
+        out: folder of the run; None takes runs/pretrain, or the next free name.
+        resume: resume the run in ``out``.
         progress: show a progress bar.
-        say: is told what is trained on what before it begins.
+        say: called, before training, with a summary of what is trained on what.
     """
     groups = {
         **{"method": method, "options": options, "mask": mask, "mto": mto, "optim": optim},
@@ -318,13 +321,13 @@ def probe(
     out: str | Path | None = None,
     **reading: Any,
 ) -> Result:
-    """Measure frozen features: by a linear classifier and by the nearest neighbours.
+    """Measure frozen features, by a linear classifier and by nearest neighbours.
 
     Args:
         model: as in ``finetune``.
         data: as in ``finetune``.
-        recipe: one that ships, by name, or a YAML file.
-        out: folder of the results; None takes runs/probe, or the next that is free.
+        recipe: name of a recipe that ships, or a YAML file.
+        out: folder of the results; None takes runs/probe, or the next free name.
         **reading: settings of ``foveate.train.recipe.Probe``, such as feature="avg", epochs=50.
     """
     made = _recipe(recipes.Probe, "probe", recipe, model, data, reading)
@@ -340,11 +343,11 @@ def evaluate(
     """Measure accuracy (or AP, or mIoU) and multiply-adds of models, and of methods on them.
 
     Args:
-        model: a name of timm, a path, or a module; or several of them by the names that tables
-            give them.
-        data: what ``foveate.data.open_source`` takes, or a data set of one's own; None is the part
-            of Fashion-MNIST that ships.
-        methods: to put on the models, such as "evit(keep=0.7)".
+        model: a name of timm, a path, or a module; or a dictionary of several, by the names that
+            tables give them.
+        data: what ``foveate.data.open_source`` takes, or your own data set; None is the part of
+            Fashion-MNIST that ships.
+        methods: methods to put on the models, such as "evit(keep=0.7)".
         **asked: fields of ``foveate.measure.Plan``, such as split="val", batch=256,
             occlusion=(0.5, 0.9), speed=(1, 32), device="cpu".
 
@@ -384,19 +387,19 @@ def pipeline(
 ) -> Results:
     """Run several jobs one after another, each from the model before it, and evaluate them.
 
-    What is finished in ``out`` is skipped, and what was cut off goes on.
+    Finished stages in ``out`` are skipped, and an interrupted one is resumed.
 
     Args:
-        recipe: one that ships, by name, or a YAML file; what else is given changes it.
+        recipe: name of a recipe that ships, or a YAML file; the other arguments change it.
         data: what ``foveate.data.open_source`` takes, for all stages; or settings of the group
-            "data". Data sets of one's own are for the single jobs: a stage may be gone on with by
-            another process, which finds its images by their spec.
-        stages: stages by name, in order, as a recipe has them.
+            "data". Your own data sets are for the single jobs, because another process may resume a
+            stage, and finds its images by their spec.
+        stages: stages by name, in order, as in a recipe.
         loop: settings of the group "loop" for all stages.
         evaluate: what is measured at the end.
-        out: folder of all stages; None takes runs/pipeline, or the next that is free.
+        out: folder of all stages; None takes runs/pipeline, or the next free name.
         progress: show progress bars.
-        say: is told what is done, and what came of it.
+        say: called with progress messages and results.
 
     Returns:
         A table of numbers (``table``), and how they came about (``about``).
@@ -437,7 +440,7 @@ def _recipe(
     scratch: bool = False,
     without: Sequence[str] = (),
 ) -> _R:
-    """Make a recipe with what was given laid over it; objects are put in at the end.
+    """Make a recipe changed by the given groups; objects are put in at the end.
 
     Args:
         cls: of the recipe.
@@ -474,7 +477,7 @@ def _recipe(
 
 
 def model_group(given: Any, scratch: bool = False) -> Any:
-    """Return the group "model" of a recipe that a name, a path or a module stands for.
+    """Return the group "model" of a recipe for a name, a path or a module.
 
     Args:
         given: a group is returned as it is.
@@ -493,14 +496,14 @@ def model_group(given: Any, scratch: bool = False) -> Any:
 
 
 def _data(given: Any) -> Any:
-    """Return the group "data" that a spec or a data set stands for."""
+    """Return the group "data" of a recipe for a spec or a data set."""
     if given is None or isinstance(given, (Mapping, recipes.Data)):
         return given
     return {"train": str(given) if isinstance(given, Path) else given}
 
 
 def _laid_over(before: Any, value: Any) -> Any:
-    """Change groups key by key, and all else as a whole."""
+    """Change groups key by key, and replace everything else as a whole."""
     if not (isinstance(before, Mapping) and isinstance(value, Mapping)):
         return value
     return {**before, **{key: _laid_over(before.get(key), one) for key, one in value.items()}}

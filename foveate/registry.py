@@ -125,6 +125,7 @@ def _from_node(node: ast.expr, text: str) -> Reducer:
             options[str(keyword.arg)] = ast.literal_eval(keyword.value)
         except ValueError as error:
             raise ValueError(
-                f"cannot read the method {text!r}: the value of {keyword.arg} is not a literal"
+                f"cannot read the method {text!r}: the value of {keyword.arg} must be a number, "
+                "True, False, None, a list, or text in quotes"
             ) from error
     return make(node.func.id, options)

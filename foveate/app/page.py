@@ -355,29 +355,35 @@ def running(page: Page, host: str = _LOCAL[0], port: int = 7860) -> Iterator[str
     with tempfile.TemporaryDirectory(prefix="foveate-app-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         blocks = page.blocks(Path(folder))
-        _, address, _ = blocks.launch(
-            server_name=host,
-            server_port=port,
-            share=False,
-            quiet=True,
-            prevent_thread_lock=True,
-            max_file_size=int(page.megabytes * 2**20),
-            allowed_paths=[],
-            app_kwargs={"middleware": _middleware(host), "docs_url": None, "redoc_url": None},
-            state_session_capacity=_SESSIONS,
-            ssr_mode=False,
-            pwa=False,
-            mcp_server=False,
-            enable_monitoring=False,
-            run_history=False,
-            footer_links=[],
-            theme=gr.themes.Default(
-                primary_hue="teal",
-                font=["system-ui", "sans-serif"],
-                font_mono=["ui-monospace", "monospace"],
-            ).set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500"),
-            css_paths=str(Path(__file__).with_name("page.css")),
-        )
+        try:
+            _, address, _ = blocks.launch(
+                server_name=host,
+                server_port=port,
+                share=False,
+                quiet=True,
+                prevent_thread_lock=True,
+                max_file_size=int(page.megabytes * 2**20),
+                allowed_paths=[],
+                app_kwargs={"middleware": _middleware(host), "docs_url": None, "redoc_url": None},
+                state_session_capacity=_SESSIONS,
+                ssr_mode=False,
+                pwa=False,
+                mcp_server=False,
+                enable_monitoring=False,
+                run_history=False,
+                footer_links=[],
+                theme=gr.themes.Default(
+                    primary_hue="teal",
+                    font=["system-ui", "sans-serif"],
+                    font_mono=["ui-monospace", "monospace"],
+                ).set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500"),
+                css_paths=str(Path(__file__).with_name("page.css")),
+            )
+        except OSError as error:
+            raise ValueError(
+                f"cannot listen at {host}, port {port}: the port is in use, or the address is not "
+                "one of this machine; --port and --host take others"
+            ) from error
         try:
             yield str(address)
         finally:

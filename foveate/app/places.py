@@ -28,7 +28,7 @@ class Places:
         """Take folders; ValueError for what is none."""
         for folder in folders:
             if not Path(folder).is_dir():
-                raise ValueError(f"--folders takes folders, and {folder} is none")
+                raise ValueError(f"--folders takes folders, and {folder} is not one")
         self.roots = tuple(dict.fromkeys(Path(folder).resolve() for folder in folders))
 
     def inside(self, given: str) -> Path:

@@ -13,6 +13,7 @@ import importlib.metadata
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 __all__ = ["COMMANDS", "main"]
 
@@ -34,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = [*(sys.argv[1:] if argv is None else argv)]
     if given and not given[0].startswith("-") and given[0] not in COMMANDS:
         near = difflib.get_close_matches(given[0], COMMANDS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else "."
-        parser.error(f"unknown command {given[0]!r}{hint} There are {', '.join(COMMANDS)}")
+        hint = f"; did you mean {near[0]}?" if near else f": there are {', '.join(COMMANDS)}"
+        parser.error(f"unknown command {given[0]!r}{hint}")
     args, rest = parser.parse_known_args(argv)
     # Between and after options argparse takes no more positional values.
     several = getattr(args, getattr(args, "more", "options"), None)
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, dict[str, _Command]]:
-    parser = argparse.ArgumentParser(
+    parser = _Command(
         prog="foveate", description="Vision transformers that look only where it matters."
     )
     parser.add_argument("--version", action=_Version)
@@ -97,6 +98,10 @@ class _Command(argparse.ArgumentParser):
 
     more_help: Callable[[], str] | None = None
 
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line; argparse would put the whole usage in front of it."""
+        self.exit(2, f"{self.prog}: {message}; {self.prog} --help says more\n")
+
     def format_help(self) -> str:
         more = "" if self.more_help is None else f"\n{self.more_help()}"
         return super().format_help() + more
@@ -114,7 +119,9 @@ class _Version(argparse.Action):
 
 
 def _unknown(text: str, command: argparse.ArgumentParser) -> str:
-    """Word the error about an unknown flag, with the near miss."""
+    """Word the error about an argument that is not known, with the near miss of a flag."""
     flag = text.partition("=")[0]
+    if not flag.startswith("-"):
+        return f"unexpected argument {text!r}"
     near = difflib.get_close_matches(flag, command._option_string_actions, n=1)
     return f"unknown option {flag}" + (f"; did you mean {near[0]}?" if near else "")

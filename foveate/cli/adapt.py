@@ -1,7 +1,7 @@
-"""Train a reduced model to agree with its own dense self, on images without labels.
+"""Train a model with a method to answer as it does without it, on images without labels.
 
-A model in place of the recipe, or settings that name one, take the rest from the recipe "folder".
-A model that was saved with a method brings that along, any other takes method=METHOD.
+Give a recipe, or a model in its place; a model takes its settings from the recipe "folder". A model
+that was saved with a method keeps it; any other needs method=METHOD.
 
 In a terminal:
   foveate adapt --list

@@ -1,8 +1,8 @@
 """Open a page in the browser: drop a photograph and see what methods keep, merge and bring back.
 
 The page has a tab for a photograph and any ViT, one for detectors and segmenters, and one for the
-folders of runs and comparisons. It works without a network, listens to this machine alone, and
-opens no file but those in --folders and what is uploaded. Ctrl-C ends it.
+results of runs and comparisons. It works without a network, can be reached from this machine alone,
+and opens only files in --folders and uploads. Ctrl-C ends it.
 It needs gradio: pip install 'foveate[app]'
 
 In a terminal:

@@ -1,8 +1,11 @@
-"""Measure speed and memory: dense, un-fused, and each method next to its oracle, interleaved.
+"""Measure the speed and memory of methods beside the dense model.
 
-Every variant is timed once a round, in random order. The table has ratios of paired rounds with
-their 95 % interval and what the dense model strays from itself (A/A); a method is called faster
-only beyond that. On a CPU the command starts itself again with malloc tuned, and says so.
+The dense model (without a method) runs with torch's fused attention and also un-fused. Beside each
+METHOD runs its oracle, which keeps as many tokens by slicing, without choosing them: no choice can
+be faster. All of them are timed once in every round, in random order. The table has the ratios to
+the dense model, round by round, with their 95 % interval. The dense model is timed twice a round
+(A/A), and a method is called faster only if it gains more than those two differ. On a CPU the
+command restarts itself with a tuned malloc, and says so.
 
 In a terminal:
   foveate bench deit_small_patch16_224 evit "tome(r=13)" --untrained
@@ -51,7 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="time compiled models, not eager ones; only for methods that keep the same number of "
         "tokens in every image",
     )
-    add("--compile-mode", default="default", help="mode of torch.compile, such as reduce-overhead")
+    add(
+        "--compile-mode",
+        default="default",
+        metavar="MODE",
+        help="mode of torch.compile, such as reduce-overhead",
+    )
     add(
         "--images",
         nargs="+",
@@ -88,18 +96,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--quick",
         action="store_true",
-        help="take a few rounds at batch 1 and 2, to see that it works",
+        help="run 3 rounds at batch 1 and 2, to see that it works",
     )
     add(
         "--profile",
         action="store_true",
-        help="show where one method spends its time, operator by operator",
+        help="show how much time each operator takes with one METHOD",
     )
     add(
         "--compare",
         nargs="+",
         metavar="FILE",
-        help="compare the methods of saved results; refused unless they ran interleaved",
+        help="compare the methods of saved results; only results of one run can be compared",
     )
 
 
@@ -120,11 +128,13 @@ def run(args: argparse.Namespace) -> None:
     if args.plot is not None and args.plot.suffix not in _PLOTS:
         raise ValueError(f"{args.plot}: plots are written as {', '.join(_PLOTS)}")
     check_threads(args)
-    for path in (args.out, args.plot):
-        if path is not None:  # an unwritable place is said before the work
-            path.parent.mkdir(parents=True, exist_ok=True)
+    if args.rounds is not None and args.rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, got {args.rounds}")
     prepare_timing(args)
-    _measure(args)
+    from foveate.files import made_folder
+
+    with made_folder(args.out and args.out.parent), made_folder(args.plot and args.plot.parent):
+        _measure(args)
 
 
 def _measure(args: argparse.Namespace) -> None:

@@ -1,13 +1,13 @@
-"""Compare models, methods, rates and seeds under one protocol: run, evaluate, draw a report.
+"""Compare models, methods, rates and seeds under one protocol, and write a report.
 
-CONFIG names models of any job (finetune, reduce, pretrain, probe) or opened ones, methods that are
-trained from them, rates, seeds, and what is measured. Every run and every evaluation is a cell with
-a folder in --out and a process of its own, or several that train together. A cell that is finished
-is not done again, one that was killed goes on, and one whose folder holds the training of another
-recipe is refused. What failed is named at the end; the others go on.
+CONFIG names models to train or to open, methods to train from them, rates, seeds, and what to
+measure. Every training run and every evaluation is a cell: it has a folder in --out, and runs in
+processes of its own. The same command again skips finished cells and resumes interrupted ones; it
+refuses a folder that was trained with another recipe. If a cell fails, the others still run, and
+the failure is named at the end.
 
-With --launcher ray the cells are tasks of Ray. On a cluster all machines must see --out, the data
-and the current folder under the same paths.
+With --launcher ray the cells run as tasks of Ray. On a cluster all machines must see --out, the
+data and the current folder under the same paths.
 
 In a terminal:
   foveate compare --list
@@ -67,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--launcher",
         choices=("local", "ray"),
         default="local",
-        help="what starts the cells (default: local)",
+        help="where the cells run: as processes of this machine, or as tasks of Ray (default: "
+        "local)",
     )
     add(
         "--address",
@@ -78,20 +79,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--parallel",
         type=int,
         metavar="N",
-        help="number of cells at a time (default: 1 with local, as many as fit with ray)",
+        help="number of cells that run at the same time (default: 1 with local, as many as fit "
+        "with ray)",
     )
     add(
         "--only",
         metavar="GLOB",
-        help="run only the cells whose names match; --dry-run shows the names",
+        help="run only the cells whose names match the pattern; --dry-run shows the names",
     )
     add("--list", action="store_true", help="list the comparisons that ship, and stop")
-    add("--dry-run", action="store_true", help="list the cells and how far they are, and stop")
-    add("--report", action="store_true", help="draw the report of what is there, and stop")
+    add("--dry-run", action="store_true", help="list the cells and their state, and stop")
+    add(
+        "--report",
+        action="store_true",
+        help="write the report on the finished cells, and stop",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do what is not done yet, and draw the report."""
+    """Run what is not finished yet, and write the report."""
     if args.list:
         show_recipes("compare")
         return
@@ -124,7 +130,10 @@ def run(args: argparse.Namespace) -> None:
         )
     wanted = chosen(cells, args.only)
     refuse({name: states[name] for name in cells if name in wanted})
-    lost = _work(args, comparison, cells, states, wanted)
+    from foveate.files import made_folder
+
+    with made_folder(out):
+        lost = _work(args, comparison, cells, states, wanted)
     states = states_of(cells)
     _report(comparison, cells, states, out, path.stem)
     if lost:
@@ -144,7 +153,7 @@ def _work(
     states: Mapping[str, State],
     wanted: set[str],
 ) -> list[Outcome]:
-    """Run what is to be done; gives what failed or was skipped."""
+    """Run the cells to do, and return what failed or was skipped."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,

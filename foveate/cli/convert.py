@@ -1,10 +1,10 @@
-"""Convert a checkpoint that authors released into a folder or file of this library.
+"""Convert a checkpoint that authors released into a folder or file that foveate opens.
 
 The origin is inferred from the checkpoint's keys; EViT's must be given. A model with a method
 becomes a folder that foveate.load reads without a model; one without a method becomes a
-.safetensors file with timm's keys. With --pretraining the rest of MAE, SimMIM, BootMAE or ConMIM (a
-decoder, head or projector) is kept too, in OUT.pretrain.safetensors, so that pre-training can go
-on. No code in the checkpoint is run.
+.safetensors file with timm's keys. With --pretraining the decoder, head or projector of MAE,
+SimMIM, BootMAE or ConMIM is kept too, in OUT.pretrain.safetensors, so that pre-training can go on.
+No code in the checkpoint is run.
 
 In a terminal:
   foveate convert dynamic-vit_384_r0.7.pth dynamicvit/ keep=0.7
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +36,16 @@ _WORDS = {"true": True, "false": False, "none": None}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     add = parser.add_argument
-    add("checkpoint", type=Path, help=".pth, .pt or .safetensors file, or a Hugging Face folder")
+    add(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help=".pth, .pt or .safetensors file, or a Hugging Face folder",
+    )
     add(
         "out",
         type=Path,
+        metavar="OUT",
         help="folder for a model with a method, or .safetensors file for one without",
     )
     add("options", nargs="*", default=[], metavar="OPTION=VALUE", help="options of the method")
@@ -54,7 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: inferred)",
     )
     add("--method", help='method for a plain model, such as "tome(r=13)"')
-    add("--num-heads", type=int, metavar="N", help="number of heads (default: heads of width 64)")
+    add(
+        "--num-heads",
+        type=int,
+        metavar="N",
+        help="number of attention heads (default: the model's width / 64)",
+    )
     add(
         "--image-size",
         type=image_size,
@@ -146,10 +158,13 @@ def _form(spec: BackboneSpec) -> str:
 
 
 def image_size(text: str) -> tuple[int, int]:
-    """Parse height and width from "384" or "224x384"; argparse words the error."""
-    sides = [int(side) for side in text.lower().split("x")]
-    height, width = sides if len(sides) == 2 else sides * 2
-    return height, width
+    """Parse height and width from "384" or "224x384"."""
+    match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", text.lower())
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            f"expected pixels, such as 384 or 224x384 (height x width), got {text!r}"
+        )
+    return int(match[1]), int(match[2] or match[1])
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -1,14 +1,14 @@
-"""Say what a data set holds, make scenes for detection, say where to get Fashion-MNIST.
+"""Count what a data set holds, make scenes for detection, or say where to get Fashion-MNIST.
 
-A part of Fashion-MNIST ships with the package: foveate.data.fashion_mnist_mini(). Scenes are made
-of it: garments on clutter with boxes, masks and label maps, which coco:FOLDER and masks:FOLDER
-open; the spec "scenes" gives the same without any file.
+Scenes are small pictures of garments on clutter, with boxes, masks and label maps. They are made of
+the part of Fashion-MNIST that ships with the package. `data scenes FOLDER` writes them as files,
+which coco:FOLDER and masks:FOLDER open; the data set "scenes" is the same without any file.
 
 In a terminal:
-  foveate data fashion-mnist
-  foveate data fashion-mnist FOLDER
-  foveate data scenes FOLDER --size 96 --train 2000
-  foveate data coco:FOLDER
+  foveate data fashion-mnist                          # where to get the whole of it
+  foveate data fashion-mnist FOLDER                   # check the files in FOLDER
+  foveate data scenes FOLDER --size 96 --train 2000   # write scenes
+  foveate data coco:FOLDER                            # count images and objects
 """
 
 from __future__ import annotations
@@ -38,20 +38,35 @@ Then `foveate data fashion-mnist FOLDER` checks them."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     add = parser.add_argument
-    add("name", help="fashion-mnist, scenes, or the spec of a data set such as coco:FOLDER")
-    add("folder", nargs="?", type=Path, help="where Fashion-MNIST is, or where scenes are written")
+    add(
+        "name",
+        metavar="NAME",
+        help="fashion-mnist, scenes, or a data set such as folder:PATH or coco:PATH",
+    )
+    add(
+        "folder",
+        nargs="?",
+        type=Path,
+        metavar="FOLDER",
+        help="where Fashion-MNIST is, or where scenes are written",
+    )
     # Their defaults are those of ``Scenes``, which takes seconds to import.
-    add("--size", help="height and width of scenes, such as 96 (the default) or 96x128")
-    add("--train", type=int, help="number of training scenes (2000)")
-    add("--val", type=int, help="number of validation scenes (500)")
-    add("--test", type=int, help="number of test scenes (500)")
-    add("--seed", type=int, help="seed of the scenes (0)")
+    add("--size", metavar="N or HxW", help="size of scenes in pixels (default: 96)")
+    add("--train", type=int, metavar="N", help="number of training scenes (default: 2000)")
+    add("--val", type=int, metavar="N", help="number of validation scenes (default: 500)")
+    add("--test", type=int, metavar="N", help="number of test scenes (default: 500)")
+    add("--seed", type=int, metavar="N", help="seed of the scenes (default: 0)")
     add("--colour", action="store_true", default=None, help="make scenes in colour, not grey")
-    add("--clutter", type=float, metavar="SHARE", help="how hard scenes are, from 0 to 1 (1)")
+    add(
+        "--clutter",
+        type=float,
+        metavar="SHARE",
+        help="difficulty of the scenes, from 0 to 1 (default: 1)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Say how, check, make or describe."""
+    """Print where to get Fashion-MNIST, check it, write scenes, or count a data set."""
     names = ("size", "train", "val", "test", "seed", "colour", "clutter")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     making = args.name == "scenes" and args.folder is not None

@@ -1,6 +1,7 @@
-"""Say what a model costs with a method: tokens, multiply-adds, parameters, training.
+"""Count what a model costs with a method: tokens, multiply-adds, parameters.
 
-Nothing is run and, for a timm name, nothing is fetched: weights do not matter here.
+Each METHOD is described for itself. The model is not run, and the weights of a timm name are not
+fetched, because they do not matter here. Only a --budget in time times this machine first.
 
 In a terminal:
   foveate describe deit_small_patch16_224 "evit(keep=0.7)"
@@ -24,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add(
         "--budget",
-        help='cost to find the rate for: "2.9 GMACs", 0.6x or 60%%; or a time on this machine: '
-        '"1.5x faster", "12 ms, batch 8"',
+        help='cost to solve the rate of each METHOD for: "2.9 GMACs", 0.6x or 60%% of the '
+        'multiply-adds, or a time on this machine: "1.5x faster", "12 ms, batch 8"',
     )
     add(
         "--image-size",

@@ -1,6 +1,7 @@
-"""Train a detector with boxes, or boxes and masks, on a ViT; dense or with a method.
+"""Train an object detector on a ViT, with boxes or with boxes and masks.
 
-The paper of SViT trains dense first; a second run starts from the first one and adds the gates.
+Without `method` the detector is dense: it computes all tokens. The paper of SViT trains a dense
+detector first; a second run then starts from it and adds the method.
 
 In a terminal:
   foveate detect --list

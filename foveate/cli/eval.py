@@ -1,16 +1,17 @@
-"""Evaluate models: accuracy (AP, mIoU), occlusion, pruning, statistics of tokens, speed.
+"""Evaluate models: accuracy (AP or mIoU), occlusion, pruning, token statistics and speed.
 
-Accuracy and multiply-adds are always measured, of every model and every method on it. A method
-that does not name its rate is taken at every one of --rates; a model that was saved with a method
-comes with that one, and with others of the same name if they are given. The other parts are asked
-for by name:
-  --occlusion   accuracy with patches of the image dropped at random, for each model as it is given
-  --pruning     a plain model pruned at three stages, by chance and by attention, without training
+Accuracy and multiply-adds are always measured, for every model and for every METHOD on it. A METHOD
+without a rate of its own is measured at each of --rates. A model that was saved with a method is
+measured with it; METHODs may name that one alone, at other rates. Further parts on request:
+  --occlusion   accuracy when patches of the image are dropped at random, for each model as given
+  --pruning     accuracy when a plain model is pruned in three blocks without training, at random
+                and by attention
   --statistics  which patches each method keeps, where, how often, and what it brings back
-  --speed       images a second, all models and methods in one interleaved run at each batch size
+  --speed       images a second; all models and methods take turns in one run for each batch size
 
-Detectors and segmenters have their AP or mean IoU, multiply-adds and patches used as they ran, and
-with --speed images a second of network and backbone; their dense model is measured beside them.
+For detectors and segmenters the parts are AP or mean IoU, multiply-adds, the share of patches used,
+and with --speed images a second of the network and of its backbone. The same model without its
+method is measured beside them.
 
 In a terminal:
   foveate eval demo evit "tome(r=3)" --rates .5 .7 .9 --speed --out results/
@@ -51,12 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--data",
         metavar="SPEC",
-        help="data set (default: that of the run, and Fashion-MNIST for the demo)",
+        help="data set (default: that of the run, and Fashion-MNIST for the demo models)",
     )
     add(
         "--split",
         choices=("train", "val", "test", "all"),
-        help="split of the data (default: the first that there is of test, val and all)",
+        help="split of the data (default: test, or else val, or else all)",
     )
     add(
         "--val-share",
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--split-seed",
         type=int,
         metavar="N",
-        help="seed of that division (default: the run's, or 0)",
+        help="seed that chose the held-out images (default: the run's, or 0)",
     )
     add(
         "--batch",
@@ -95,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="RATE",
-        help="rates for methods that name none: their keep, r or K",
+        help="rates (keep, r or K) for every METHOD that names none",
     )
     add(
         "--occlusion",
@@ -116,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         nargs="*",
         metavar="RATE",
-        help="shares of tokens that each stage keeps (default: .3 .5 .7)",
+        help="shares of tokens that each of the three stages keeps (default: .3 .5 .7)",
     )
     add(
         "--statistics",
@@ -128,8 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs="*",
         metavar="BATCH",
-        help="batch sizes to time everything at, in one interleaved run each (default: that of "
-        "--batch)",
+        help="batch sizes to time (default: that of --batch)",
     )
     add(
         "--rounds",
@@ -143,8 +143,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="for a detector or segmenter with gates: also evaluate it with gates shifted over N "
-        "training images, so that they keep their shares by arg-max",
+        help="for detectors and segmenters with gates: also evaluate with gates that are shifted "
+        "to keep their target share of the patches on N training images (default: 0, not at all)",
     )
     add("--device", default="auto", help="cpu, cuda, or auto for a GPU if there is one (default)")
     add(
@@ -173,14 +173,21 @@ def run(args: argparse.Namespace) -> None:
     """Evaluate, print, and write."""
     names = [args.model, *args.models]
     images = _images(args, names)
-    if args.out is not None:  # an unwritable place is said before the work
-        args.out.mkdir(parents=True, exist_ok=True)
     from foveate import machine
 
     device = machine.device_of(args.device)
     if args.speed is not None:
         machine.tune_malloc(device)
+    from foveate.files import made_folder
 
+    with made_folder(args.out):
+        _evaluate(args, names, images, device)
+
+
+def _evaluate(
+    args: argparse.Namespace, names: list[str], images: dict[str, Any], device: str
+) -> None:
+    from foveate import machine
     from foveate.bench.progress import progress_bar
     from foveate.convert import open_base
     from foveate.dense import DenseModel
@@ -191,7 +198,13 @@ def run(args: argparse.Namespace) -> None:
         label: open_base(name, untrained=args.untrained)
         for label, name in zip(_labels(names), names, strict=True)
     }
-    dense = isinstance(next(iter(models.values())), DenseModel)
+    kinds = {isinstance(model, DenseModel) for model in models.values()}
+    if len(kinds) > 1:
+        raise ValueError(
+            "detectors and segmenters are evaluated apart from classifiers: give --models of one "
+            f"kind, got {', '.join(names)}"
+        )
+    (dense,) = kinds
     batch = (1 if dense else 64) if args.batch is None else args.batch
     plain = ("mask_seeds", "statistics", "rounds", "workers", "limit", "precision")
     plan = Plan(
@@ -228,23 +241,22 @@ def _dense(models: dict[str, Any], plan: Any) -> Any:
     """Evaluate detectors or segmenters."""
     from foveate import machine
     from foveate.bench.progress import progress_bar
-    from foveate.dense import DenseModel
     from foveate.measure import evaluate_dense
 
-    for label, model in models.items():
-        if not isinstance(model, DenseModel):
-            raise ValueError(
-                f"{label} is neither a detector nor a segmenter, as the first model is"
-            )
     with progress_bar() as progress:
         return evaluate_dense(models, plan, command=machine.command("foveate"), progress=progress)
 
 
 def _images(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    """Return what is evaluated on: as asked for, or the final images of the runs themselves."""
+    """Return the images to evaluate on: those asked for, or the test images of the runs."""
     given = {"split": args.split, "val_share": args.val_share, "split_seed": args.split_seed}
     asked = {name: value for name, value in given.items() if value is not None}
-    if args.data is not None or set(names) == {"demo"}:
+    if args.val_share is not None and not 0 < args.val_share < 1:
+        raise ValueError(f"--val-share must lie between 0 and 1, got {args.val_share:g}")
+    from foveate.convert import SHIPPED
+
+    demo = all(SHIPPED.get(name, "detector") != "detector" for name in names)
+    if args.data is not None or demo:
         return {"data": args.data or _DEMO, **asked}
     from foveate.data import final_images
 
@@ -263,7 +275,7 @@ def _images(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _trained_on(path: Path) -> dict[str, Any] | None:
-    """Return the data of a run, if the path is in one."""
+    """Return the data of a run, if the path belongs to one."""
     for folder in (path, path.parent):
         if (folder / "recipe.yaml").is_file() and (folder / "result.json").is_file():
             from foveate import config
@@ -273,14 +285,14 @@ def _trained_on(path: Path) -> dict[str, Any] | None:
 
 
 def _chosen(given: list[_T] | None, default: Sequence[_T]) -> tuple[_T, ...]:
-    """Return the values of an option that may stand alone: none, the default, or its own."""
+    """Return the values of an option that may be absent, without values, or with some."""
     if given is None:
         return ()
     return tuple(given or default)
 
 
 def _labels(names: Sequence[str]) -> list[str]:
-    """Return the last part of each name, and more of it where two models would share it."""
+    """Return the last part of each name, or more of it if two names share that part."""
     parts = [Path(name).parts or (name,) for name in names]
     longest = max(map(len, parts))
     for length in range(1, longest + 1):

@@ -1,7 +1,8 @@
-"""Export a model with its method: a file for a runtime, and what runs it without foveate.
+"""Export a model with its method to a file that runs without foveate.
 
-OUT gets the model, model.json (preprocessing, labels), infer.py, which runs on images without
-foveate, and a README. The file is run once to count the tokens that its blocks really compute.
+The folder OUT gets the model, model.json (preprocessing, labels), infer.py, which runs the model on
+images, and a README. The written file is run once to count the tokens that its blocks really
+compute.
 
 The formats:
   onnx      for onnxruntime (the default): pip install 'foveate[onnx]'
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     add = parser.add_argument
     parser.usage = "foveate export MODEL [METHOD] OUT [options]"
-    add("model", metavar="MODEL", help=MODEL + ", or of a training run")
+    add("model", metavar="MODEL", help=MODEL)
     add(
         "rest",
         nargs="*",
@@ -48,12 +49,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="onnx",
         help="what to write (default: onnx)",
     )
-    add("--int8", action="store_true", help="compute matrix products in 8 bits")
+    add(
+        "--int8",
+        action="store_true",
+        help="compute matrix products in 8 bits; needs --calibrate, except for the demo models",
+    )
     add(
         "--calibrate",
         nargs="+",
         metavar="PATH",
-        help="image files and folders that 8 bits are fitted to; 128 images are enough",
+        help="image files and folders to fit the ranges of 8 bits to; 128 images are enough",
     )
     add(
         "--batch",
@@ -72,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--check",
         action="store_true",
-        help="compare the answers with torch's, and time both beside the dense model",
+        help="compare the answers with torch's, and time both beside the model without a method",
     )
     add(
         "--images",
@@ -101,7 +106,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export, and say what was found; give 1 if the check failed."""
     if len(args.rest) not in (1, 2):
-        raise ValueError(f"name a MODEL, perhaps a METHOD, and the folder OUT; got {args.rest}")
+        given = f", got {' '.join(args.rest)}" if args.rest else ""
+        raise ValueError(f"give MODEL, METHOD if the model has none, and the folder OUT{given}")
+    from foveate.registry import list_methods
+
+    if len(args.rest) == 1 and args.rest[0].partition("(")[0] in list_methods():
+        raise ValueError(
+            f"{args.rest[0]} is a method, and the folder OUT is missing; a folder of that name is "
+            f"./{args.rest[0]}"
+        )
     if args.images and not args.check:
         raise ValueError("--images are compared on, which --check asks for")
     if args.calibrate and not args.int8:

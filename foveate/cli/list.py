@@ -1,4 +1,4 @@
-"""List the methods, with what each does and needs.
+"""List the methods, and what each does and needs.
 
 In a terminal:
   foveate list

@@ -1,10 +1,10 @@
-"""Look at pre-training runs: heterogeneity of hidden tokens by layer, affinity maps, pictures.
+"""Look into pre-training runs: heterogeneity of hidden tokens by layer, affinity maps, pictures.
 
-RUN is the folder of a run, ended or not, or a .safetensors file of its weights. Everything that
-is looked at is measured on the same images with the same masks. Heterogeneity is how evenly hidden
-tokens look at visible ones: 1 is at all of them alike, 0 at a single one. What it says depends on
-the similarity: with raw and scaled dot products it sinks wherever norms grow with depth, in some
-untrained networks already, so compare with --untrained.
+RUN is the folder of a run, finished or not, or a .safetensors file of its weights. All weights are
+measured on the same images with the same masks. Heterogeneity says how evenly a hidden token
+resembles the visible ones: 1 means all of them equally, 0 a single one. It depends on the
+similarity: with raw and scaled dot products it falls wherever norms grow with depth, even in some
+untrained networks, so compare with --untrained.
 
 In a terminal:
   foveate look runs/pretrain-fashion_part_mae
@@ -35,9 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--epochs",
         nargs="+",
         metavar="E",
-        help="epochs whose weights to measure, or all (default: the last, and at most 6 snapshots)",
+        help="epochs to measure, or all (default: the last epoch, and at most 6 snapshots)",
     )
-    add("--untrained", action="store_true", help="measure new weights of the same model too")
+    add("--untrained", action="store_true", help="measure untrained weights of the same model too")
     add(
         "--similarity",
         choices=("cosine", "layernorm", "scaled", "raw"),
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="K",
-        help="number of the image, from 0, that affinity maps are drawn for (default: 0)",
+        help="image to draw affinity maps for, counted from 0 (default: 0)",
     )
     add(
         "--layers",
@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="L",
-        help="layers that affinity maps are drawn for (default: four, evenly spaced)",
+        help="layers to draw affinity maps for (default: four, evenly spaced)",
     )
     add("--seed", type=int, default=0, metavar="N", help="seed of the masks (default: 0)")
     add("--device", default="auto", help="cpu, cuda, or auto for a GPU if there is one (default)")
@@ -91,6 +91,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure, print, and write."""
     epochs = _epochs(args.epochs)
+    from foveate.files import made_folder
+
+    with made_folder(args.out):
+        _look(args, epochs)
+
+
+def _look(args: argparse.Namespace, epochs: tuple[float, ...] | None) -> None:
     from foveate import machine
     from foveate.measure.look import Choices, alarms, look, sheet, write
     from foveate.measure.sheets import show, terminal
@@ -107,8 +114,6 @@ def run(args: argparse.Namespace) -> None:
         layers=tuple(args.layers),
         device=args.device,
     )
-    if args.out is not None:  # an unwritable place is said before the work
-        args.out.mkdir(parents=True, exist_ok=True)
     found = look(args.runs, choices, command=machine.command("foveate"))
     show(sheet(found), terminal())
     for text in alarms(found):

@@ -1,4 +1,4 @@
-"""What commands take as MODEL: a file, a folder, a name of timm or the hub, or one that ships."""
+"""The argument MODEL: a file, a folder, a name of timm or the hub, or a model that ships."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 __all__ = ["MODEL", "add_model", "add_untrained", "open_models"]
 
 MODEL = (
-    "name of a timm model, checkpoint file, folder of foveate, timm or Hugging Face, "
-    "hf-hub:OWNER/NAME for a model on the Hugging Face hub, or 'demo' for the small trained model "
-    "that ships with the package ('demo_detector' is a detector)"
+    "name of a timm model, checkpoint file, folder of a run or of a model that foveate, timm or "
+    "Hugging Face saved, hf-hub:OWNER/NAME for a model on the Hugging Face hub, or 'demo' for the "
+    "small trained model that ships with the package ('demo_detector' is a detector)"
 )
 
 
 def add_model(parser: argparse.ArgumentParser, *, needed: bool = True, more: str = "") -> None:
     """Add the arguments MODEL and METHOD; ``more`` goes on with the help of MODEL."""
-    parser.add_argument("model", nargs=None if needed else "?", help=MODEL + more)
+    parser.add_argument("model", nargs=None if needed else "?", metavar="MODEL", help=MODEL + more)
     parser.add_argument(
         "methods",
         nargs="*",
@@ -43,7 +43,7 @@ def add_untrained(parser: argparse.ArgumentParser) -> None:
 def open_models(
     name: str, methods: Sequence[str], *, untrained: bool = False, budget: str | None = None
 ) -> list[nn.Module]:
-    """Open a model once for each method; the weights are shared. Without methods, as it is."""
+    """Open a model and apply each method to it, sharing the weights; without methods as it is."""
     from foveate import api
     from foveate.convert import open_base
     from foveate.core import Reducer

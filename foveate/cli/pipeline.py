@@ -1,10 +1,10 @@
 """Pre-train, fine-tune, reduce and evaluate in one command, with one report at the end.
 
-RECIPE names stages in order, each a job with its recipe and settings; each starts from the stage
-before it unless it says otherwise. Whatever contradicts itself is said before the first step. Every
-stage has a run folder in --out: one that is finished is skipped, one that was cut off goes on, and
-one that was trained with other settings is refused. The same command again goes on where it
-stopped.
+RECIPE names stages in order, each a job with its recipe and settings. A stage starts from the model
+of the stage before it, unless its settings say otherwise. The stages are checked against each other
+before the first one begins. Every stage has a run folder in --out. The same command again skips
+finished stages and resumes an interrupted one; it refuses a folder that was trained with other
+settings.
 
 In a terminal:
   foveate pipeline --list
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do what is not done yet, and show what each stage brought."""
+    """Run what is not finished yet, and show what each stage brought."""
     begun = begin("pipeline", args)
     if begun is None:
         return
@@ -46,5 +46,5 @@ def run(args: argparse.Namespace) -> None:
     for sheet in (brought, *sheets(results, blocks=False)):
         show(sheet, console)
     last = [stage.label for stage in pipeline.in_order if stage.classifies][-1]
-    print(f"next     foveate show {out / last} --images FOLDER    # what it keeps")
+    print(f"next     foveate show {out / last} --images FOLDER --out kept.png")
     print(f"         foveate predict {out / last} --images FOLDER    # its answers")

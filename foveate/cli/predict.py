@@ -1,8 +1,8 @@
-"""Predict labels, objects or classes of pixels: a table, files, and pictures of what was used.
+"""Predict labels, objects or pixel classes, and draw which patches were used.
 
-Images are prepared as evaluation prepares them. METHODs are applied to a plain model without
-training. Labels are numbers where the model does not carry the names of its classes. The exit
-code is 1 if some images could not be read.
+Images are prepared as in foveate eval. A METHOD is applied to a plain model without training.
+Labels are numbers if the model does not carry the names of its classes. The exit code is 1 if some
+images could not be read.
 
 In a terminal:
   foveate predict demo --images photos/
@@ -40,7 +40,7 @@ _LEAST, _GAP = 20, 3  # columns for further answers: the least that says somethi
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     add = parser.add_argument
-    add_model(parser, more="; the folder of a training run works too")
+    add_model(parser)
     add(
         "--images",
         nargs="+",
@@ -59,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="FILE",
-        help=".csv or .json file for all answers; .json (as COCO has it) for a detector's, and a "
-        "folder of label maps for a segmenter's",
+        help="file for all answers: .csv or .json for a classifier, .json in COCO's format for a "
+        "detector; for a segmenter a folder, which gets label maps",
     )
     add("--pictures", type=Path, metavar="DIR", help="folder for one picture of each image")
     add(
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.5,
         metavar="SCORE",
-        help="least score of an object that is drawn (default: 0.5)",
+        help="lowest score of the objects that are listed and drawn (default: 0.5)",
     )
     add("--device", default="auto", help="cpu, cuda, or auto for a GPU if there is one (default)")
     add(
@@ -89,11 +89,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Predict, print and write; give 1 if some images could not be read."""
-    # An unwritable place is said before the work.
-    for folder in (args.out and args.out.parent, args.pictures):
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
+    from foveate.files import made_folder
 
+    with made_folder(args.out and args.out.parent), made_folder(args.pictures):
+        return _predict(args)
+
+
+def _predict(args: argparse.Namespace) -> int:
     from foveate import machine
     from foveate.cli.models import open_models
     from foveate.dense import DenseModel
@@ -125,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _predictions(args: argparse.Namespace, models: Sequence[nn.Module]) -> Predictions:
-    """Predict with each model in turn; the answers to an image stand together."""
+    """Predict with each model in turn, and put the answers for each image together."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -168,7 +170,7 @@ def _console() -> Console:
 def _table(
     found: Predictions, models: Sequence[Any], console: Console, room: int | None = None
 ) -> Table:
-    """Set one line for each image and method.
+    """Make a table with a line for each image and method.
 
     ``room`` is the width for further answers, 0 for none; None measures what the others leave.
     """
@@ -208,7 +210,7 @@ def _table(
 
 
 def _further(record: Prediction, room: int) -> str:
-    """List the answers after the best one, as many as there is room for."""
+    """List the answers after the best one that fit into the width."""
     words = ""
     for label, confidence in zip(record.labels[1:], record.confidences[1:], strict=True):
         longer = f"{words}{', ' if words else ''}{label} {confidence:.1%}"
@@ -219,7 +221,7 @@ def _further(record: Prediction, room: int) -> str:
 
 
 def _shared_folder(found: Predictions) -> str:
-    """Return the folder that all files are in, so that it need not stand on every line."""
+    """Return the folder that all files share, to leave it out of every line."""
     names = [record.image for record in found]
     if len({*names}) < 2 or len({os.path.isabs(name) for name in names}) > 1:
         return ""

@@ -1,4 +1,4 @@
-"""What ``foveate predict`` does with a detector or a segmenter."""
+"""``foveate predict`` with a detector or a segmenter."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def run_dense(args: argparse.Namespace, models: Sequence[Any]) -> int:
 
 
 def _table(found: Any, pixels: bool, least: float) -> Any:
-    """Set one line for each image."""
+    """Make a table with a line for each image."""
     from rich import box
     from rich.table import Table
     from rich.text import Text

@@ -1,7 +1,8 @@
-"""Pre-train a ViT on images without labels: masked image modelling, with or without MTO.
+"""Pre-train a ViT on images without labels, by masked image modelling.
 
-The result is a plain timm checkpoint, from which fine-tuning starts. foveate look and foveate rauc
-read the snapshots and the progress curve in the run's folder.
+The methods are MAE, SimMIM, BootMAE and ConMIM, each with or without masked token optimisation
+(MTO), which adds losses on the tokens. The result is a plain timm checkpoint, from which
+fine-tuning starts. foveate look and foveate rauc read the run's snapshots and progress curve.
 
 In a terminal:
   foveate pretrain --list

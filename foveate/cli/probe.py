@@ -1,4 +1,4 @@
-"""Measure frozen features: a linear classifier and the nearest neighbours on them.
+"""Measure frozen features, by a linear classifier and by nearest neighbours.
 
 In a terminal:
   foveate probe --list

@@ -23,7 +23,7 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     add = parser.add_argument
-    add("folder", type=Path, help="folder of a saved model or of a run")
+    add("folder", metavar="FOLDER", type=Path, help="folder of a saved model or of a run")
     add("repository", metavar="OWNER/NAME", help="repository, made if it is missing")
     add("--license", metavar="ID", help="the model's license for the card, such as apache-2.0")
     add(

@@ -1,13 +1,13 @@
-"""Say how much earlier a pre-training run gets good than another: RAUC and epochs to match.
+"""Compare how early two pre-training runs become good: RAUC and epochs to match.
 
-RUN_BASE and RUN_MTO are folders of pre-training runs that were scored while they went on
-(probe.every of their recipes), or CSV files with the columns epoch and METRIC, such as scores of
-snapshots by foveate probe. RAUC is the area under the curve of RUN_MTO over that of RUN_BASE,
-both counted from the score of RUN_BASE at --from. Above 1 RUN_MTO is ahead; 1.4 is 40 % more than
-what RUN_BASE gains over the range, not 40 % more accuracy. Compare checkpoints inside one schedule:
-a run that was annealed earlier is another experiment. Where RAUC means nothing it is refused: for
-runs on different data, curves that share no range, fewer than three scores, or a base that gains
-nothing.
+RUN_BASE and RUN_MTO are folders of pre-training runs whose recipes scored them during training
+(probe.every), or CSV files with the columns epoch and METRIC. RAUC, the relative area under the
+curve, divides the area under the curve of RUN_MTO by that of RUN_BASE; both areas lie above the
+score of RUN_BASE at --from. Above 1, RUN_MTO is ahead: 1.4 means a gain 40 % larger than that of
+RUN_BASE over the range, not 40 % more accuracy. "Epochs to match" is the first epoch at which
+RUN_MTO is as good as RUN_BASE is at --at. Compare runs whose learning-rate schedules have the same
+length. The command refuses runs on different data, curves that share no range, fewer than three
+scores, and a base that gains nothing.
 
 In a terminal:
   foveate rauc runs/simmim runs/simmim-mto
@@ -28,8 +28,8 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     add = parser.add_argument
-    add("base", type=Path, metavar="RUN_BASE", help="run to compare with")
-    add("mto", type=Path, metavar="RUN_MTO", help="run that may get good earlier")
+    add("base", type=Path, metavar="RUN_BASE", help="the run that is the yardstick")
+    add("mto", type=Path, metavar="RUN_MTO", help="the run that may become good earlier")
     add(
         "--more-base",
         type=Path,
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--over",
         default="epochs",
-        help='what the curves are over: "epochs", or "seconds" of training (default: epochs)',
+        help='horizontal axis of the curves: "epochs", or "seconds" of training (default: epochs)',
     )
     add(
         "--from",
@@ -77,8 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Compare, print, and write."""
-    if args.out is not None:  # an unwritable place is said before the work
-        args.out.mkdir(parents=True, exist_ok=True)
+    from foveate.files import made_folder
+
+    with made_folder(args.out):
+        _compare(args)
+
+
+def _compare(args: argparse.Namespace) -> None:
     from foveate import machine
     from foveate.measure.rauc import compare, figure, sheet
     from foveate.measure.sheets import show, terminal

@@ -1,4 +1,7 @@
-"""Train a model together with a reduction method: gates, rates and backbone.
+"""Train a model together with a method that drops, merges or skips tokens.
+
+The method's own parameters (such as gates) and the model are trained with the method's losses.
+`foveate list` shows the methods and which of them need training.
 
 In a terminal:
   foveate reduce --list

@@ -1,4 +1,7 @@
-"""Train a network that gives each pixel its class, on a ViT; dense or with a method.
+"""Train a semantic segmenter on a ViT, which gives each pixel a class.
+
+Without `method` the segmenter is dense: it computes all tokens. A second run can start from it and
+add a method.
 
 In a terminal:
   foveate segment --list

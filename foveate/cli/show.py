@@ -74,12 +74,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Draw and write."""
+    if args.kind != "heat" and (args.how is not None or args.target is not None):
+        raise ValueError(f"--how and --target are for --kind heat, got --kind {args.kind}")
     one_file = bool(args.out.suffix) and not args.out.is_dir()
     if one_file and args.out.suffix.lower() not in _SUFFIXES:
         raise ValueError(f"{args.out}: pictures are written as {', '.join(_SUFFIXES)}")
     folder = args.out.parent if one_file else args.out
-    folder.mkdir(parents=True, exist_ok=True)  # an unwritable place is said before the work
+    from foveate.files import made_folder
 
+    with made_folder(folder):
+        _show(args, one_file)
+
+
+def _show(args: argparse.Namespace, one_file: bool) -> None:
     from foveate.cli.models import open_models
     from foveate.data import ImageFiles
 
@@ -98,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace, models: list[Any]) -> None:
-    """Refuse what cannot be drawn of these models."""
+    """Refuse pictures that cannot be drawn of these models."""
     from foveate.core import ReducedViT
     from foveate.dense import Hosting
 

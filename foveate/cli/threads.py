@@ -1,4 +1,4 @@
-"""The option --threads of commands that time what runs on a CPU, and what comes before timing."""
+"""The option --threads of commands that time models, and the preparation of timing."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
         "--threads",
         type=int,
         metavar="N",
-        help="number of CPU threads (default: the physical cores)",
+        help="number of CPU threads (default: one for each physical core)",
     )
 
 
 def check_threads(args: argparse.Namespace) -> None:
-    """Refuse a number that no processor has."""
+    """Refuse a number of threads below 1."""
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"--threads must be at least 1, got {args.threads}")
 
 
 def prepare_timing(args: argparse.Namespace) -> None:
-    """Choose the device and the threads of what will be timed; malloc is tuned before torch."""
+    """Set device and threads for timing; malloc is tuned before torch is imported."""
     from foveate import machine
 
     args.device = machine.device_of(args.device)

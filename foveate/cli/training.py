@@ -1,4 +1,4 @@
-"""What the commands that run recipes share: their arguments, and from words to a recipe."""
+"""The part shared by commands that run recipes: their arguments, and reading the recipe."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def add_recipe_arguments(parser: Any, job: str, *, resumable: bool, more: str = 
     """Describe the command line of a job; its settings are listed when help is asked for.
 
     Args:
-        parser: of the command.
-        job: its name.
-        resumable: whether a run can be gone on with.
-        more: what the command takes besides in the place of a recipe, for its help.
+        parser: parser of the command.
+        job: name of the job.
+        resumable: whether its runs can be resumed.
+        more: what else the command takes in the place of a recipe, for the help.
     """
     parser.more_help = lambda: _settings(job)
     add = parser.add_argument
@@ -33,7 +33,7 @@ def add_recipe_arguments(parser: Any, job: str, *, resumable: bool, more: str = 
         nargs="*",
         default=[],
         metavar="key=value",
-        help="settings that differ from the recipe's, such as optim.lr=1e-4 or "
+        help="changes of the recipe's settings, such as optim.lr=1e-4 or "
         "data.train=folder:photos; all settings are listed below",
     )
     parser.set_defaults(more="settings")
@@ -48,8 +48,8 @@ def add_recipe_arguments(parser: Any, job: str, *, resumable: bool, more: str = 
         add(
             "--resume",
             action="store_true",
-            help=f"go on with a stopped run: foveate {job} --resume FOLDER; a larger loop.epochs, "
-            "loop.max_steps or loop.patience makes a finished run longer",
+            help=f"resume an interrupted run: foveate {job} --resume FOLDER; with a larger "
+            "loop.epochs, loop.max_steps or loop.patience a finished run trains on",
         )
     add("--print", action="store_true", help="print the recipe with all its settings, and stop")
 
@@ -124,7 +124,7 @@ def begin(job: str, args: argparse.Namespace) -> tuple[Any, Path] | None:
 
 
 def run_job(job: str, args: argparse.Namespace) -> None:
-    """Do what a training command does: list, print, or train and say what came of it."""
+    """List or print recipes, or train and print the result."""
     begun = begin(job, args)
     if begun is None:
         return

@@ -1,9 +1,10 @@
-"""Search the method and schedule that meet a speed and agree best with the model, without labels.
+"""Find the method that meets a target speed and changes the model's answers least.
 
-Half of the images choose, the other half reports. Classifiers are judged by how far their classes
-diverge from their own without a method, headless models by the features of all patches. FOLDER
-gets the choice, which foveate.load and every command open, a table (tune.csv, tune.json) and a
-picture.
+The search needs no labels and no training. One half of the images chooses the method and its
+schedule (how many tokens it removes in which block), the other half measures the choice. The
+answers with a method are compared with those without: the classes of a classifier, or the features
+of all patches of a model without a head. The output folder gets the chosen model, which
+foveate.load and every command open, a table (tune.csv, tune.json) and a picture.
 
 In a terminal:
   foveate tune deit_small_patch16_224 --images photos/ --target "1.6x faster"
@@ -26,7 +27,7 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     add = parser.add_argument
-    add("model", metavar="MODEL", help=MODEL + ", or of a training run")
+    add("model", metavar="MODEL", help=MODEL)
     add(
         "--images",
         nargs="+",
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         nargs="+",
         metavar="METHOD",
-        help="methods to search; random is always among them (default: all that run untrained)",
+        help="methods to search, beside random (default: all that run without training)",
     )
     add(
         "--out",

@@ -270,8 +270,8 @@ def _measured(about: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     table = "\n".join(rows)
     return (
         f"## What was measured\n\n| what | value | on |\n| --- | --- | --- |\n{table}\n\n"
-        "Fewer multiply-adds are not always less time: `foveate bench` times a model beside its "
-        "dense self on your machine.\n"
+        "Fewer multiply-adds are not always less time: `foveate bench` times a model with and "
+        "without its method on your machine.\n"
     )
 
 

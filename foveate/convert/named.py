@@ -52,8 +52,8 @@ def check_name(name: str) -> None:
         )
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         raise ValueError(
-            f"{name} is neither a file, a folder nor a model that timm knows{hint}; a model on the "
-            "hub is called hf-hub:OWNER/NAME"
+            f"{name} is neither a file, a folder nor a model that timm knows (a model on the hub "
+            f"is called hf-hub:OWNER/NAME){hint}"
         )
 
 

@@ -111,7 +111,9 @@ def shorten(names: list[str], most: int = 4) -> str:
 def _kind(path: Path) -> str:
     """Return the format that the first bytes show; ValueError if the file is not a checkpoint."""
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; {_FILES}")
+        raise ValueError(
+            f"{path} does not exist; {_FILES}, or the folder of a run or of a saved model"
+        )
     with path.open("rb") as file:
         head = file.read(512)
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")

@@ -41,8 +41,8 @@ def parse_budget(budget: str, dense: float) -> float:
         )
     if not 0 < target <= dense * (1 + _TOLERANCE):
         raise ValueError(
-            f"budget {budget!r} is {target / 1e9:.4g} GMACs; the model without a method costs "
-            f"{dense / 1e9:.4g}"
+            f"budget {budget!r} is {target / 1e9:.4g} GMACs; it must be above 0 and at most what "
+            f"the model without a method costs, {dense / 1e9:.4g} GMACs"
         )
     return target
 

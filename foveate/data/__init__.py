@@ -1,4 +1,4 @@
-"""Data: the small set that ships with the package, images from anywhere, what models take."""
+"""Data: the small set that ships, images from any source, preparation for models."""
 
 from foveate.data.augment import Augment, Transform, eval_transform, train_transform
 from foveate.data.dense_augment import (

@@ -1,8 +1,8 @@
-"""Images as a model trains on them and is judged on them, as transforms of torchvision (v2).
+"""Transforms of torchvision (v2) that prepare images for training and for evaluation.
 
 A transform takes a sample, a dictionary with an "image" and what belongs to it, and gives another.
-Labels pass through; boxes and masks that are tv_tensors follow the image, but for ``auto``, which
-changes images alone.
+Labels pass through. Boxes and masks that are tv_tensors follow the image, except for ``auto``,
+which changes only images.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Transform = Callable[[dict[str, Any]], dict[str, Any]]
 class Augment:
     """What is done to training images.
 
-    Normalisation, erasing and mixing are not: they are faster on the device.
+    Normalisation, erasing and mixing are not part of it, because they are faster on the device.
 
     Attributes:
         crop: "resized" cuts a part of random area and shape and resizes it; "pad" adds ``pad``
@@ -89,7 +89,7 @@ def _is_number(value: object) -> bool:
 
 
 def _check_range(name: str, given: Any, most: float = float("inf")) -> tuple[float, float]:
-    """Two ascending numbers; YAML gives lists."""
+    """Return two ascending numbers as a tuple; YAML gives lists."""
     pair = tuple(given) if isinstance(given, (list, tuple)) else ()
     if len(pair) != 2 or not all(map(_is_number, pair)) or not 0 < pair[0] <= pair[1] <= most:
         end = f" up to {most:g}" if most < float("inf") else ""
@@ -98,7 +98,7 @@ def _check_range(name: str, given: Any, most: float = float("inf")) -> tuple[flo
 
 
 def _policy(auto: str, channels: int, size: tuple[int, int], interpolation: str) -> Any:
-    """The policy as timm builds it."""
+    """Build a policy with timm."""
     mean = IMAGENET_DEFAULT_MEAN if channels == 3 else (0.5,)
     try:
         if not auto:
@@ -126,9 +126,10 @@ def _policy(auto: str, channels: int, size: tuple[int, int], interpolation: str)
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """Keep the upper bits; at their strongest, policies of timm ask for none, which is black.
+    """Keep the upper bits; at their strongest, timm's policies ask for none, which gives black.
 
-    Older versions of Pillow give that; newer ones raise, which ends a run at some hundred images.
+    Older versions of Pillow return black; newer ones raise, which would end a run after some
+    hundred images.
     """
     if bits < 1:
         return Image.new(image.mode, image.size)
@@ -136,10 +137,10 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
 
 
 def train_transform(augment: Augment, size: tuple[int, int], channels: int) -> Transform:
-    """Build what turns training images into tensors ``[channels, *size]`` uint8.
+    """Build the transform of training images into tensors ``[channels, *size]`` uint8.
 
     It draws from the global generators, which a loader seeds for each image. Images that are
-    tensors already are checked and stay as they are: whoever made them has augmented them.
+    tensors already are only checked, because their data set has augmented them.
     """
     _check_output(size, channels)
     a, how = augment, InterpolationMode(augment.interpolation)
@@ -166,7 +167,7 @@ def eval_transform(
     crop_pct: float = 0.875,
     interpolation: str = "bicubic",
 ) -> Transform:
-    """Build what resizes the short side to ``size / crop_pct`` and cuts out the middle.
+    """Build the transform that resizes the short side to ``size / crop_pct`` and crops the middle.
 
     Images that have the size already stay as they are, and so do tensors.
     """
@@ -186,7 +187,7 @@ def _check_output(size: tuple[int, int], channels: int) -> None:
 
 @dataclass(frozen=True)
 class Picture:
-    """Turn whatever holds an image into one of Pillow, grey or RGB."""
+    """Turn an image of any form into a grey or RGB image of Pillow."""
 
     channels: int
 
@@ -206,7 +207,7 @@ def pixels(sample: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _UnlessDone:
-    """Prepare pictures; check tensors, which a data set's own transform has prepared."""
+    """Prepare pictures, and check tensors that a data set's own transform has prepared."""
 
     steps: v2.Compose
     shape: tuple[int, int, int]

@@ -14,7 +14,7 @@ __all__ = ["demo_arguments", "demo_vit"]
 
 
 def demo_arguments() -> dict[str, Any]:
-    """Arguments of timm's VisionTransformer: 1.3 million parameters, 7 x 7 patches, 12 blocks."""
+    """Return arguments of timm's VisionTransformer: 1.3 M parameters, 7 x 7 patches, 12 blocks."""
     return {
         "img_size": 28,
         "patch_size": 4,
@@ -27,7 +27,7 @@ def demo_arguments() -> dict[str, Any]:
 
 
 def demo_vit() -> nn.Module:
-    """The trained model in evaluation mode: grey images of 28 x 28 in, ten classes out."""
+    """Return the trained model in evaluation mode, for grey images of 28 x 28 and ten classes."""
     from timm.models import VisionTransformer
 
     model: Any = VisionTransformer(**demo_arguments())

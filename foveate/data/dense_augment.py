@@ -1,7 +1,6 @@
-"""Images with boxes, masks and label maps as a detector or a segmenter trains on them.
+"""Transforms of images with boxes, masks and label maps, for detectors and segmenters.
 
-Whatever moves pixels moves boxes and masks with them. Images of a batch may differ in size, and
-nothing is padded.
+Boxes and masks move with the pixels. Images of a batch may differ in size, and nothing is padded.
 """
 
 from __future__ import annotations
@@ -86,7 +85,7 @@ class DenseAugment:
 
 
 def _numbers(name: str, given: Any, count: int | None = None) -> tuple[float, ...]:
-    """Numbers; YAML gives lists."""
+    """Return numbers as a tuple; YAML gives lists."""
     values = tuple(given) if isinstance(given, (list, tuple)) else ()
     fits = all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in values)
     if not values or not fits or count not in (None, len(values)):
@@ -102,7 +101,7 @@ def _sides(name: str, given: Any, count: int | None = None) -> tuple[int, ...]:
 
 
 def dense_train_transform(augment: DenseAugment, channels: int) -> Transform:
-    """Build what turns training samples into uint8 images and what belongs to them.
+    """Build the transform of training samples into uint8 images and their targets.
 
     Crowds are left out, because a detector learns single objects; so are objects of which less than
     a pixel is left.
@@ -135,7 +134,7 @@ def dense_eval_transform(
     long: int = 1333,
     interpolation: str = "bilinear",
 ) -> Transform:
-    """Build what resizes images as ``short`` and ``long`` say and leaves the rest as it is.
+    """Build the transform that resizes images by ``short`` and ``long``, and nothing else.
 
     Boxes, masks and maps stay in the pixels of the file: answers are scaled back to
     "original_size", height and width, and compared there.
@@ -189,7 +188,7 @@ def _single(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def _kept(sample: dict[str, Any], keep: Tensor) -> dict[str, Any]:
-    """Take some of the objects, with all that is said of each."""
+    """Keep some of the objects, with all their values."""
     changed = {
         key: tv_tensors.wrap(value[keep], like=value)
         if isinstance(value, tv_tensors.TVTensor)
@@ -201,7 +200,7 @@ def _kept(sample: dict[str, Any], keep: Tensor) -> dict[str, Any]:
 
 
 def _tightened(sample: dict[str, Any]) -> dict[str, Any]:
-    """Draw boxes that end at the border anew around what a crop has left of their masks."""
+    """Redraw boxes that end at the border around the part of their masks that a crop has left."""
     if not {"boxes", "masks"} <= set(sample):
         return sample
     boxes, masks = sample["boxes"].as_subclass(Tensor), sample["masks"].as_subclass(Tensor)
@@ -218,7 +217,7 @@ def _tightened(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sanitised(sample: dict[str, Any]) -> dict[str, Any]:
-    """Leave out objects of which nothing is left; state the areas of the others anew."""
+    """Leave out objects of which nothing is left, and recompute the areas of the others."""
     if "boxes" not in sample:
         return sample
     _, keep = F.sanitize_bounding_boxes(sample["boxes"])
@@ -236,7 +235,7 @@ def _sanitised(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Resize(v2.Transform):
-    """Bring the short side to a length, or the image into a size by a random factor of it."""
+    """Resize the short side to a length, or the image to a size times a random factor."""
 
     def __init__(
         self,

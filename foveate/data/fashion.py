@@ -1,4 +1,4 @@
-"""Fashion-MNIST: a part of it ships with the package, the whole is found on disk.
+"""Fashion-MNIST: a part of it ships with the package, the whole is read from a folder.
 
 Grey pictures of clothing, 28 x 28, in ten classes. Copyright 2017 Zalando SE, MIT licence
 (files/LICENSE.fashion-mnist). The part that ships is the first 300 training and the first 200
@@ -70,7 +70,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def fashion_mnist_mini(part: str = "test") -> LabelledImages:
-    """Images that ship with the package: 3 000 of "train", 2 000 of "test"."""
+    """Return the images that ship with the package: 3 000 of "train", 2 000 of "test"."""
     _check_part(part)
     images, labels = (_unpacked()[f"{part}_{what}"].copy() for what in ("images", "labels"))
     return LabelledImages(torch.from_numpy(images)[:, None], torch.from_numpy(labels).long())
@@ -85,9 +85,9 @@ def _unpacked() -> dict[str, np.ndarray]:
 
 
 def find_fashion_mnist(folder: str | os.PathLike[str]) -> Path:
-    """The folder that holds the four files of Fashion-MNIST, each checked; ValueError otherwise.
+    """Find the folder with the four files of Fashion-MNIST and check each; ValueError otherwise.
 
-    Looks in ``folder`` itself, in ``raw`` and in ``FashionMNIST/raw``, where torchvision puts them.
+    This looks in ``folder``, in ``raw`` and in ``FashionMNIST/raw``, where torchvision puts them.
     """
     places = [Path(folder), Path(folder) / "raw", Path(folder) / "FashionMNIST" / "raw"]
     best = max(places, key=lambda place: sum((place / name).is_file() for name in _DIGESTS))
@@ -103,7 +103,7 @@ def find_fashion_mnist(folder: str | os.PathLike[str]) -> Path:
 
 
 def fashion_mnist(folder: str | os.PathLike[str], part: str = "train") -> LabelledImages:
-    """The whole set from a folder: 60 000 images of "train", 10 000 of "test"."""
+    """Read the whole set from a folder: 60 000 images of "train", 10 000 of "test"."""
     _check_part(part)
     place, stem = find_fashion_mnist(folder), {"train": "train", "test": "t10k"}[part]
     pixels = bytearray(_content(place / f"{stem}-images-idx3-ubyte.gz")[16:])  # after the header
@@ -115,7 +115,7 @@ def fashion_mnist(folder: str | os.PathLike[str], part: str = "train") -> Labell
 
 
 def _content(path: Path) -> bytes:
-    """What a file holds, compared with what it should: how it was compressed does not matter."""
+    """Return the content of a file, checked; its compression does not matter."""
     try:
         content = gzip.decompress(path.read_bytes())
     except (OSError, EOFError, zlib.error) as error:

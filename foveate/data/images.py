@@ -1,4 +1,4 @@
-"""Images from files and folders: whatever the format, 8-bit RGB comes out, or one sentence."""
+"""Read images from files and folders, of any format, as 8-bit RGB; errors are one sentence."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Unreadable(ValueError):
 
 
 def find_images(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """Name the images at some paths, in order: files as given, folders searched with subfolders.
+    """Return the image files at some paths, in order: files as given, folders with subfolders.
 
     In folders, files count as images by their suffix; hidden ones are left out.
     """
@@ -136,7 +136,7 @@ def read_image(path: str | os.PathLike[str], *, stored: bool = False) -> Image.I
 
 
 def decode_image(file: Path | BinaryIO, name: str, *, stored: bool = False) -> Image.Image:
-    """Decode an image that a file holds, or bytes do; as ``read_image``."""
+    """Decode an image from a file or from bytes, as ``read_image`` does."""
     try:
         with warnings.catch_warnings():
             # Of large sizes, which are dealt with here, and of odd metadata, which do not matter.
@@ -230,10 +230,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
-    """Values of more than 8 bits as 0..255; converting as Pillow does would clip them.
+    """Scale values of more than 8 bits to 0..255; Pillow's own conversion would clip them.
 
-    16-bit files have a range of their own. Floats and 32-bit integers do not say theirs: it is
-    taken for the smallest usual one that holds all values, else for the values' own.
+    16-bit files have a fixed range. Floats and 32-bit integers have none: the smallest usual range
+    that holds all values is taken, or else the range of the values.
     """
     values = np.nan_to_num(values.astype(np.float64), posinf=0.0, neginf=0.0)
     low, high = 0.0, float(_SIXTEEN_BITS)

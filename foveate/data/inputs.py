@@ -1,4 +1,4 @@
-"""How a model takes its images in evaluation, as its own configuration says."""
+"""How a model takes its images in evaluation, from its own configuration."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["Inputs"]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What images become before a model sees them.
+    """The preparation of images for a model.
 
     Attributes:
         size: height and width in pixels.
         channels: 1 or 3.
         mean, std: of each channel, of pixels in [0, 1].
-        crop_pct: the size over that of the short side from which the middle is cut.
+        crop_pct: size of the crop divided by the length of the resized short side.
         interpolation: of the resizing.
     """
 
@@ -39,7 +39,7 @@ class Inputs:
 
     @classmethod
     def of(cls, model: nn.Module) -> Inputs:
-        """Read a model's inputs off the model, plain or from ``foveate.apply``."""
+        """Read the preparation from a model, plain or from ``foveate.apply``."""
         backbone = backbone_of(model)
         known = Preprocessing.of(model)
         (rows, columns), (height, width) = backbone.spec.grid, backbone.spec.patch
@@ -63,7 +63,7 @@ class Inputs:
         )
 
     def transform(self) -> Transform:
-        """What turns samples into such images, before they are normalised."""
+        """Return the transform of samples into such images, before they are normalised."""
         return eval_transform(self.size, self.channels, self.crop_pct, self.interpolation)
 
     def batch(self, images: Iterable[Image.Image], like: Tensor) -> Tensor:

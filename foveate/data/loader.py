@@ -1,8 +1,8 @@
-"""Batches of images in an order that a run can be resumed in, to the image.
+"""Batches of images in an order that can be resumed at any image.
 
-Two things make that possible. The order is a function of the seed and the epoch, and what is random
-in an image one of the seed, the epoch and the image; so two numbers say where a run stands. And
-the place counts what was handed out, not what workers have prepared.
+Two things make that possible. The order follows from the seed and the epoch, and the randomness in
+an image from the seed, the epoch and the image, so that two numbers describe the state of a run.
+And the state counts batches that were handed out, not those that workers have prepared.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ class Loader:
         if train and batch * world > len(source):
             on = f" on each of {world} processes" if world > 1 else ""
             raise ValueError(
-                f"a batch of {batch}{on} needs as many images; the training data have {len(source)}"
+                f"a batch of {batch}{on} is larger than the training data, which have "
+                f"{len(source)} images; take a smaller batch"
             )
         self._read = _Reader(source, transform, collate or stacked, seed, train, corrupt)
         self._plans = _Plans()
@@ -107,29 +108,29 @@ class Loader:
 
     @property
     def epoch(self) -> int:
-        """The epoch that is under way, or the next one if that is over."""
+        """Return the current epoch, or the next one if that is over."""
         return self._epoch + (self._handed_out == len(self) > 0)
 
     @property
     def images(self) -> int:
-        """Images of the source, for all ranks."""
+        """Return the number of images of the source, for all ranks."""
         return len(self.source)
 
     def __len__(self) -> int:
-        """Batches an epoch, on this rank."""
+        """Return the number of batches in an epoch, on this rank."""
         images = self.images
         if self.train:
             return images // (self.batch * self.world)
         return math.ceil(len(range(self.rank, images, self.world)) / self.batch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the start of an epoch; in the one under way, stay at the place there."""
+        """Go to the start of an epoch; in the current one, stay at the present batch."""
         _check_whole("epoch", epoch, 0)
         if epoch != self.epoch:
             self._go(epoch, 0)
 
     def state_dict(self) -> dict[str, int]:
-        """Say where the run stands: the epoch, and how many batches of it were handed out."""
+        """Return the state: the epoch, and how many of its batches were handed out."""
         over = self.epoch > self._epoch
         return {"epoch": self.epoch, "batches": 0 if over else self._handed_out}
 
@@ -173,7 +174,7 @@ class Loader:
                 _log.warning("skipped %s", reason)
 
     def _plan(self, start: int) -> list[_Task]:
-        """What each batch of this epoch is made of, from one of them on."""
+        """Return the content of each batch of this epoch, from the given one on."""
         images, batch = self.images, self.batch
         if not self.train:
             share = np.arange(self.rank, images, self.world)
@@ -220,7 +221,7 @@ class Loader:
 
 @dataclass
 class _Plans:
-    """The batches of the epoch that is under way; workers that stay ask for them anew."""
+    """The batches of the current epoch; persistent workers ask for them in every epoch."""
 
     tasks: list[_Task] = field(default_factory=list)
 
@@ -233,7 +234,7 @@ class _Plans:
 
 @dataclass(frozen=True)
 class _Task:
-    """One batch: numbers of images, and which repeat of each."""
+    """One batch: the numbers of its images, and which repeat of each."""
 
     epoch: int
     places: np.ndarray
@@ -242,7 +243,7 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Reader(Dataset):
-    """Makes batches, in this process or in a worker."""
+    """Make batches, in this process or in a worker."""
 
     source: Source
     transform: Transform
@@ -252,7 +253,7 @@ class _Reader(Dataset):
     corrupt: str
 
     def __getitem__(self, task: _Task) -> dict[str, Any] | str:
-        """Make a batch in a worker, from where errors come back as a sentence, not a traceback."""
+        """Make a batch in a worker; errors come back as a sentence, not a traceback."""
         try:
             return self.batch(task)
         except ValueError as error:
@@ -282,9 +283,9 @@ class _Reader(Dataset):
     def _readable(
         self, place: int, unreadable: dict[str, str]
     ) -> tuple[int, dict[str, Any]] | None:
-        """Number and sample at a place, in training at the next one with a readable image.
+        """Return number and sample at a place; training takes the next place with a readable image.
 
-        What was unreadable once is tried again: after a resume nobody would know of it.
+        Images that were unreadable are tried again, because a resumed run does not know of them.
         """
         tries = min(len(self.source), _MOST_IN_A_ROW) if self.train else 1
         reasons = []
@@ -311,7 +312,7 @@ class _Reader(Dataset):
 
 
 def stacked(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """The keys of one sample with the values of all: tensors in one, numbers in one, else lists."""
+    """Make a batch with the keys of one sample: stacked tensors, numbers in a tensor, or lists."""
     found: dict[str, Any] = {}
     for key, first in samples[0].items():
         values = [sample[key] for sample in samples]
@@ -345,10 +346,10 @@ def _as_it_is(made: Any) -> Any:
 
 
 def usual_workers(source: Source, processes: int = 1) -> int:
-    """How many processes should read images, where nobody says.
+    """Return the default number of processes that read images.
 
-    None for images in memory, and none without a GPU, where they would take the cores that the
-    model computes on. Beside a GPU as many as it has cores, up to 8.
+    It is 0 for images in memory and without a GPU, where they would take the cores that the model
+    computes on. With a GPU it is one for each core but one, up to 8.
     """
     if not torch.cuda.is_available() or isinstance(source, ArraySource):
         return 0

@@ -1,4 +1,4 @@
-"""From an image to what a model takes, and back: which part of the image its patches cover."""
+"""Turn an image into a model's input, and find the part of the image that its patches cover."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _BY_TYPE |= {"clip": _CLIP, "clip_vision_model": _CLIP}
 
 @dataclass(frozen=True)
 class Prepared:
-    """An image as a model takes it.
+    """An image, prepared for a model.
 
     Attributes:
         tensor: ``[channels, H, W]``.
@@ -77,7 +77,7 @@ class Preprocessing:
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
     ) -> Preprocessing:
-        """Read a model's preprocessing off the model.
+        """Read the preprocessing from a model.
 
         Args:
             model: a plain model or one from ``foveate.apply``.
@@ -108,7 +108,7 @@ class Preprocessing:
         return Prepared(values.permute(2, 0, 1).contiguous(), box)
 
     def _grid(self, image: Image.Image) -> tuple[int, int]:
-        """The grid in the image's shape with about as many patches as the model's own."""
+        """Return the grid in the image's shape with about as many patches as the model's own."""
         patches = self.grid[0] * self.grid[1]
         tall = (image.height / self.patch[0]) / (image.width / self.patch[1])
         rows = min(max(1, round((patches * tall) ** 0.5)), patches)
@@ -124,7 +124,7 @@ class Preprocessing:
 
 
 def _normalisation(backbone: Backbone) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and spread that the model was trained with, as far as it says so."""
+    """Return the mean and spread that the model was trained with, if it has them."""
     config: Any = getattr(backbone.model, "config", None)
     if hasattr(config, "model_type"):  # of transformers
         known = _said(backbone) or _of_folder(config)
@@ -143,13 +143,13 @@ def _given(backbone: Backbone) -> dict[str, Any]:
 
 
 def _said(backbone: Backbone) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """What training or a saved folder told the model."""
+    """Return the settings that training or a saved folder stored on the model."""
     given = _given(backbone)
     return (given["mean"], given["std"]) if {"mean", "std"} <= given.keys() else None
 
 
 def _of_folder(config: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """What the model's folder says beside its weights, if it came from one."""
+    """Return the settings beside the weights in the model's folder, if it has one."""
     folder = getattr(config, "_name_or_path", "")
     if not folder:
         return None

@@ -1,8 +1,8 @@
-"""Masks of objects as polygons and as run lengths (RLE), as COCO files have them.
+"""Masks of objects as polygons and as run lengths (RLE), in COCO's formats.
 
 A mask is cut into runs of zeros and ones down its columns, zeros first. Polygons are filled and
-masks are packed by ``pycocotools.mask``: its pixels are what published numbers rest on. Run lengths
-are read here, because the library does not notice those that end too early.
+masks are packed by ``pycocotools.mask``, because published numbers are based on its pixels. Run
+lengths are read here, because the library does not notice those that end too early.
 """
 
 from __future__ import annotations

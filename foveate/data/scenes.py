@@ -32,7 +32,7 @@ _TILE = 7
 
 
 class Scene(NamedTuple):
-    """A scene and what is in it.
+    """A scene and its objects.
 
     Attributes:
         image: ``[H, W, C]`` uint8.
@@ -64,7 +64,7 @@ def draw_scene(
     Args:
         size: height and width in pixels.
         channels: 1 for grey, 3 for colour.
-        seed: of the set.
+        seed: seed of the set.
         split: "train", "val" or "test".
         index: number in the split.
         clutter: from 0 (upright garments in full contrast on a dark, even ground, nothing else) to
@@ -143,9 +143,9 @@ def _garments(split: str) -> _Garments:
 
 
 def _silhouettes(images: np.ndarray) -> np.ndarray:
-    """What is garment in each image ``[N, 28, 28]``: all that no path of dark pixels reaches.
+    """Find the garment in each image ``[N, 28, 28]``: all that no path of dark pixels reaches.
 
-    A dark print on a shirt so belongs to it.
+    So a dark print on a shirt belongs to it.
     """
     dark = np.pad(images < _SEEN, ((0, 0), (1, 1), (1, 1)), constant_values=True)
     outside = np.zeros_like(dark)
@@ -176,8 +176,8 @@ def _around(images: np.ndarray) -> np.ndarray:
 def _even_border(brightness: np.ndarray, opaque: np.ndarray) -> np.ndarray:
     """Brighten pixels at the border of a garment to the mean of those further inside.
 
-    They are darker because the black around the garment was mixed in, and look like teeth where
-    the garment lies on anything brighter.
+    They are darker because the black around the garment was mixed in, and would look like teeth on
+    a brighter background.
     """
     inner = opaque & (_around(opaque.astype(float)) == 9)
     count = _around(inner.astype(float))
@@ -240,7 +240,7 @@ def _sampled(picture: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 class _Placed(NamedTuple):
-    """A picture on the canvas: the window it takes, its opacity there, and where that is from."""
+    """A picture on the canvas: its window, its opacity there, and the sampled places."""
 
     window: tuple[slice, slice]
     alpha: np.ndarray
@@ -286,7 +286,7 @@ def _bordered(picture: np.ndarray) -> np.ndarray:
 def _leaves_visible(
     window: tuple[slice, slice], covered: np.ndarray, masks: list[np.ndarray], full: list[int]
 ) -> bool:
-    """Whether enough of the garments that were there stays visible."""
+    """Tell whether enough of the earlier garments stays visible."""
     return all(
         mask.sum() - (mask[window] & covered).sum() >= _LEAST_VISIBLE * whole
         for mask, whole in zip(masks, full, strict=True)

@@ -1,4 +1,4 @@
-"""Random numbers of an image that follow from its number alone, whoever draws them."""
+"""Random numbers of an image that follow only from its number, in any process."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _numpy: Any = np.random  # its type stubs leave two functions out
 def seeded(key: tuple[int, ...]) -> Iterator[None]:
     """Seed the generators of Python, numpy and torch from a key; put them back afterwards.
 
-    Transforms of torchvision and timm draw from them, and so does the model in this process, which
-    a run that is resumed would then not find where it left them. torch.manual_seed would reach the
-    generators of the devices as well.
+    Transforms of torchvision and timm draw from these generators, and so does the model in this
+    process; without putting them back a resumed run would not find them as it left them.
+    torch.manual_seed would change the generators of the devices as well.
     """
     digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=16).digest()
     seeds = struct.unpack("<4I", digest)

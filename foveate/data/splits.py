@@ -1,9 +1,9 @@
-"""Training, validation and test images that have none in common.
+"""Training, validation and test images that do not overlap.
 
-A set that is cut into splits keeps them. One that is not, or that has no validation split, gives
-up a part of its training images. Whether an image is held out follows from its content and a seed
-alone, so every run, every process and every later evaluation holds out the same ones, and copies
-of an image are never on both sides.
+A set that has splits keeps them. From a set without a validation split a part of the training
+images is held out. Whether an image is held out follows from its content and a seed alone, so every
+run, every process and every later evaluation holds out the same ones, and copies of an image are
+never on both sides.
 """
 
 from __future__ import annotations
@@ -87,12 +87,12 @@ class Splits:
     """The images of a run.
 
     Attributes:
-        train: what is trained on.
-        val: what rates, epochs and the best checkpoint are chosen on; None where a job asked for
+        train: images to train on.
+        val: images by which rates, epochs and the best checkpoint are chosen; None if a job needs
             none.
-        test: what is looked at once, at the end; None where the data have none.
+        test: images for the final test; None if the data have none.
         held_out: share and seed of the division, where "val" was held out of the training images.
-        common: for each two of them how many images are in both, and how many were compared.
+        common: for each pair of splits, the number of images in both, and the number compared.
     """
 
     train: Source
@@ -102,7 +102,7 @@ class Splits:
     common: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
-        """Say what the splits are, for the record of a run."""
+        """Return the splits for the record of a run."""
         found: dict[str, Any] = {}
         for name in ("train", "val", "test"):
             source: Source | None = getattr(self, name)
@@ -118,7 +118,7 @@ class Splits:
         return found
 
     def sentence(self) -> str:
-        """Say the same in one line."""
+        """Describe the splits in one line."""
         parts = [f"{len(self.train)} training images of {self.train.spec}"]
         if self.val is not None and self.held_out is not None:
             share, seed = self.held_out
@@ -144,7 +144,7 @@ def open_splits(
     labels: bool = True,
     labels_of: str = IMAGE,
 ) -> Splits:
-    """Open what a run trains on, chooses by, and is judged by in the end.
+    """Open the images for training, for validation and for the final test.
 
     Args:
         train: as ``open_source`` takes it.
@@ -196,9 +196,9 @@ def open_splits(
 
 
 def final_images(train: str, val: str | None, test: str | None) -> tuple[str, str | None]:
-    """Name the images that a trained model is judged by, and their split, as a plan takes them.
+    """Return the images that judge a trained model, and their split, as a plan takes them.
 
-    They are the test images, or without any those for validation.
+    They are the test images, or the validation images if there are no test images.
     """
     if test is not None:
         return test, None
@@ -225,10 +225,10 @@ def open_images(
 
     Args:
         spec: as ``open_source`` takes it.
-        split: which of them; None takes the first that there is of "test", "val" and "all". "val"
-            of a set without one is what training holds out of it.
-        share: that training holds out.
-        seed: of that division.
+        split: the split; None takes "test", or else "val", or else "all". "val" of a set without
+            one is the part that training holds out.
+        share: share that training holds out.
+        seed: seed of that choice.
         labels: without them images need none.
         labels_of: what must have labels: the whole "image", "objects" or "pixels".
     """
@@ -251,10 +251,10 @@ def _open_images(spec: str, split: str | None, share: float, seed: int, labels: 
 
 
 def divide(source: Source, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Divide the images of a source by their content: those that stay and those held out.
+    """Divide the images of a source by their content into those that stay and those held out.
 
-    The side of an image depends on the image alone. So it stays the same when other images come
-    along, with or without labels, and copies of an image stay together.
+    The side of an image depends only on the image. So it stays the same when other images are
+    added, with or without labels, and copies of an image stay together.
     """
     content = b"".join(_digest(source.content(i), seed) for i in range(len(source)))
     digests = np.frombuffer(content, dtype="<u8")
@@ -272,7 +272,7 @@ def divide(source: Source, share: float, seed: int) -> tuple[np.ndarray, np.ndar
 
 
 def limited(source: Source, count: int | None, *, balanced: bool) -> Source:
-    """Take so many images of a source: some of every class, or evenly spaced ones.
+    """Take ``count`` images of a source: some of every class, or evenly spaced ones.
 
     Args:
         source: the images.
@@ -360,7 +360,7 @@ def _refuse_the_same(train: Any, val: Any, test: Any) -> None:
 
 
 def place(spec: Any) -> str:
-    """Name a set the same way however it was written: the real path of a folder."""
+    """Return a name of a set that does not depend on how its path was written."""
     if not isinstance(spec, (str, Path)):
         return f"the object {id(spec)}"
     spec = str(spec)

@@ -33,6 +33,7 @@ from foveate.exports.infer import Run, open_model
 from foveate.exports.onnx import LEAST_OPSET
 from foveate.exports.pictures import Paths, for_calibration, for_check, preparation
 from foveate.facts import count
+from foveate.files import made_folder
 from foveate.latency import TimeBudget
 from foveate.machine import has_int8, physical_cores, version_of
 from foveate.timing import AGAIN, DENSE, LEAST_ROUNDS
@@ -129,14 +130,13 @@ def export(
         batch = batch or 1  # images of a batch are taken apart, so its number is part of the graph
     wanted_time = None if budget is None else read_budget(budget, model, batch)
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     size = input_size(model, wanted)
     prepared = preparation(model, size)
     pixels = for_calibration(prepared, calibrate) if int8 else None
     # Read before the work: a folder without images is said at once.
     pictures = for_check(prepared, calibrate if images is None else images) if check else None
     writer = _Writer(importlib.import_module(f"foveate.exports.{format}"), pixels, opset, progress)
-    with fixed(model) as changed:
+    with made_folder(folder), fixed(model) as changed:
         notes = [changed] if changed else []
         if wanted_time is not None:
             model, said = _at_time(wanted_time, model, writer, prepared, batch, threads)

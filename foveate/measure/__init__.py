@@ -1,4 +1,4 @@
-"""Measuring: accuracy, occlusion, pruning, tokens, speed, comparisons; one table, group-bys."""
+"""Measure accuracy, occlusion, pruning, tokens and speed; all numbers go into one table."""
 
 from foveate.measure.accuracy import Accuracy, Tally, accuracy, costs
 from foveate.measure.dense import evaluate_dense

@@ -1,4 +1,4 @@
-"""How often models are right, and what that costs: top-1, top-5, multiply-adds, tokens."""
+"""Measure how often models are right and what they cost: top-1, top-5, multiply-adds, tokens."""
 
 from __future__ import annotations
 
@@ -34,12 +34,13 @@ Batches = Callable[[], Iterable[Batch]]
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Right answers in per cent.
+    """The share of right answers, in per cent.
 
     Attributes:
-        top1: the best answer is right.
-        top5: one of the five best is; None for models of no more than five classes.
-        images: how many images were answered.
+        top1: share of images whose most likely class is right.
+        top5: share of images whose class is among the five most likely; None for models with at
+            most five classes.
+        images: number of images.
     """
 
     top1: float
@@ -102,9 +103,9 @@ def accuracy(
     """Count how often a model is right.
 
     Args:
-        model: any that answers images with logits, or with an output that has them.
+        model: any model that returns logits, or an output with logits.
         batches: gives a pass over the data.
-        classes: how many the data set has, to refuse a model of another number.
+        classes: number of classes of the data set; a model with another number is refused.
         precision: "fp32", or "bf16" for automatic mixed precision.
     """
     tally = Tally(classes)
@@ -176,7 +177,7 @@ def rate_of(model: nn.Module) -> float | None:
 
 
 class _Meter:
-    """Answers and costs of one model, batch by batch."""
+    """Collect the answers and costs of one model, batch by batch."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -189,12 +190,12 @@ class _Meter:
             trace = self.model.trace(images)
             try:
                 counted = facts.count(self.model, trace=trace)
-            except ValueError:  # a method that does not work out its own cost is counted by running
+            except ValueError:  # a method without its own count of costs is counted by running
                 counted = facts.count(self.model, images=images)
             self.counts.append((len(images), counted))
             return trace.logits
         if not self.counts:
-            # One that is no plain ViT has an accuracy all the same.
+            # A model that is not a plain ViT still has an accuracy.
             with suppress(ValueError):
                 self.counts.append((1, facts.count(self.model, (images.shape[2], images.shape[3]))))
         return logits_of(self.model(images))

@@ -1,4 +1,4 @@
-"""What a benchmark says: rows, tables and a picture of the times of every round.
+"""Rows, tables and a picture of a benchmark, from the times of every round.
 
 The run of a row is the model with its dtype, "deit_s, bf16" or "deit_s, bf16, compiled", and "at"
 is the batch. The part "rounds" has the time of each variant in every round (metric ms, with the
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["break_even", "cell_sheet", "closing", "figure", "opening", "pairs", "table_of"]
 
 _PROGRAM = "foveate bench"
-# Okabe and Ito's colours, told apart with any kind of sight; markers say the same again.
+# Okabe and Ito's colours, which colour-blind readers can tell apart; markers differ as well.
 _LOOKS = {
     "faster": ("#0072B2", "o"),
     "no difference": ("#555555", "s"),
@@ -145,8 +145,8 @@ def _methods(wide: pd.DataFrame) -> list[str]:
 def break_even(results: Results) -> dict[tuple[str, str], tuple[float | None, tuple[float, ...]]]:
     """Return from which measured batch on a method pays, and the batches, by run and method.
 
-    It must be faster than dense, beyond the A/A spread, at that batch and all larger ones; None
-    where it is at none.
+    The method must be faster than the dense model, beyond the A/A spread, at that batch and all
+    larger ones; None if there is no such batch.
     """
     found: dict[tuple[str, str], tuple[float | None, tuple[float, ...]]] = {}
     pays: dict[tuple[str, str], dict[float, bool]] = {}
@@ -164,8 +164,8 @@ def break_even(results: Results) -> dict[tuple[str, str], tuple[float | None, tu
 def pairs(several: Sequence[Results]) -> Iterator[Sheet]:
     """Return every pair of methods that ran together, cell by cell.
 
-    Several results must hold one run; ValueError where they do not, because what was not
-    interleaved cannot be compared.
+    Several results must be of one run; otherwise ValueError, because variants that did not take
+    turns cannot be compared.
     """
     runs = [{cell["run"] for cell in results.about["cells"]} for results in several]
     common = set.intersection(*runs)
@@ -259,7 +259,7 @@ def cell_sheet(results: Results, run: str | None = None, at: float | None = None
     ).fillna("")
     if not set(_WORDS) & set(wide):
         table = table.drop(columns="goal")
-    if "share" not in wide:  # a network of which a part alone is reduced has no oracles
+    if "share" not in wide:  # a network that is reduced only in part has no oracles
         table = table.drop(columns=["of oracle [95 %]", "extra"])
     title = (
         f"{run}, batch {at:g}: {dense['rounds']:.0f} rounds of {dense['calls']:.0f} calls, A/A "

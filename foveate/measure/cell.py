@@ -1,6 +1,6 @@
 """One cell in a process of its own: ``python -m foveate.measure.cell FILE``.
 
-A cell looks for itself whether it begins or goes on, so it can be started again at any time.
+A cell finds out itself whether to begin or to resume, so it can be started again at any time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what a cell's file says; return 0, or 2 for what can be said in one sentence."""
+    """Do the work in a cell's file; return 0, or 2 after an error that one sentence explains."""
     (name,) = sys.argv[1:] if argv is None else argv
     path = Path(name)
     try:
@@ -52,7 +52,7 @@ def do(work: Work, folder: Path) -> None:
 def train(
     work: Work, folder: Path, *, progress: bool = False, say: Callable[[str], None] = _log.info
 ) -> None:
-    """Run a recipe, or go on with it: the one place of this room that starts the engine."""
+    """Run a recipe, or resume its run; nothing else in foveate.measure starts the engine."""
     if work.job == "probe":
         from foveate.train.probe import probe
 
@@ -61,7 +61,7 @@ def train(
     recipe, path = work.settings, folder / "recipe.yaml"
     resume = any((folder / "checkpoints").glob("update-*.ckpt"))
     if resume:
-        # It differs at most in how it writes the start, and a run goes on with its own recipe.
+        # It differs at most in the path of the start; a run resumes with its own recipe.
         recipe = config.read(work.recipe_class, path)
     elif _rank() == 0:
         path.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
@@ -107,9 +107,9 @@ def _rank() -> int:
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Hold a lock as long as the process lives; ValueError where another one has it.
+    """Hold a lock while the process lives; ValueError if another process has it.
 
-    Of several processes that do the cell together the first holds it.
+    Of several processes that run the cell together the first one holds it.
     """
     try:
         import fcntl

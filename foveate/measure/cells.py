@@ -1,4 +1,4 @@
-"""The cells of a comparison: what is trained or evaluated, where, and after what.
+"""The cells of a comparison: what each trains or evaluates, in which folder, after which others.
 
 models/<name>/seed<k>/                    a model: the run folder of its job
 reduced/<model>/<method>-<rate>/seed<k>/  a method trained from it: another one
@@ -42,13 +42,13 @@ _TEACHERS = {"finetune": "distill.teacher", "reduce": "teacher"}  # settings by 
 
 @dataclass(frozen=True)
 class Key:
-    """Which model a cell is about.
+    """The model that a cell trains or evaluates.
 
     Attributes:
-        model: the model.
-        method: trained from it; None is the model itself.
-        rate: of the method.
-        seed: of training; None is a model that all seeds share.
+        model: name of the model.
+        method: name of the method that is trained from it; None is the model itself.
+        rate: rate of the method.
+        seed: seed of the training; None if all seeds share the model.
     """
 
     model: str
@@ -58,7 +58,7 @@ class Key:
 
     @property
     def folder(self) -> str:
-        """Return where it lies, from the comparison's folder."""
+        """Return the folder of the model, relative to that of the comparison."""
         end = "" if self.seed is None else f"/seed{self.seed}"
         if self.method is None:
             return f"models/{self.model}{end}"
@@ -68,15 +68,15 @@ class Key:
 
 @dataclass(kw_only=True)
 class Work:
-    """What one cell does, as its file says.
+    """The work of one cell, as its file describes it.
 
     Attributes:
-        job: that of a training, or "evaluate".
-        recipe: of a training, resolved.
-        models: of an evaluation: files or folders, by label.
-        asked: of an evaluation, as ``foveate.measure.Plan`` takes it.
-        device: of an evaluation; "auto" takes a GPU if there is one.
-        workers: of an evaluation.
+        job: job of a training, or "evaluate".
+        recipe: complete recipe of a training.
+        models: models of an evaluation: files or folders, by label.
+        asked: plan of an evaluation, as ``foveate.measure.Plan`` takes it.
+        device: device of an evaluation; "auto" takes a GPU if there is one.
+        workers: number of processes that read images in an evaluation.
     """
 
     job: str
@@ -102,12 +102,12 @@ class Cell:
     """One training or one evaluation.
 
     Attributes:
-        keys: of which model, by its label in an evaluation; a training has one.
-        work: what to do.
-        name: for people and in ``--only``.
-        folder: where.
-        needs: the names of the cells that come before it.
-        processes: that do it together.
+        keys: the models, by their labels in an evaluation; a training has one.
+        work: what the cell does.
+        name: name for people and for ``--only``.
+        folder: folder of the cell.
+        needs: names of the cells that must be finished before.
+        processes: number of processes that run the cell together.
     """
 
     keys: Mapping[str, Key]
@@ -125,17 +125,17 @@ class Cell:
 
     @property
     def evaluates(self) -> bool:
-        """Tell whether it is an evaluation."""
+        """Tell whether the cell is an evaluation."""
         return self.work.job == EVALUATE
 
     @property
     def file(self) -> Path:
-        """Return the file in which its work is written for the process that does it."""
+        """Return the file that tells the process of the cell what to do."""
         return self.folder / ("eval.yaml" if self.evaluates else "cell.yaml")
 
     @property
     def log(self) -> Path:
-        """Return the file in which that process writes its log."""
+        """Return the log file of that process."""
         return self.folder / ("eval-log.txt" if self.evaluates else "log.txt")
 
 
@@ -162,7 +162,7 @@ def make_cells(comparison: Comparison, out: Path) -> dict[str, Cell]:
 
 
 def chosen(cells: Mapping[str, Cell], only: str | None) -> set[str]:
-    """Return the names of the cells that a glob selects; all without one."""
+    """Return the names of the cells that match a pattern; without one, all names."""
     if only is None:
         return set(cells)
     found = {name for name in cells if fnmatch.fnmatchcase(name, only)}
@@ -319,7 +319,7 @@ def _evaluation(
             if getattr(asked, part):
                 raise ValueError(f"evaluate.{part} is for classifiers, which {dense[0]} is not")
         plan = dataclasses.replace(plan, statistics=False)
-    elif not only:  # so that another question about other models changes nothing here
+    elif not only:  # so that evaluating other models changes nothing here
         plan = dataclasses.replace(plan, occlusion=(), pruning=())
     work = Work(
         job=EVALUATE,

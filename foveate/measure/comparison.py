@@ -1,4 +1,4 @@
-"""What a comparison is made of: models, methods, rates and seeds under one protocol."""
+"""The settings of a comparison: models, methods, rates and seeds under one protocol."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Entry:
             for each seed, otherwise all seeds share it. Methods that are trained from a detector
             or segmenter need its job beside it.
         like: an earlier model whose job, recipe, start, settings, seeds and variants are taken over
-            unless given. Settings come behind its settings. Pre-training is compared with the model
-            at the beginning of such a chain.
+            unless given. Settings take precedence over those of that model. Pre-training is
+            compared with the model at the beginning of such a chain.
         start: an earlier model, of the same seed; None leaves the start of the recipe.
         teacher: likewise: the model that "finetune" distils from, or "reduce" compares with.
         settings: changes of the recipe, such as ``masking.ratios=[]``.
@@ -109,14 +109,14 @@ class Trained:
     """A method that is trained from models, at every rate.
 
     Attributes:
-        recipe: of the job "reduce", or of the models' own job if that is "detect" or "segment"; a
-            name or a file.
-        method: with ``{rate}`` where the rate goes, such as "evit(keep={rate})".
-        starts: the models.
-        rates: whatever the method calls keep, r or K; none for a method without.
+        recipe: recipe of the job "reduce", or of the models' own job if that is "detect" or
+            "segment"; a name or a file.
+        method: method, with ``{rate}`` in the place of its rate, such as "evit(keep={rate})".
+        starts: names of the models to train from.
+        rates: rates (keep, r or K of the method); empty for a method without a rate.
         settings: changes of the recipe.
-        seeds: instead of those of the models.
-        processes: that train together; None is what the resources say.
+        seeds: seeds, instead of those of the models.
+        processes: number of processes that train together; None takes the number in the resources.
     """
 
     recipe: str
@@ -143,13 +143,13 @@ class Measuring:
     """How models are measured, in a comparison and at the end of a pipeline.
 
     Attributes:
-        occlusion: shares of patches to drop; none measures no curve.
-        mask_seeds: how many seeds that has, for each model.
-        speed: batches at which everything is timed, interleaved; none times nothing.
-        rounds: of that run; fewer than 30 are a trial.
-        batch: images a call.
-        workers: processes that read images; 0 reads in the process itself.
-        limit: use so many images; null takes all.
+        occlusion: shares of patches to drop, for a curve of accuracy; an empty list measures none.
+        mask_seeds: number of random masks with which occlusion is measured, for each model.
+        speed: batch sizes at which everything is timed, taking turns; an empty list times nothing.
+        rounds: number of timed rounds; fewer than 30 are only a trial.
+        batch: number of images in one pass.
+        workers: number of processes that read images; 0 reads them in the process itself.
+        limit: number of images to use; None takes all.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
         precision: "fp32" or "bf16".
     """
@@ -175,18 +175,19 @@ class Measuring:
 
 @dataclass(kw_only=True)
 class Asked(Measuring):
-    """What is measured. Accuracy and multiply-adds are, of every model and method.
+    """What is measured besides accuracy and multiply-adds, which always are.
 
     Attributes:
-        models: models of which occlusion and pruning are measured; None is all.
-        pruning: shares that each stage of pruning without training keeps; none does not.
-        mask_seeds: how many seeds occlusion and pruning have, for each model.
-        statistics: of tokens, for every method; detectors and segmenters have those of their own.
-        speed: batches at which every method is timed against its dense model, interleaved.
-        calibration: training images over which gates of detectors and segmenters are shifted; what
-            comes of it stands beside the method as it is.
-        together: evaluate all models in one process, so that all are timed in one interleaved run.
-        limit: use so many images; None leaves what the recipes say.
+        models: models whose occlusion and pruning are measured; None is all.
+        pruning: shares of tokens that each stage of pruning without training keeps; an empty list
+            does not prune.
+        mask_seeds: number of random masks for occlusion and pruning, for each model.
+        statistics: count the tokens of every method; detectors and segmenters have their own.
+        speed: batch sizes at which every method is timed beside its dense model, taking turns.
+        calibration: number of training images over which gates of detectors and segmenters are
+            shifted; the result stands beside the method without the shift.
+        together: evaluate all models in one process, so that all are timed in the same run.
+        limit: number of images to use; None takes as many as the recipes say.
     """
 
     models: tuple[str, ...] | None = None
@@ -207,12 +208,12 @@ class Asked(Measuring):
 
 @dataclass(kw_only=True)
 class Resources:
-    """What each cell takes.
+    """What each cell needs.
 
     Attributes:
-        cpus: processor cores of each process, on a cluster.
-        gpus: graphics cards of each process, on a cluster, or a part of one.
-        processes: that train together, started by torchrun.
+        cpus: processor cores for each process, on a cluster.
+        gpus: graphics cards for each process, on a cluster; may be a part of one.
+        processes: number of processes that train together, started by torchrun.
     """
 
     cpus: float = 1.0
@@ -229,18 +230,18 @@ class Resources:
 
 @dataclass(kw_only=True)
 class Comparison:
-    """A comparison, as its YAML file says.
+    """A comparison, as its YAML file describes it.
 
     Attributes:
-        models: by name, in an order in which each comes after those that it names.
-        methods: trained from models, by name.
-        seeds: of training.
+        models: models by name; each stands after those that it names.
+        methods: methods that are trained from models, by name.
+        seeds: seeds of the trainings.
         settings: changes of every recipe of finetune, reduce and pretrain; those of a model or
-            method come behind.
+            method take precedence.
         evaluate: what is measured.
-        data: what is evaluated on, as ``foveate.data.open_source`` takes it; None is what the
-            recipes evaluate on, if that is one and the same.
-        resources: what each cell takes.
+        data: data set to evaluate on, as ``foveate.data.open_source`` takes it; None takes that of
+            the recipes, if they all have the same.
+        resources: what each cell needs.
     """
 
     models: dict[str, Any]

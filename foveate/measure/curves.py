@@ -1,4 +1,4 @@
-"""Scores of a run over its epochs, from the metrics that it writes while it goes on."""
+"""Read the scores of a run by epoch, from the metrics that it writes during training."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["by_seconds", "columns", "curve", "seconds"]
 
 
 def curve(run: Path, metric: str) -> dict[float, float]:
-    """Return a metric by the epochs of training that were over; of several values, the last.
+    """Return a metric by the number of finished epochs; the last value counts if there are several.
 
     Args:
         run: the folder of a run, or a CSV file with a column "epoch" and one of the metric's name.
             In what training writes, which has a column "step", epochs are counted from 0 and
             scored at their end; in any other file they are epochs of training as they stand.
-        metric: the column to read; lines without a value in it are of other things.
+        metric: the column to read; lines without a value in it are skipped.
     """
     path, lines, names = _read(run)
     for name in ("epoch", metric):
@@ -45,7 +45,7 @@ def curve(run: Path, metric: str) -> dict[float, float]:
 
 
 def seconds(run: Path) -> dict[float, float]:
-    """Return the seconds of training that a run had taken by epoch, from what it writes of them."""
+    """Return the seconds of training after each epoch, from the file that the run writes."""
     path = run / "seconds.csv"
     if not path.is_file():
         raise ValueError(f"{run} does not say how long its epochs took: {path.name} is not there")
@@ -53,7 +53,7 @@ def seconds(run: Path) -> dict[float, float]:
 
 
 def by_seconds(scores: Mapping[float, float], took: Mapping[float, float]) -> dict[float, float]:
-    """Return scores by seconds in the place of epochs."""
+    """Return scores by seconds instead of epochs."""
     unknown = [epoch for epoch in scores if epoch not in took]
     if unknown:
         raise ValueError(f"how long epoch {unknown[0]:g} took is not known")

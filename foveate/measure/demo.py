@@ -33,7 +33,7 @@ __all__ = ["run_demo"]
 
 _log = logging.getLogger(__name__)
 
-# Whose pictures the page shows, by the model that it runs on.
+# The methods whose pictures the page shows, by model.
 _SHOWN: dict[str, tuple[str, ...]] = {
     "demo": ("evit(keep=0.5)", "tome(r=3)", "ats(K=28)"),
     "demo_dynamicvit": ("dynamicvit(keep=0.5)",),
@@ -59,7 +59,7 @@ def run_demo(
         out: folder for demo.html, the table, plots and pictures; made if missing.
         settings: changes of the comparison, such as "evaluate.rounds=3".
         command: what was typed, for the record.
-        progress: told how far everything is.
+        progress: called with the progress of everything.
     """
     comparison = config.read(Comparison, config.find_recipe("compare", "demo"), settings)
     cells = make_cells(comparison, out)

@@ -41,7 +41,7 @@ from foveate.timing import measure
 __all__ = ["CALIBRATED", "evaluate_dense"]
 
 _COUNTED = 16  # images whose multiply-adds and tokens are counted
-_TIMED = 4  # batches that each timing goes through: the cost of an image may depend on it
+_TIMED = 4  # number of batches in each timing, because the cost may depend on the image
 CALIBRATED = " calibrated"  # added to a method's name
 _DENSE = ""  # the method of a model without one, as in every table
 _OF_SCORES = ("ap", "ap50", "ap75", "small", "medium", "large", "recall")
@@ -102,7 +102,7 @@ def evaluate_dense(
 
 @dataclass
 class _Seen:
-    """What is counted of one variant."""
+    """The counts of one variant."""
 
     metrics: dict[str, Metric]
     macs: dict[str, list[float]] = field(default_factory=dict)

@@ -161,7 +161,7 @@ def tradeoff_figure(results: Results, *, batch: float | None = None, score: str 
         label += f" (n {group['count'].min()})" * seeded
         lines[label] = _banded(group.sort_values("macs"), seeded)
     worded = len(lines) <= _MOST_WORDED and bool(reduced["rate"].notna().any())
-    started = dense[dense["run"].isin(reduced["run"])]  # others would widen the axes for nothing
+    started = dense[dense["run"].isin(reduced["run"])]  # other models would only widen the axes
     dense = started if len(started) and not dense_task else dense
     stars: dict[str, tuple[float, float]] = {}
     for run, x, y, n in dense[["run", "at", "mean", "count"]].itertuples(index=False):
@@ -226,7 +226,7 @@ def lines_figure(
             axes.fill_between(x, y - std, y + std, color=style["color"], alpha=0.18, linewidth=0)
         axes.plot(x, y, label=label, **style)
         if rates:
-            below = -10 if y.iloc[-1] >= y.iloc[0] else 4  # words stand where the line does not go
+            below = -10 if y.iloc[-1] >= y.iloc[0] else 4  # put the words where the line is not
             for where, rate in zip(zip(x, y, strict=True), line["rate"], strict=True):
                 words = "" if pd.isna(rate) else f"{rate:g}"
                 place = {"xytext": (5, below), "textcoords": "offset points", "fontsize": 7}

@@ -92,7 +92,7 @@ def trained(cell: Cell) -> pd.DataFrame:
     log = cell.folder / "metrics.csv"
     if cell.work.job != "probe" and log.is_file():  # a folder may be copied without it
         found += _logged(log)
-    if (cell.folder / "seconds.csv").is_file():  # runs of before have none
+    if (cell.folder / "seconds.csv").is_file():  # runs of earlier versions have none
         for epoch, value in seconds(cell.folder).items():
             found += rows("training", {"seconds": value}, at=epoch)
     return frame(

@@ -1,4 +1,4 @@
-"""What a pre-training run has kept in its folder: its recipe, and weights by epochs of training."""
+"""Find what a pre-training run has kept in its folder: its recipe, and weights by epoch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["choose", "locate", "name_files", "read_recipe", "weights_kept"]
 
 _RECIPE, _FINAL, _RESULT = "recipe.yaml", "model.safetensors", "result.json"
 _KIND, _REST = ".safetensors", ".pretrain.safetensors"
-_MOST = 6  # snapshots, where nobody says which
+_MOST = 6  # default number of snapshots
 
 
 def locate(path: Path) -> tuple[Path, Path | None]:
@@ -46,7 +46,7 @@ def locate(path: Path) -> tuple[Path, Path | None]:
 
 
 def read_recipe(folder: Path) -> Pretrain:
-    """Return the recipe of a pre-training run, or what a file of weights says of itself."""
+    """Return the recipe of a pre-training run, or of a file of weights."""
     if folder.is_file():
         start = Model(start=str(folder))
         return Pretrain(method=method_of(folder), options=options_of(folder), model=start)
@@ -68,7 +68,7 @@ def weights_kept(folder: Path, recipe: Pretrain) -> dict[float, Path]:
 
 
 def _ended(folder: Path, recipe: Pretrain) -> float:
-    """Return the epochs a run lasted: fewer than the recipe's if its steps were limited."""
+    """Return the number of epochs of a run, fewer than the recipe's if its steps were limited."""
     result = folder / _RESULT
     if result.is_file():  # written after the weights
         found = read_json(result, "")

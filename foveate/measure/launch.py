@@ -35,9 +35,9 @@ __all__ = ["DONE", "FAILED", "SKIPPED", "Outcome", "Told", "command_of", "run_ce
 
 DONE, FAILED, SKIPPED = "done", "failed", "skipped"
 _TORCHRUN = re.compile(r"[WE]\d{4} \S+ \d+ torch/distributed/")  # how its report begins
-_SECONDS = 10  # that a cluster may take to answer at its port
+_SECONDS = 10  # seconds that a cluster may take to answer at its port
 
-# Told the names of the cells that run, whenever that changes.
+# Called with the names of the running cells, whenever they change.
 Told = Callable[[Sequence[str]], None]
 
 
@@ -211,12 +211,12 @@ def _ray(
 def _connect(
     ray: Any, resources: Resources, processes: int, address: str | None, parallel: int | None
 ) -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked to report what is run
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # do not report usage
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
     if address is not None:
         try:
             found = re.fullmatch(r"\[?(.+?)\]?:(\d+)", address)
-            if found:  # whether anybody is there; Ray itself would ask again for many minutes
+            if found:  # check that the cluster answers; Ray itself would retry for many minutes
                 socket.create_connection((found[1], int(found[2])), _SECONDS).close()
             ray.init(address=address, **options)
         except OSError as error:  # a ConnectionError is one

@@ -1,7 +1,7 @@
-"""A look at pre-training runs afterwards: heterogeneity layer by layer, affinities, pictures.
+"""Measure pre-training runs afterwards: heterogeneity layer by layer, affinities, pictures.
 
-Whatever weights a run has kept are measured on the same images with the same masks, so that lines
-differ by the weights alone. Nothing is trained, and where a run began its weights is not opened.
+All weights that a run has kept are measured on the same images with the same masks, so that only
+the weights differ. Nothing is trained, and the weights that a run started from are not needed.
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ from foveate.train.images import image_inputs
 __all__ = ["Choices", "Look", "alarms", "look", "sheet", "words", "write"]
 
 _log = logging.getLogger(__name__)
-_COLUMNS = 4  # affinity maps in a row, where nobody says which
+_COLUMNS = 4  # default number of affinity maps in a row
 _SHOWN = 6  # images whose hidden patches are drawn
 _CHUNK = 64  # images at a time; tokens of all layers are held
 
 
 @dataclass(kw_only=True)
 class Choices:
-    """What is looked at, and how.
+    """What to measure, and how.
 
     Attributes:
-        epochs: after which weights are taken, of those that a run has kept; () is the last and at
+        epochs: epochs whose weights to take, of those that a run has kept; () is the last and at
             most 6 others, None all.
         untrained: measure new weights of the same model too.
-        similarity: of tokens.
+        similarity: measure of how similar tokens are.
         data: a data set, as ``foveate.data.open_source`` takes it; None is the run's own.
-        images: so many of them.
-        seed: of the masks.
-        image: number of the one whose affinities are drawn.
-        layers: whose affinities are drawn; () is four of them.
+        images: number of images.
+        seed: seed of the masks.
+        image: number of the image to draw affinities for.
+        layers: layers to draw affinities for; () is four of them.
         device: to compute on; "auto" is a GPU if there is one.
     """
 
@@ -84,13 +84,12 @@ class Choices:
 
 @dataclass(eq=False)
 class Look(Results):
-    """What was found of all runs.
+    """The results of all runs.
 
-    The column "method" says which weights, "draw" which of the networks in which hidden and visible
-    tokens meet. The part "layers" has heterogeneity by layer ("at"; 0 is before the first block),
-    normalised to [0, 1]: mean and std over images, and cosine, the mean cosine between visible
-    tokens. The part "loss" has the method's own loss on these images, and val_loss as the run
-    logged it.
+    The column "method" names the weights, "draw" the network with hidden and visible tokens. The
+    part "layers" has heterogeneity by layer ("at"; 0 is before the first block), normalised to [0,
+    1]: mean and std over images, and cosine, the mean cosine between visible tokens. The part
+    "loss" has the method's own loss on these images, and val_loss as the run logged it.
 
     Attributes:
         maps: affinities ``[N, N]`` of one image by layer, hidden tokens first; by run, weights and
@@ -107,8 +106,8 @@ def look(runs: Sequence[Path], choices: Choices | None = None, *, command: str =
 
     Args:
         runs: folders of runs, single files of their weights, or files of foveate convert.
-        choices: the usual ones if not given.
-        command: what was typed, for the record.
+        choices: what to measure; None takes the defaults.
+        command: command that was typed, for the record.
     """
     choices = choices or Choices()
     if not runs:
@@ -146,7 +145,7 @@ def look(runs: Sequence[Path], choices: Choices | None = None, *, command: str =
 
 
 def alarms(found: Look) -> Iterator[str]:
-    """Say for which weights the visible tokens are, and stay, nearly the same."""
+    """Return a warning for all weights whose visible tokens stay nearly the same."""
     cosines = select(found.table, part="layers", metric="cosine", at=0)
     for (run, _), own in cosines.groupby(["run", "draw"], sort=False):
         before: float | None = None  # of the weights of an earlier epoch
@@ -160,7 +159,7 @@ def alarms(found: Look) -> Iterator[str]:
 
 
 def write(found: Look, folder: Path) -> list[Path]:
-    """Write the table and the pictures into a folder, and name what was written."""
+    """Write the table and the pictures into a folder, and return the paths."""
     from foveate.measure.look_figures import affinity_figure, layers_figure
 
     written = found.save(folder / "look.json")
@@ -194,8 +193,8 @@ def _look(
         _log.warning("skipped %s", reason)
     if not 0 <= choices.image < len(images):
         raise ValueError(
-            f"image must lie in 0..{len(images) - 1}, got {choices.image}: so many images of "
-            f"{source.spec} are looked at"
+            f"image must lie in 0..{len(images) - 1}, got {choices.image}: "
+            f"{len(images)} images of {source.spec} are measured"
         )
     layers = _columns(name, model.depth, choices.layers)
     images = images.to(choices.device)
@@ -244,14 +243,14 @@ def _new_model(recipe: Pretrain, file: Path) -> MaskedImageModel:
         torch.manual_seed(recipe.loop.seed)  # as training does
         if recipe.model.name is not None:
             return make_masked_model(replace(recipe, model=replace(recipe.model, start=None)))
-        # What the model is stands in its start alone, and in what was written of it since.
+        # The model itself is described only by its start, and by files written since.
         model = make_method(recipe.method, open_start(str(file)), recipe.options)
         model.initialise()
         return model
 
 
 def _images(recipe: Pretrain, choices: Choices) -> Source:
-    """Open the images that are looked at."""
+    """Open the images to measure on."""
     if choices.data is not None:
         return open_first(choices.data, ("val", "test", "all", "train"), labels=False)
     data = recipe.data
@@ -273,7 +272,7 @@ def _columns(name: str, depth: int, layers: tuple[int, ...]) -> list[int]:
 def _measured(
     model: MaskedImageModel, images: Tensor, mask: Mask, choices: Choices, layers: Sequence[int]
 ) -> tuple[float, list[tuple[pd.DataFrame, dict[int, np.ndarray]]]]:
-    """Return the loss, and of each network its numbers by layer and its maps."""
+    """Return the loss, and the numbers by layer and the maps of each network."""
     loss = 0.0
     each: list[list[tuple[Tensor, Tensor]]] = []  # by chunk and network
     maps: list[dict[int, np.ndarray]] = []
@@ -319,7 +318,7 @@ def _part(mask: Mask, part: slice) -> Mask:
 
 
 def words(about: Mapping[str, Any]) -> str:
-    """Say what the numbers depend on, for titles."""
+    """Return what the numbers depend on, for titles."""
     known = {
         "cosine": f"cosine similarity, temperature {about['temperature']}",
         "layernorm": "dot products of normalised tokens",
@@ -335,7 +334,7 @@ def sheet(found: Look) -> Sheet:
     means = select(found.table, part="layers", metric="mean")
     wide = means.pivot(index=keys, columns="at", values="value")
     wide = wide.reindex(means.set_index(keys).index.unique())
-    digits = 3 if len(wide.columns) <= 13 else 2  # what there is room for: changes are small
+    digits = 3 if len(wide.columns) <= 13 else 2  # as many as fit, because changes are small
     table = wide.map(lambda mean: "" if pd.isna(mean) else f"{mean:.{digits}f}")
     table.columns = [f"{layer:g}" for layer in wide]
     losses = select(found.table, part="loss").pivot(

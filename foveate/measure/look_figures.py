@@ -95,8 +95,8 @@ def affinity_figure(found: Look) -> Figure:
         fontsize="medium",
     )
     figure.supxlabel(
-        "a row is a token that looks, a column one that is looked at; colours from\n"
-        "the least to nearly the most of each map, without tokens' looks at themselves",
+        "row: a token; column: the token that it is compared with; colours from the\n"
+        "lowest to nearly the highest value of each map, without the diagonal",
         fontsize="small",
         color=QUIET,
     )
@@ -147,7 +147,7 @@ def _caption(found: Look) -> str:
         said += "; band: standard deviation over images, of the last weights"
     if found.about["similarity"] in ("raw", "scaled"):
         said += (
-            "\nheterogeneity also sinks where norms grow with depth: compare with untrained weights"
+            "\nheterogeneity also falls where norms grow with depth: compare with untrained weights"
         )
     return said
 

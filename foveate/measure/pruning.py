@@ -148,7 +148,7 @@ def pruning(
             continue
         reduced = reading[rate]
         if seed is not None:
-            # As many patches at the same blocks, and no images that it would be for.
+            # Count with as many patches in the same blocks; no images are needed.
             stages = stage_blocks(backbone.spec.depth)
             reduced = api.apply(model, "random", keep=rate, blocks=stages, check=False)
         for block, kept in _kept(reduced).items():

@@ -6,7 +6,7 @@ Equation 6 of the paper on masked token optimisation, with S1 the score of the b
 
 The same constant S1(E1) is taken off both, so that a head start of the other run counts, and 1.44
 means 44 % more than what the base *gains* over the range, not 44 % more accuracy. Numbers in the
-paper's Table 2 do not follow from the accuracies beside them; the equation is what is done here.
+paper's Table 2 do not follow from the accuracies beside them; this module computes the equation.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ EPOCHS, SECONDS = "epochs", "seconds"  # what curves are over
 PROTOCOL = "Compare checkpoints inside one schedule: a run annealed earlier is another experiment."
 MEAN = "means of the curves"
 _LEAST = 3  # with two points, RAUC is the ratio of two straight lines
-_FLAT = 1e-9  # of the scores: a mean gain that is nothing but rounding
+_FLAT = 1e-9  # a mean gain, relative to the scores, below which it is rounding
 
 Scores = Mapping[float, float]
 
@@ -51,15 +51,16 @@ def rauc(
 ) -> float:
     """Return the relative area under the curve of ``other``, with straight lines between points.
 
-    Above 1 ``other`` is ahead of ``base``. Adding a number to both curves or multiplying both by a
-    positive one changes nothing; changing places does. ValueError says where it means nothing:
-    for a single point, curves that share no range, or a base that gains nothing over it.
+    Above 1 ``other`` is ahead of ``base``. Adding a number to both curves, or multiplying both by a
+    positive number, does not change it; exchanging the curves does. It raises ValueError where it
+    has no meaning: for a single point, curves that share no range, or a base that gains nothing
+    over the range.
 
     Args:
         base: score by epoch, higher is better.
-        other: likewise.
-        start: first epoch of the range, inside both curves; None is the first that both have.
-        end: its last epoch; None is the last that both have.
+        other: score by epoch of the other run.
+        start: first epoch of the range, inside both curves; None is the first epoch that both have.
+        end: last epoch of the range; None is the last epoch that both have.
     """
     start, end = _range({"base": base, "other": other}, start, end)
     corners = {epoch for epoch in (*base, *other) if start < epoch < end}
@@ -153,14 +154,14 @@ def compare(
     at: float | None = None,
     over: str = EPOCHS,
 ) -> Results:
-    """Compare pre-training runs, seed i of the one kind with seed i of the other.
+    """Compare pre-training runs of two kinds, seed i of one with seed i of the other.
 
     The part "rauc" has a row for each pair and metric: base_start, base_end, other_start,
-    other_end, rauc, goal, match, saved, and at_once where the other run is as good at its first
-    score. The last rows are of the means of the curves. The part "curve" has the scores.
+    other_end, rauc, goal, match, saved, and at_once if the other run is as good at its first score.
+    The last rows belong to the mean curves. The part "curve" has the scores.
 
     A metric whose name ends in "loss" is better where it is lower: its sign is changed for RAUC,
-    and matching it means to come down to it.
+    and matching it means falling to it.
 
     Args:
         base: folders of runs, or CSV files, one a seed.
@@ -215,10 +216,10 @@ def over_runs(
     end: float | None = None,
     at: float | None = None,
 ) -> tuple[dict[int | None, dict[str, float]], dict[int | None, str]]:
-    """Return what the curves of each seed that both have say, and why some have no RAUC.
+    """Return the RAUC of every seed that both have, and why some seeds have none.
 
-    The seed None is of the means of the curves: not the mean of the ratios, to which a base that
-    gains little adds a huge one.
+    The seed None stands for the mean curves. Their ratio is not the mean of the ratios, in which a
+    base that gains little would add a huge one.
 
     Args:
         base, other: curves by seed.
@@ -249,7 +250,7 @@ def over_runs(
             )
             values["rauc"] = rauc(before, after, first, last)
             match = epochs_to_match(before, goal, after)
-        except ValueError as error:  # and to be as good as a run that gains nothing is no feat
+        except ValueError as error:  # matching a run that gains nothing means nothing
             refusals[seed] = str(error)
             continue
         if match is not None:
@@ -259,7 +260,7 @@ def over_runs(
 
 
 def _scored(run: Path, metric: str, over: str) -> dict[float, float]:
-    """Return the curve of a run; ValueError where it was scored too seldom."""
+    """Return the curve of a run; ValueError if it has too few scores."""
     try:
         scores = curve(run, metric)
     except ValueError as error:
@@ -272,8 +273,8 @@ def _scored(run: Path, metric: str, over: str) -> dict[float, float]:
     if len(scores) < _LEAST:
         raise ValueError(
             f"{run} holds {len(scores)} scored checkpoint{'s' * (len(scores) != 1)}; RAUC needs at "
-            f"least {_LEAST}: pre-train with probe.every=..., or read its snapshots with foveate "
-            "probe, feature and lr as in the runs, into a CSV file of one's own"
+            f"least {_LEAST}: pre-train with probe.every=..., or measure its snapshots with "
+            "foveate probe, with the runs' feature and lr, and write a CSV file of the scores"
         )
     return scores if over == EPOCHS else by_seconds(scores, seconds(run))
 
@@ -289,7 +290,7 @@ def _differences(names: Sequence[str], runs: Sequence[Path]) -> Iterator[str]:
             tree = config.load(path)
             int(tree["loop"]["epochs"])
         except (KeyError, TypeError, ValueError):
-            wrong = f"{path} is no recipe of a run: expected a number loop.epochs"
+            wrong = f"{path} is not the recipe of a run: expected a number loop.epochs"
             raise ValueError(wrong) from None
         for key, found in settings.items():
             group, _, last = key.partition(".")
@@ -307,7 +308,7 @@ def _differences(names: Sequence[str], runs: Sequence[Path]) -> Iterator[str]:
 
 
 def _together(curves: Sequence[Scores]) -> pd.DataFrame:
-    """Return curves as columns, where all of them are, at every corner of any."""
+    """Return curves as columns over their common range, at every point of any curve."""
     found = pd.DataFrame({number: pd.Series(scores) for number, scores in enumerate(curves)})
     return found.sort_index().interpolate(method="index", limit_area="inside").dropna()
 
@@ -320,7 +321,7 @@ def _sign(metric: str) -> int:
 
 
 def sheet(results: Results) -> Sheet:
-    """Return a line for each pair; with several seeds also their mean, and that of the curves."""
+    """Return a line for each pair; with several seeds also their mean, and the mean curves'."""
     about = results.about
     found = select(results.table, part="rauc").drop_duplicates(["run", "metric"])
     once = "at_once" in set(found["metric"])
@@ -330,7 +331,7 @@ def sheet(results: Results) -> Sheet:
     table = pd.DataFrame({"runs": wide.index}, index=wide.index)
     for head, name in zip(heads, ends, strict=True):
         table[head] = formatted(wide[name], "#.4g")
-    # As good at its first score, a run may have been so before.
+    # A run that is as good at its first score may have been as good before.
     most, least = (
         wide["at_once"].map({1.0: sign}).astype(object).fillna("") for sign in ("<= ", ">= ")
     )
@@ -364,7 +365,7 @@ _FORMS = {"RAUC": ("rauc", ".3f"), "matches at": ("match", ".1f"), "saves": ("sa
 
 
 def _over(values: pd.Series, form: str) -> str:
-    """Return mean and standard deviation over the pairs, and of how many if some have none."""
+    """Return mean and standard deviation over the pairs, and their number if some have none."""
     n = values.count()
     if n == 0:
         return ""
@@ -395,7 +396,7 @@ def figure(results: Results) -> Figure:
     drawn = lines_figure(lines, across=f"{about['over']} of pre-training{several}", up=up)
     axes, level = drawn.axes[0], mean["base_start"]
     axes.axvspan(start, end, color=QUIET, alpha=0.06, linewidth=0, zorder=0)
-    # The lesser area covers the greater one: what stands out beyond it is the lead.
+    # Draw the smaller area over the larger one: the part that stays visible is the lead.
     for number in (0, 1) if mean.get("rauc", 1) < 1 else (1, 0):
         line = list(lines.values())[number]
         scores = dict(zip(line["at"], line["mean"], strict=True))

@@ -29,15 +29,15 @@ def write(
     kinds: tuple[str, ...] = (".svg", ".png"),
     first: Sequence[Sheet] = (),
 ) -> list[Path]:
-    """Write everything into a folder, which is made if missing, and name what was written.
+    """Write everything into a folder, which is made if missing, and return the paths.
 
     Args:
-        results: what was found.
-        folder: where.
-        name: of the table and the page, without the kind of file.
-        title: of the page.
-        kinds: of picture files; the page shows the first.
-        first: sheets in front of those that the table gives.
+        results: results to write.
+        folder: folder for the files.
+        name: name of the table and the page, without suffix.
+        title: title of the page.
+        kinds: kinds of picture files; the page shows the first kind.
+        first: sheets to show before those of the table.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = results.save(folder / f"{name}.json")
@@ -50,7 +50,7 @@ def write(
 
 
 def _maps(results: Results) -> Iterator[tuple[str, Figure]]:
-    """Draw the statistics of tokens, which are more than the rows of the table."""
+    """Draw the statistics of tokens, which are not all in the table."""
     if not isinstance(results, Evaluation):
         return
     several = len(results.about["models"]) > 1

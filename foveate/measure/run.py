@@ -1,4 +1,4 @@
-"""Evaluate models on a data set: whatever was asked for, in as few passes as it takes."""
+"""Evaluate models on a data set, in as few passes as possible."""
 
 from __future__ import annotations
 
@@ -40,14 +40,13 @@ class Plan:
     Accuracy and multiply-adds are always measured: of every dense model and every method on it.
 
     Attributes:
-        data: as ``foveate.data.open_source`` takes it, data sets of one's own too.
-        split: "train", "val", "test" or "all"; None takes the first that there is of "test", "val"
-            and "all".
-        val_share: share that training held out, for "val" of data that have no such split.
-        split_seed: of that division.
-        methods: to put on the models; see ``variants``. A mapping has them by model.
-        rates: for methods that do not name theirs, and for models that come with one.
-        occlusion: shares of patches to drop from the image; none measures no curve.
+        data: data set, as ``foveate.data.open_source`` takes it; may be your own.
+        split: "train", "val", "test" or "all"; None takes "test", or else "val", or else "all".
+        val_share: share that training held out, for "val" of data without such a split.
+        split_seed: seed that chose the held-out images.
+        methods: methods to put on the models; see ``variants``. A mapping has them by model.
+        rates: rates for methods that name none, and for models that have a method.
+        occlusion: shares of patches to drop from the image; an empty list measures no curve.
         pruning: rates of pruning without training; none does not.
         mask_seeds: how many seeds both have.
         only: models of which occlusion and pruning are measured; None is all.
@@ -107,7 +106,7 @@ class Plan:
 
 @dataclass
 class Evaluation(Results):
-    """What was found, with the statistics of tokens as arrays, by model and method."""
+    """The results, with token statistics as arrays, by model and method."""
 
     tokens: dict[tuple[str, str], TokenStatistics] = field(default_factory=dict)
 
@@ -125,8 +124,8 @@ def evaluate(
         models: plain ViTs or models from ``foveate.apply``, by the names that tables give them;
             they are moved to the plan's device.
         plan: what to do.
-        command: what was typed, for the record.
-        progress: told how far everything is.
+        command: command that was typed, for the record.
+        progress: called with the progress of everything.
     """
     told = progress or (lambda title, done, total: None)
     if plan.calibration:
@@ -164,7 +163,7 @@ def evaluate(
 
 
 def record(plan: Plan) -> dict[str, Any]:
-    """Return the plan as JSON has it, with seeds instead of their number."""
+    """Return the plan as JSON, with the seeds instead of their number."""
     found = {one.name: getattr(plan, one.name) for one in fields(plan)}
     if not isinstance(plan.data, (str, Path)):
         found["data"] = describe(plan.data)
@@ -173,7 +172,7 @@ def record(plan: Plan) -> dict[str, Any]:
 
 
 class _Job:
-    """One model and its way through the plan. What can be wrong is said when it is made."""
+    """One model and its part of the plan. Errors are raised when it is made."""
 
     def __init__(
         self, label: str, model: nn.Module, source: Source, plan: Plan, told: Progress
@@ -207,7 +206,7 @@ class _Job:
         )
 
     def parts(self, tokens: dict[tuple[str, str], TokenStatistics]) -> Iterator[pd.DataFrame]:
-        """Measure everything but speed; statistics of tokens are put down as arrays too."""
+        """Measure everything except speed; token statistics are also kept as arrays."""
         plan = self.plan
         shared: dict[str, Any] = {"classes": self.classes, "precision": plan.precision}
         yield costs(self.variants, self._passes("accuracy"), **shared)
@@ -229,7 +228,7 @@ class _Job:
                 yield found.table()
 
     def images(self, count: int) -> Tensor:
-        """Return the first images as a batch, or all of them where there are fewer."""
+        """Return the first images as a batch, or all of them if there are fewer."""
         read: list[Tensor] = []
         batches = self._passes("reading")()
         for images, _, _ in batches:
@@ -240,7 +239,7 @@ class _Job:
         return torch.cat(read)[:count]
 
     def _passes(self, what: str) -> Callable[[], Iterator[Batch]]:
-        """Return passes over the data as the model takes them, told to ``progress``."""
+        """Return passes over the data as the model takes them, and report to ``progress``."""
 
         def once() -> Iterator[Batch]:
             title, total = f"{self.label}: {what}", len(self.loader)

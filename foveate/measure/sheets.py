@@ -1,4 +1,4 @@
-"""A table in words: sheets for the terminal and for Markdown, each a group-by."""
+"""Sheets for the terminal and for Markdown: parts of the long table, grouped and in words."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Sheet:
     """A table in words.
 
     Attributes:
-        title: above it.
-        table: text in every cell; the names of the columns are the head.
-        words: columns that hold words and stand left; the others hold numbers.
-        notes: sentences below it.
-        spare: columns that a narrow terminal does without, the first one first.
+        title: title above the table.
+        table: text of every cell; the names of the columns are the head.
+        words: columns that hold words, which are aligned left; the others hold numbers.
+        notes: sentences below the table.
+        spare: columns that a narrow terminal leaves out, in this order.
     """
 
     title: str
@@ -58,7 +58,7 @@ def terminal(width: int = 140) -> Console:
 
 
 def show(sheet: Sheet, console: Console) -> None:
-    """Print a sheet: its title, the table, its notes; without spare columns if it is too wide."""
+    """Print a sheet with title and notes; leave spare columns out if it is too wide."""
     from rich.text import Text
 
     found = sheet.table
@@ -216,7 +216,7 @@ def _titled(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def sheets(results: Results, *, blocks: bool = True) -> Iterator[Sheet]:
-    """Return all sheets that the table has numbers for.
+    """Return all sheets for which the table has numbers.
 
     Args:
         results: a table and how it came about.
@@ -240,19 +240,19 @@ def sheets(results: Results, *, blocks: bool = True) -> Iterator[Sheet]:
 
 
 def _subjects(numbers: _Numbers, own: pd.DataFrame, part: str) -> pd.MultiIndex:
-    """Return all that should be in a table, in the order of the comparison."""
+    """Return all subjects that a table should have, in the order of the comparison."""
     there = zip(own["run"], own["method"], strict=True)
     return pd.MultiIndex.from_tuples(dict.fromkeys([*numbers.expected.get(part, {}), *there]))
 
 
 def _filled(table: pd.DataFrame, expected: Mapping[tuple[str, str], int]) -> pd.DataFrame:
-    """Return a table that says "missing" of what a comparison wants, and "-" elsewhere."""
+    """Return a table with "missing" where a comparison expects a number, and "-" elsewhere."""
     absent = [MISSING if subject in expected else "-" for subject in table.index]
     return table.apply(lambda column: column.fillna(pd.Series(absent, table.index)))
 
 
 def _on_images(numbers: _Numbers, part: str) -> str:
-    """Say how many images of which split, for a title; nothing where none were looked at."""
+    """Return the number of images and their split, for a title; "" if there were none."""
     images = select(numbers.table, part=part, metric="images")["value"]
     kind = _SPLITS.get(str(numbers.about.get("settings", {}).get("split")), "")
     counts = " or ".join(f"{count:.0f}" for count in sorted(images.unique()))
@@ -312,8 +312,8 @@ def _notes(numbers: _Numbers, there: set[str]) -> Iterator[str]:
         spread = select(speed, metric="spread")["value"].max()
         yield (
             f"Speed: {rounds:.0f} interleaved rounds{trial}, median ratio with its 95 % interval; "
-            f"a dense model is compared with itself. That strays by up to {spread:.0%}, and less "
-            "is no difference."
+            f"a dense model compared with itself strays by up to {spread:.0%}, so smaller "
+            "differences mean nothing."
         )
 
 

@@ -1,4 +1,4 @@
-"""Speed of several models in one interleaved run, each over its own dense model."""
+"""Time several models, which take turns in one run, and compare each with its own dense model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far each cell is, as its files say: nothing else is kept anywhere."""
+"""Find out how far each cell is, from its files alone."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _MODELS = ("model.start", "teacher", "distill.teacher")  # settings that may nam
 
 @dataclass(frozen=True)
 class State:
-    """How far a cell is.
+    """The progress of a cell.
 
     Attributes:
-        kind: "done", "unfinished", "to do", or "differs" where the folder holds something else.
-        why: in words; "" where there is nothing to add.
+        kind: "done", "unfinished", "to do", or "differs" if the folder holds something else.
+        why: explanation; "" if there is nothing to add.
     """
 
     kind: str
@@ -33,7 +33,7 @@ class State:
 
 
 def states_of(cells: Mapping[str, Cell]) -> dict[str, State]:
-    """Return how far each cell is; what was measured of a model that is gone does not count."""
+    """Return how far each cell is; measurements of a model that is gone do not count."""
     found: dict[str, State] = {}
     for name, cell in cells.items():
         lacking = [one for one in cell.needs if found[one].kind != DONE]
@@ -47,7 +47,7 @@ def states_of(cells: Mapping[str, Cell]) -> dict[str, State]:
 
 
 def refuse(states: Mapping[str, State]) -> None:
-    """Raise for folders that hold the training of another recipe."""
+    """Raise ValueError for folders that hold the training of another recipe."""
     wrong = [f"{name}: {state.why}" for name, state in states.items() if state.kind == DIFFERS]
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
@@ -57,7 +57,7 @@ def refuse(states: Mapping[str, State]) -> None:
 
 
 def fingerprint(model: str) -> str:
-    """Return words that change whenever the weights do, without reading them."""
+    """Return text that changes whenever the weights do, without reading them."""
     path = Path(model)
     if model in SHIPPED:
         return model
@@ -80,7 +80,7 @@ def _trained(cell: Cell) -> State:
         there: Any = config.read(cell.work.recipe_class, path)
     except ValueError as error:
         return State(DIFFERS, str(error))
-    # Both ways through the dataclass: a default that a recipe gained since is no difference.
+    # Read both through the dataclass, so that new settings with defaults do not differ.
     wanted = dict(_leaves(plain(cell.work.settings)))
     found = dict(_leaves(plain(there)))
     for key in _MODELS:
@@ -132,7 +132,7 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _same_model(found: Any, wanted: Any, needs: Sequence[str]) -> bool:
-    """Tell whether two paths are of one model, written absolutely or not."""
+    """Tell whether two paths, absolute or not, mean the same model."""
     if found is None or wanted is None:
         return False
     if Path(found).resolve() == Path(wanted).resolve():

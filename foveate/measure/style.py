@@ -1,4 +1,4 @@
-"""How pictures look: one set of colours, one kind of axes, files that are written whole."""
+"""The style of pictures: colours, axes, and files that are written whole."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["COLOURS", "QUIET", "evenly", "line_look", "new_figure", "save", "ste
 
 
 def evenly(values: Sequence[Any], most: int) -> list[Any]:
-    """Return at most so many values, evenly spaced, with the first and the last."""
+    """Return at most ``most`` values, evenly spaced, with the first and the last."""
     if len(values) <= most:
         return list(values)
     if most == 1:
@@ -27,7 +27,7 @@ def evenly(values: Sequence[Any], most: int) -> list[Any]:
 
 
 def save(figure: Figure, *paths: Path) -> list[Path]:
-    """Write a picture whole, as each of some files: .svg, .png or .pdf; name them."""
+    """Write a picture to each of the files (.svg, .png or .pdf), whole, and return the paths."""
     for path in paths:
         kind = path.suffix.removeprefix(".")
         options: dict[str, Any] = {"metadata": {"Date": None}} if kind == "svg" else {"dpi": 150}
@@ -37,7 +37,7 @@ def save(figure: Figure, *paths: Path) -> list[Path]:
 
 
 def stems(names: Iterable[str]) -> list[str]:
-    """Return names as files may have them, each its own."""
+    """Return distinct names that files may have."""
     found: list[str] = []
     for name in names:
         stem = re.sub(r"[^A-Za-z0-9.=+-]+", "_", name).strip("_")

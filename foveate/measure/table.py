@@ -1,4 +1,4 @@
-"""The long table: every number that is measured is a row of it, whatever measured it.
+"""The long table, in which every measured number is a row.
 
 Columns:
     run: the model, or what a comparison calls it.
@@ -34,14 +34,14 @@ __all__ = [
     *("said", "select"),
 ]
 
-FORMAT = 2  # 1 was JSON alone, of what foveate.evaluate was
+FORMAT = 2  # format 1 was only JSON, by an earlier package foveate.evaluate
 _WORDS = ("run", "part", "method", "metric", "commit", "machine")
 _REAL, _WHOLE = ("rate", "at", "value"), ("seed", "draw")
 COLUMNS = (
     *("run", "part", "method", "rate", "seed", "draw", "at", "metric", "value"),
     *("commit", "machine"),
 )
-# What tells the numbers of a table apart, but for repetitions.
+# The columns that identify a number, apart from repetitions.
 KEYS = ["run", "part", "method", "rate", "at", "metric"]
 MISSING = "missing"
 
@@ -137,12 +137,12 @@ def grid(
 
 
 def formatted(values: pd.Series, form: str) -> pd.Series:
-    """Return numbers in words; what is not there stays NaN."""
+    """Return numbers as text; missing ones stay NaN."""
     return values.map(lambda value: format(value, form), na_action="ignore").astype(object)
 
 
 def said(mean: float, std: float = float("nan"), digits: int = 2) -> str:
-    """Write a mean, and its standard deviation where there is one."""
+    """Return a mean as text, with its standard deviation if there is one."""
     if pd.isna(mean):
         return MISSING
     spread = "" if pd.isna(std) else f" ± {std:.{digits}f}"
@@ -151,18 +151,19 @@ def said(mean: float, std: float = float("nan"), digits: int = 2) -> str:
 
 @dataclass
 class Results:
-    """A table and how it came about.
+    """A table, and how it was made.
 
     Attributes:
-        table: with the columns of this file.
-        about: command, commit, machine and settings; facts of models; whatever else is no number.
+        table: the rows, with the columns of this file.
+        about: command, commit, machine and settings; facts of models; and everything else that is
+            not a number.
     """
 
     table: pd.DataFrame
     about: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: Path) -> list[Path]:
-        """Write the JSON file ``path`` and the CSV file beside it; name both."""
+        """Write the JSON file ``path`` and the CSV file beside it, and return both paths."""
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(".csv")
         # The JSON says how many rows there are and is written last: it stands for a whole table.
@@ -174,7 +175,7 @@ class Results:
 
     @classmethod
     def load(cls, path: Path, program: str = "foveate eval") -> Results:
-        """Read what ``save`` wrote; ``program`` is for the message about other files."""
+        """Read what ``save`` wrote; ``program`` names the writer in the error about other files."""
         about = read_json(path, f"{path} does not exist; expected what {program} wrote")
         wrong = f"{path} is not what {program} writes"
         if not isinstance(about, dict) or not isinstance(about.get("format"), int):

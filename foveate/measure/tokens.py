@@ -1,4 +1,4 @@
-"""What a method does to the tokens of a whole data set: where it keeps, how often it brings back.
+"""Count what a method does to the tokens of a whole data set: which it keeps and brings back.
 
 Everything is read off the records of ``ReducedViT.trace``, one batch after another; no trace is
 kept. A patch is *used* by a block whose feed forward works on the token that carries it.
@@ -31,9 +31,9 @@ class TokenStatistics:
     """Statistics of one model over a data set, as arrays.
 
     Attributes:
-        method: with its options.
-        rate: of the method; None where it has none.
-        stages: blocks that use other patches, or in other groups, than the block before.
+        method: the method, with its options.
+        rate: rate of the method; None if it has none.
+        stages: blocks that use other patches, or other groups of them, than the block before.
         keep: share of images in which a block uses the patch at a position, ``[blocks, H, W]``.
         group: patches that the token stands for which carries a position, a mean over the images in
             which it is used; 1 where nothing merged. ``[blocks, H, W]``.
@@ -57,7 +57,7 @@ class TokenStatistics:
 
     @property
     def images(self) -> int:
-        """Return how many images were looked at."""
+        """Return the number of images."""
         return len(self.tokens)
 
     def table(self) -> pd.DataFrame:
@@ -130,7 +130,7 @@ class _Sums:
         self.tokens: list[Tensor] = []
 
     def add(self, trace: Trace) -> None:
-        """Take one batch in."""
+        """Add one batch."""
         if self.grid not in (None, trace.grid):
             raise ValueError(
                 f"images must all have one size: a grid of {trace.grid} follows one of {self.grid}"
@@ -153,11 +153,11 @@ class _Sums:
         self.sums[name] = self.sums[name] + values if name in self.sums else values
 
     def result(self, model: ReducedViT) -> TokenStatistics:
-        """Return what was gathered; ValueError where nothing was."""
+        """Return the statistics; ValueError if there were no images."""
         if self.grid is None:
             raise ValueError("the data set gave no image, so there are no statistics")
         sums = self.sums
-        # Where a position is never used there is no token to speak of; 1 is what merges nothing.
+        # A position that is never used has no token; 1 means that nothing was merged.
         group = torch.where(sums["used"] > 0, sums["size"] / sums["used"].clamp_min(1), 1.0)
         state = torch.cat([sums["used"], sums["size"]], 1)
         before = torch.full_like(state, self.images)
@@ -177,7 +177,7 @@ class _Sums:
 
 
 def _sizes(state: TokenState) -> Tensor:
-    """Count the patches behind each patch's token, ``[B, patches]``; anything where gone."""
+    """Count the patches of each patch's token, ``[B, patches]``; undefined for gone patches."""
     assert state.source is not None
     return state.layout.rect(state.patch_counts()).gather(1, state.source.clamp_min(0))
 

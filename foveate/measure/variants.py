@@ -1,4 +1,4 @@
-"""What is evaluated of one model: the model as it is, and methods on it at several rates."""
+"""List what to evaluate of one model: the model as it is, and methods on it at several rates."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ DENSE = "dense"
 def variants(
     model: nn.Module, methods: Sequence[str] = (), rates: Sequence[float] = (), *, seed: int = 0
 ) -> dict[str, nn.Module]:
-    """Return everything that is to be evaluated of one model, by name, the dense model first.
+    """Return all variants of one model to evaluate, by name, the dense model first.
 
-    Methods that name their rate are taken as they are, the others at every one of ``rates``. A
-    model from ``foveate.apply`` comes with its own method, and others of the same name take that
-    one's parameters.
+    Methods that name their rate are used as they are, the others at each of ``rates``. A model from
+    ``foveate.apply`` comes with its own method, and others of the same name take that one's
+    parameters.
 
     Args:
         model: a plain model or one from ``foveate.apply``.
-        methods: to put on it.
-        rates: for methods that do not name theirs; none takes a method's default.
-        seed: of parameters that are new.
+        methods: methods to put on it.
+        rates: rates for methods that name none; without rates a method has its default.
+        seed: seed of new parameters.
     """
     found: dict[str, nn.Module] = {DENSE: model}
     with torch.random.fork_rng(devices=[]):
@@ -48,7 +48,7 @@ def variants(
 
 
 def fresh(given: nn.Module, variant: nn.Module) -> bool:
-    """Tell whether a method's parameters were made just now, so that nobody has trained them."""
+    """Tell whether a method's parameters are new and untrained."""
     if isinstance(given, ReducedViT) or not isinstance(variant, ReducedViT):
         return False
     return next(variant.reducer.parameters(), None) is not None

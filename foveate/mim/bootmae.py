@@ -1,9 +1,9 @@
 """BootMAE: MAE that predicts pixels and, beside them, the features of its own slow copy.
 
 Dong et al., "Bootstrapped Masked Autoencoders for Vision BERT Pretraining", ECCV 2022. The encoder
-computes visible patches alone. Two regressors fill in the hidden ones, and look at what the encoder
-knew: that of pixels at its shallow tokens, that of features at its deep ones, so that the encoder
-need not carry either in its output. The slow copy sees the whole image.
+computes visible patches alone. Two regressors predict the hidden ones and also attend to the
+encoder: the pixel regressor to its first tokens, the feature regressor to its last ones, so that
+its output need not carry either. The slow copy sees the whole image.
 
 Different from the release: the random shift of its patch order, by which up to three patches of a
 block become visible, is left out; the pixel regressor has heads 32 wide (the release has 12 of 42,
@@ -37,7 +37,7 @@ _SECOND, _THIRD, _GROWN = 1 / 8, 1 / 2, 1 / 4
 
 
 class _Attention(nn.Module):
-    """Multi-head attention to a context; a bias of keys would change nothing, and there is none."""
+    """Multi-head attention to a context, without a bias of keys, which would change nothing."""
 
     def __init__(self, width: int, context: int, heads: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class _Attention(nn.Module):
 
 
 class _Block(nn.Module):
-    """Attention among the tokens, then to the encoder's, then a feed forward."""
+    """Attention among the tokens, then to the encoder's tokens, then a feed forward."""
 
     def __init__(self, width: int, context: int, heads: int) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class _Block(nn.Module):
 
 
 class Regressor(Decoder):
-    """A decoder that also attends to a layer of the encoder; hidden tokens alone get positions."""
+    """A decoder that also attends to a layer of the encoder; only hidden tokens get positions."""
 
     def __init__(
         self, encoder_width: int, width: int, depth: int, heads: int, *others: Any
@@ -106,10 +106,10 @@ class BootMAE(VisibleEncoder, TaughtModel):
 
     Args:
         vit: the encoder, with absolute positions and at least two blocks.
-        decoder_width: of the pixel regressor's tokens; those of features are the encoder's width.
-        decoder_depth: blocks of each regressor.
-        decoder_heads: of the pixel regressor; None has heads 32 wide.
-        feature_heads: of the feature regressor; None has as many as the encoder.
+        decoder_width: width of the pixel regressor's tokens; features have the encoder's width.
+        decoder_depth: number of blocks of each regressor.
+        decoder_heads: number of heads of the pixel regressor; None has heads 32 wide.
+        feature_heads: number of heads of the feature regressor; None has as many as the encoder.
         momentum: of the teacher at the start, after an eighth of the run and from its half on,
             linear in between; ViT-L ends with 0.9999.
         learned_positions: train the encoder's positions; the paper's are sines and cosines.
@@ -187,7 +187,7 @@ class BootMAE(VisibleEncoder, TaughtModel):
         return x[:, self.backbone.spec.prefix :]
 
     def momentum_at(self, progress: float, epochs: int) -> float:
-        """Return one value an epoch, as in the release, which has knots at 100 and 400 of 800."""
+        """Return one value for each epoch, as in the release, with knots at 100 and 400 of 800."""
         share = _epoch(progress, epochs) / epochs
         first, second, third = self.momentum
         if share < _SECOND:
@@ -195,11 +195,11 @@ class BootMAE(VisibleEncoder, TaughtModel):
         return second + min(1.0, (share - _SECOND) / (_THIRD - _SECOND)) * (third - second)
 
     def weights_at(self, progress: float, epochs: int) -> dict[str, float]:
-        """Weigh features more from epoch to epoch, until a quarter of the run is done."""
+        """Increase the weight of features from epoch to epoch, over a quarter of the run."""
         return {"feature": min(1.0, (_epoch(progress, epochs) + 1) / epochs / _GROWN)}
 
     def slow_copy(self) -> TaughtModel:
-        """Copy the encoder alone."""
+        """Copy only the encoder."""
         copied = super().slow_copy()
         del copied.pixel, copied.feature
         return copied
@@ -212,16 +212,16 @@ class BootMAE(VisibleEncoder, TaughtModel):
 
 
 def emphasis(hidden: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return the weight of each patch ``[B, N]``: 0 if it is seen, up to 2 amid hidden ones.
+    """Return the weight of each patch ``[B, N]``: 0 if visible, up to 2 among hidden ones.
 
-    The mean over a patch and its neighbours counts places beyond the border as seen.
+    The mean over a patch and its neighbours counts places outside the image as visible.
     """
     mask = hidden.float().view(-1, 1, *grid)
     return (mask + mask * F.avg_pool2d(mask, 3, stride=1, padding=1)).flatten(1)
 
 
 def _statistics(patches: Tensor, channels: int) -> tuple[Tensor, Tensor]:
-    """Return mean and spread of each channel of a patch, as wide as the patches; not MAE's."""
+    """Return mean and spread of each channel of a patch, expanded to the patches (unlike MAE)."""
     split = patches.unflatten(-1, (-1, channels))
     mean = split.mean(-2, keepdim=True)
     spread = (split.var(-2, unbiased=False, keepdim=True) + _EPS).sqrt()
@@ -233,5 +233,5 @@ def _plain(features: Tensor) -> Tensor:
 
 
 def _epoch(progress: float, epochs: int) -> int:
-    """Return the epoch, from 0, that a share of the run lies in, forgiving float error."""
+    """Return the epoch, from 0, of a share of the run, tolerating rounding errors."""
     return min(int(progress * epochs + 1e-6), epochs - 1)

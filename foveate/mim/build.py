@@ -1,4 +1,4 @@
-"""From a recipe to a method on its ViT; all that can be wrong is said here."""
+"""Make a method on its ViT from a recipe, and refuse what does not fit."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ __all__ = ["build", "make_masked_model", "open_watched"]
 
 
 def make_masked_model(recipe: Pretrain) -> MaskedImageModel:
-    """Make the method on a ViT without a head: with new weights, or those it starts from.
+    """Make the method on a ViT without a head, with new weights or those of a start.
 
-    What an earlier run or ``foveate convert --pretraining`` wrote brings the method's own weights
-    too; any other start is a ViT alone, and decoder or head begin anew.
+    Files of an earlier run or of ``foveate convert --pretraining`` bring the method's own weights
+    too; any other start is only a ViT, and decoder or head get new weights.
     """
     start = recipe.model.start
     path = _both(Path(start)) if isinstance(start, str) else None
@@ -64,7 +64,7 @@ def _both(path: Path) -> Path | None:
 
 
 def build(recipe: Pretrain) -> tuple[PretrainTask, Splits]:
-    """Make the task and open its images; labels are not asked for."""
+    """Make the task and open its images, which need no labels."""
     splits = open_data(recipe.data, labels=False)
     model = make_masked_model(recipe)
     if recipe.loop.eval_mode and isinstance(model, TaughtModel) and model.teacher_trains:

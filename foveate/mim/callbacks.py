@@ -1,4 +1,4 @@
-"""What is watched during pre-training: a progress curve, layers, pictures, snapshots."""
+"""Callbacks of pre-training: progress curve, layers, pictures, snapshots."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def own_callbacks(recipe: Pretrain, task: Task, loaders: Loaders, out: Path) -> 
 
 
 class _AtEpochs(Callback):
-    """Does something on the first process after some epochs, with the model in eval mode.
+    """Do something on the first process after some epochs, with the model in eval mode.
 
-    The other processes wait in a group of their own, which has the patience for it: where they
-    would wait for gradients, a reading of an hour would be taken for a dead process.
+    The other processes wait in a group of their own with a long timeout. Waiting for gradients
+    instead would time out during a probe of an hour.
     """
 
     every: int | None = None
@@ -70,7 +70,7 @@ class _AtEpochs(Callback):
             self._patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
     def due(self, epoch: int, over: bool) -> bool:
-        """Tell whether it is time: every so many epochs, and where the run is ``over``."""
+        """Tell whether to act: every few epochs, and when the run is ``over``."""
         assert self.every is not None
         return over or epoch % self.every == 0
 
@@ -79,7 +79,7 @@ class _AtEpochs(Callback):
         raise NotImplementedError
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Act if it is time, and let the others wait."""
+        """Act if it is due, while the other processes wait."""
         assert isinstance(module, Module)
         epoch = trainer.current_epoch + 1
         over = trainer.global_step in (module.updates, trainer.max_steps)
@@ -95,10 +95,10 @@ class _AtEpochs(Callback):
 
     @staticmethod
     def log_now(module: Module, found: dict[str, float]) -> None:
-        """Write into the log of the run, at the epoch that has just ended.
+        """Write into the log of the run, for the epoch that has just ended.
 
-        Lightning would write them after the epoch's checkpoint, and a run that is killed in between
-        would go on without them.
+        Lightning would write them after the epoch's checkpoint; a run killed in between would lose
+        them.
         """
         trainer = module.trainer
         for logger in trainer.loggers:
@@ -107,14 +107,14 @@ class _AtEpochs(Callback):
 
 
 class ProgressCurve(_AtEpochs):
-    """Logs "probe/knn" and "probe/linear", per cent of a labelled set's evaluation images."""
+    """Log "probe/knn" and "probe/linear", in per cent of a labelled set's evaluation images."""
 
     def __init__(self, recipe: Pretrain, watched: Watched) -> None:
         self.every = recipe.probe.every
         self.reading, self.watched = recipe.probe, watched
 
     def act(self, module: Module, model: MaskedImageModel, epoch: int) -> None:
-        """Take features and read them."""
+        """Take features and measure them."""
         scores, _ = read(model.vit, self.watched, self.reading, module.device)
         found = {f"probe/{name}": score for name, score in scores.items()}
         module.watched = found
@@ -122,7 +122,7 @@ class ProgressCurve(_AtEpochs):
 
 
 class LayerLog(_AtEpochs):
-    """Logs heterogeneity and the visible tokens' cosine of every layer, and raises the alarm."""
+    """Log heterogeneity and the visible tokens' cosine of every layer, and raise the alarm."""
 
     def __init__(self, recipe: Pretrain, task: PretrainTask, source: Source) -> None:
         self.every, self.masking = recipe.layers_every, task.masking
@@ -156,7 +156,7 @@ class LayerLog(_AtEpochs):
 
 
 class Reconstructions(_AtEpochs):
-    """Draws what the model makes of hidden patches."""
+    """Draw what the model predicts of hidden patches."""
 
     def __init__(self, recipe: Pretrain, task: PretrainTask, source: Source, folder: Path) -> None:
         self.every, self.masking = recipe.loop.pictures_every, task.masking
@@ -164,7 +164,7 @@ class Reconstructions(_AtEpochs):
         self.mean, self.std, self.folder = task.inputs.mean, task.inputs.std, folder
 
     def act(self, module: Module, model: MaskedImageModel, epoch: int) -> None:
-        """Write one file an epoch."""
+        """Write one file for each epoch."""
         images: Tensor = self.images.to(module.device)
         mask = fixed_mask(model, images, self.masking)
         drawn: Any = picture(model, images, mask, self.mean, self.std)
@@ -174,7 +174,7 @@ class Reconstructions(_AtEpochs):
 
 
 class Snapshots(_AtEpochs):
-    """Keeps the weights after some epochs of the one schedule, for RAUC and for comparison."""
+    """Keep the weights after some epochs of one schedule, for RAUC and for comparison."""
 
     def __init__(self, recipe: Pretrain, folder: Path) -> None:
         self.recipe, self.folder = recipe, folder
@@ -184,18 +184,18 @@ class Snapshots(_AtEpochs):
         return self.recipe.kept(epoch)
 
     def act(self, module: Module, model: MaskedImageModel, epoch: int) -> None:
-        """Write backbone and the rest; an epoch that loop.max_steps cuts short is none."""
+        """Write backbone and the rest, unless loop.max_steps cut the epoch short."""
         if module.trainer.global_step * self.recipe.loop.epochs == module.updates * epoch:
             save_model(model, self.folder / f"epoch-{epoch:04d}.safetensors")
 
 
 class TeacherFile(Callback):
-    """Writes a teacher's ViT beside what is exported: some authors fine-tune that one."""
+    """Write a teacher's ViT beside the exported one, because some authors fine-tune it."""
 
     def __init__(self, teacher: MaskedImageModel, path: Path) -> None:
         self.teacher, self.path = teacher, path
 
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Save as the run ends, also where it was resumed after its last update."""
+        """Save as the run ends, also if it was resumed after its last update."""
         if trainer.is_global_zero:
             save_vit(self.teacher, self.path)

@@ -33,7 +33,7 @@ __all__ = ["ConMIM"]
 
 @register("conmim")
 class ConMIM(TokenEncoder, TaughtModel):
-    """Mask tokens in the encoder, and a contrast between the patches of one image.
+    """An encoder with mask tokens, and a contrast between the patches of one image.
 
     Args:
         vit: the encoder.
@@ -61,7 +61,7 @@ class ConMIM(TokenEncoder, TaughtModel):
         super().__init__(vit)
         for name, value in (("projector_width", projector_width), ("projector_out", projector_out)):
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
         check_momentum(momentum)
@@ -113,7 +113,7 @@ class ConMIM(TokenEncoder, TaughtModel):
         return 1 - (1 - self.momentum) * (1 + math.cos(math.pi * progress)) / 2
 
     def view(self) -> Callable[[Tensor], Tensor]:
-        """Return a change to other colours, and now and then to grey, blurred or solarised ones."""
+        """Return a random change of colours, with occasional grey, blur or solarisation."""
         jitter = v2.ColorJitter(0.4, 0.4, 0.2, 0.1)
         return v2.Compose(
             [
@@ -131,9 +131,9 @@ class ConMIM(TokenEncoder, TaughtModel):
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Batch norm over the rows of all processes, of which each has as many.
+    """Batch norm over the rows of all processes, which have equally many.
 
-    torch's own ``SyncBatchNorm`` is for GPUs alone.
+    torch's own ``SyncBatchNorm`` works only on GPUs.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The two ways in which methods hide patches from the encoder: left out, or replaced by a token."""
+"""The two ways to hide patches from the encoder: leave them out, or replace them by a token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STD = 0.02
 
 
 class VisibleEncoder(MaskedImageModel):
-    """The encoder computes visible patches alone, which needs absolute positions.
+    """An encoder that computes only visible patches, which needs absolute positions.
 
     Args:
         vit: the encoder.
@@ -64,7 +64,7 @@ class VisibleEncoder(MaskedImageModel):
 
 
 class TokenEncoder(MaskedImageModel):
-    """The encoder computes all patches, and sees a learned token in place of each hidden one.
+    """An encoder that computes all patches, with a learned token in place of each hidden one.
 
     Args:
         vit: timm's ``Beit`` with a shared relative position bias, as in the releases, or a
@@ -98,7 +98,7 @@ class TokenEncoder(MaskedImageModel):
         return backbone.norm(x), (kept,) if states else ()
 
     def initialise(self) -> None:
-        """Draw truncated normals of spread 0.02; what blocks add to the stream shrinks with depth.
+        """Draw truncated normals of spread 0.02; outputs of blocks are scaled down with depth.
 
         ``nn.Linear`` layers beside the ViT are drawn in the same way.
         """

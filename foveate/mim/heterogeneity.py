@@ -1,9 +1,9 @@
-"""How hidden tokens relate to visible ones: affinities, their entropy, and signs of collapse.
+"""Measure how hidden tokens relate to visible ones: affinities, their entropy, signs of collapse.
 
-Heterogeneity (MTO, equation 2) is the entropy of a hidden token's softmax over its similarities
-to the visible tokens: high where it looks at all of them alike, low where it has found its own.
-What the numbers say depends on the similarity: with raw dot products they sink with depth in an
-untrained network already, because norms grow.
+Heterogeneity (MTO, equation 2) is the entropy of a hidden token's softmax over its similarities to
+the visible tokens: high if it resembles all of them equally, low if it resembles a few. The numbers
+depend on the similarity: with raw dot products they fall with depth even in an untrained network,
+because norms grow.
 
 All is computed in float32, also under autocast, where residual streams have that precision anyway.
 """
@@ -29,13 +29,13 @@ _TINY = 1e-6
 
 @dataclass(frozen=True)
 class Similarity:
-    """How alike two tokens are.
+    """A measure of how similar two tokens are.
 
     Attributes:
         kind: "cosine" over ``temperature``; "layernorm": dot product of normalised tokens over the
             root of the width; "scaled": dot product over that root; "raw": dot product, as printed
             in the paper.
-        temperature: of cosines.
+        temperature: number that divides cosines.
     """
 
     kind: str = "cosine"
@@ -72,7 +72,7 @@ def heterogeneity(
     alike: bool = False,
     detach_visible: bool = False,
 ) -> Tensor:
-    """Return the entropy of hidden tokens over visible ones, mean over an image's, ``[B]``.
+    """Return the entropy of hidden tokens over visible ones, a mean for each image, ``[B]``.
 
     Args:
         tokens: ``[B, N, C]`` in raster order.
@@ -96,7 +96,7 @@ def heterogeneity(
 def _ragged(
     tokens: Tensor, mask: Mask, similarity: Similarity, normalise: bool, detach_visible: bool
 ) -> Tensor:
-    """Compute all rows and columns, where images differ in how many are hidden."""
+    """Compute all rows and columns, for images with different numbers of hidden patches."""
     hidden = mask.hidden
     logits = similarity(tokens, tokens.detach() if detach_visible else tokens)
     each = entropy(logits.masked_fill(hidden[:, None, :], float("-inf")))

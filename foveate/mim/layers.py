@@ -1,4 +1,4 @@
-"""Layer by layer: heterogeneity of hidden tokens, affinity maps, and the alarm for collapse."""
+"""Measure layers: heterogeneity of hidden tokens, affinity maps, and the alarm for collapse."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ROUNDING = 1e-4  # how far the same tokens' cosine may sink from one measuremen
 
 @dataclass
 class Layers:
-    """What was measured of a network's layers, means over images; index 0 is before the first.
+    """Measurements of a network's layers, means over images; index 0 is before the first layer.
 
     Attributes:
         heterogeneity: normalised to [0, 1]; the first of tokens before positions were added.
@@ -43,7 +43,7 @@ class Layers:
 def collapsing(cosine: float, before: float | None) -> bool:
     """Tell whether visible tokens are nearly the same, and not getting more different.
 
-    A young encoder tells patches hardly apart: above the limit, and sinking, is how all begin.
+    Early in training patches resemble each other, so a value above the limit that falls is normal.
     """
     return cosine > ALARM and (before is None or cosine >= before - _ROUNDING)
 
@@ -57,7 +57,7 @@ def measure_layers(
     *,
     normalise: bool = True,
 ) -> list[Layers]:
-    """Measure every network in which hidden and visible tokens meet: heterogeneity, collapse."""
+    """Measure heterogeneity and collapse of every network with hidden and visible tokens."""
     found = []
     for network in model(images, mask, states=True).states:
         levels, cosines = measure_images(network, mask, similarity, normalise=normalise)
@@ -66,7 +66,7 @@ def measure_layers(
 
 
 def tokens_of(network: States) -> Sequence[Tensor]:
-    """Return what is measured: tokens before positions were added, then after every block."""
+    """Return the tokens to measure: before positions were added, then after every block."""
     return (network.initial, *network.tokens[1:])
 
 

@@ -1,4 +1,4 @@
-"""MAE: the encoder computes visible patches alone, a light decoder fills in the hidden ones.
+"""MAE: the encoder computes only visible patches, a light decoder predicts the hidden ones.
 
 He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022.
 """
@@ -22,14 +22,14 @@ __all__ = ["Decoder", "Mae", "checked_heads"]
 
 
 class Decoder(nn.Module):
-    """Visible tokens, a learned token for every hidden one, positions, a few blocks.
+    """A decoder: visible tokens, a learned token for every hidden one, positions, a few blocks.
 
     Args:
-        encoder_width: of the tokens that come in.
-        width: of its own tokens.
-        depth: blocks.
-        heads: of attention.
-        values: that are predicted of a patch.
+        encoder_width: width of the tokens that come in.
+        width: width of its own tokens.
+        depth: number of blocks.
+        heads: number of attention heads.
+        values: number of values to predict for a patch.
         grid: patch rows and columns of the images it is usually given.
         prefix: tokens in front of the patches.
     """
@@ -73,7 +73,7 @@ class Decoder(nn.Module):
         return self.through(x, patches, states=states, checkpointing=checkpointing)
 
     def laid_out(self, encoded: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
-        """Return prefix tokens, and patches in raster order, of which the hidden ones are alike."""
+        """Return prefix tokens, and patches in raster order; all hidden ones are the same."""
         x = self.embed(encoded)
         front, seen = x[:, : self.prefix], x[:, self.prefix :]
         assert mask.visible is not None
@@ -89,7 +89,7 @@ class Decoder(nn.Module):
     def through(
         self, x: Tensor, initial: Tensor, *context: Tensor, states: bool, checkpointing: bool
     ) -> tuple[Tensor, tuple[States, ...]]:
-        """Run the blocks, which may look at a context too, and predict."""
+        """Run the blocks, which may also attend to a context, and predict."""
         layers = [x]
         for block in self.blocks:
             if checkpointing and torch.is_grad_enabled():
@@ -107,9 +107,9 @@ class Mae(VisibleEncoder):
 
     Args:
         vit: the encoder, with absolute positions.
-        decoder_width: of the decoder's tokens.
-        decoder_depth: blocks of the decoder.
-        decoder_heads: None has heads 32 wide.
+        decoder_width: width of the decoder's tokens.
+        decoder_depth: number of blocks of the decoder.
+        decoder_heads: number of heads of the decoder; None has heads 32 wide.
         norm_pix: predict patches normalised one by one, which makes better features.
         learned_positions: train the encoder's positions; MAE's are sines and cosines, and stay.
     """
@@ -179,7 +179,7 @@ def checked_heads(width: int, depth: int, heads: int | None) -> int:
     heads = max(1, width // 32) if heads is None and isinstance(width, int) else heads
     for name, value in (("width", width), ("depth", depth), ("heads", heads)):
         if not isinstance(value, int) or value < 1:
-            raise ValueError(f"decoder_{name} must be at least 1, got {value}")
+            raise ValueError(f"decoder_{name} must be a whole number from 1, got {value!r}")
     if width % 4:
         raise ValueError(f"decoder_width={width} must be a multiple of 4, for its positions")
     assert heads is not None

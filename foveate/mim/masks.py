@@ -1,4 +1,4 @@
-"""Which patches a model does not see: masks of three kinds, drawn on the device.
+"""Masks of three kinds, drawn on the device, which hide patches from a model.
 
 1 or True means hidden, here and everywhere in pre-training.
 """
@@ -53,20 +53,20 @@ class Mask:
 
     @classmethod
     def even(cls, hidden: Tensor, count: int) -> Mask:
-        """Make a mask that hides so many patches in every image; that is not checked."""
+        """Make a mask that hides ``count`` patches in every image, which is not checked."""
         order = torch.argsort(hidden.to(torch.uint8), dim=1, stable=True)
         seen = hidden.shape[1] - count
         return cls(hidden, order[:, :seen], order[:, seen:])
 
     def repeated(self, times: int) -> Mask:
-        """Return the mask of a batch that holds the images so many times, one after another."""
+        """Return the mask of a batch that repeats the images ``times`` times, one after another."""
         parts = (self.visible, self.masked)
         again = (part if part is None else part.repeat(times, 1) for part in parts)
         return Mask(self.hidden.repeat(times, 1), *again)
 
     @classmethod
     def from_noise(cls, noise: Tensor, count: int) -> Mask:
-        """Hide the patches with the most noise, so many in each image of ``[B, N]``."""
+        """Hide the ``count`` patches with the most noise in each image of ``[B, N]``."""
         order = noise.argsort(1)
         seen = noise.shape[1] - count
         hidden = torch.ones_like(noise, dtype=torch.bool)
@@ -79,12 +79,12 @@ class Hiding:
     """How patches are hidden.
 
     Attributes:
-        kind: "random" patches, random square "unit"s of several patches, or "block": BEiT's
-            rectangles, placed until the share is reached.
-        ratio: share of the patches that is hidden; None is the method's own.
+        kind: "random" hides single patches, "unit" random squares of several patches, and "block"
+            rectangles as BEiT does, until the ratio is reached. None uses the method's own kind.
+        ratio: share of the patches to hide; None uses the method's own.
         unit: side of a "unit" in pixels.
-        blocks: share of the hidden patches that lie in rectangles, for "block"; the others are
-            hidden one by one. None is the method's own.
+        blocks: for "block", share of the hidden patches that lie in rectangles; the others are
+            hidden one by one. None uses the method's own.
     """
 
     kind: str | None = None
@@ -105,7 +105,7 @@ class Hiding:
             raise ValueError(f"mask.blocks must lie in (0, 1], got {self.blocks}")
 
     def filled(self, own: Hiding) -> Hiding:
-        """Return the same with a method's own choices where none were made."""
+        """Return the settings, with a method's own values for those not given."""
         kind = self.kind or own.kind
         return Hiding(
             kind=kind,

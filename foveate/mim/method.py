@@ -1,4 +1,4 @@
-"""What every method of masked image modelling is: a ViT, what is added to it, and what it exposes.
+"""The base of every method of masked image modelling: a ViT, its additions, and its interface.
 
 A method is one file: a subclass that is registered by name. Options are the keyword arguments of
 its constructor.
@@ -26,7 +26,7 @@ _M = TypeVar("_M", bound="type[MaskedImageModel]")
 
 @dataclass(eq=False)
 class States:
-    """Patch tokens of one network, layer by layer, with hidden and visible ones side by side.
+    """Patch tokens of one network, layer by layer, hidden and visible ones together.
 
     Attributes:
         tokens: ``[B, N, C]`` before the first block and after every block, in raster order, without
@@ -40,13 +40,13 @@ class States:
 
 @dataclass(eq=False)
 class Prediction:
-    """What a method makes of a batch.
+    """The prediction of a method for a batch.
 
     Attributes:
-        losses: by name, means over what is compared.
+        losses: losses by name, means over what they compare.
         patches: the prediction for every patch, ``[B, N, values]``, in units of the target.
-        mask: what was hidden.
-        states: of each network in which hidden and visible tokens meet; empty if not asked for.
+        mask: the hidden patches.
+        states: tokens of each network that has hidden and visible tokens; empty if not asked for.
     """
 
     losses: dict[str, Tensor]
@@ -59,11 +59,11 @@ class MaskedImageModel(nn.Module):
     """Base of the methods.
 
     Attributes:
-        name: in recipes.
-        paper: where it is from.
+        name: name in recipes.
+        paper: reference to the paper.
         hiding: how the paper hides patches.
         fewest_hidden: patches that must be hidden in an image for there to be a loss.
-        vit: the model that is pre-trained; the only thing that is left in the end.
+        vit: the model that is pre-trained, and the only part that is kept at the end.
         options: what ``make_method`` made it with, defaults included, to make it again; None if it
             was constructed in another way.
     """

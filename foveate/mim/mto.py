@@ -65,7 +65,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(kw_only=True)
 class Mto:
-    """Choices of masked token optimisation; what is not given is the preset's.
+    """Masked token optimisation, off unless a setting of it is given; the preset gives the others.
 
     Attributes:
         preset: "default", or "paper" for the formulas as they are printed.
@@ -74,22 +74,22 @@ class Mto:
         r: weight of the loss that ranks heterogeneity from layer to layer.
         ramp: share of the run over which the weights grow from 0.
         similarity: how tokens are compared: "cosine", "layernorm", "scaled" or "raw".
-        temperature: number that divides cosines before the softmax; the lower it is, the more near
-            tokens count.
+        temperature: number that divides cosines before the softmax; the lower it is, the more
+            the most similar tokens count.
         initial: tokens that count as layer 0: "pre_pos", before positions are added, or "post_pos".
-        normalise: divide entropies by the largest value that they can have.
+        normalise: divide entropies by their largest possible value.
         reduction: "mean" or "sum" over visible tokens ("spa") and over layers ("r").
         include_self: let a visible token's similarity to itself count in "spa".
-        direction: "decreasing" asks for heterogeneity that sinks with depth, as the paper's text
-            and figures say; "as_printed" is its formula, which asks for the contrary.
+        direction: "decreasing" makes heterogeneity fall with depth, as the paper's text and
+            figures say; "as_printed" is its formula, which does the opposite.
         eps: small number that is added to the heterogeneity that the loss "e" divides by.
-        form: what the loss "spa" measures: the "entropy" of a visible token's row, or the "mass"
-            that it leaves to visible tokens, which says the aim directly and is not in the paper.
-        margin: amount by which heterogeneity has to sink from layer to layer.
-        layers: layers to compare: one number for every so many, beginning before the first, or a
-            list of them.
-        detach_visible: let the gradient of heterogeneity reach hidden tokens alone.
-        detach_prev: let the gradient of the ranking reach the later layer of each pair alone.
+        form: what the loss "spa" measures: the "entropy" of a visible token's attention, or the
+            "mass" of it that stays on visible tokens, which is more direct and not in the paper.
+        margin: amount by which heterogeneity has to fall from layer to layer.
+        layers: layers to compare: a number N takes every Nth, from before the first block on; a
+            list takes those in it.
+        detach_visible: let the gradient of heterogeneity reach only hidden tokens.
+        detach_prev: let the gradient of the ranking reach only the later layer of each pair.
     """
 
     preset: str = "default"
@@ -147,7 +147,7 @@ class Mto:
         return any(self.weights.values())
 
     def weights_at(self, progress: float) -> dict[str, float]:
-        """Return the weights when so much of the run, 0 to 1, is done."""
+        """Return the weights at a progress of the run from 0 to 1."""
         assert self.ramp is not None
         grown = min(1.0, progress / self.ramp) if self.ramp else 1.0
         return {name: grown * weight for name, weight in self.weights.items()}
@@ -162,7 +162,7 @@ class Mto:
         return sorted(set(self.layers))
 
     def check_depth(self, depth: int) -> None:
-        """Refuse what leaves nothing to rank, and warn of a network that leaves a single pair."""
+        """Refuse a depth without layers to rank, and warn if there is only a single pair."""
         if not self.r:
             return
         chosen = self.chosen(depth)
@@ -183,13 +183,13 @@ class Mto:
 def mto_losses(states: Sequence[States], mask: Mask, choices: Mto) -> dict[str, Tensor]:
     """Compute the losses that have a weight, means over networks: "mto_spa", "mto_e", "mto_r".
 
-    Activations are not kept for the backward pass but computed again there, image-sized maps of
-    every layer being what would cost memory.
+    Activations are recomputed in the backward pass, because maps of every layer would need much
+    memory.
 
     Args:
-        states: of each network in which hidden and visible tokens meet.
-        mask: what was hidden.
-        choices: of the formulas.
+        states: tokens of each network that has hidden and visible tokens.
+        mask: the hidden patches.
+        choices: the options of MTO.
     """
     found: dict[str, list[Tensor]] = {
         name: [] for name, weight in choices.weights.items() if weight
@@ -245,7 +245,7 @@ def _network_losses(network: States, mask: Mask, choices: Mto) -> dict[str, Tens
 
 
 def _separation(tokens: Tensor, mask: Mask, kind: Similarity, choices: Mto) -> Tensor:
-    """Return the entropy of visible tokens' rows, or the share that they leave to hidden ones."""
+    """Return the entropy of visible tokens' rows, or minus the log of their visible share."""
     with torch.autocast(tokens.device.type, enabled=False):
         count = tokens.shape[1]
         if mask.visible is None:
@@ -287,7 +287,7 @@ def _over_images(values: Tensor, mask: Mask) -> Tensor:
 
 
 def _again(function: Callable[..., Tensor], *tokens: Tensor) -> Tensor:
-    """Compute, and once more in the backward pass instead of keeping what it needs."""
+    """Compute, and recompute in the backward pass instead of keeping activations."""
     if not (torch.is_grad_enabled() and any(one.requires_grad for one in tokens)):
         return function(*tokens)
     return checkpoint(function, *tokens, use_reentrant=False, preserve_rng_state=False)

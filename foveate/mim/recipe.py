@@ -1,4 +1,4 @@
-"""The recipe of pre-training: what fine-tuning's recipes have, masks, MTO, and what is watched."""
+"""The recipe of pre-training: the parts of other recipes, masks, MTO, and measurements."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["Pretrain", "Watch"]
 
 @dataclass(kw_only=True)
 class Watch(Reading):
-    """Frozen features read every so many epochs: how good the backbone is by now.
+    """Frozen features that are measured every few epochs, to show how good the backbone is.
 
     Attributes:
         data: labelled data set to read, in the form of data.train; None reads none.
-        every: number of epochs from one reading to the next; the end is always read.
+        every: number of epochs from one reading to the next; the last epoch is always read.
         limit: number of training images whose features are taken; None takes all.
         val_limit: number of validation images whose features are taken; None takes all.
         image_batch: number of images in one step of the backbone.
@@ -39,17 +39,17 @@ class Watch(Reading):
 
 @dataclass(kw_only=True)
 class Pretrain(Recipe):
-    """Masked image modelling.
+    """Pre-training by masked image modelling.
 
     Attributes:
-        model: which ViT, and from where.
+        model: the ViT to train, and its first weights.
         method: "mae", "simmim", "bootmae" or "conmim".
-        options: what the method is made with, such as decoder_depth.
-        mask: what is hidden; kind and ratio are the method's own if not given.
-        mto: masked token optimisation; None is without it.
+        options: options of the method, such as options.decoder_depth=4.
+        mask: which patches are hidden.
+        mto: masked token optimisation; None turns it off.
         probe: the progress curve.
-        snapshots: epochs after which the weights are kept: one number for every so many epochs, or
-            a list of epochs.
+        snapshots: epochs whose weights are kept: a number N keeps those of every Nth epoch, a list
+            those of its epochs.
         layers_every: number of epochs between measurements of heterogeneity, layer by layer; None
             measures none.
     """
@@ -81,7 +81,7 @@ class Pretrain(Recipe):
             )
 
     def kept(self, epoch: int) -> bool:
-        """Tell whether the weights after so many epochs are kept."""
+        """Tell whether the weights after ``epoch`` epochs are kept."""
         if isinstance(self.snapshots, int):
             return epoch % self.snapshots == 0
         return epoch in self.snapshots

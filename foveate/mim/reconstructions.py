@@ -1,4 +1,4 @@
-"""Pictures of what a model makes of hidden patches: what it saw, what it predicts, the original."""
+"""Draw what a model predicts of hidden patches: visible patches, prediction, original."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ _TITLES = ("seen", "predicted", "both", "original")
 def some_images(inputs: Inputs, source: Source, number: int) -> tuple[Tensor, list[str]]:
     """Return some readable images, evenly spread, as evaluation sees them.
 
-    They are normalised, ``[n, C, H, W]``; and what was wrong with images that others stand in for.
+    They are normalised, ``[n, C, H, W]``. The second value has the errors of images that were
+    replaced by others.
     """
     transform = inputs.transform()
     rows: list[Tensor] = []
@@ -56,7 +57,7 @@ def picture(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Image.Image:
-    """Draw a row for each image: what was seen, the prediction, both together, the original."""
+    """Draw a row for each image: visible patches, the prediction, both together, the original."""
     backbone = model.backbone
     rows, columns = backbone.grid_of(images)
     painted = model.painted(images, model(images, mask)).cpu()

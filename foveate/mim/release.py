@@ -1,4 +1,4 @@
-"""Checkpoints of pre-training that authors released, with all that was pre-trained."""
+"""Open pre-training checkpoints that authors released, with decoder, head or projector."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _mae(tensors: Tensors) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _simmim(tensors: Tensors) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Turn its convolution and pixel shuffle into a linear layer, whose outputs stand otherwise."""
+    """Turn its convolution and pixel shuffle into a linear layer with reordered outputs."""
     weight, bias = tensors["decoder.0.weight"][:, :, 0, 0], tensors["decoder.0.bias"]
     side = tensors["patch_embed.proj.weight"].shape[2]
     # Outputs are channel, row, column there, and row, column, channel here.
@@ -80,7 +80,7 @@ def _simmim(tensors: Tensors) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _bootmae(tensors: Tensors) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Rename its two regressors; queries, keys and values stand apart here."""
+    """Rename its two regressors, in which queries, keys and values are separate here."""
     own: dict[str, Tensor] = {}
     depth = 0
     for part, end in (("pixel", ""), ("feature", "_1")):

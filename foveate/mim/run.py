@@ -1,4 +1,4 @@
-"""One pre-training run: the engine of fine-tuning with the jobs of this room.
+"""One pre-training run, on the same engine as fine-tuning.
 
 Beside what every run's folder has:
 snapshots/            weights after the epochs that the recipe names
@@ -34,7 +34,7 @@ def pretrain(
     say: Callable[[str], None] = _log.info,
     again: str | None = None,
 ) -> Result:
-    """Pre-train and export the backbone; return what result.json holds, and the model.
+    """Pre-train and export the backbone; return the content of result.json, and the model.
 
     Args:
         recipe: what to do.

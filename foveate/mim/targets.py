@@ -1,4 +1,4 @@
-"""Images as vectors of patches and back; what a model is to predict of them."""
+"""Turn images into vectors of patches and back, and make the targets of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pre-training as a job of the engine: masks, the method's loss, its teacher, and what MTO adds."""
+"""The task of pre-training: masks, the method's loss, its teacher, and the losses of MTO."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _FIXED = 2**31  # steps that no run reaches: masks of evaluation are drawn as of
 
 
 class PretrainTask(ImageTask):
-    """Losses of a method on masked images, and of MTO if there is any.
+    """The losses of a method on masked images, and of MTO if it is on.
 
     Args:
         model: the method with its ViT.
-        masking: how patches are hidden; None is the method's own way.
-        mto: its choices; None is without.
-        seed: of the masks of evaluation.
+        masking: settings of the masks; None takes the method's own.
+        mto: options of MTO; None turns it off.
+        seed: seed of the masks in evaluation.
         data: what the recipe says of images.
-        epochs: of the run, for what changes with them.
-        teacher: of a method that has one; None makes it, a copy of the model.
+        epochs: length of the run, for settings that change during it.
+        teacher: teacher of the method, if it has one; None makes a copy of the model.
     """
 
     model: MaskedImageModel
@@ -75,13 +75,13 @@ class PretrainTask(ImageTask):
         self.set_progress(0.0, model)
 
     def transforms(self) -> tuple[Transform, Transform]:
-        """Return the recipe's augmentation, with what the teacher alone sees of an image."""
+        """Return the recipe's augmentation, with the view that only the teacher sees."""
         training, evaluation = super().transforms()
         view = self.model.view() if isinstance(self.model, TaughtModel) else None
         return training if view is None else SecondView(training, view), evaluation
 
     def training_step(self, batch: dict[str, Any], draws: Draws) -> dict[str, Tensor]:
-        """Return the losses of the method and of MTO; targets are not looked at."""
+        """Return the losses of the method and of MTO; labels are not used."""
         images, backbone = self.pixels(batch), self.model.backbone
         grid = backbone.grid_of(images)
         mask = self.masking.draw(len(images), grid, backbone.spec.patch, draws)
@@ -93,18 +93,18 @@ class PretrainTask(ImageTask):
         return losses
 
     def _taught(self, images: Tensor) -> dict[str, Tensor]:
-        """Return what the teacher says of whole images, for the model's forward pass."""
+        """Return the teacher's targets for whole images, for the model's forward pass."""
         return {} if self.teacher is None else {"target": self.teacher.target(images)}
 
     def set_progress(self, progress: float, model: nn.Module) -> None:
-        """Let weights of losses grow, and a teacher slow down."""
+        """Increase the weights of losses, and slow a teacher down."""
         self.weights = {} if self.mto is None else self.mto.weights_at(progress)
         if isinstance(self.model, TaughtModel):
             self.weights |= self.model.weights_at(progress, self.epochs)
             self._momentum = self.model.momentum_at(progress, self.epochs)
 
     def after_update(self) -> None:
-        """Let a teacher follow."""
+        """Move a teacher towards its student."""
         if self.teacher is not None:
             follow(self.teacher, self.model, self._momentum)
 
@@ -130,7 +130,7 @@ class PretrainTask(ImageTask):
         metrics["loss"].update(sum(losses.values()), weight=len(images))
 
     def export(self, model: nn.Module, folder: Path) -> Path:
-        """Write the backbone for timm and everything else, and the rest beside it."""
+        """Write the backbone as a timm checkpoint, and the rest beside it."""
         assert isinstance(model, MaskedImageModel)
         path = folder / "model.safetensors"
         save_model(model, path)
@@ -140,7 +140,7 @@ class PretrainTask(ImageTask):
 def fixed_mask(
     model: MaskedImageModel, images: Tensor, masking: Hiding, seed: int = 0, index: int = 0
 ) -> Mask:
-    """Draw masks for looking at a model: the same for the same batch, unlike those of training."""
+    """Draw masks for evaluation: always the same for the same batch, unlike in training."""
     backbone = model.backbone
     draws = Draws(seed, 0, _FIXED + index, device=images.device)
     return masking.draw(len(images), backbone.grid_of(images), backbone.spec.patch, draws)

@@ -1,6 +1,6 @@
-"""Methods with a teacher: a slow copy of the model, which sees images whole and learns nothing.
+"""Methods with a teacher: a slow copy of the model, which sees whole images and gets no gradient.
 
-The task holds the copy and saves it; what is exported, and what the optimiser sees, is the student.
+The task holds and saves the copy; the optimiser and the exported file have only the student.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class TaughtModel(MaskedImageModel):
         raise NotImplementedError
 
     def target(self, images: Tensor) -> Tensor:
-        """Return what a teacher says of whole images ``[B, N, values]``, without gradient."""
+        """Return a teacher's targets for whole images ``[B, N, values]``, without gradient."""
         raise NotImplementedError
 
     def momentum_at(self, progress: float, epochs: int) -> float:
@@ -62,7 +62,7 @@ class TaughtModel(MaskedImageModel):
         return {}
 
     def view(self) -> Callable[[Tensor], Tensor] | None:
-        """Return what is done to a training image ``[C, H, W]`` uint8 for the teacher alone."""
+        """Return the transform of a training image ``[C, H, W]`` uint8 for the teacher only."""
         return None
 
     def slow_copy(self) -> TaughtModel:
@@ -72,7 +72,7 @@ class TaughtModel(MaskedImageModel):
 
 @dataclass(frozen=True)
 class SecondView:
-    """Prepare a sample, and add its image as the teacher sees it, under "view".
+    """Prepare a sample, and add the teacher's view of its image under "view".
 
     Both have the same crop: patches of one are patches of the other.
     """
@@ -116,13 +116,13 @@ def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
 
 
 def _whole(parameter: Tensor) -> Tensor:
-    """Return a whole parameter; where its parts lie on several processes, all must ask."""
+    """Return a whole parameter; if its parts are on several processes, all must call this."""
     full = getattr(parameter, "full_tensor", None)
     return parameter if full is None else full()
 
 
 def check_momentum(*given: Any) -> None:
-    """Refuse what would make a teacher that never follows, or runs away."""
+    """Refuse a momentum with which a teacher never follows, or diverges."""
     for value in given:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
             raise ValueError(f"momentum must lie in [0, 1), got {value}")

@@ -1,4 +1,4 @@
-"""Pre-trained weights as files: the backbone as timm has it, and the rest beside it.
+"""Files of pre-trained weights: the backbone in timm's form, and the rest beside it.
 
 NAME.safetensors          the backbone, for timm.create_model, foveate.load and foveate finetune
 NAME.pretrain.safetensors mask token, decoder or head; the method and its options in the metadata
@@ -33,7 +33,7 @@ __all__ = [
 
 
 def rest_path(path: Path) -> Path:
-    """Return where the rest of a backbone's file lies."""
+    """Return the path of the rest that belongs to a backbone's file."""
     return path.with_suffix(".pretrain.safetensors")
 
 
@@ -67,7 +67,7 @@ def save_model(model: MaskedImageModel, path: Path) -> None:
 
 
 def method_of(path: Path) -> str:
-    """Return the method that a backbone's file was pre-trained by."""
+    """Return the method that pre-trained a backbone's file."""
     return _about(path)[0]
 
 

@@ -1,4 +1,4 @@
-"""From a pipeline to cells with resolved recipes; whatever contradicts itself is said here.
+"""Make cells with complete recipes from a pipeline, and refuse contradictions.
 
 OUT/1-pretrain, OUT/2-finetune, ...   the run folders of the stages
 OUT/evaluation                        what was measured of their models at the end
@@ -19,7 +19,7 @@ from torch import nn
 from foveate import api, config
 from foveate.backbones import backbone_for
 from foveate.core import ReducedViT
-from foveate.data import final_images
+from foveate.data import final_images, open_images
 from foveate.data.splits import NONE
 from foveate.measure import at_rate
 from foveate.measure.cells import EVALUATE, Cell, Key, Work, plain
@@ -38,14 +38,14 @@ _SPLITS = ("train", "val", "test", "val_share", "split_seed")
 
 @dataclass(frozen=True)
 class Planned:
-    """A stage as it will be run.
+    """A stage, ready to run.
 
     Attributes:
-        stage: as the pipeline has it.
-        recipe: of its job, resolved.
-        start: the stage whose model it starts from; None if that is from elsewhere.
-        teacher: the stage whose model teaches; None likewise.
-        cell: the same for the room that runs it.
+        stage: the stage of the pipeline.
+        recipe: complete recipe of its job.
+        start: stage whose model it starts from; None if it starts from elsewhere.
+        teacher: stage whose model teaches; None if there is no such stage.
+        cell: the same stage as a cell.
     """
 
     stage: Stage
@@ -56,7 +56,7 @@ class Planned:
 
 
 def plan(pipeline: Pipeline, out: Path) -> tuple[list[Planned], Cell]:
-    """Return the stages and the evaluation at the end; ValueError for what contradicts itself.
+    """Return the stages and the evaluation at the end; ValueError if they do not fit together.
 
     No stage runs before all of them are known to fit together: each model is built without
     memory for its weights, and the images that everything is judged by are opened.
@@ -114,7 +114,7 @@ def _file(stage: Stage, name: str) -> Path:
 
 
 def _says(tree: Mapping[str, Any], place: Sequence[str]) -> bool:
-    """Tell whether nested settings have a key, be it null."""
+    """Tell whether nested settings have a key, even with the value null."""
     first, *rest = place
     if not rest:
         return first in tree
@@ -125,7 +125,7 @@ def _says(tree: Mapping[str, Any], place: Sequence[str]) -> bool:
 def _named(
     stage: Stage, tree: Mapping[str, Any], place: Sequence[str], earlier: Sequence[Planned]
 ) -> Planned | None:
-    """Return the earlier stage that a setting names; a path that exists is none of them."""
+    """Return the earlier stage that a setting names; None for a path that exists."""
     if not _says(tree, place):
         return None
     value: Any = tree
@@ -147,7 +147,7 @@ def _named(
 
 
 def _before(stage: Stage, earlier: Sequence[Planned]) -> Planned | None:
-    """Return the stage that one starts from by itself, unless that would lose what it learnt."""
+    """Return the stage that a stage starts from by default; refuse to lose classes or a method."""
     before = next((one for one in reversed(earlier) if one.stage.job != "probe"), None)
     if before is None:
         return None
@@ -198,7 +198,7 @@ def _check_models(stages: Sequence[Planned], measured: Measured) -> None:
 
 
 def _model(one: Planned, models: Mapping[str, nn.Module]) -> nn.Module:
-    """Return the plain model of a stage, on no device where it can be made by name."""
+    """Return the plain model of a stage, without memory if it can be made by name."""
     wanted = one.recipe.model
     base = None if one.start is None else models[one.start.stage.label]
     if one.start is None and wanted.start not in (None, "demo", "pretrained"):
@@ -269,7 +269,7 @@ def _check_teacher(one: Planned, given: str | None) -> None:
 
 
 def _check_data(stages: Sequence[Planned]) -> None:
-    """Refuse images that differ between stages, and models that saw what they are judged by."""
+    """Refuse images that differ between stages, and training on images that judge a model."""
     labelled = [one for one in stages if one.stage.job != "pretrain"]
     first = labelled[0]
     for one in labelled:
@@ -282,6 +282,7 @@ def _check_data(stages: Sequence[Planned]) -> None:
                     f"{one.stage.where} has data.{name}={mine} and {first.stage.where} {its}: one "
                     "pipeline has the same labelled images in all stages, said once in data"
                 )
+    open_images(first.recipe.data.train)  # which refuses images without labels
     for one in stages:
         if one.stage.job == "pretrain":
             seen, judged = one.recipe.data, first.recipe.data

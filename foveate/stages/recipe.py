@@ -23,8 +23,8 @@ class Stage:
     """One job of a pipeline.
 
     Attributes:
-        name: what other stages call it.
-        number: its place, from 1.
+        name: name by which other stages refer to it.
+        number: position, from 1.
         job: "pretrain", "probe", "finetune" or "reduce".
         recipe: a name or a file; None where the settings are the whole recipe.
         settings: nested changes of that recipe.
@@ -38,17 +38,17 @@ class Stage:
 
     @property
     def label(self) -> str:
-        """Return the name of its folder, which is also its name in tables."""
+        """Return the name of the stage's folder, which tables use too."""
         return f"{self.number}-{self.name}"
 
     @property
     def where(self) -> str:
-        """Return where it stands in the recipe, for messages."""
+        """Return the stage's place in the recipe, for messages."""
         return f"stages.{self.name}"
 
     @property
     def classifies(self) -> bool:
-        """Tell whether its model has classes."""
+        """Tell whether the stage's model has classes."""
         return self.job in ("finetune", "reduce")
 
 
@@ -57,10 +57,11 @@ class Measured(Measuring):
     """What is measured at the end, of every model that has classes.
 
     Attributes:
-        rates: at which the method of each reduce stage is evaluated besides its own rate.
-        occlusion: shares of patches to drop from the images of fine-tuned models; none measures
-            no curve.
-        speed: batches at which all models are timed in one interleaved run; none times nothing.
+        rates: rates at which to evaluate the method of each reduce stage, besides its own rate.
+        occlusion: shares of patches to drop from the images of fine-tuned models, for a curve of
+            accuracy; an empty list measures none.
+        speed: batch sizes at which all models are timed, taking turns in one run; an empty list
+            times nothing.
     """
 
     rates: tuple[float, ...] = ()
@@ -72,14 +73,14 @@ class Pipeline:
     """Jobs one after another, each in a run folder of its own.
 
     Attributes:
-        stages: by name, in order. Each holds "job" (unless its name is that of a job: pretrain,
-            probe, finetune or reduce), "recipe" (one that ships, or a file) and settings of that
-            recipe, such as loop.epochs; without "recipe" the settings are the whole of it. A stage
-            starts from the model of the stage before it, unless its model.start says otherwise:
-            the name of an earlier stage, a path, or null for what the recipe says. teacher and
-            distill.teacher may name an earlier stage too.
+        stages: the stages by name, in order. Each holds "job" (not needed if its name is a job:
+            pretrain, probe, finetune or reduce), "recipe" (one that ships, or a file) and changes
+            of that recipe's settings, such as loop.epochs; without "recipe" the settings are the
+            whole recipe. A stage starts from the model of the stage before it, unless its
+            model.start names an earlier stage or a path; null takes what the recipe says. teacher
+            and distill.teacher may name an earlier stage too.
         data: settings of the group data that all stages share.
-        loop: settings of the group loop that all stages share, but for probe.
+        loop: settings of the group loop that all stages except probe share.
         evaluate: what is measured at the end.
     """
 

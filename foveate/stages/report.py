@@ -1,4 +1,4 @@
-"""What the stages of a pipeline brought: one table, its sheets and its files."""
+"""The results of the stages of a pipeline: one table, its sheets and its files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SCORES = {"probe/linear": "linear probe", "probe/knn": "nearest neighbours"}
 def collect(
     pipeline: Pipeline, stages: Sequence[Planned], evaluation: Cell, command: str | None
 ) -> Results:
-    """Return what all stages logged, what they took, and how good their models are."""
+    """Return what all stages logged, their cost, and the scores of their models."""
     judged = Results.load(evaluation.folder / "eval.json", "foveate pipeline")
     tables = []
     for stage in stages:
@@ -50,7 +50,7 @@ def collect(
 
 
 def stage_sheet(results: Results, stages: Sequence[Planned]) -> Sheet:
-    """Return a line for each stage: what it began with, what it took, and what it brought."""
+    """Return a line for each stage: its start, its cost, and what it brought."""
     table = results.table
     body = []
     for stage in stages:
@@ -85,7 +85,7 @@ def stage_sheet(results: Results, stages: Sequence[Planned]) -> Sheet:
 
 
 def said(stage: Planned) -> str:
-    """Return what came of a finished stage, on the images it had for validation or test."""
+    """Return the scores of a finished stage, on its validation or test images."""
     result = _result(stage)
     words = [f"{name} {result[key]:.2f} %" for key, name in _scores(result).items()]
     if stage.stage.classifies:

@@ -1,4 +1,4 @@
-"""Run a pipeline: what is finished is skipped, what was cut off goes on, and a report at the end.
+"""Run a pipeline: skip finished stages, resume an interrupted one, and write a report at the end.
 
 OUT/pipeline.yaml                     what was asked for
 OUT/1-pretrain, OUT/2-finetune, ...   the run folders of the stages
@@ -42,14 +42,14 @@ def run(
     progress: bool = True,
     say: Callable[[str], None] = _log.info,
 ) -> tuple[Results, Sheet] | None:
-    """Do what is not done yet, and write the report.
+    """Run what is not finished yet, and write the report.
 
     Args:
-        pipeline: what to do.
+        pipeline: the pipeline to run.
         out: folder of all stages; made if missing.
-        command: what was typed, for the record.
+        command: command that was typed, for the record.
         progress: show progress bars.
-        say: told what is done, and what came of it.
+        say: called with progress messages and results.
 
     Returns:
         The table, and what each stage brought as a sheet; None in other processes than the first
@@ -86,7 +86,7 @@ def run(
 def _stage(
     one: Planned, state: State, place: str, progress: bool, say: Callable[[str], None]
 ) -> None:
-    """Run a stage, or go on with it, and say what came of it."""
+    """Run or resume a stage, and report its result."""
     first, name = _first(), one.stage.label
     if state.kind != DONE:
         if first:
@@ -107,12 +107,12 @@ def _stage(
 
 
 def _first() -> bool:
-    """Tell whether this is the first, or the only one, of the processes that train together."""
+    """Tell whether this is the first or only one of the processes that train together."""
     return not rank_zero_only.rank  # type: ignore[attr-defined]
 
 
 def _refuse(states: Mapping[str, State], cells: Mapping[str, Cell]) -> None:
-    """Raise for stages that were trained otherwise, or from a model that is not there any more."""
+    """Refuse stages trained with other settings, or from a model that is gone."""
     refuse(states)
     for name, cell in cells.items():
         gone = [need for need in cell.needs if states[need].kind != DONE]
@@ -126,7 +126,7 @@ def _refuse(states: Mapping[str, State], cells: Mapping[str, Cell]) -> None:
 def _first_screen(
     stages: Sequence[Planned], states: Mapping[str, State], evaluation: Cell, out: Path
 ) -> str:
-    """Say what is about to be run, and how far each stage is."""
+    """Return the lines that say what will run, and how far each stage is."""
     lines: list[str] = []
     for one in stages:
         state = states[one.cell.name]

@@ -1,6 +1,6 @@
-"""Adapting a reduced model to its own dense self, on images without labels.
+"""Train a model with a method to answer as it does without it, on images without labels.
 
-The teacher is the model as it was before training, dense. It sees the same augmented images, and
+The teacher is the model before training, without the method. It sees the same augmented images, and
 the model with its method learns to agree with it: in the features of every patch, whatever was
 dropped or merged, in its prefix tokens, and in its class probabilities if it has a head. Methods
 add their own losses; where these ask for labels they get the teacher's probabilities.
@@ -43,12 +43,12 @@ _ELSEWHERE = ("class", "kl", "token")  # a method's own, which labels or the los
 
 
 class AdaptTask(MethodTask):
-    """Distances between a model with a method and itself without.
+    """The distances between a model with a method and the same model without it.
 
     Losses are "patches" and "prefix" (final tokens), "kl" (class probabilities) and the method's
     own. Metrics are "agreement" (the same most likely class, in per cent), "kl" and "cosine" (of
-    final patches). The best weights are those with the least divergence, which is finer than
-    agreement where images are few; for a model without classes those with the highest cosine.
+    final patches). The best weights are those with the least divergence, which is a finer measure
+    than agreement if images are few; for a model without classes those with the highest cosine.
 
     Args:
         model: with a method.
@@ -122,7 +122,7 @@ class AdaptTask(MethodTask):
 
 
 def _freeze(model: ReducedViT, blocks: int) -> None:
-    """Take all of a model but its method and its last blocks out of training."""
+    """Freeze all of a model except its method and its last blocks."""
     own, depth = model.backbone.blocks, model.backbone.spec.depth
     if blocks > depth:
         raise ValueError(f"train=blocks:{blocks}: the model has {depth} blocks")
@@ -167,7 +167,7 @@ class Before(Callback):
 
 
 def make_adapt(recipe: recipes.Adapt) -> AdaptTask:
-    """Make the model with its method, and its dense self."""
+    """Make the model with its method, and its teacher without the method."""
     given = recipe.model
     for name, usual in (("multiscale", None), ("pool", None), ("new_head", False)):
         if getattr(given, name) != usual:
@@ -221,7 +221,7 @@ def adapt(
     say: Callable[[str], None] = _log.info,
     again: str | None = None,
 ) -> Result:
-    """Train a model with a method to agree with its dense self, and export it.
+    """Train a model with a method to agree with its dense teacher, and export it.
 
     Args:
         recipe: what to do.

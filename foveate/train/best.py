@@ -1,4 +1,4 @@
-"""The best weights of a run by its validation score, and an end when they no longer get better."""
+"""Keep the best weights of a run by its validation score; stop a run that no longer improves."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ _log = logging.getLogger(__name__)
 class Best(Callback):
     """Keeps the weights that did best on the validation images.
 
-    While a method's rate still sinks its scores are of more tokens than it is deployed with: they
+    While a method's rate is still falling, the model uses more tokens than later, so these scores
     do not count.
 
     Args:
-        file: of the weights.
-        patience: evaluations without a better score after which the run ends; None never does.
+        file: file of the weights.
+        patience: number of evaluations without a better score after which the run stops; None never
+            stops it.
     """
 
     def __init__(self, file: Path, patience: int | None = None) -> None:
@@ -44,7 +45,7 @@ class Best(Callback):
         return self.patience is not None and self._since >= self.patience
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Let a run that the patience ended stay ended when it is resumed."""
+        """Keep a run stopped that ran out of patience before it was resumed."""
         if self._over:
             trainer.should_stop = True
             if trainer.is_global_zero:
@@ -69,8 +70,8 @@ class Best(Callback):
             return
         self.value, self.update, self._since = value, trainer.global_step, 0
         if trainer.state.fn != TrainerFn.FITTING:
-            # After the last step: these weights are exported anyway, and the file has to stay
-            # what the last checkpoint says of it.
+            # After the last step these weights are exported anyway, and the file must stay as the
+            # last checkpoint describes it.
             return
         state = whole_state(model)  # all processes have to ask
         if trainer.is_global_zero:
@@ -81,7 +82,7 @@ class Best(Callback):
         return {"value": self.value, "update": self.update, "since": self._since}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore that score."""
         self.value, self.update = state_dict["value"], state_dict["update"]
         self._since = state_dict["since"]
 

@@ -1,4 +1,4 @@
-"""From a recipe to images, a model and a teacher; all that can be wrong is said here."""
+"""Make images, a model and a teacher from a recipe, and refuse what does not fit."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _started(recipe: recipes.Model, classes: int | None) -> tuple[nn.Module, boo
         model = _bare(recipe.start).train()
     elif recipe.start is None:
         model = _made(recipe, {"num_classes": classes or 0})
-    elif recipe.start == "pretrained":  # with its own head, so that another one is asked for
+    elif recipe.start == "pretrained":  # with its own head, so that other classes need new_head
         model = _made(recipe, {"num_classes": 0} if classes is None else {})
     else:
         model = _opened(recipe)
@@ -128,7 +128,7 @@ def open_data(data: recipes.Data, *, labels: bool = True, labels_of: str = IMAGE
 
 
 def check_start(data: recipes.Data, start: Any) -> None:
-    """Refuse a start that learnt from images which this run is judged by, if its recipe tells."""
+    """Refuse a start that was trained on images which judge this run, if its recipe shows it."""
     if not isinstance(start, (str, Path)):
         return
     folder = Path(start) if Path(start).is_dir() else Path(start).parent
@@ -136,7 +136,7 @@ def check_start(data: recipes.Data, start: Any) -> None:
     if not path.is_file():
         return
     tree = config.load(path).get("data")
-    # A data set of one's own is written as what it says of itself, which opens nothing.
+    # A data set object is recorded by its description, which cannot be opened.
     if isinstance(tree, dict) and isinstance(tree.get("train"), str):
         keys = [key for key in ("train", "val", "val_share", "split_seed") if key in tree]
         seen = config.parse(recipes.Data, {key: tree[key] for key in keys}, where=str(path))
@@ -144,13 +144,13 @@ def check_start(data: recipes.Data, start: Any) -> None:
 
 
 def check_unseen(seen: recipes.Data, who: str, data: recipes.Data, whose: str) -> None:
-    """Refuse images that somebody was trained on where they are to judge.
+    """Refuse to judge a model by images that it was trained on.
 
     Args:
-        seen: images that were trained on.
-        who: was trained on them.
-        data: images of whom is judged.
-        whose: a name for that.
+        seen: data of the recipe that trained it.
+        who: name of the model or stage that was trained, for the error.
+        data: data that judge.
+        whose: name of the run that is judged, for the error.
     """
     for name in ("val", "test"):
         spec = getattr(data, name)
@@ -213,7 +213,7 @@ def make_reduce(recipe: recipes.Reduce, classes: int) -> ReduceTask:
 def _teacher(
     path: str | None, start: recipes.Model, model: nn.Module, classes: int, new: bool
 ) -> nn.Module:
-    """Return the teacher: a model of its own, or the start as it was before training."""
+    """Return the teacher: another model, or the model before training."""
     if path is None:
         if start.start is None:
             raise ValueError(
@@ -255,7 +255,7 @@ def _teacher(
 
 
 def _compare_images(task: ImageTask, teacher: nn.Module | None) -> None:
-    """Warn where a teacher says that it is used to images that were normalised otherwise."""
+    """Warn if the teacher was trained on images that were normalised in another way."""
     if teacher is None:
         return
     known = image_settings(teacher)
@@ -314,7 +314,7 @@ def _opened(recipe: recipes.Model) -> nn.Module:
 
 
 def _take(model: nn.Module, found: nn.Module, recipe: recipes.Model) -> None:
-    """Copy all weights; a norm after pooling may be new, as MAE's fine-tuning has it."""
+    """Copy all weights; a norm after pooling may be new, as in MAE's fine-tuning."""
     state, target = found.state_dict(), model.state_dict()
     norms = ("norm.", "fc_norm.")  # after pooling instead of before
     lists = {
@@ -365,7 +365,7 @@ def set_checkpointing(model: Any) -> None:
 
 
 def set_drop_path(backbone: Backbone, rate: float) -> None:
-    """Add stochastic depth that grows linearly over the blocks to a model that was made without."""
+    """Add stochastic depth, which grows linearly over the blocks, to a model made without it."""
     blocks = [*backbone.early_blocks, *backbone.blocks]
     rates: Any = calculate_drop_path_rates(rate, len(blocks))
     for block, p in zip(blocks, rates, strict=True):

@@ -1,4 +1,4 @@
-"""What is looked at while a method trains: how many tokens it keeps, and which."""
+"""Callbacks that show, while a method trains, how many tokens it keeps, and which."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ __all__ = ["Pictures", "TokenCounts", "as_picture"]
 
 
 class TokenCounts(Callback):
-    """Logs after each evaluation how many tokens the blocks work on, over some of its images.
+    """Log after each evaluation how many tokens the blocks work on, for some of its images.
 
     Args:
-        batches: of the evaluation that are counted.
+        batches: number of batches of the evaluation to count.
     """
 
     def __init__(self, batches: int = 4) -> None:
@@ -58,13 +58,13 @@ class TokenCounts(Callback):
 
 
 class Pictures(Callback):
-    """Draws every few epochs what the method does to some evaluated images, of different classes.
+    """Draw every few epochs what the method does to evaluated images of different classes.
 
     Args:
-        folder: of the files.
-        every: epochs between pictures.
+        folder: folder for the files.
+        every: number of epochs between pictures.
         source: the evaluated images.
-        number: of images.
+        number: number of images.
     """
 
     def __init__(self, folder: Path, every: int, source: Source, number: int = 4) -> None:
@@ -82,7 +82,7 @@ class Pictures(Callback):
             if source.classes is None or source.label(index) not in labels:
                 try:
                     self._images[source.name(index)] = as_picture(source.image(index))
-                except Unreadable:  # evaluation says so, if it is to
+                except Unreadable:  # the evaluation reports it
                     continue
                 labels.add(source.label(index))
 
@@ -103,7 +103,7 @@ class Pictures(Callback):
 
 
 def as_picture(image: Image.Image | np.ndarray) -> Image.Image:
-    """Return a source's image in the form that pictures are drawn on."""
+    """Return an image of a source in the form that pictures are drawn on."""
     if isinstance(image, Image.Image):
         return image
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)

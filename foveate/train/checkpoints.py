@@ -1,4 +1,4 @@
-"""Checkpoints that a killed run can trust: written whole, the last few kept, damage noticed."""
+"""Checkpoints for resuming: they are written whole, the last few are kept, damage is noticed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NAME = re.compile(r"update-(\d+)\.ckpt")
 
 
 def save_whole(content: dict[str, Any], path: Path) -> None:
-    """Save weights beside their place, to the disk, and rename the file."""
+    """Save weights under another name, flush them to the disk, and rename the file."""
 
     def write(partial: str) -> None:
         torch.save(content, partial)
@@ -31,18 +31,18 @@ def save_whole(content: dict[str, Any], path: Path) -> None:
 
     try:
         write_whole(path, write)
-    except RuntimeError as error:  # torch's writer has no other word for a disk that is full
+    except RuntimeError as error:  # torch's writer raises this when the disk is full
         reason = str(error).split("\n", 1)[0]
         raise OSError(errno.EIO, f"writing {path.name} failed ({reason})") from error
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Writes each checkpoint beside its place, to the disk, and renames it."""
+    """Write each checkpoint under another name, flush it to the disk, and rename it."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        """Write a checkpoint; a process that is killed meanwhile leaves the older files alone."""
+        """Write a checkpoint; the older files stay if the process is killed meanwhile."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_whole(checkpoint, Path(path))
 
@@ -51,9 +51,9 @@ class Checkpoints(Callback):
     """Saves at the end of every epoch and every so many updates; keeps the last few.
 
     Args:
-        folder: of the files.
-        every: updates between checkpoints inside an epoch; None saves at its end only.
-        keep: files that stay.
+        folder: folder of the files.
+        every: number of updates between checkpoints inside an epoch; None saves only at its end.
+        keep: number of files to keep.
     """
 
     def __init__(self, folder: Path, every: int | None, keep: int) -> None:
@@ -64,7 +64,7 @@ class Checkpoints(Callback):
         """Remove checkpoints later than the one that was resumed from: they are damaged."""
         self._saved = trainer.global_step
         if trainer.is_global_zero:
-            # Else they would count among the newest that stay, and push out those that are whole.
+            # Otherwise they would count among those to keep, and push out whole ones.
             for path in _found(self.folder):
                 if _update(path) > self._saved:
                     path.unlink(missing_ok=True)
@@ -72,14 +72,14 @@ class Checkpoints(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
-        """Save inside an epoch, between updates; its last batch is left to the epoch's end."""
+        """Save inside an epoch, between updates, but not after its last batch."""
         step = trainer.global_step
         due = step == trainer.max_steps or (self.every and step and step % self.every == 0)
         if due and step != self._saved and not self._epoch_over(trainer):
             self.save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Save after the epoch's evaluation; one that the last step broke off is not over."""
+        """Save after the epoch's evaluation, unless loop.max_steps cut the epoch short."""
         if self._epoch_over(trainer):
             self.save(trainer)
 
@@ -88,7 +88,7 @@ class Checkpoints(Callback):
         return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
     def save(self, trainer: Trainer) -> None:
-        """Write one and remove the oldest beyond those that stay."""
+        """Write a checkpoint and remove the oldest beyond those to keep."""
         self._saved = trainer.global_step
         trainer.save_checkpoint(self.folder / f"update-{self._saved:08d}.ckpt")
         if trainer.is_global_zero:
@@ -99,7 +99,7 @@ class Checkpoints(Callback):
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """Return the newest checkpoint that can be read, and its content; warn of damaged ones.
 
-    None where there is none at all, ValueError where none of them can be read.
+    None if there is no checkpoint at all, ValueError if none can be read.
     """
     found = _found(folder)
     if not found:
@@ -107,7 +107,7 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     for path in found:
         try:
             return path, torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a zip that is cut short raises many kinds
+        except Exception as error:  # a truncated zip raises many kinds
             reason = str(error).split("\n", 1)[0]
             _log.warning("%s is damaged (%s); the one before it is used", path, reason)
     raise ValueError(f"none of the checkpoints in {folder} can be read")
@@ -127,7 +127,7 @@ def _found(folder: Path) -> list[Path]:
 
 
 def _update(path: Path) -> int:
-    """Return how many updates were done when a checkpoint was written."""
+    """Return the number of updates before a checkpoint was written."""
     match = _NAME.fullmatch(path.name)
     assert match is not None
     return int(match[1])

@@ -1,4 +1,4 @@
-"""What detection and segmentation share as tasks: the model, its images, its export."""
+"""The task that detection and segmentation share: the model, its images, its export."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ _COMPARED = ("kl", "token")  # losses of methods that need a teacher, and there 
 class DenseTask(Task):
     """Images of any sizes with objects or label maps.
 
-    The losses are the model's own ones by their names, without "loss_" in front. As torchvision's
-    detectors do, the model weights the method's losses itself; the task weights the others.
+    The losses are the model's own ones by their names, without "loss_" in front. The model weights
+    the method's losses itself; the task weights the others.
 
     Args:
         model: a detector or a segmenter, with a method or without.
@@ -148,7 +148,7 @@ class DenseTask(Task):
 
 
 def _fix_unused(model: DenseModel) -> None:
-    """Take out of training what no map depends on, such as the ViT's final norm and head.
+    """Freeze parts that no map depends on, such as the ViT's final norm and head.
 
     Processes that train together wait for the gradients of all parameters.
     """
@@ -170,7 +170,7 @@ def _fix_unused(model: DenseModel) -> None:
 
 
 def make_dense_model(recipe: DenseRecipe, classes: tuple[str, ...], usual_head: str) -> DenseModel:
-    """Make a model for some classes: anew on a ViT, or from one of an earlier run."""
+    """Make a model for some classes, new on a ViT or from an earlier run."""
     start, parts = recipe.model.start, {"backbone": recipe.backbone, "head": recipe.head}
     found = None
     if start is not None and recipe.model.name is None:
@@ -200,7 +200,7 @@ def make_dense_model(recipe: DenseRecipe, classes: tuple[str, ...], usual_head: 
 
 
 def _with_token(recipe: DenseRecipe, vit: nn.Module) -> nn.Module:
-    """Give the ViT a class token if the recipe says so, and what the recipe says of its blocks."""
+    """Give the ViT a class token and the block options that the recipe asks for."""
     vit = with_class_token(vit) if recipe.class_token else vit
     if recipe.model.drop_path:
         set_drop_path(backbone_for(vit), recipe.model.drop_path)
@@ -210,12 +210,12 @@ def _with_token(recipe: DenseRecipe, vit: nn.Module) -> nn.Module:
 
 
 def _shown(recipe: DenseRecipe, backbone: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of the backbone with what it shows of dropped patches."""
+    """Return the options of the backbone, with the value for dropped patches."""
     return {**backbone, **({} if recipe.gone is None else {"gone": recipe.gone})}
 
 
 def _say_statistics(vit: nn.Module, data: DenseData) -> None:
-    """Note on the ViT what the recipe says of its pixels, from where dense models read it."""
+    """Store the recipe's mean and spread on the ViT, where dense models read them."""
     if data.mean is None or data.std is None:
         return
     channels = backbone_for(vit).channels
@@ -232,7 +232,7 @@ def _gone_on(
     classes: tuple[str, ...],
     parts: Mapping[str, Mapping[str, Any] | None],
 ) -> DenseModel:
-    """Take a dense model of an earlier run, for other classes if that is asked for."""
+    """Take a detector or segmenter of an earlier run, for other classes if asked for."""
     origin, settings = recipe.model.origin, found.settings
     for name, given in parts.items():
         if given is not None and dict(given) != settings[name]:
@@ -326,7 +326,7 @@ def _callbacks(recipe: Any, task: Task, loaders: Loaders, out: Path) -> list[Cal
 
 
 class DensePictures(Callback):
-    """Draws every few epochs what is found in the first validation images.
+    """Draw every few epochs what the model finds in the first validation images.
 
     Args:
         folder: of the pictures, with a folder for each epoch.

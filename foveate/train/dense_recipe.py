@@ -21,9 +21,9 @@ class DenseData(Data):
     Attributes:
         crop_pct: without effect; evaluation sees whole images.
         augment: what is done to training images.
-        short: length in pixels that evaluation brings the short side of an image to; None takes
-            images as they are. The trained model goes on doing so.
-        long: largest length of the long side in evaluation.
+        short: length in pixels to which the short side of an image is resized in evaluation and by
+            the trained model; None leaves the size.
+        long: largest length of the long side in evaluation, in pixels.
     """
 
     augment: DenseAugment = field(default_factory=DenseAugment)  # type: ignore[assignment]
@@ -45,22 +45,24 @@ class DenseData(Data):
 
 @dataclass(kw_only=True)
 class DenseRecipe(Recipe):
-    """What detection and segmentation have in common.
+    """The settings that detection and segmentation share.
 
     Attributes:
-        model: the ViT, and from where; or with ``start`` a detector or segmenter of an earlier run,
-            all of which is gone on with.
+        model: the ViT and its first weights; or with ``start`` a detector or segmenter of an
+            earlier run, which is trained on as a whole.
         data: images and batches.
-        backbone: what makes maps of the ViT: its name, "adapter" or "pyramid", and options of that
-            function of foveate.dense, such as backbone.name=pyramid backbone.norm=layer. None takes
-            that of ``model.start``, or else the adapter.
-        head: what answers, and its options.
-        method: reduction method with its options, such as "svit(keep=0.7)"; None trains dense.
-        gone: what maps show where the method has dropped a patch: its "last" value or "zero". None
-            leaves that to ``backbone``.
-        class_token: give a ViT without a class token a new one, which is trained along: for methods
+        backbone: how feature maps are made from the ViT: a name, "adapter" or "pyramid", and
+            options of that function of foveate.dense, such as backbone.name=pyramid
+            backbone.norm=layer. None takes the one of ``model.start``, or else the adapter.
+        head: the head that predicts, and its options.
+        method: reduction method with its options, such as "svit(keep=0.7)"; None computes all
+            tokens.
+        gone: what the maps hold where the method has dropped a patch: its "last" value or "zero".
+            None takes the backbone's default.
+        class_token: give a ViT without a class token a new one, which is trained too; for methods
             that read class attention.
-        weights: factors of losses in place of 1 and of the method's own, such as weights.ratio=4.
+        weights: factors of the losses that replace 1 and the method's own, such as
+            weights.ratio=4.
     """
 
     model: Model
@@ -86,9 +88,9 @@ class Detect(DenseRecipe):
     """Training of a detector, with or without a method.
 
     Attributes:
-        head: what answers: its name, "mask_rcnn" or "faster_rcnn" (boxes without masks), and
-            options of that function of foveate.dense. None takes that of ``model.start``, or else
-            mask_rcnn.
+        head: the head that predicts: a name, "mask_rcnn" or "faster_rcnn" (boxes without masks),
+            and options of that function of foveate.dense. None takes the one of ``model.start``, or
+            else mask_rcnn.
     """
 
     def __post_init__(self) -> None:
@@ -102,8 +104,8 @@ class Segment(DenseRecipe):
     """Training of a network for semantic segmentation, with or without a method.
 
     Attributes:
-        head: what answers: its name, "fpn" (the light one) or "upernet", and options of
-            foveate.dense.segmenter. None takes that of ``model.start``, or else fpn.
+        head: the head that predicts: a name, "fpn" (the light one) or "upernet", and options of
+            foveate.dense.segmenter. None takes the one of ``model.start``, or else fpn.
     """
 
     def __post_init__(self) -> None:

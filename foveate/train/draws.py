@@ -1,9 +1,9 @@
-"""Random numbers of a training step: a function of the seed and the step, so that runs resume.
+"""Random numbers of a training step, which follow from the seed and the step, so that runs resume.
 
-A killed run that goes on must draw what it would have drawn. So nothing depends on how many
-numbers were drawn before: every step seeds the generators anew, from the seed, the epoch and the
-place in it. What belongs to an image is drawn for the whole batch of all processes and cut, so
-that it does not depend on the process that the image is on.
+A resumed run must draw the numbers that an uninterrupted one draws. So nothing may depend on how
+many numbers were drawn before: every step seeds the generators anew, from the seed, the epoch and
+the place in it. Numbers for an image are drawn for the batch of all processes and then divided, so
+that they do not depend on which process has the image.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["Draws", "seed_step"]
 
 
 def seed_step(seed: int, epoch: int, step: int, rank: int = 0) -> None:
-    """Seed Python, numpy and torch for a step; ranks get noise of their own."""
+    """Seed Python, numpy and torch for a step; each rank gets another seed."""
     value = _mixed(seed, epoch, step, rank)
     random.seed(value)
     np.random.seed(value % 2**32)
@@ -29,8 +29,8 @@ class Draws:
     """Uniform numbers for the images of a step, the same on however many processes.
 
     Attributes:
-        rank: of this process.
-        world: how many there are; each has the same number of images.
+        rank: rank of this process.
+        world: number of processes; each has the same number of images.
     """
 
     def __init__(
@@ -54,6 +54,6 @@ class Draws:
 
 
 def _mixed(*parts: int) -> int:
-    """Mix several numbers into one, such that neighbours are not alike."""
+    """Mix several numbers into one, so that neighbouring inputs give unrelated results."""
     words = [part % 2**32 for part in parts]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]) >> 1

@@ -2,8 +2,8 @@
 
 Masked fine-tuning: Shi and Wang, "Bridging The Gaps Between Token Pruning and Full Pre-training via
 Masked Fine-tuning". Every image draws a share of patches to hide; the model classifies from the
-rest, and a teacher that sees the whole image may add its opinion. The teacher gets the same
-augmented image; the KL term is KL(teacher || student), summed over classes.
+rest, and a teacher that sees the whole image may add a loss. The teacher gets the same augmented
+image; the KL term is KL(teacher || student), summed over classes.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class FinetuneTask(ClassificationTask):
 
 
 def _save_preprocessing(model: nn.Module, folder: Path) -> None:
-    """Say how images are prepared where transformers and ``foveate.load`` look for it."""
+    """Write how images are prepared, where transformers and ``foveate.load`` look for it."""
     spec, said = backbone_for(model).spec, image_settings(model)
     height, width = (n * side for n, side in zip(spec.grid, spec.patch, strict=True))
     config = {

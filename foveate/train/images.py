@@ -1,4 +1,4 @@
-"""Tasks on whole images: how they reach the model, and mixing for classification."""
+"""Tasks on whole images: preparation for the model, and mixing for classification."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["ClassificationTask", "ImageTask", "image_inputs"]
 
 
 def image_inputs(model: nn.Module, data: Data) -> Inputs:
-    """Return what a model takes; what the recipe says of images is noted on the model too."""
+    """Return how a model takes images; the recipe's settings are also stored on the model."""
     wanted = Inputs.of(model)
     if data.mean is not None and {len(data.mean), len(data.std or ())} != {wanted.channels}:
         raise ValueError(

@@ -24,7 +24,7 @@ from foveate.train.task import Task, total
 __all__ = ["Module"]
 
 _log = logging.getLogger(__name__)
-_SHORTENED = 0.2  # of a run whose warm-up would be longer than itself
+_SHORTENED = 0.2  # length of the warm-up, as a share of a run that would be shorter than it
 _HALF = 10.0  # updates after which the decay of a running mean is a half
 
 

@@ -23,7 +23,7 @@ from foveate import config, machine
 from foveate.backbones import backbone_for
 from foveate.core import Backbone, ReducedViT, dense
 from foveate.data import Inputs, Loader, Source, device_batches, limited, usual_workers
-from foveate.files import write_text
+from foveate.files import made_folder, write_text
 from foveate.train import recipe as recipes
 from foveate.train.build import check_start, make_model, open_data
 from foveate.train.draws import seed_step
@@ -50,8 +50,11 @@ def probe(recipe: recipes.Probe, out: Path, progress: _Progress = lambda *_: Non
     started = time.monotonic()
     if (out / "metrics.csv").exists() or (out / "checkpoints").exists():
         raise ValueError(f"{out} holds a training run: the results of a probe go elsewhere")
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "recipe.yaml", config.dump(recipe))
+    with made_folder(out):
+        return _probe(recipe, out, progress, started)
+
+
+def _probe(recipe: recipes.Probe, out: Path, progress: _Progress, started: float) -> Result:
     device = torch.device(machine.device_of("auto"))
     model = make_model(recipe.model, None)
     check_start(recipe.data, recipe.model.start)
@@ -61,6 +64,7 @@ def probe(recipe: recipes.Probe, out: Path, progress: _Progress = lambda *_: Non
     final = splits.test if recipe.split != "val" and splits.test is not None else splits.val
     assert final is not None
     shown = Watched.of(model, recipe.data, splits.train, final)
+    write_text(out / "recipe.yaml", config.dump(recipe))
     scores, images = read(model.eval().to(device), shown, recipe, device, progress)
     result: dict[str, Any] = {"job": "probe", "feature": recipe.feature, **scores}
     result["accuracy"] = scores.get("linear", scores.get("knn"))

@@ -6,11 +6,14 @@ by all jobs; each job's recipe is a class of its own at the end.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from timm.optim import list_optimizers
 
 from foveate.core.schedule import check_choice
 from foveate.data import Augment
@@ -37,7 +40,7 @@ __all__ = [
     "one_word",
 ]
 
-LENGTHS = ("epochs", "max_steps", "patience")  # of ``Loop``: what may change as a run is resumed
+LENGTHS = ("epochs", "max_steps", "patience")  # of ``Loop``; may change when a run is resumed
 
 
 @dataclass(kw_only=True)
@@ -52,8 +55,8 @@ class Model:
             with random ones. In Python also a module of your own, which is itself trained.
         weights: which weights to read from a checkpoint that has two sets: "model", "ema" (their
             running mean), or "auto", which prefers the model's.
-        new_head: replace a head whose number of classes is not the data's; without it another
-            number is an error. A start without a head gets one in any case.
+        new_head: replace a head whose number of classes differs from the data's; otherwise a
+            different number is an error. A start without a head always gets a new one.
         multiscale: options of ``foveate.backbones.multiscale``, which gives a plain ViT of timm a
             second scale: {} takes its defaults, None leaves the model as it is.
         pool: how the head pools tokens: "token" (class token) or "avg" (mean of the patches); None
@@ -102,12 +105,12 @@ class Data:
             data set of your own; so may val and test be.
         val: validation images, by which rates, epochs and the best weights are chosen; None uses
             the split "val" of ``train``, or holds out a part of its training images where it has
-            none. "none" validates nothing, which is for pre-training.
+            none. "none" turns validation off, which only pre-training allows.
         test: test images, which ``foveate eval`` and ``foveate compare`` use after training; None
             uses the split "test" of ``train`` if it has one.
         val_share: share of the training images to hold out where there is no split "val".
-        split_seed: seed of that division; another number holds out other images. Which ones
-            follows from their content and this number alone.
+        split_seed: seed that chooses the held-out images. The choice depends only on the content
+            of the images and on this number.
         overlap: number of images that two splits may have in common; more are an error.
         mean: mean of the pixels in each channel, from 0 to 1; None uses the model's own.
         std: standard deviation of the pixels in each channel; None uses the model's own.
@@ -118,7 +121,8 @@ class Data:
         workers: number of processes that read images; 0 reads them in the training process. None
             is 0 without a GPU and for images in memory, else one for each core but one, up to 8.
         repeats: number of differently augmented copies of an image in one epoch (repeated
-            augmentation); an epoch then has as many fewer different images.
+            augmentation). The length of an epoch stays the same, so with 3 it visits a third of
+            the images.
         corrupt: what to do with images that cannot be read: "skip" them, named and counted, or
             "fail".
         limit: number of training images to use, some of every class; None uses all.
@@ -202,23 +206,23 @@ class Optim:
 
     Attributes:
         name: name of an optimiser of timm.
-        lr: peak learning rate; with ``lr_batch`` that for so many images in an update.
-        lr_batch: number of images in an update that the rates are stated for: all of them are
-            multiplied by the actual number over this one. None leaves them as they are.
+        lr: peak learning rate; if ``lr_batch`` is set, it is stated for that batch size.
+        lr_batch: batch size that the learning rates are stated for: they are multiplied by the
+            number of images in an update divided by this number. None does not scale them.
         min_lr: learning rate at the end of the run; scaled as ``lr``.
         warmup_lr: learning rate at the start of the warm-up; scaled as ``lr``.
-        warmup_epochs: length of the warm-up in epochs; the rate rises to its peak meanwhile.
+        warmup_epochs: length of the warm-up in epochs, in which the rate rises to its peak.
         warmup_share: length of the warm-up as a share of the run, instead of ``warmup_epochs``.
-        schedule: "cosine" sinks to ``min_lr`` along half a cosine; "steps" falls to a tenth at each
-            of ``milestones``.
-        milestones: points where the rate falls to a tenth, as shares of the run.
+        schedule: "cosine" lowers the rate to ``min_lr`` along half a cosine; "steps" divides it by
+            10 at each of ``milestones``.
+        milestones: points at which the rate is divided by 10, as shares of the run.
         weight_decay: strength of the weight decay; biases, norms, positions and prefix tokens have
             none.
         betas: decay rates of the two running means that Adam and similar optimisers keep; None
             uses the optimiser's own.
-        layer_decay: ratio of the learning rates of a block and the next one, so that early blocks
+        layer_decay: learning rate of each block relative to the next one, so that early blocks
             learn more slowly; 1 is off.
-        clip: largest norm of the gradient, which is scaled down to it; None is off.
+        clip: largest norm of the gradient; a larger gradient is scaled down to it. None is off.
         backbone_scale: factor on the learning rate of the backbone; gates and other new parameters
             keep the full rate.
         method_scale: factor on the learning rate of the method's own parameters, such as gates; a
@@ -246,6 +250,12 @@ class Optim:
     fixed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        # timm reads the last word: "lookahead_adamw" is adamw with a lookahead.
+        names = list_optimizers()
+        if self.name.lower().rpartition("_")[2] not in names:
+            near = difflib.get_close_matches(self.name.lower(), names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"optim.name={self.name} is not an optimiser of timm{hint}")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"optim.lr must be a number above 0, got {self.lr}")
         if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
@@ -287,27 +297,28 @@ class Loop:
 
     Attributes:
         epochs: number of passes over the training images.
-        max_steps: number of updates after which a trial stops; schedules keep the length that
-            ``epochs`` gives them, and the trial goes on when it is resumed with more or None.
+        max_steps: number of updates after which the run stops early, for a trial. Schedules keep
+            the length that ``epochs`` gives them, so resuming with a larger number or None
+            continues the same run.
         seed: seed of the order of images, of augmentation, masks, gates and new weights.
         precision: "32", or "bf16-mixed" or "16-mixed" for automatic mixed precision.
-        accumulate: number of batches whose gradients make one update; fewer are left at the end of
-            an epoch, and make one with as much less weight.
-        compile: let torch compile what a step spends its time in.
+        accumulate: number of batches whose gradients make one update. If fewer are left at the end
+            of an epoch, they make a smaller update.
+        compile: run the training steps through torch.compile.
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
         devices: number of processes on this machine; None is one for each GPU, or a single one
             without any. Leave it out under torchrun and SLURM, which start the processes.
-        num_nodes: number of machines, where the command is started on each by hand with
-            MASTER_ADDR, MASTER_PORT and NODE_RANK set; torchrun and SLURM know it themselves.
-        strategy: "auto", "ddp" (each process holds all weights), or "fsdp", which shares the
-            weights out among the processes.
-        ema: decay of a running mean of the weights, which is evaluated and exported; None keeps
-            none. The decay grows to this value over the first updates. Scores of the weights
-            themselves end in _without_ema.
-        eval_mode: train without dropout and stochastic depth, as some releases fine-tune.
+        num_nodes: number of machines, if you start the command on each of them by hand with
+            MASTER_ADDR, MASTER_PORT and NODE_RANK set; torchrun and SLURM set it themselves.
+        strategy: "auto", "ddp" (each process holds all weights) or "fsdp" (the weights are divided
+            among the processes).
+        ema: decay of an exponential moving average (EMA) of the weights, which is evaluated and
+            exported; None keeps none. The decay grows to this value over the first updates. Scores
+            of the weights themselves are named with _without_ema.
+        eval_mode: train without dropout and stochastic depth, as some releases do in fine-tuning.
         check_every: number of epochs from one evaluation to the next; the end is always evaluated.
-        patience: number of evaluations without a better score after which the run ends; None never
-            does. A run that has ended so stays ended when it is resumed, unless this changes.
+        patience: number of evaluations without a better score after which the run stops early;
+            None never stops early. Resuming such a run trains on only with another patience.
         save_every: number of updates between checkpoints inside an epoch; None saves at the end of
             each epoch only.
         keep_last: number of checkpoints to keep.
@@ -361,11 +372,11 @@ class Masking:
 
     Attributes:
         ratios: shares of the patches to hide; every image draws one of them. An empty list hides
-            nothing, and 1 leaves the class token alone.
+            nothing; a ratio of 1 hides all patches and leaves only the class token.
         stratified: give every ratio the same part of each batch instead of drawing independently,
             so that the shapes of a batch are the same in every step.
-        backend: "bucket" computes the visible patches alone; "keymask" computes all patches and
-            hides the others in attention: the same numbers at the full price.
+        backend: "bucket" computes only the visible patches; "keymask" computes all patches and
+            hides some of them from attention, with the same result at full cost.
     """
 
     ratios: tuple[float, ...] = ()
@@ -386,8 +397,8 @@ class Distill:
         kind: "none", "soft" (learn the teacher's class probabilities) or "hard" (learn its
             decision).
         teacher: checkpoint or folder of the teacher; None is the model as it is before training.
-        temperature: temperature that softens both distributions where ``kind`` is "soft"; its
-            square is a factor of the loss.
+        temperature: temperature that softens both distributions if ``kind`` is "soft"; the loss is
+            multiplied by its square.
         weight: factor of the teacher's loss beside the classification loss.
     """
 
@@ -406,11 +417,11 @@ class Distill:
 
 @dataclass(kw_only=True)
 class Recipe:
-    """What the engine looks at.
+    """The parts of every recipe, which the engine reads.
 
     Attributes:
         data: images and batches.
-        optim: how weights move.
+        optim: the optimiser and its learning rate.
         loop: the run itself.
     """
 
@@ -424,7 +435,7 @@ class Finetune(Recipe):
     """Supervised training of a plain ViT, on whole or masked images.
 
     Attributes:
-        model: which one, and from where.
+        model: the model to train, and its first weights.
         mix: what is done to a batch on the device.
         masking: patches that are hidden; none for full fine-tuning.
         distill: what a teacher adds.
@@ -441,14 +452,14 @@ class Reduce(Recipe):
     """Training of a model together with a reduction method.
 
     Attributes:
-        model: which one, and from where.
+        model: the model to train, and its first weights.
         method: reduction method with its options, such as "dynamicvit(keep=0.7)"; or its name and
             options one by one, such as method.name=dynamicvit method.keep=0.7.
         mix: what is done to a batch on the device.
         teacher: checkpoint or folder of the dense model that the losses kl and token compare with;
             None is the model as it is before training.
-        weights: factors of the losses (class, ratio, kl, token or aux) in place of the method's
-            own, such as weights.kl=0.5.
+        weights: factors of the losses (class, ratio, kl, token or aux) that replace the method's
+            own factors, such as weights.kl=0.5.
         token_loss: how final tokens are compared with the teacher's: "mse", or "kl" over channels
             (LV-ViT).
     """
@@ -468,10 +479,10 @@ class Reduce(Recipe):
 
 @dataclass(kw_only=True)
 class Adapt(Recipe):
-    """Training of a reduced model to agree with itself as it is dense; no labels are read.
+    """Training of a model with a method to answer as it does without it; no labels are read.
 
     Attributes:
-        model: which one, and from where; as it is before training it is the teacher.
+        model: the model to train; its state before training, without the method, is the teacher.
         method: reduction method with its options, such as "evit(keep=0.7)"; or its name and options
             one by one, such as method.name=evit method.keep=0.7. None takes the one that the model
             was saved with.
@@ -504,7 +515,7 @@ class Adapt(Recipe):
 
 @dataclass(kw_only=True)
 class Reading:
-    """How frozen features are read: by a linear classifier and by the nearest neighbours.
+    """How frozen features are measured: by a linear classifier and by nearest neighbours.
 
     Attributes:
         feature: feature to read after the final norm: "token" (class token) or "avg" (mean of the
@@ -514,8 +525,8 @@ class Reading:
         batch: number of features in one step of the linear classifier.
         lr: peak learning rate of the linear classifier, for 256 features in a step.
         warmup_epochs: length of the linear classifier's warm-up in epochs.
-        neighbours: number of nearest neighbours that vote; 0 leaves their vote out.
-        temperature: temperature of the vote; the lower it is, the more the nearest of them count.
+        neighbours: number of nearest neighbours that vote; 0 turns the vote off.
+        temperature: temperature of the vote; the lower, the more the nearest neighbours count.
         seed: seed of the linear classifier's first weights and of the order of the features.
         precision: precision of the pass through the backbone: "32" or "bf16-mixed".
     """
@@ -544,13 +555,13 @@ class Reading:
 
 @dataclass(kw_only=True)
 class Probe(Reading):
-    """How much frozen features say.
+    """A measurement of frozen features.
 
     Attributes:
         model: the backbone, with ``start``.
         data: images; ``augment`` and ``repeats`` do not apply, features are taken once.
-        split: images to measure on: "test", or "val" while something is still being chosen; None
-            uses the test images if there are any.
+        split: images to measure on: "test", or "val" while you still choose something by the
+            result; None uses the test images if there are any.
     """
 
     model: Model

@@ -29,7 +29,7 @@ _COMPARED = ("kl", "token")  # losses that need a teacher
 
 
 def own_weights(model: ReducedViT) -> dict[str, float]:
-    """Return the losses that a method is trained with and their weights, as its paper has them."""
+    """Return the losses of a method and their weights, as in its paper."""
     members = model.reducer.members
     return {
         chained_name(part, name) if len(members) > 1 else name: weight
@@ -42,7 +42,7 @@ def own_weights(model: ReducedViT) -> dict[str, float]:
 def chosen_weights(
     given: Mapping[str, float] | None, usual: Mapping[str, float], method: str
 ) -> dict[str, float]:
-    """Return the weights of losses with those that were given; no others may be."""
+    """Return the weights of losses, changed as given; unknown names are refused."""
     given = given or {}
     for name in given:
         if name not in usual:
@@ -51,7 +51,7 @@ def chosen_weights(
 
 
 class MethodTask(ImageTask):
-    """What training a model with a method is, whatever is lost on images."""
+    """The part of training a model with a method that does not depend on the labels."""
 
     model: ReducedViT
     _run: Callable[..., Outcome] | None = None  # compiled
@@ -85,8 +85,8 @@ class MethodTask(ImageTask):
 class ReduceTask(MethodTask, ClassificationTask):
     """Classification, the method's own losses, and distances from a dense teacher.
 
-    The teacher is given afterwards by ``learn_from``, where ``needs_teacher`` says so: which losses
-    are computed follows from the weights.
+    If ``needs_teacher`` is true, ``learn_from`` gives the teacher afterwards; the weights decide
+    which losses are computed.
     """
 
     def __init__(

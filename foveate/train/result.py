@@ -1,4 +1,4 @@
-"""What came of a run."""
+"""The result of a run."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["Result"]
 
 
 class Result(Mapping[str, Any]):
-    """The content of result.json by its keys, and what the run's folder holds besides.
+    """The content of result.json by its keys, and the other results in the run's folder.
 
     Attributes:
         path: the folder of the run.
-        model: what was trained, in evaluation mode on the CPU.
+        model: the trained model, in evaluation mode on the CPU.
     """
 
     def __init__(self, path: Path, content: dict[str, Any], model: nn.Module | None = None) -> None:

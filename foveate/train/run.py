@@ -27,7 +27,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from foveate import config, machine
 from foveate.backbones import set_class_names
 from foveate.convert import note_run
 from foveate.data import Loader, Source, Splits, Transform, limited, usual_workers
-from foveate.files import write_text
+from foveate.files import made_folder, write_text
 from foveate.train import recipe as recipes
 from foveate.train.bars import LineBar, RichBar
 from foveate.train.best import Best
@@ -62,7 +62,7 @@ __all__ = ["Loaders", "fit", "make_loaders", "method_callbacks", "train"]
 
 _log = logging.getLogger(__name__)
 _RECIPE, _METRICS, _RESULT = "recipe.yaml", "metrics.csv", "result.json"
-_FREE = 200 * 2**20  # bytes that a run needs at least besides its checkpoints
+_FREE = 200 * 2**20  # bytes that a run needs besides its checkpoints
 _LOGGERS = {"tensorboard": "TensorBoardLogger", "wandb": "WandbLogger"}
 
 Build = Callable[[Any], tuple[Task, Splits]]
@@ -81,12 +81,12 @@ def train(
     """Train a classifier, with or without a method, and export it.
 
     Args:
-        recipe: what to do.
+        recipe: the recipe of the run.
         out: folder of the run; made if missing.
         resume: go on from the newest checkpoint there that can be read.
         progress: show a progress bar.
-        say: is told, before the first step, what is trained on what.
-        again: what to type to go on with a run that was stopped; None is --resume and its folder.
+        say: called, before the first step, with a summary of what is trained on what.
+        again: command to show for resuming a stopped run; None shows --resume and the folder.
 
     Of several processes only the first exports, and says where in "model".
     """
@@ -108,24 +108,23 @@ def fit(
     """Train as ``train`` does, for any task.
 
     Args:
-        recipe: of the job; of a task of one's own a ``Recipe`` will do.
+        recipe: recipe of the job; for your own task a ``Recipe`` is enough.
         out: folder of the run.
         build: makes the task and opens its images, from the recipe.
-        callbacks: of the job alone, from recipe, task, loaders and folder.
-        resume: go on.
+        callbacks: makes the callbacks of this job, from recipe, task, loaders and folder.
+        resume: go on from the newest checkpoint.
         progress: show a progress bar.
-        say: is told, before the first step, what is trained on what.
-        again: what to type to go on.
+        say: called, before the first step, with a summary of what is trained on what.
+        again: command to show for resuming.
     """
     started = time.monotonic()
     loop = recipe.loop
     with _quiet():
         trainer = _trainer(recipe, out, progress)
     rank, world = trainer.global_rank, trainer.world_size
-    new = not out.exists()
-    checkpoint = _prepare_folder(recipe, out, resume, rank)
-    torch.manual_seed(loop.seed)  # of new weights
-    try:
+    with made_folder(out):
+        checkpoint = _prepare_folder(recipe, out, resume, rank)
+        torch.manual_seed(loop.seed)  # of new weights
         task, splits = build(recipe)
         loaders = make_loaders(recipe, task, splits, rank, world, trainer.num_devices)
         _check_space(out, task, loop.keep_last)
@@ -139,11 +138,6 @@ def fit(
         if loaders.val is not None:
             _check_score(task)
         own = callbacks(recipe, task, loaders, out)
-    except BaseException:
-        if new and rank == 0:  # nothing was done: leave nothing behind
-            with suppress(OSError):
-                out.rmdir()
-        raise
     best = None
     if loaders.val is not None:
         best = Best(out / "best.pt", loop.patience)
@@ -170,7 +164,7 @@ def fit(
             ckpt_path=None if checkpoint is None else str(checkpoint),
             weights_only=True,
         )
-        # Not evaluated where it stopped, or not as it is exported: at the method's final rate.
+        # Evaluate again if the last evaluation was earlier, or not at the method's final rate.
         stale = module.evaluated != trainer.global_step or trainer.global_step < module.updates
         if loaders.val is not None and stale:
             trainer.validate(module, loaders.val, verbose=False)
@@ -203,7 +197,7 @@ def fit(
 
 @dataclass(frozen=True)
 class Loaders:
-    """Batches of a run, and the images they are of; ``val`` is None where nothing is validated."""
+    """The batches of a run and their images; ``val`` is None without validation."""
 
     splits: Splits
     train: Loader
@@ -218,7 +212,7 @@ def make_loaders(
     world: int = 1,
     here: int = 1,
 ) -> Loaders:
-    """Make the loaders of a task for one of several processes, of which some are here."""
+    """Make the loaders for one of ``world`` processes, of which ``here`` run on this machine."""
     data = recipe.data
     training, evaluation = task.transforms()
 
@@ -264,7 +258,7 @@ def make_loaders(
 
 
 def _build(recipe: recipes.Finetune | recipes.Reduce) -> tuple[Task, Splits]:
-    """Build the task after its data are opened, since the head is made for their classes."""
+    """Open the data, then build the task, since its head depends on their classes."""
     check_start(recipe.data, recipe.model.start)
     splits = open_data(recipe.data)
     classes = splits.train.classes or ()
@@ -297,7 +291,7 @@ def _best(
     out: Path,
     found: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Export the best weights where they are not the last, and say how good they are."""
+    """Export the best weights if they are not the last, and return their score."""
     assert best.value is not None
     about: dict[str, Any] = {"score": round(best.value, 4), "update": best.update}
     if best.update == trainer.global_step:
@@ -311,7 +305,7 @@ def _best(
 
 
 def _check_score(task: Task) -> None:
-    """Refuse a task whose evaluation would not measure what chooses the best weights."""
+    """Refuse a task whose metrics do not include the score that chooses the best weights."""
     names = list(task.metrics())
     if task.score not in names:
         raise ValueError(
@@ -322,15 +316,8 @@ def _check_score(task: Task) -> None:
 
 def _prepare_folder(recipe: Any, out: Path, resume: bool, rank: int) -> Path | None:
     """Check the folder, and find what to resume from."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".writable-{rank}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"{out} cannot be written to: {error.strerror}") from error
     if not resume:
-        # A recipe alone is of a run that came to nothing.
+        # A recipe alone was left by a run that never started.
         begun = any_checkpoint(out / "checkpoints")
         begun = begun or any((out / name).exists() for name in (_METRICS, _RESULT))
         if begun and (out / _RECIPE).exists() and rank == 0:
@@ -365,7 +352,7 @@ def _prepare_folder(recipe: Any, out: Path, resume: bool, rank: int) -> Path | N
 
 
 def _check_space(out: Path, task: Task, keep: int) -> None:
-    """Refuse a disk that has no room for the checkpoints, of weights and two moments each."""
+    """Refuse a disk without room for the checkpoints, each of weights and two moments."""
     values = sum(p.numel() * p.element_size() for p in task.parameters())
     needed = 4 * values * (keep + 1) + _FREE
     free = shutil.disk_usage(out).free
@@ -436,7 +423,7 @@ def _loggers(loop: recipes.Loop, out: Path) -> list[Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Lightning from saying what is meant so, or is advertising."""
+    """Silence Lightning's warnings about intended settings, and its advertising."""
     loud = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric")]
     before = [log.level for log in loud]
     for log in loud:
@@ -459,7 +446,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _stoppable(out: Path, again: str) -> Iterator[None]:
-    """Say how a run that is stopped, or whose disk is full, goes on.
+    """Tell the user how to resume a run that was stopped or whose disk is full.
 
     Ctrl-C is Python's KeyboardInterrupt again, and SIGTERM ends with its usual code: Lightning's
     trainer makes a SystemExit of both, and is deaf to Ctrl-C from then on. A notebook would be too.
@@ -483,7 +470,7 @@ def _stoppable(out: Path, again: str) -> Iterator[None]:
             "from the last checkpoint"
         ) from error
     except ValueError:
-        raise  # says itself what is wrong with the run
+        raise  # its message explains the error
     except Exception as error:  # of a callback, a task or a data set, whose traceback says where
         name = type(error).__name__
         _log.warning("ended by %s; once mended, %s goes on from the last checkpoint", name, again)
@@ -526,9 +513,9 @@ def _result(
 
 
 def _of_exported(results: Mapping[str, float]) -> dict[str, float]:
-    """Return scores by their plain names; where a running mean is exported, those of the mean.
+    """Return scores by their plain names; if a running mean is exported, these are its scores.
 
-    What the model itself reached is then called so.
+    The scores of the model itself then end in "_without_ema".
     """
     found = {name.removeprefix("val/"): round(value, 4) for name, value in results.items()}
     for name in [name for name in found if name.endswith("_ema")]:

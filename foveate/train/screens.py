@@ -1,4 +1,4 @@
-"""What a run says in its first lines and in its last ones."""
+"""The first and the last lines that a run prints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NAMED = 5  # classes that are named
 
 
 def first_screen(recipe: Any, task: Task, splits: Splits, trainer: Trainer, out: Path) -> str:
-    """Say what is about to be trained, on what, with what and where."""
+    """Return the lines that say what is trained, on which images and device, and where."""
     model = task.model
     plain = model.vit if isinstance(model, ReducedViT) else model
     millions = sum(p.numel() for p in plain.parameters()) / 1e6
@@ -57,7 +57,7 @@ def _name(recipe: Any, model: torch.nn.Module) -> str:
 
 
 def last_screen(job: str, result: Mapping[str, Any], out: Path) -> str:
-    """Say what came of a run, and what to type next."""
+    """Return the lines that say what a run reached, and what to type next."""
     images, best = result["images"]["val"], result.get("best", {})
     lines = [
         f"{_scores(result)} of {images} validation images, the model is {out / result['model']}"
@@ -67,11 +67,9 @@ def last_screen(job: str, result: Mapping[str, Any], out: Path) -> str:
         lines.append(
             f"best     {said} after update {best['update']}, its model is {out / best['model']}"
         )
-    if (
-        job == "adapt"
-    ):  # what it learnt from needs no labels, so there may be nothing to score it by
+    if job == "adapt":  # its images need no labels, so there may be nothing to evaluate on
         lines.append(f"next     foveate export {out} FOLDER --check    # to run it without foveate")
-        lines.append(f"         foveate show {out} --images FOLDER    # what it keeps")
+        lines.append(f"         foveate show {out} --images FOLDER --out kept.png")
         return "\n".join(lines)
     what = "    # on the test images" if "test" in result["splits"] else ""
     lines.append(f"next     foveate eval {out}{what}")
@@ -83,7 +81,7 @@ def last_screen(job: str, result: Mapping[str, Any], out: Path) -> str:
     elif job == "finetune":
         lines.append(f"         foveate reduce RECIPE model.start={out}    # with fewer tokens")
     else:
-        lines.append(f"         foveate show {out} --images FOLDER    # what it keeps")
+        lines.append(f"         foveate show {out} --images FOLDER --out kept.png")
     return "\n".join(lines)
 
 
@@ -102,5 +100,5 @@ def _scores(result: Mapping[str, Any]) -> str:
 
 
 def _before(words: str, value: float | None) -> str:
-    """Say in brackets what a number was before training."""
+    """Return in brackets the value of a number before training."""
     return "" if value is None else f" (before: {words.partition(' ')[2].format(value)})"

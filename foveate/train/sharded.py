@@ -1,4 +1,4 @@
-"""Weights, gradients and moments shared out among all processes, by torch's ``fully_shard``."""
+"""Divide weights, gradients and moments among all processes, with torch's ``fully_shard``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Sharded(ModelParallelStrategy):
 
 
 def shard(model: nn.Module, units: Sequence[str], mesh: Any) -> None:
-    """Shard some parts of a model, each by itself, and the rest of it as one.
+    """Shard the given parts of a model one by one, and the rest of it as one part.
 
     What steps call beside ``forward`` gathers the weights too.
     """
@@ -41,11 +41,12 @@ def shard(model: nn.Module, units: Sequence[str], mesh: Any) -> None:
 
 
 def hold_whole(model: nn.Module, whole: bool) -> None:
-    """Hold all weights on every process, for as long as there are no gradients; or no longer."""
+    """Keep all weights on every process while there are no gradients, or stop keeping them."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # The outermost keeps its weights for the backward pass, as ``fully_shard`` has it: what
-            # ``run`` gives is no tensor, on which it could notice that the pass begins.
+            # The outermost part keeps its weights for the backward pass, as ``fully_shard`` does by
+            # default: ``run`` does not return a tensor on which it could notice the beginning of
+            # that pass.
             module.set_reshard_after_forward(not whole and module is not model, recurse=False)
             if whole:
                 module.unshard()
@@ -54,9 +55,9 @@ def hold_whole(model: nn.Module, whole: bool) -> None:
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """Give the state of a model that may be sharded, whole and on the CPU.
+    """Return the whole state of a model that may be sharded, on the CPU.
 
-    Every process gets it, and all must ask.
+    Every process gets it, and all must call this.
     """
     found = {}
     for name, value in model.state_dict().items():

@@ -1,4 +1,4 @@
-"""What a training job is: everything that the engine does not know."""
+"""The task of a training job: everything that the engine does not know."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["Task", "total"]
 class Task(nn.Module):
     """Base of the jobs.
 
-    The engine knows loops, devices, precision, checkpoints and logs. A task knows the rest: how a
-    sample is transformed, what makes a batch, what is lost on it, what is measured, and what comes
-    out in the end. Its whole state is saved and resumed, that of a teacher included.
+    The engine knows loops, devices, precision, checkpoints and logs. A task defines the rest:
+    transforms, batches, losses, metrics, and what is exported. Its whole state is saved and
+    resumed, including that of a teacher.
 
     Attributes:
-        model: what is trained, evaluated and exported.
-        teacher: a model that is compared with; it stays in evaluation mode and gets no gradient.
+        model: the model that is trained, evaluated and exported.
+        teacher: a model to compare with; it stays in evaluation mode and gets no gradient.
         weights: factor of each loss in the sum; 1 for those that are not named.
         notes: numbers beside the losses, which ``training_step`` leaves here to be logged.
         score: the metric that chooses the best weights.
@@ -72,13 +72,13 @@ class Task(nn.Module):
         raise NotImplementedError
 
     def set_progress(self, progress: float, model: nn.Module) -> None:
-        """Adapt to how much of the run is done, 0 to 1: before each step and each evaluation.
+        """Adapt to the progress of the run, 0 to 1, before each step and each evaluation.
 
-        ``model`` is the task's own, or its running mean where that is evaluated.
+        ``model`` is the task's own, or its running mean if that is evaluated.
         """
 
     def after_update(self) -> None:
-        """Follow an update of the weights: a teacher that is a running mean does."""
+        """Do what follows an update of the weights, such as moving a teacher."""
 
     # Evaluation -----------------------------------------------------------------------------------
 
@@ -93,18 +93,18 @@ class Task(nn.Module):
     def validation_step(
         self, model: nn.Module, batch: dict[str, Any], metrics: Mapping[str, Metric], number: int
     ) -> None:
-        """Count a batch, the number-th of this process."""
+        """Add a batch to the metrics; ``number`` is its index within this process."""
         raise NotImplementedError
 
     def trace(self, model: nn.Module, batch: Mapping[str, Any]) -> Trace | None:
-        """Record what a method does to the tokens of a batch; None where there is no method."""
+        """Record what a method does to the tokens of a batch; None without a method."""
         return None
 
     # What learns, and what comes of it ------------------------------------------------------------
 
     @property
     def backbone(self) -> nn.Module:
-        """Return the part that ``layer_decay``, ``backbone_scale`` and ``frozen_epochs`` are about.
+        """Return the part to which ``layer_decay``, ``backbone_scale`` and ``frozen_epochs`` apply.
 
         All other parameters of the model train at the full rate from the start.
         """
@@ -115,7 +115,7 @@ class Task(nn.Module):
         return []
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile what a step spends its time in."""
+        """Compile the model, in which a step spends most of its time."""
         self.model.compile(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Task:
@@ -126,7 +126,7 @@ class Task(nn.Module):
         return self
 
     def export(self, model: nn.Module, folder: Path) -> Path:
-        """Write the trained model for use; gives the path."""
+        """Write the trained model for use, and return its path."""
         raise NotImplementedError
 
 

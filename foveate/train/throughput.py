@@ -1,4 +1,4 @@
-"""How fast a run trains: images a second, waiting for them, and seconds after each epoch."""
+"""Measure how fast a run trains: images a second, waiting time, and seconds after each epoch."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from foveate.files import write_text
 
 __all__ = ["SECONDS", "Throughput"]
 
-SECONDS = "seconds.csv"  # not in metrics.csv, which is the same after a resume
+SECONDS = "seconds.csv"  # not in metrics.csv, which must be equal after a resume
 
 
 class Throughput(Callback):
-    """Times batches, and what all of training takes without evaluation and looks at the model.
+    """Time batches, and the training as a whole without evaluations.
 
     On a GPU the process runs ahead of the device, so that a wait for images that the device does
     not notice counts too: the share is the most that faster images could bring. It has to be the
-    last of the callbacks, or what these do after a batch, such as saving, would be waiting too.
+    last callback; otherwise the work of others after a batch, such as saving, would count as
+    waiting.
 
     Attributes:
         path: of a CSV file with the seconds of training that were over after each epoch, resumed
-            ones included; None writes none. On a CPU they are processor time by thread, so that
-            what else runs on the machine does not count; on a GPU they are those of the clock.
+            ones included; None writes none. On a CPU they are processor time divided by threads, so
+            that other programs do not count; on a GPU they are those of the clock.
         batches: that were timed, on this process; the first of each epoch, for which loader and
             compiler may start up, is not.
         seconds: that they took, with everything between them.
@@ -54,21 +55,21 @@ class Throughput(Callback):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run goes on with."""
+        """Return the state for resuming."""
         return {"trained": self.trained + self._running(), "lines": self._lines}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on."""
+        """Restore that state."""
         self.trained, self._lines = state["trained"], dict(state["lines"])
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Start the clock of training."""
+        """Start the clock."""
         self._start(module)
 
     def on_train_batch_start(
         self, trainer: Trainer, module: LightningModule, batch: Any, index: int
     ) -> None:
-        """A batch has come."""
+        """Stop waiting: a batch has arrived."""
         if self._begun is None:  # gone on inside an epoch
             self._start(module)
         if self._asked is not None:
@@ -77,7 +78,7 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
-        """The next batch is asked for after this; after the last one the model is looked at."""
+        """Start waiting for the next batch; after the last one the epoch's evaluation follows."""
         if self._asked is None:
             _wait_for(module.device)
             self._started = time.perf_counter()
@@ -94,12 +95,12 @@ class Throughput(Callback):
         self._stop()
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Go on where an epoch is not over."""
+        """Start the clocks again if the epoch is not over."""
         if trainer.training and not trainer.is_last_batch:
             self._start(module)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Write what the epoch took."""
+        """Write the time of the epoch."""
         self._stop()  # of an epoch that was stopped by hand
         self._lines[trainer.current_epoch + 1] = self.trained
         if self.path is not None and trainer.is_global_zero:

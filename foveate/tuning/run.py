@@ -17,6 +17,7 @@ from foveate.convert import open_base, save
 from foveate.core import Backbone, ReducedViT, Reducer
 from foveate.dense import Hosting
 from foveate.facts import count as count_costs
+from foveate.files import made_folder
 from foveate.latency import Setting, beside_dense, setting_of
 from foveate.measure.table import pd
 from foveate.timing import DENSE, LEAST_ROUNDS, Timings
@@ -95,22 +96,23 @@ def tune(
     found, left_out = templates(backbone.spec, methods, own, recalls=kind == "features")
     pictures = read_pictures(vit, images, count, seed)
     folder = _folder(out, name)
-    check_driven(backbone)
-    told("timing blocks", 0, 1)
-    price = price_of(target, backbone)
-    if not _learn(price, backbone, found, told):
-        _check_reachable(target, found, price)
-    told("dense model", 0, 1)
-    looked = Judge(backbone, pictures, kind)
-    best = search(found, price, looked, tries=tries, seed=seed, progress=told)
-    table = _Table(looked, price, backbone, told)
-    table.add(best)
-    notes = table.time(rounds, target) if rounds else []
-    notes += [one.note for one in found if one.note] + _left_out(left_out) + table.doubts()
-    notes += _unmet(found, best)
-    chosen = table.choice.candidate
-    reduced = apply(vit, chosen.reducer, check=False).eval()
-    save(reduced, folder, everything=True)
+    with made_folder(folder):
+        check_driven(backbone)
+        told("timing blocks", 0, 1)
+        price = price_of(target, backbone)
+        if not _learn(price, backbone, found, told):
+            _check_reachable(target, found, price)
+        told("dense model", 0, 1)
+        looked = Judge(backbone, pictures, kind)
+        best = search(found, price, looked, tries=tries, seed=seed, progress=told)
+        table = _Table(looked, price, backbone, told)
+        table.add(best)
+        notes = table.time(rounds, target) if rounds else []
+        notes += [one.note for one in found if one.note] + _left_out(left_out) + table.doubts()
+        notes += _unmet(found, best)
+        chosen = table.choice.candidate
+        reduced = apply(vit, chosen.reducer, check=False).eval()
+        save(reduced, folder, everything=True)
     about = {
         "model": name,
         "target": target,
@@ -161,11 +163,10 @@ def _parts(model: nn.Module) -> tuple[nn.Module, Reducer | None]:
 
 
 def _folder(out: str | os.PathLike[str] | None, name: str) -> Path:
-    """Return the folder of the result, made; ValueError for one with files in it."""
+    """Return the folder of the result; ValueError for one with files in it."""
     folder = Path("runs", f"tune-{name}") if out is None else Path(out)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty: name another folder (out, --out)")
-    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 

@@ -134,7 +134,7 @@ WRONG: dict[str, tuple[Callable[[Image.Image], object], str]] = {
     ),
     "code": (
         lambda p: look(open_shipped("demo"), p, ["evit(keep=__import__('os'))"]),
-        "the value of keep is not a literal",
+        "the value of keep must be a number",
     ),
     "rate": (
         lambda p: look(open_shipped("demo"), p, ["evit"], "2"),
@@ -268,7 +268,7 @@ def test_only_the_given_folders_are_opened(folder: Path) -> None:
         places.inside("evit")
     with pytest.raises(ValueError, match="choose a folder"):
         places.inside(" ")
-    with pytest.raises(ValueError, match="takes folders, and /gone is none"):
+    with pytest.raises(ValueError, match="takes folders, and /gone is not one"):
         Places(["/gone"])
 
 

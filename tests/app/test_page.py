@@ -110,10 +110,10 @@ def test_the_command_refuses(
         busy = str(taken.getsockname()[1])
         for words, sentence in (
             (["--port", "0"], "--port must lie in 1..65535, got 0"),
-            (["--port", busy], busy),
+            (["--port", busy], f"cannot listen at 127.0.0.1, port {busy}: the port is in use"),
             (["--max-upload", "0"], "--max-upload must be above 0, got 0"),
             (["--max-upload", "nan"], "--max-upload must be above 0, got nan"),
-            (["--folders", str(tmp_path / "gone")], "gone is none"),
+            (["--folders", str(tmp_path / "gone")], "gone is not one"),
             (["--threads", "0"], "--threads must be at least 1"),
             (["--device", "tpu7"], "device must be auto, cpu, cuda"),
         ):

@@ -14,8 +14,9 @@ from small import vit
 import foveate
 from foveate import machine
 from foveate.cli import COMMANDS, _parsers, main
-from foveate.config import explain, recipe_class
+from foveate.config import explain, headers, recipe_class
 from foveate.data.sources import KINDS
+from foveate.train.screens import last_screen
 
 
 def said(capsys: pytest.CaptureFixture[str], *command: str, code: int = 0) -> str:
@@ -43,7 +44,7 @@ def test_the_help_of_a_job(command: str, capsys: pytest.CaptureFixture[str]) -> 
     about = text.partition("data.train=")[2].partition("data.val=")[0]
     assert all(kind in about for kind in KINDS)
     assert f"(default: runs/{command}-RECIPE)" in text
-    assert (f"foveate {command} --resume FOLDER; a larger loop.epochs" in text) is (
+    assert (f"foveate {command} --resume FOLDER; with a larger loop.epochs" in text) is (
         command != "probe"
     )
     assert ("mto.spa (as the preset has it) (number or null)" in text) is (command == "pretrain")
@@ -54,18 +55,19 @@ def test_the_help_of_a_job(command: str, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_the_documented_commands_parse() -> None:
-    """Every line of these pages that starts with foveate; one page has every command."""
+    """Every line of all pages that starts with foveate; one page has every command."""
     root = Path(__file__).parents[2]
     lines = [
         line.removeprefix("$ ").partition("  #")[0]
-        for page in ("docs/commands.md", "docs/pretraining.md", "docs/training.md", "README.md")
-        for line in (root / page).read_text(encoding="utf-8").splitlines()
+        for page in [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+        for line in page.read_text(encoding="utf-8").splitlines()
         if line.startswith("$ foveate ")
     ]
     assert {line.split()[1] for line in lines} == set(COMMANDS)
     parser, _ = _parsers()
     for line in lines:
-        parser.parse_args(shlex.split(line)[1:])
+        _, rest = parser.parse_known_args(shlex.split(line)[1:])
+        assert all("=" in text for text in rest), line  # settings may follow options
 
 
 def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,6 +75,78 @@ def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["lst"])
     assert left.value.code == 2
     assert "unknown command 'lst'; did you mean list?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("evall", "foveate: unknown command 'evall'; did you mean eval?; foveate --help says more"),
+        ("predict demo", "foveate predict: the following arguments are required: --images; "),
+        ("describe", "foveate describe: the following arguments are required: MODEL; "),
+        ("describe demo --image-size 28x", "pixels, such as 384 or 224x384 (height x width), got"),
+        ("eval demo --limit few", "foveate eval: argument --limit: invalid int value: 'few'; "),
+        ("show demo --images . --out x.png --kind kep", "invalid choice: 'kep'"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(
+    command: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(command.split())
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and words in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "eval demo nomethod --out made/here",
+        "look nowhere --out made/here",
+        "rauc nowhere nothing --out made/here",
+        "predict demo --images nowhere --out made/here.json --pictures made/pictures",
+        "show demo evit --images nowhere --out made/here/sheet.png",
+        "bench demo --images nowhere --out made/here.json --plot made/here.png",
+        "tune demo --images nowhere --out made/here",
+        "export demo evit made/here --check --images nowhere",
+        "finetune fashion_part_full data.train=folder:nowhere --out made/here",
+        "probe fashion_part model.start=nowhere --out made/here",
+    ],
+)
+def test_a_mistake_leaves_no_folder(
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "foveate " in said(capsys, *command.split(), code=2)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "inside"):
+        words = said(capsys, "rauc", "a", "b", "--out", str(out), code=2)
+        assert f"{out} cannot be written to: " in words
+
+
+@pytest.mark.parametrize("job", ["adapt", "finetune", "reduce", "detect", "segment"])
+def test_the_commands_that_a_run_suggests_parse(job: str) -> None:
+    score = {"detect": "box_ap", "segment": "miou"}.get(job, "accuracy")
+    result = {score: 0.5, "images": {"val": 9}, "model": "model", "splits": {"test": {}}}
+    lines = last_screen(job, result, Path("runs/it")).splitlines()[1:]
+    parser, _ = _parsers()
+    for line in lines:
+        assert parser.parse_args(shlex.split(line.partition("foveate ")[2].partition(" #")[0]))
+    assert len(lines) == 2 + (job in ("detect", "segment"))
+
+
+def test_the_lists_of_recipes_are_whole_sentences() -> None:
+    """--list shows the first line of a recipe, which must not break off."""
+    jobs = ["adapt", "compare", "detect", "finetune", "pipeline", "pretrain", "probe", "reduce"]
+    for job in [*jobs, "segment"]:
+        for name, header in headers(job).items():
+            assert re.fullmatch(r"[A-Z0-9].{19,98}[.]", header), (job, name, header)
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,7 +176,7 @@ def test_describe_a_saved_folder(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_describe_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     text = said(capsys, "describe", "deit_tny_patch16_224", "evit", code=2)
-    assert "nor a model that timm knows; did you mean deit_tiny_patch16_224" in text
+    assert "OWNER/NAME); did you mean deit_tiny_patch16_224, " in text
     text = said(capsys, "describe", "deit_tiny_patch16_224", "--budget", "0.6x", code=2)
     assert "--budget sets the rate of a METHOD" in text
     text = said(capsys, "describe", "deit_tiny_patch16_224", "evit(keep=2)", code=2)

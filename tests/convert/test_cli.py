@@ -62,7 +62,7 @@ def test_version() -> None:
     [
         ((), "required: COMMAND"),
         (("convrt",), "did you mean convert"),
-        (("convert",), "required: checkpoint, out"),
+        (("convert",), "required: CHECKPOINT, OUT"),
         (("convert", "a", "b", "--orgin", "evit"), "unknown option --orgin; did you mean --origin"),
         (("convert", "a", "b", "--image-size", "x"), "--image-size"),
         (("convert", "a", "b", "--weights", "best"), "invalid choice"),

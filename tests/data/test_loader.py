@@ -190,8 +190,11 @@ def test_what_stands_in_is_within_the_limit() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch": 41}, "a batch of 41 needs as many images; the training data have 40"),
-        ({"batch": 21, "world": 2}, "a batch of 21 on each of 2 processes needs as many images"),
+        ({"batch": 41}, "a batch of 41 is larger than the training data, which have 40 images"),
+        (
+            {"batch": 21, "world": 2},
+            "a batch of 21 on each of 2 processes is larger than",
+        ),
         ({"batch": 0}, "batch must be a whole number from 1, got 0"),
         ({"batch": 2.0}, r"batch must be a whole number from 1, got 2\.0"),
         ({"seed": -1}, "seed must be a whole number from 0, got -1"),

@@ -116,7 +116,7 @@ def test_folders_without_labels(tmp_path: Path) -> None:
     [
         (None, "train", "data does not exist; a folder of images is needed"),
         ({}, "all", r"holds no images"),
-        ({"1.png": 1, "2.png": 2}, "all", "holds 2 images and no subfolders: classes are"),
+        ({"1.png": 1, "2.png": 2}, "all", "holds 2 images and no subfolders: labels come"),
         (TWO_SPLITS, "val", "holds train and no folder val or validation .* split 'val'"),
         (TWO_SPLITS, "all", "holds train and no folder all for the split 'all'"),
         ({"val/a/1.png": 1}, "train", "holds val and no folder train for the split 'train'"),

@@ -362,7 +362,7 @@ def test_a_folder_without_images(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("here")
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError, match="file cannot be written to: File exists"):
         foveate.export(vit(), tmp_path / "file", format="pt2")
 
 
@@ -386,6 +386,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     [
         (["demo"], "the folder OUT"),
         (["demo", "evit", "tome", "out"], "the folder OUT"),
+        (["demo", "evit(keep=0.7)"], "is a method, and the folder OUT is missing"),
         (["demo_svit", "evit", "out"], "was saved with its method"),
         (["demo", "out", "--calibrate", "photos"], "--calibrate is for --int8"),
         (["demo", "out", "--images", "photos"], "which --check asks for"),

@@ -135,6 +135,12 @@ def test_errors(photos: Path, tmp_path: Path) -> None:
         run("demo --statistics")
     with pytest.raises(ValueError, match="the data set has 10 classes and the model 3 outputs"):
         evaluate({"x": vit(num_classes=3)}, Plan(data=str(photos)))
+    with pytest.raises(ValueError, match=r"--val-share must lie between 0 and 1, got 3"):
+        run("demo --split val --val-share 3")
+    with pytest.raises(ValueError, match="apart from classifiers.*got demo, demo_detector"):
+        run(f"demo --models demo_detector --data {photos}")
+    with pytest.raises(ValueError, match="say with --data"):
+        run("demo_detector")
     with pytest.raises(ValueError, match="each model once"):
         run("demo --models demo")
     with pytest.raises(ValueError, match="device must be auto, cpu"):

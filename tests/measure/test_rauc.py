@@ -292,7 +292,9 @@ def test_schedules_of_different_length(tmp_path: Path) -> None:
     unknown = folder(tmp_path / "unknown", AHEAD, epochs=None)
     assert len(compare([base], [unknown]).about["notes"]) == 1
     (base / "recipe.yaml").write_text("loop: 3\n")
-    with pytest.raises(ValueError, match=r"recipe.yaml is no recipe of a run: expected a number"):
+    with pytest.raises(
+        ValueError, match=r"recipe.yaml is not the recipe of a run: expected a number"
+    ):
         compare([base], [base])
 
 

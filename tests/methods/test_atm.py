@@ -216,7 +216,7 @@ def test_calibration_refuses_what_it_cannot_do() -> None:
     for budget, message in (
         ("0.2x", "atm cannot meet .* GMACs within 1% on these images: it reaches from 0.00"),
         ("plenty", "must read like"),
-        ("2x", "the model without a method costs"),
+        ("2x", "what the model without a method costs"),
     ):
         with pytest.raises(ValueError, match=message):
             calibrate(driven, images(2), budget)

@@ -694,7 +694,10 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
         ("probe.feature=token", "model.options.class_token=false", "model.options.global_pool=''"),
         "probe.feature=token needs a class token",
     ),
-    "heads": (("options.decoder_heads=two",), "decoder_heads must be at least 1, got two"),
+    "heads": (
+        ("options.decoder_heads=two",),
+        "decoder_heads must be a whole number from 1, got 'two'",
+    ),
     "method": (("method=mea",), "'mea'; did you mean 'mae'?"),
     "option": (("options.decoder_dept=2",), "'decoder_dept'; did you mean 'decoder_depth'?"),
     "setting": (("mto.presett=paper",), "'mto.presett'; did you mean 'mto.preset'?"),
@@ -762,4 +765,4 @@ def test_folders_that_will_not_do(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert said in text and text.count("\n") == 1, text
     few = (f"data.train=folder:{flat}", "data.val=none", "data.limit=null")
     text = command(capsys, "pretrain", "fashion_part_mae", *TINY, *few, *out, code=2)
-    assert "a batch of 16 needs as many images; the training data have 4" in text
+    assert "a batch of 16 is larger than the training data, which have 4 images" in text

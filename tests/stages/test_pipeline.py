@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -290,14 +291,22 @@ def test_the_function_does_the_same(out: Path, trained: list[str]) -> None:
         ("stages.pretrain.data.val_share=0.05", "it would be trained on some that are held out"),
         ("stages.pretrain.data.split_seed=1", "has data.split_seed=1 and stages.probe 0"),
         ("data.train=folder:nowhere", "nowhere"),
+        ("data.train=folder:unlabelled", "unlabelled holds 1 image and no subfolders: labels come"),
         ("stages.masked.data={mean: [0.5], std: [0.5]}", "data.mean=[0.5]"),
         ("stages.masked.model.name=vit_nothing", "must be a model that timm knows"),
         ("stages.masked.model.name=vit_tiny_patch16_224", "width 192 and the model of pretrain 32"),
     ],
 )
 def test_what_contradicts_itself_is_said_before_the_first_step(
-    change: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    change: str,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "unlabelled").mkdir()
+    Image.new("L", (28, 28)).save(tmp_path / "unlabelled" / "1.png")
     assert pipeline(write_recipe(tmp_path), change, "--out", tmp_path / "out") == 2
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1
@@ -308,6 +317,7 @@ def test_pretraining_may_see_what_no_other_stage_is_judged_by(tmp_path: Path) ->
     labelled = {}
     for name in ("train", "val", "test"):
         (tmp_path / name / "a").mkdir(parents=True)
+        Image.new("L", (28, 28)).save(tmp_path / name / "a" / "1.png")
         labelled[name] = f"folder:{tmp_path / name}"
     other = {"train": f"folder:{tmp_path / 'more'}", "val": "none", "val_share": 0.5}
     for given, seen in ((labelled, labelled["train"]), (TREE["data"], other["train"])):

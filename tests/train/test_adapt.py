@@ -311,7 +311,7 @@ def test_a_run_that_was_killed(kill: str, start: str, tmp_path: Path) -> None:
         (
             "evit",
             ["data.batch=65"],
-            "a batch of 65 needs as many images; the training data have 64",
+            "a batch of 65 is larger than the training data, which have 64 images",
         ),
         ("evit", [f"weights.{n}=0" for n in ("patches", "prefix", "kl")], "all have the weight 0"),
     ],

@@ -201,5 +201,6 @@ def test_fixed_parameters_are_in_no_group() -> None:
 
 
 def test_an_unknown_optimiser() -> None:
-    with pytest.raises(ValueError, match="optim.name=adamv"):
-        make_optimiser(plain(), Optim(name="adamv"), 0.1)
+    with pytest.raises(ValueError, match="optim.name=adamv is not an optimiser of timm; did you"):
+        Optim(name="adamv")
+    assert make_optimiser(plain(), Optim(name="lookahead_adamw"), 0.1) is not None

@@ -265,7 +265,10 @@ def test_existing_runs(tmp_path: Path) -> None:
 
 def test_a_start_that_came_to_nothing_is_no_run(tmp_path: Path) -> None:
     """The same command goes through once its mistake is mended."""
-    refused(finetune("optim.name=adamv"), tmp_path, "optim.name=adamv")
+    out = tmp_path / "runs" / "mine"
+    refused(finetune("data.batch=65"), out, "a batch of 65")
+    assert not out.parent.exists()
+    refused(finetune("data.batch=65"), tmp_path, "a batch of 65")
     assert run(finetune("loop.max_steps=1"), tmp_path)["updates"] == 1
 
 
@@ -278,7 +281,7 @@ def test_a_start_that_came_to_nothing_is_no_run(tmp_path: Path) -> None:
     [
         ("data.train=folder:nowhere", "nowhere"),
         ("data.train=fashion", "unknown data set 'fashion'; did you mean 'fashion-mnist'"),
-        ("data.batch=65", "a batch of 65 needs as many images; the training data have 64"),
+        ("data.batch=65", "a batch of 65 is larger than the training data, which have 64 images"),
         ("data.mean=[.1, .2, .3] data.std=[1, 1, 1]", "need one value for each of the model's 1"),
         ("data.batch=15 mix.mixup=.1", "mixing pairs images: data.batch must be even, got 15"),
         ("loop.num_nodes=2", "loop.num_nodes=2, and MASTER_ADDR, MASTER_PORT and NODE_RANK do not"),

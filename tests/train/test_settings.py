@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from runs import finetune
@@ -61,6 +62,37 @@ def test_overrides_are_read_as_yaml() -> None:
     assert recipe.data.train == "folder:a=b" and recipe.masking.ratios == (0, 0.5)
     assert recipe.optim.fixed == ("pos_embed",) and recipe.model.options["depth"] == 2
     assert recipe.model.options["embed_dim"] == 32  # beside it stays
+
+
+@pytest.mark.parametrize(
+    ("job", "wrong", "words"),
+    [
+        ("finetune", "data.augment.crop=none2", "crop must be one of"),
+        ("reduce", "method.keep=half", "keep must be a number"),
+        ("reduce", "method.kep=1", "unknown option of evit 'kep'"),
+        ("detect", "backbone.no=1", "unknown option of backbone.name=pyramid 'no'"),
+    ],
+)
+def test_a_message_says_where_the_setting_was_given(
+    job: str, wrong: str, words: str, tmp_path: Path
+) -> None:
+    path, cls = tmp_path / "mine.yaml", config.recipe_class(job)
+    tree: dict[str, Any] = {"model": {"start": "demo"}}
+    if job == "reduce":
+        tree["method"] = {"name": "evit"}
+    if job == "detect":
+        tree["backbone"] = {"name": "pyramid"}
+    path.write_text(config.dump(tree))
+    with pytest.raises(ValueError, match=f"^the command line: {words}"):
+        config.read(cls, path, ["loop.epochs=1", wrong])
+    *groups, last = wrong.partition("=")[0].split(".")
+    inner: Any = tree
+    for group in groups:
+        inner = inner.setdefault(group, {})
+    inner[last] = wrong.partition("=")[2]
+    path.write_text(config.dump(tree))
+    with pytest.raises(ValueError, match=f"mine.yaml: {words}"):
+        config.read(cls, path, ["loop.epochs=1"])
 
 
 def test_files(tmp_path: Path) -> None:

@@ -71,10 +71,10 @@ def open_source(spec: Any, split: str = "train", *, labels: bool = True) -> Sour
     """Open a data set.
 
     Args:
-        spec: ``KIND`` or ``KIND:LOCATION``, see ``KINDS``; a path alone is a folder. A data set of
-            one's own, an object, is one set that is not cut.
-        split: "train", "val" or "test" of a set that is cut into them, "all" of one that is not;
-            ``NoSplit`` where the set has no such split.
+        spec: ``KIND`` or ``KIND:LOCATION``, see ``KINDS``; a path alone is a folder. Your own data
+            set, an object, is a set without splits.
+        split: "train", "val" or "test" of a set with splits, "all" of one without; ``NoSplit`` if
+            the set has no such split.
         labels: without them ``classes`` is None, and images need not have any.
     """
     check_choice("split", split, SPLITS)
@@ -104,7 +104,7 @@ def open_first(spec: Any, splits: Sequence[str], *, labels: bool = True) -> Sour
 
 
 def _existing(spec: str, kind: str) -> str:
-    """A path that was given without a kind."""
+    """Return a path that was given without a kind, if it exists."""
     if spec and Path(spec).expanduser().exists():
         return spec
     if not spec or "/" in kind or "\\" in kind or kind.startswith((".", "~")):

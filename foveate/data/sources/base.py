@@ -1,4 +1,4 @@
-"""What every source of images can do, and the parts that several kinds share."""
+"""The interface of all sources of images, and the parts that several kinds share."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def read_names(path: Path) -> tuple[str, ...] | None:
 
 
 class Source:
-    """Images by number, and what belongs to each; cheap to send to worker processes.
+    """Images by number, with their targets; cheap to send to worker processes.
 
     Attributes:
         spec: what the source was opened with.
@@ -90,7 +90,7 @@ class Source:
         return NO_LABEL
 
     def targets(self, index: int) -> dict[str, Any]:
-        """Give what belongs to an image: a label, or boxes and masks as tv_tensors, or nothing."""
+        """Return the targets of an image: a label, or boxes and masks as tv_tensors, or nothing."""
         return {} if self.classes is None else {"label": self.label(index)}
 
     def sample(self, index: int) -> dict[str, Any]:
@@ -98,15 +98,15 @@ class Source:
         return {"image": self.image(index), **self.targets(index)}
 
     def name(self, index: int) -> str:
-        """Name an image in messages."""
+        """Return the name of an image, for messages."""
         return f"{self.spec} {self.split} {index}"
 
     def content(self, index: int) -> bytes:
-        """Read what is stored of an image, undecoded where that is possible."""
+        """Read the stored bytes of an image, undecoded if possible."""
         raise NotImplementedError
 
     def sizes(self) -> np.ndarray | None:
-        """Give the bytes of each image's content; None where only reading them tells."""
+        """Return the number of bytes of each image; None if only reading them tells."""
         return None
 
     def boxes_only(self) -> Source:
@@ -121,7 +121,7 @@ class Source:
 
 
 class FileSource(Source):
-    """Images that are a file each, named in ``files``; their name and content are the file's."""
+    """Images that are one file each, listed in ``files``; name and content are the file's."""
 
     files: PackedNames
 

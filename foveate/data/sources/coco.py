@@ -1,4 +1,4 @@
-"""Images with objects in them, as COCO has them: a JSON file and a folder of images."""
+"""Images with objects in COCO's format: a JSON file and a folder of images."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class CocoSource(FileSource):
     labels_of: tuple[str, ...] = (OBJECTS,)
 
     def image(self, index: int) -> Image.Image:
-        """Read the image as it is stored: EXIF does not turn it, because it turns no box."""
+        """Read the image without turning it by EXIF, because boxes are not turned either."""
         image = read_image(self.files[index], stored=True)
         if self.annotations is not None:
             height, width = self.annotations.image_sizes[self.rows[index]].tolist()
@@ -120,7 +120,7 @@ def object_targets(
     size: tuple[int, int],
     image_id: int,
 ) -> dict[str, Any]:
-    """Build what transforms and detectors take of the objects of an image.
+    """Build the targets of an image for transforms and detectors.
 
     They are "boxes" ``[N, 4]`` (left, top, right, bottom), "labels" ``[N]`` from 0, "area" ``[N]``
     in pixels, "iscrowd" ``[N]``, "image_id" and, where there are any, "masks" ``[N, H, W]`` uint8.
@@ -148,7 +148,7 @@ def open_coco(spec: str, location: str, split: str, labels: bool) -> CocoSource:
     """
     file, images = _located(spec, location, split)
     if not images.is_dir():
-        raise ValueError(f"{images}, where the images of {file} should be, is no folder")
+        raise ValueError(f"{images}, where the images of {file} should be, is not a folder")
     known = read_coco(file)
     left_out = dataclasses.replace(known.left_out, reasons=dict(known.left_out.reasons))
     paths = [os.path.join(images, known.image_names[i]) for i in range(len(known.image_ids))]
@@ -181,7 +181,7 @@ def open_coco(spec: str, location: str, split: str, labels: bool) -> CocoSource:
 
 
 def _located(spec: str, location: str, split: str) -> tuple[Path, Path]:
-    """The annotation file of a split and the folder of its images."""
+    """Return the annotation file of a split and the folder of its images."""
     named = re.fullmatch(r"(.+\.json):(.+)", location, flags=re.IGNORECASE)
     if named:
         check_cut(spec, location, split)
@@ -218,7 +218,7 @@ def _located(spec: str, location: str, split: str) -> tuple[Path, Path]:
 
 
 def _candidates(root: Path, split: str) -> list[tuple[Path, Path]]:
-    """Annotation files that may be of a split, each with where its images are."""
+    """Return possible annotation files of a split, each with the folder of its images."""
     found = []
     for name in NAMES[split]:
         for folder in (root / "annotations", root):

@@ -2,7 +2,8 @@
 
 A million objects as dictionaries take gigabytes, and each worker process would copy them as it
 counts its references. So an annotation is packed while the file is read, and arrays are shared.
-What cannot be used is left out, counted and named; what contradicts itself is one sentence.
+Annotations that cannot be used are left out, counted and named; a contradiction raises one
+sentence.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class LeftOut:
         self.reasons[reason] = count + 1, first
 
     def sentence(self) -> str:
-        """Say what and why; empty where nothing was left out."""
+        """Return what was left out and why; empty if nothing was."""
         return "; ".join(
             f"{count} {reason} (the first: {first})"
             for reason, (count, first) in self.reasons.items()
@@ -96,7 +97,7 @@ class CocoFile:
 
 
 def read_coco(path: Path) -> CocoFile:
-    """Read an annotation file; ValueError with one sentence where it is none."""
+    """Read an annotation file; ValueError with one sentence if it is not one."""
     packer = _Packer()
     try:
         with open(path, encoding="utf-8") as file:
@@ -131,11 +132,11 @@ def read_coco(path: Path) -> CocoFile:
 
 
 class _BadId(ValueError):
-    """An id that is no whole number."""
+    """An id that is not a whole number."""
 
 
 class _Packer:
-    """Takes each annotation while the file is read and keeps it as numbers and bytes."""
+    """Pack each annotation into numbers and bytes while the file is read."""
 
     def __init__(self) -> None:
         # id, id of the image, id of the category, crowd, kind of mask, end of mask
@@ -366,7 +367,7 @@ def _checked(
 
 
 def _places(known: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each id stands among the known ones, and whether it does."""
+    """Return the position of each id among the known ones, and whether it is known."""
     order = np.argsort(known, kind="stable")
     place = np.searchsorted(known, asked, sorter=order)
     place = order[np.minimum(place, len(known) - 1)]

@@ -1,4 +1,4 @@
-"""A data set of one's own: any object with ``__len__`` and ``__getitem__``, as torch has them."""
+"""Your own data set: any object with ``__len__`` and ``__getitem__``, as in torch."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class DatasetSource(Source):
     """Items of a data set: an image alone, ``(image, label)``, or a dictionary with an "image".
 
     Pictures of Pillow and uint8 arrays ``[H, W, C]`` are augmented and resized like those of any
-    other source. Tensors ``[C, H, W]`` are taken as they are: the data set's own transform has the
-    last word on them, and what is random in it is seeded image by image.
+    other source. Tensors ``[C, H, W]`` are taken as they are: the data set's own transform has
+    prepared them, and its randomness is seeded image by image.
 
     Args:
         dataset: the object.
@@ -109,7 +109,7 @@ class DatasetSource(Source):
         return repr(pixels.shape).encode() + pixels.tobytes()
 
     def random(self) -> bool:
-        """Whether an image comes out differently each time, as a training transform has it."""
+        """Tell whether an image differs each time it is read, as with a random transform."""
         seen = set()
         for seed in range(_LOOKED_AT):
             with seeded((seed, 0)):
@@ -118,7 +118,7 @@ class DatasetSource(Source):
         return len(seen) > 1
 
     def _read_labels(self) -> tuple[np.ndarray, bool]:
-        """The class of every item, and whether the data set's own names are of these classes."""
+        """Return the class of every item, and whether the data set's names are of these."""
         stated, change = self._stated(), getattr(self.dataset, "target_transform", None)
         if stated is not None:
             found = stated
@@ -134,7 +134,7 @@ class DatasetSource(Source):
         return found, change is None if stated is None else np.array_equal(found, stated)
 
     def _stated(self) -> np.ndarray | None:
-        """What the data set says of its labels, before any transform."""
+        """Return the labels that the data set states, before any transform."""
         for attribute in ("targets", "labels"):
             found = getattr(self.dataset, attribute, None)
             if found is not None and len(found) == len(self):
@@ -144,7 +144,7 @@ class DatasetSource(Source):
         return None
 
     def _agrees(self, labels: np.ndarray) -> bool:
-        """Whether some items, evenly spaced, have these labels."""
+        """Tell whether some evenly spaced items have these labels."""
         for index in np.linspace(0, len(self) - 1, min(_LOOKED_AT, len(self)), dtype=int).tolist():
             try:
                 with seeded((0, index)):
@@ -161,7 +161,7 @@ class DatasetSource(Source):
         return int(sample["label"])
 
     def _check_label(self, sample: Mapping[str, Any], index: int) -> None:
-        """Refuse an item that is not like the first: the labels of most are not read before."""
+        """Refuse an item unlike the first, since most labels are not read in advance."""
         if "label" not in sample:
             raise ValueError(f"{self.name(index)} has no label, though the first item has one")
         if self.classes is not None and not 0 <= sample["label"] < len(self.classes):
@@ -215,7 +215,7 @@ class DatasetSource(Source):
 
 
 def describe(dataset: Any) -> str:
-    """What a data set is called in messages and in the record of a run."""
+    """Return the name of a data set for messages and the record of a run."""
     if isinstance(dataset, type):
         return f"the class {dataset.__name__}"
     size = f" ({len(dataset)} items)" if hasattr(dataset, "__len__") else ""

@@ -39,8 +39,8 @@ class FolderSource(FileSource):
 def open_folder(spec: str, location: str, split: str, labels: bool) -> FolderSource:
     """Open ``PATH/train/CLASS/...`` and its siblings val and test, or ``PATH/CLASS/...`` itself.
 
-    The classes are the subfolders of "train" in order of their names; the other splits have them
-    from there too. Without labels every image counts, wherever it lies.
+    The classes are the subfolders of "train" in alphabetical order, for the other splits too.
+    Without labels all images in all subfolders count.
     """
     root = Path(location).expanduser()
     if not root.is_dir():
@@ -85,7 +85,7 @@ def _labelled(spec: str, split: str, folder: Path, classes: tuple[str, ...]) -> 
 
 
 def _splits(root: Path) -> dict[str, Path]:
-    """Folders of the splits; empty where the folder's subfolders are classes.
+    """Return the folders of the splits; empty if the folder's subfolders are classes.
 
     A class may be called "train" or "test" as well: such a folder is a split if another one is
     there, if nothing else is, or if it has subfolders.
@@ -104,9 +104,10 @@ def _splits(root: Path) -> dict[str, Path]:
 def _classes(folder: Path) -> tuple[str, ...]:
     names = _subfolders(folder)
     if not names:
-        held = f"{len(find_images(folder))} images and no subfolders"
+        count = len(find_images(folder))
         raise ValueError(
-            f"{folder} holds {held}: classes are subfolders; only pre-training does without"
+            f"{folder} holds {count} image{'s' * (count != 1)} and no subfolders: labels come from "
+            "a subfolder for each class; only pretrain and adapt work without labels"
         )
     return tuple(names)
 

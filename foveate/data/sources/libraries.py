@@ -1,4 +1,4 @@
-"""Data sets that torchvision knows, and those of Hugging Face."""
+"""Data sets of torchvision and of Hugging Face."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def open_torchvision(spec: str, location: str, split: str, labels: bool) -> Sour
 
 
 def _built(name: str, root: str, split: str) -> Any:
-    """The data set's object: some say ``train=True``, some ``split="train"``, no two the same."""
+    """Make the data set, whose class may take ``train=True``, ``split="train"`` or others."""
     cls = getattr(torchvision.datasets, name)
     parameters = inspect.signature(cls).parameters
     fixed = {"download": False} if "download" in parameters else {}
@@ -119,7 +119,7 @@ def _torchvision_labels(spec: str, dataset: Any) -> tuple[np.ndarray, tuple[str,
 def _checked(
     spec: str, labels: np.ndarray, names: Iterable[Any] | None
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels that all have a class; classes without names are called by their numbers."""
+    """Return labels that all have a class; classes without names are named by their numbers."""
     if labels.min() < 0:
         without = int((labels < 0).sum())
         raise ValueError(f"{spec} has {without} of {len(labels)} images without a label")

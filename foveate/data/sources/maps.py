@@ -65,7 +65,7 @@ class MapSource(FileSource):
         return self.classes
 
     def image(self, index: int) -> Image.Image:
-        """Read the image as it is stored: EXIF does not turn it, because it turns no map."""
+        """Read the image without turning it by EXIF, because maps are not turned either."""
         return read_image(self.files[index], stored=True)
 
     def targets(self, index: int) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class MapSource(FileSource):
 
 
 def _read_map(path: str, zero_ignored: bool) -> np.ndarray:
-    """Classes ``[H, W]`` uint8 of a file; 255 is no class."""
+    """Read the classes ``[H, W]`` uint8 of a file; 255 is no class."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large sizes: label maps pack well
@@ -178,7 +178,7 @@ def _options(spec: str, location: str) -> tuple[str, bool]:
 
 
 def _located(spec: str, location: str, split: str) -> tuple[Path, Path]:
-    """The folders of images and maps of a split."""
+    """Return the folders of images and maps of a split."""
     if ":" in location:
         check_cut(spec, location, split)
         folders = [
@@ -230,7 +230,7 @@ def _pair(root: Path, split: str) -> tuple[Path, Path] | None:
 
 
 def _named(maps: Path, location: str) -> tuple[str, ...] | None:
-    """Names of the classes from a file."""
+    """Read the names of the classes from a file."""
     places = [maps, maps.parent, maps.parent.parent]
     if ":" not in location:
         places.append(Path(location).expanduser())
@@ -244,7 +244,7 @@ def _named(maps: Path, location: str) -> tuple[str, ...] | None:
 
 
 def _counted(spec: str, location: str, maps: PackedNames, zero_ignored: bool) -> tuple[str, ...]:
-    """As many classes as the highest number in the training maps says."""
+    """Return as many classes as the highest number in the training maps needs."""
     try:
         folder = _located(spec, location, "train")[1]
     except NoSplit:

@@ -1,4 +1,4 @@
-"""Scenes of garments as a set without any file, and the same scenes as a folder."""
+"""Scenes of garments as a data set without files, and the same scenes as a folder."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ __all__ = ["Scenes", "SceneSource", "open_scenes", "write_scenes"]
 
 @dataclass(frozen=True, kw_only=True)
 class Scenes:
-    """What scenes are made.
+    """The settings of scenes.
 
     Attributes:
         size: height and width in pixels, from 32.
         train: number of training scenes.
         val: number of validation scenes.
         test: number of test scenes.
-        seed: another one gives other scenes.
+        seed: seed of the scenes.
         colour: whether they have colours.
-        clutter: how hard they are, from 0 to 1; see ``draw_scene``.
+        clutter: difficulty, from 0 to 1; see ``draw_scene``.
     """
 
     size: tuple[int, int] = (96, 96)
@@ -64,7 +64,7 @@ class Scenes:
 
 @dataclass(frozen=True)
 class SceneSource(Source):
-    """Scenes of one split, drawn when they are asked for; see ``Source``."""
+    """Scenes of one split, drawn on demand; see ``Source``."""
 
     spec: str
     split: str
@@ -108,7 +108,7 @@ class SceneSource(Source):
         return {"image": scene.image, **self._targets(scene, index)}
 
     def content(self, index: int) -> bytes:
-        """Give what the scene follows from, which takes less time than to draw it."""
+        """Return the settings that determine the scene, which is faster than drawing it."""
         made = self.made
         how = f"{made.size} {self.channels} {made.seed} {made.clutter}"
         return f"scene {how} {self.split} {index}".encode()
@@ -182,9 +182,9 @@ def write_scenes(
     """Write scenes as files that ``coco:FOLDER`` and ``masks:FOLDER`` open with the same targets.
 
     Args:
-        folder: a new one, or an empty one.
-        made: which scenes.
-        tell: goes through the numbers of the scenes, and may show how far it is.
+        folder: a new or an empty folder.
+        made: settings of the scenes.
+        tell: iterates over the numbers of the scenes, and may show the progress.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there already and not an empty folder: name a new one")

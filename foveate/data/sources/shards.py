@@ -1,9 +1,9 @@
 """WebDataset shards: tar files that hold KEY.jpg beside KEY.cls or KEY.json.
 
-They are not streamed but indexed: the headers are read once, then every image by its position.
-That way an epoch is a true permutation of all images, a run is resumed at any image without reading
-those before it, and no package is needed. It needs shards on a disk and not compressed, which
-images gain nothing from.
+They are not streamed but indexed: the headers are read once, then every image by its position. That
+way an epoch is a true permutation of all images, a run is resumed at any image without reading
+those before it, and no package is needed. The shards must be on a disk and not compressed; images
+would gain nothing from compression.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _BLOCK = 512  # of tar: headers and contents begin at multiples of it
 
 @dataclass
 class _Files:
-    """Open files of this process; neither a fork nor a pickle takes them along."""
+    """Open files of this process; forks and pickles do not keep them."""
 
     paths: list[str]
     _open: OrderedDict[int, BinaryIO] = field(default_factory=OrderedDict)
@@ -162,7 +162,7 @@ def open_shards(spec: str, location: str, split: str, labels: bool) -> ShardSour
 
 @dataclass
 class _Sample:
-    """What a shard holds under one key.
+    """The content of a shard under one key.
 
     Attributes:
         image: name, offset and size of the member.
@@ -190,7 +190,7 @@ def _shards(pattern: str) -> list[str]:
 
 
 def _has_any(pattern: str, missing: str) -> bool:
-    """Tell whether another split is there, so that this one alone is missing."""
+    """Tell whether another split exists, so that only this one is missing."""
     for split in SPLITS:
         if split not in (missing, WHOLE):
             try:
@@ -201,7 +201,7 @@ def _has_any(pattern: str, missing: str) -> bool:
 
 
 def _expanded(pattern: str) -> list[str]:
-    """Each of ``{000..012}`` and ``{a,b}``, in order."""
+    """Expand ``{000..012}`` and ``{a,b}``, in order."""
     parts = re.split(r"(\{[^{}]*\})", pattern)
     choices = [_choices(part) if part.startswith("{") else [part] for part in parts]
     return ["".join(chosen) for chosen in itertools.product(*choices)]
@@ -221,7 +221,7 @@ def _choices(braces: str) -> list[str]:
 
 
 def _samples(path: str) -> dict[str, _Sample]:
-    """Members of a shard by their key, the name up to its first dot, as WebDataset has it."""
+    """Return the members of a shard by key (the name up to its first dot), as in WebDataset."""
     with open(path, "rb") as file:
         start = file.read(6)
         for magic, name in _COMPRESSED.items():
