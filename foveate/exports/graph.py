@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -50,6 +51,16 @@ class Graph:
     layers: tuple[str, ...]
     tokens: tuple[int, ...]
     deciding: tuple[str, ...]
+
+    def calls(self, images: np.ndarray) -> list[np.ndarray]:
+        """Split images into calls that the graph takes.
+
+        They are single images where the number is free. A last call that a fixed batch would not
+        fill takes the first images once more.
+        """
+        step, count = self.batch or 1, len(images)
+        order = np.arange(-(-count // step) * step) % count
+        return list(images[order].reshape(-1, step, *images.shape[1:]))
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def quantise(path: Path, graph: Graph, images: np.ndarray) -> None:
         quantize_static(
             str(ready),
             str(made),
-            _Reader(images),
+            _Reader(graph.calls(images)),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=["Conv", "Gemm", "MatMul"],
             nodes_to_exclude=deciding,
@@ -97,14 +97,14 @@ def tokens(path: Path, layers: Sequence[str], images: np.ndarray) -> tuple[int, 
 
 
 class _Reader:
-    """Gives images one after another, as onnxruntime's calibration reads them."""
+    """Gives one call's images after another, as onnxruntime's calibration reads them."""
 
-    def __init__(self, images: np.ndarray) -> None:
-        self._images = iter(images)
+    def __init__(self, calls: Sequence[np.ndarray]) -> None:
+        self._calls = iter(calls)
 
     def get_next(self) -> dict[str, np.ndarray] | None:
-        image = next(self._images, None)
-        return None if image is None else {"images": image[None]}
+        images = next(self._calls, None)
+        return None if images is None else {"images": images}
 
 
 @contextlib.contextmanager

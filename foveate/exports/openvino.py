@@ -37,14 +37,14 @@ def quantise(path: Path, graph: Graph, images: np.ndarray) -> None:
     import openvino
 
     nncf.set_log_level(logging.ERROR)
-    model = openvino.Core().read_model(str(path))
+    model, calls = openvino.Core().read_model(str(path)), graph.calls(images)
     with contextlib.redirect_stdout(io.StringIO()):  # progress bars
         made = nncf.quantize(
             model,
-            nncf.Dataset([image[None] for image in images]),
+            nncf.Dataset(calls),
             preset=nncf.QuantizationPreset.MIXED,
             model_type=nncf.ModelType.TRANSFORMER,
-            subset_size=len(images),
+            subset_size=len(calls),
             ignored_scope=nncf.IgnoredScope(names=_products(model, graph.deciding)),
         )
     _save(made, path)
