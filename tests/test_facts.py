@@ -206,7 +206,7 @@ def test_spellings_of_a_budget(text: str) -> None:
         ("evit", "plenty", "must read like '2.9 GMACs'"),
         ("evit", "2.9", "must read like"),
         ("evit", "100 GMACs", "the model without a method costs, 4.599"),
-        ("evit", "0x", "costs 4.599"),
+        ("evit", "0x", "4.599 GMACs"),
         ("evit", "0.1x", "it reaches from 1.386 GMACs to 4.599 GMACs"),
         ("evit(keep=0.5)", "0.6x", "give keep or a budget, not both"),
         ("tome(r=4)", "0.6x", "give r or a budget, not both"),

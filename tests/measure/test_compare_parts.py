@@ -299,7 +299,9 @@ def test_the_other_comparisons_that_ship(
         )
         assert "similarity" in str(cells["models/l2_05/seed0"].work.settings.method)
     else:
-        assert jobs == {"pretrain": 9 * 3, "finetune": 10 * 3, "evaluate": 10 * 3}
+        assert jobs == {"pretrain": 9 * 3, "finetune": 10 * 3 + 2, "evaluate": 10 * 3 + 2}
+        taught = cells["models/labels_taught/seed0"]
+        assert taught.needs == ("models/mae/seed0", "models/labels_teacher/seed0")
         assert comparison.root("conmim_mto") == "conmim" and comparison.root("mae_short") == "mae"
         assert cells["models/bootmae_mto/seed0"].work.settings.loop.epochs == 4
 

@@ -755,7 +755,7 @@ def test_folders_that_will_not_do(tmp_path: Path, capsys: pytest.CaptureFixture[
     cases = {
         f"data.train=folder:{empty}": "no images",
         f"data.train=folder:{tmp_path / 'nowhere'}": "nowhere",
-        f"probe.data=folder:{flat}": "classes are subfolders",
+        f"probe.data=folder:{flat}": "labels come from a subfolder for each class",
         f"probe.data=folder:{empty}": "no images",
     }
     for setting, said in cases.items():
