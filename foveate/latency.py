@@ -32,7 +32,7 @@ from foveate.timing import DENSE, DTYPES, Timings, measure
 
 __all__ = [
     *("LatencyTable", "Setting", "TimeBudget", "approach", "beside_dense", "goal_of", "is_time"),
-    *("meet", "own_work", "setting_of"),
+    *("meet", "own_work", "setting_of", "time_calls"),
 ]
 
 _SHARES = (
@@ -122,6 +122,16 @@ class TimeBudget:
 
     def __str__(self) -> str:
         return f"{self.value:g}x faster" if self.relative else f"{self.value:g} ms"
+
+    def goal(self, dense_ms: float) -> float:
+        """Return the milliseconds that it allows where a dense pass takes so many."""
+        return dense_ms / self.value if self.relative else self.value
+
+    def needless(self, dense_ms: float, where: str) -> ValueError:
+        """Make the error for a model that needs no method to be within it."""
+        return ValueError(
+            f"the model takes {dense_ms:.3g} ms ({where}) without a method, which is within {self}"
+        )
 
 
 def is_time(budget: str) -> bool:
@@ -253,7 +263,7 @@ def _measured(backbone: Backbone, setting: Setting) -> LatencyTable:
         positions = torch.arange(count, device=images.device).expand(len(images), -1)
         calls[str(count)] = partial(_blocks, model, whole.keep(Selection(positions)))
     with torch.inference_mode():
-        timings = _timed(calls, setting)
+        timings = time_calls(calls, setting.device)
     blocks = [timings.ms(str(count)).median / spec.depth for count in counts]
     blocks = np.maximum.accumulate(blocks).tolist()  # noise alone makes more tokens faster
     return LatencyTable(
@@ -281,18 +291,19 @@ def _ready(model: ReducedViT, setting: Setting) -> tuple[ReducedViT, torch.Tenso
     return model, images.to(setting.device, DTYPES[setting.dtype])
 
 
-def _timed(
+def time_calls(
     calls: Mapping[str, Callable[[], Any]],
-    setting: Setting,
+    device: str,
     rounds: int = _ROUNDS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Timings:
+    """Time calls together, as long as a budget in time needs."""
     return measure(
         calls,
         rounds=rounds,
         warmup=_WARMUP,
         sample_ms=_SAMPLE_MS,
-        device=setting.device,
+        device=device,
         progress=progress,
     )
 
@@ -331,12 +342,10 @@ def goal_of(wanted: TimeBudget, setting: Setting, backbone: Backbone) -> tuple[L
     for fresh in (False, True):  # a kept table may be of a day when the machine was faster
         table = LatencyTable.of(backbone, setting, fresh=fresh)
         whole = table.whole(backbone.spec.depth)
-        goal = whole / wanted.value if wanted.relative else wanted.value
+        goal = wanted.goal(whole)
         if goal < whole * (1 + _PROMISE):
             return table, goal
-    raise ValueError(
-        f"the model takes {whole:.3g} ms ({setting}) without a method, which is within {wanted}"
-    )
+    raise wanted.needless(whole, str(setting))
 
 
 def _met(
@@ -383,8 +392,7 @@ def approach(
     best: Mapping[str, Any] = {}
     # ``extra`` is the method's own work, which no prediction knows. ``scale`` is how much slower
     # the machine is than when predictions were made.
-    extra, scale, miss = 0.0, 1.0, float("inf")
-    target = whole / wanted.value if wanted.relative else wanted.value
+    extra, scale, miss, target = 0.0, 1.0, float("inf"), wanted.goal(whole)
     for _ in range(_ATTEMPTS):
         said = partial(_milliseconds, extra, scale)
         options = rate_for(max(target - extra, 0.0), backbone, make, predicted, said, _SOLVED)
@@ -393,7 +401,7 @@ def approach(
             reducer.build(backbone.spec)
         foreseen = predicted(reducer)
         reached, dense_ms = timed(options)
-        goal = dense_ms / wanted.value if wanted.relative else wanted.value
+        goal = wanted.goal(dense_ms)
         if abs(reached / goal - 1) < miss:
             best, miss = options, abs(reached / goal - 1)
         if miss <= _NEAR:
@@ -445,7 +453,7 @@ def beside_dense(
         own = copy.deepcopy(reducer).to(like.device, like.dtype).requires_grad_(False)
         calls[name] = partial(driver(shared, own).eval(), images)
     with torch.inference_mode():
-        return _timed(calls, setting, rounds, progress)
+        return time_calls(calls, setting.device, rounds, progress)
 
 
 def own_work(

@@ -73,7 +73,7 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Reducer:
 
 
 def remake(reducer: Reducer, options: Mapping[str, Any]) -> Reducer:
-    """Build a method that is bound to a model anew, with other options and the same weights."""
+    """Build a method anew for the model that it was built for: other options, the same weights."""
     spec = reducer.spec
     assert spec is not None
     found = make(reducer.name, {**reducer.config(), **options})

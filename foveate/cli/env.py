@@ -11,7 +11,7 @@ import re
 
 __all__ = ["add_arguments", "run"]
 
-_AROUND = ("torchvision",)  # timm brings the latter
+_BROUGHT = "torchvision"  # by timm
 _OURS = {"dev", "docs", "test"}  # extras of those who work on foveate
 _REQUIREMENT = re.compile(r"([\w-]+).*?(?:extra == '(\w+)')?")
 
@@ -57,4 +57,4 @@ def _libraries() -> list[str]:
         required = []
     found = [_REQUIREMENT.fullmatch(one) for one in required]
     names = {match[1] for match in found if match is not None and match[2] not in _OURS}
-    return sorted({*names, *_AROUND})
+    return sorted({*names, _BROUGHT})

@@ -373,7 +373,7 @@ class ReducedViT(HostedModel):
             )
         where = next(self.parameters()).device
         # Gates that sample draw the same noise in both runs.
-        with torch.random.fork_rng([] if where.type == "cpu" else [where]):
+        with torch.random.fork_rng([where] if where.type == "cuda" else []):
             trace = self.trace(images, keep_mask)
         wanted = [sum(counts) for counts in trace.counts()]
         check_executed(self.backbone, lambda: self.run(images, keep_mask), wanted)

@@ -9,16 +9,15 @@ import torch
 from torch import nn
 
 from foveate.api import apply, unwrap
-from foveate.core import Chain, ReducedViT
+from foveate.core import Chain
 from foveate.core.cost import cost, run_on_meta
-from foveate.dense import Hosting
-from foveate.latency import TimeBudget, approach, is_time
+from foveate.exports.graph import reduced_of
+from foveate.latency import TimeBudget, approach, is_time, time_calls
 from foveate.registry import make, remake
-from foveate.timing import DENSE, measure
+from foveate.timing import DENSE
 
-__all__ = ["at_time", "read_budget", "reduced_of"]
+__all__ = ["at_time", "read_budget"]
 
-_ROUNDS, _WARMUP, _SAMPLE_MS = 15, 2, 20.0
 Call = Callable[[], Any]
 
 
@@ -68,9 +67,7 @@ def at_time(
     dense = exported(plain)
     whole, macs = _timed({DENSE: dense})[DENSE], cost(spec, None, spec.grid).total
     if not wanted.relative and whole <= wanted.value:
-        raise ValueError(
-            f"the model takes {whole:.3g} ms ({where}) without a method, which is within {wanted}"
-        )
+        raise wanted.needless(whole, where)
 
     def with_options(options: Mapping[str, Any]) -> nn.Module:
         found: nn.Module = apply(plain, remake(reducer, options), check=False)
@@ -92,14 +89,8 @@ def at_time(
     return with_options(options)
 
 
-def reduced_of(model: nn.Module) -> ReducedViT | None:
-    """Return the driven ViT in a model, or None if a plain one was given."""
-    inside = model.reduced if isinstance(model, Hosting) else model
-    return inside if isinstance(inside, ReducedViT) else None
-
-
 def _timed(calls: Mapping[str, Call]) -> dict[str, float]:
     """Return the milliseconds of some calls, timed together."""
     with torch.inference_mode():
-        timings = measure(calls, rounds=_ROUNDS, warmup=_WARMUP, sample_ms=_SAMPLE_MS, device="cpu")
+        timings = time_calls(calls, "cpu")
     return {name: timings.ms(name).median for name in calls}

@@ -18,7 +18,7 @@ from foveate.core.executed import watched_weights
 from foveate.data import Inputs
 from foveate.dense import DenseBackbone, DenseModel, Hosting
 
-__all__ = ["Graph", "answers", "capture", "fixed", "input_size"]
+__all__ = ["Graph", "answers", "capture", "fixed", "input_size", "reduced_of"]
 
 _MOST = 4096  # images in a batch
 
@@ -70,8 +70,8 @@ def fixed(model: nn.Module) -> Iterator[str]:
     Gives what that changes, in words, or "". Afterwards the model is as it was. A method that
     cannot do so is a ValueError.
     """
-    reduced = model.reduced if isinstance(model, Hosting) else model
-    if not isinstance(reduced, ReducedViT) or reduced.reducer.fixed_count:
+    reduced = reduced_of(model)
+    if reduced is None or reduced.reducer.fixed_count:
         yield ""
         return
     name = reduced.reducer.name
@@ -115,6 +115,12 @@ class _Answers(nn.Module):
         if isinstance(model, ReducedViT):
             return model.backbone.head(model.tokens(images, track=False))
         return backbone_of(model).native(images)
+
+
+def reduced_of(model: nn.Module) -> ReducedViT | None:
+    """Return the driven ViT in a model, or None if a plain one was given."""
+    inside = model.reduced if isinstance(model, Hosting) else model
+    return inside if isinstance(inside, ReducedViT) else None
 
 
 def input_size(model: nn.Module, wanted: tuple[int, int] | None = None) -> tuple[int, int]:

@@ -25,10 +25,10 @@ from foveate.core import ReducedViT
 from foveate.core.evaluation import evaluating
 from foveate.core.schedule import check_choice
 from foveate.dense import DenseModel, Hosting
-from foveate.exports.budget import at_time, read_budget, reduced_of
+from foveate.exports.budget import at_time, read_budget
 from foveate.exports.check import Check, compare, speeds
 from foveate.exports.folder import write_about, write_readme, write_script
-from foveate.exports.graph import Graph, answers, capture, fixed, input_size
+from foveate.exports.graph import Graph, answers, capture, fixed, input_size, reduced_of
 from foveate.exports.infer import Run, open_model
 from foveate.exports.onnx import LEAST_OPSET
 from foveate.exports.pictures import Paths, for_calibration, for_check, preparation
@@ -236,7 +236,7 @@ class _Writer:
         """
         self.say("capturing")
         self.write(capture(model, about["batch"], tuple(about["size"])), folder)
-        write_about(folder, dict(about))
+        write_about(folder, about)
         return open_model(folder, threads, batch)[0]
 
     def tokens(self, graph: Graph, path: Path) -> tuple[int, ...]:
@@ -332,7 +332,7 @@ def _timed(
     }
     with tempfile.TemporaryDirectory() as folder:
         if method is not None:
-            beside = writer.open(plain, exported.about, Path(folder), threads, batch)
+            beside = writer.open(plain, dict(exported.about), Path(folder), threads, batch)
             calls[method] = lambda: reduced(example)
             calls[f"dense, {writer.named}"] = lambda: beside(pixels)
         calls[f"{method or DENSE}, {writer.named}, exported"] = lambda: ask(pixels)

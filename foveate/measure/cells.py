@@ -226,9 +226,9 @@ def _training(
     if key.method is None:
         entry = comparison.entry(key.model)
         others = {"model.start": entry.start}
-        if entry.teacher is not None and job not in _TEACHERS:
-            raise ValueError(f"{key.folder}: a model of job={job} has no teacher")
         if entry.teacher is not None:
+            if job not in _TEACHERS:
+                raise ValueError(f"{key.folder}: a model of job={job} has no teacher")
             others[_TEACHERS[job]] = entry.teacher
     given, needs = [], []
     for setting, other in others.items():

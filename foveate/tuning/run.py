@@ -295,8 +295,7 @@ class _Table:
     def _goal(self, one: Scored) -> float:
         """Return the milliseconds that a candidate may take, as fast as the machine was then."""
         assert isinstance(self.price, Times)
-        wanted, (_, dense) = self.price.wanted, self._ms(one)
-        return dense / wanted.value if wanted.relative else wanted.value
+        return self.price.wanted.goal(self._ms(one)[1])
 
     def _over(self, one: Scored) -> float:
         """Return by which share of its goal a candidate is slower; below 0 where it is faster."""
