@@ -1,4 +1,4 @@
-"""Dense tasks: maps of several strides from any ViT, reduced or not, and heads on them."""
+"""Dense tasks: backbones that make maps from any ViT, reduced or not, and heads on them."""
 
 from foveate.core.calibration import calibrate
 from foveate.dense.backbone import DenseBackbone, DenseModel, Features, Hosting, windowed

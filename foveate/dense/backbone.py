@@ -1,7 +1,8 @@
 """DenseBackbone: maps of several strides from a vision transformer, reduced or not.
 
 A dense backbone looks at the tokens of a driven ViT between its blocks, and may write to them; the
-ViT and its method know nothing of it. What a block skips keeps its value (``gone="last"``).
+ViT and its method do not know about it. A patch that a block skips keeps its value
+(``gone="last"``).
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ _Self = TypeVar("_Self", bound="Hosting")
 
 @dataclass(eq=False)
 class Features:
-    """What one pass of a dense backbone gives.
+    """The result of one pass through a dense backbone.
 
     Attributes:
         maps: maps by name, the finest first: ``[B, C, h, w]``.
-        canvas: the images, and which cells of the maps are real.
-        state: the tokens after the last block, with the method's notes.
+        canvas: the padded images, and which cells of the maps are real.
+        state: the tokens after the last block, with the notes of the method.
     """
 
     maps: OrderedDict[str, Tensor]
@@ -58,7 +59,7 @@ class Features:
 
     @property
     def outcome(self) -> Outcome:
-        """The pass as methods read it for their losses; it has no logits."""
+        """The pass in the form that a method's losses read; it has no logits."""
         return Outcome(self.state.x.new_zeros(self.state.batch, 0), self.state)
 
 
@@ -66,8 +67,8 @@ class Hosting(nn.Module):
     """A model around a ViT that a method can be applied to.
 
     Attributes:
-        inner: name of the module that the ViT is in; a subclass sets it.
-        uncounted: what ``fixed`` leaves out, in words.
+        inner: name of the submodule that holds the ViT; a subclass sets it.
+        uncounted: the part that ``fixed`` leaves out, in words.
     """
 
     inner: str
@@ -81,7 +82,7 @@ class Hosting(nn.Module):
 
     @property
     def reducer(self) -> Reducer:
-        """The method that the ViT inside runs with."""
+        """The method of the ViT inside."""
         return self.reduced.reducer
 
     @property
@@ -101,15 +102,15 @@ class Hosting(nn.Module):
         return images
 
     def fixed(self, images: Images) -> Features:
-        """Run what costs the same whatever the images show, for ``foveate.count``.
+        """Run the part whose cost does not depend on what images show; ``foveate.count`` counts it.
 
         Args:
-            images: as ``prepared`` returns them.
+            images: the result of ``prepared``.
         """
         raise NotImplementedError
 
     def with_method(self: _Self, drive: Callable[[nn.Module], ReducedViT]) -> _Self:
-        """Return this model with its ViT driven otherwise; all weights are shared.
+        """Return this model with its ViT driven by ``drive``; all weights are shared.
 
         ``foveate.apply`` and ``foveate.unwrap`` call it.
         """
@@ -125,12 +126,12 @@ class Hosting(nn.Module):
         return new
 
     def method_losses(self, outcome: Outcome, classes: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the method's own losses, weighted, under the names that a total adds up.
+        """Return the method's own weighted losses; each is named ``loss_NAME``.
 
         Args:
-            outcome: what the pass gave.
-            classes: of all patches, ``[B, H, W]``, -100 where there is none. None unless the
-                method learns them.
+            outcome: the result of the pass.
+            classes: classes of all patches, ``[B, H, W]``, -100 for a patch without a class; None
+                unless the method learns from them.
         """
         own = self.reducer.weighted_losses(outcome, classes)
         return {f"loss_{name}": value for name, value in own.items()}
@@ -141,7 +142,7 @@ class Hosting(nn.Module):
         return {f"{self.inner}.{name}" for name in names}
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Return trainable parameters: "new" of the method, "backbone", and the "head" around."""
+        """Return trainable parameters: the method's ("new"), "backbone", and the rest ("head")."""
         groups = self.reduced.parameter_groups()
         known = {id(p) for group in groups.values() for p in group}
         head = [p for p in self.parameters() if p.requires_grad and id(p) not in known]
@@ -149,14 +150,14 @@ class Hosting(nn.Module):
 
 
 class DenseModel(Hosting):
-    """Base of detectors and segmenters.
+    """Base class of detectors and segmenters.
 
     Attributes:
-        transform: norms, resizes and pads images; see ``Preparation``.
+        transform: normalises, resizes and pads images; see ``Preparation``.
         num_classes: number of classes.
-        class_names: their names; empty where nobody gave them.
-        settings: what ``make_dense`` made the model of, so that it can be made again; empty for a
-            model that was put together by hand.
+        class_names: names of the classes; empty if none were given.
+        settings: the arguments of ``make_dense``, from which the model can be built again; empty
+            for a model that was built another way.
     """
 
     inner = "backbone"
@@ -180,7 +181,7 @@ class DenseModel(Hosting):
         return self.transform.image_size or super().input_size
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """Return an image as the model is called with it: ``[channels, h, w]`` from 0 to 1."""
+        """Convert an image to the model's input: ``[channels, h, w]`` with values from 0 to 1."""
         like, channels = next(self.parameters()), self.reduced.backbone.channels
         values = pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))
         return values.to(like.device).to(like.dtype) / 255
@@ -195,15 +196,15 @@ class DenseModel(Hosting):
 
 
 class DenseBackbone(Hosting):
-    """Base of the backbones that give maps.
+    """Base class of the backbones that return maps.
 
     Attributes:
         body: the driven ViT.
-        scales: cells a patch of each map, the finest first.
+        scales: cells per patch of each map, the finest first.
         out_channels: channels of every map.
-        size_divisible: images are padded to a multiple of so many pixels.
-        feature_info: channels and reduction of each map, as timm's feature extractors have it.
-        gone: what a patch whose token is gone shows: its "last" value, or "zero".
+        size_divisible: number of pixels; the sides of images are padded to a multiple of it.
+        feature_info: channels and reduction of each map, in the form of timm's feature extractors.
+        gone: value of a patch whose token is gone: its "last" value, or "zero".
     """
 
     inner = "body"
@@ -241,12 +242,12 @@ class DenseBackbone(Hosting):
         return self.features(images).maps
 
     def run(self, images: Images) -> tuple[OrderedDict[str, Tensor], Outcome]:
-        """Return maps together with the pass's tokens and notes, for the method's losses."""
+        """Return the maps, and the outcome from which the method computes its losses."""
         found = self.features(images)
         return found.maps, found.outcome
 
     def features(self, images: Images, watch: Watch | None = None) -> Features:
-        """Return maps, canvas and tokens; ``watch`` is shown the tokens in every block."""
+        """Return maps, canvas and tokens; ``watch`` is called with the tokens of every block."""
         patch = self.body.backbone.spec.patch
         canvas = Canvas.of(images, patch, self.multiple)
         maps, state = self.maps(canvas, watch)
@@ -261,14 +262,14 @@ class DenseBackbone(Hosting):
         raise NotImplementedError
 
     def blocks(self, state: TokenState, first: int, last: int, watch: Watch | None) -> TokenState:
-        """Take the tokens through a few blocks of the ViT."""
+        """Run the ViT's blocks from ``first`` up to, not including, ``last`` on the tokens."""
         for block in range(first, last):
             state = self.body.step(block, state, watch)
         return state
 
     @torch.no_grad()
     def trace(self, images: Images) -> Trace:
-        """Run once and record every block's tokens, as this backbone leaves them."""
+        """Run once and record every block's tokens, including what this backbone adds to them."""
         records = Recorder()
         found = self.features(images, records.watch)
         state = found.state.recalled()
@@ -281,17 +282,17 @@ class DenseBackbone(Hosting):
 
 
 def drive(vit: nn.Module) -> ReducedViT:
-    """Return a ViT that is driven: one from ``foveate.apply`` as it is, a plain one dense."""
+    """Return a ViT from ``foveate.apply`` as it is, and a plain one in the dense driver."""
     return vit if isinstance(vit, ReducedViT) else dense(backbone_for(vit))
 
 
 def windowed(vit: nn.Module, *, size: int = 14, every: int = 3) -> ReducedViT:
-    """Drive a dense ViT with attention inside windows, but for a few global blocks.
+    """Drive a dense ViT with attention inside windows, except in a few global blocks.
 
     Args:
         vit: a plain ViT.
         size: side of a window in patches.
-        every: each so many-th block stays global: 3 means blocks 2, 5, 8 and 11.
+        every: distance between global blocks: 3 makes blocks 2, 5, 8 and 11 global.
     """
     if isinstance(vit, ReducedViT):
         raise ValueError(

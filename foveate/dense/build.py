@@ -1,4 +1,4 @@
-"""Detectors and segmenters from plain settings, as recipes and saved folders have them."""
+"""Build detectors and segmenters from plain settings, as recipes and saved folders hold them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SEGMENTERS: dict[str, Callable[..., Any]] = {
     "upernet": partial(segmenter, head="upernet"),
 }
 _HEADS = {**DETECTORS, **SEGMENTERS}
-_NOT_OPTIONS = ("vit", "num_classes", "image_size", "head", "options")  # said elsewhere
+_NOT_OPTIONS = ("vit", "num_classes", "image_size", "head", "options")  # set elsewhere
 _PASSED = ("rpn_", "box_")  # torchvision's own settings of proposals and boxes
 _WINDOWS = "windows"
 
@@ -38,17 +38,17 @@ def make_dense(
     head: Mapping[str, Any],
     image_size: tuple[int, int] | None,
 ) -> DenseModel:
-    """Make a detector or a segmenter that can be saved and made again.
+    """Make a detector or a segmenter that can be saved and built again.
 
     Args:
         vit: a plain ViT.
         class_names: one name for each class.
-        backbone: "name", which is "adapter" or "pyramid", and options of that function; "windows",
-            {} or options of ``windowed``, lets the dense ViT attend in windows.
-        head: "name", which is "mask_rcnn", "faster_rcnn", "fpn" or "upernet", and options of
+        backbone: "name" ("adapter" or "pyramid") and options of that function; "windows" ({} or
+            options of ``windowed``) makes the dense ViT attend in windows.
+        head: "name" ("mask_rcnn", "faster_rcnn", "fpn" or "upernet") and options of
             ``mask_rcnn``, ``faster_rcnn`` or ``segmenter``.
-        image_size: the shorter side that images are resized to and the most that the longer may
-            have; None takes images as they come.
+        image_size: length of the shorter side of an image after resizing, and the largest length of
+            its longer side; None leaves images as they are.
     """
     check_part("backbone", backbone, BACKBONES)
     check_part("head", head, _HEADS)
@@ -71,19 +71,19 @@ def make_dense(
 def check_part(
     what: str, given: Mapping[str, Any], known: Mapping[str, Callable[..., Any]]
 ) -> None:
-    """Refuse an unknown name, or an option that the function of that name has not.
+    """Raise ValueError for an unknown name, or for an option that its function does not take.
 
     Args:
-        what: the setting, in messages.
-        given: "name" and options.
-        known: functions by their names.
+        what: the setting, for messages.
+        given: the "name" and options.
+        known: functions by name.
     """
     name = str(given.get("name"))
     if name not in known:
         raise ValueError(suggest(f"{what}.name", name, list(known)))
     legal = [one for one in inspect.signature(known[name]).parameters if one not in _NOT_OPTIONS]
     legal += [_WINDOWS] if name in BACKBONES else []
-    if name in DETECTORS:  # which hand further options on
+    if name in DETECTORS:  # they pass further options on to torchvision
         legal += [one for one in inspect.signature(FasterRCNN).parameters if one[:4] in _PASSED]
     for option in given:
         if option != "name" and option not in legal:
@@ -91,7 +91,7 @@ def check_part(
 
 
 def _options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the function is called with; YAML and JSON give lists."""
+    """Return the arguments of the function; lists of YAML and JSON become tuples."""
     return {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in given.items()

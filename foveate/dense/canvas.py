@@ -1,4 +1,4 @@
-"""A batch of images of different sizes on one canvas, and the rule that no padding is ever seen.
+"""A batch of images of different sizes on one canvas, whose padding never affects a feature.
 
 Each image lies in the top left corner of the canvas, and its own patches are those that hold a
 pixel of it. Tokens outside them do not exist. Maps are cleaned (set to zero) outside them before
@@ -31,13 +31,13 @@ def as_map(tokens: Tensor, grid: Size) -> Tensor:
 
 
 def as_tokens(values: Tensor) -> Tensor:
-    """View a map ``[B, C, h, w]`` as tokens ``[B, h*w, C]``; free where it is channels_last."""
+    """Turn a map ``[B, C, h, w]`` into tokens ``[B, h*w, C]``: a view if it is channels_last."""
     return values.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 @dataclass(eq=False)
 class Canvas:
-    """Padded images and what of them is real.
+    """Padded images, and which part of them is real.
 
     Attributes:
         images: ``[B, channels, H, W]``, zero outside the images.
@@ -56,13 +56,13 @@ class Canvas:
     def of(
         cls, images: Tensor | ImageList | Sequence[Tensor], patch: Size, multiple: int
     ) -> Canvas:
-        """Lay images out on a canvas of a multiple of so many patches.
+        """Lay images out on a canvas whose sides are multiples of ``multiple`` patches.
 
         Args:
             images: a batch ``[B, channels, H, W]`` whose images fill it, torchvision's
                 ``ImageList``, or a list of images ``[channels, h, w]`` of different sizes.
             patch: height and width of a patch.
-            multiple: patches that both sides of the canvas are a multiple of.
+            multiple: number of patches; both sides of the canvas are a multiple of it.
         """
         if isinstance(images, ImageList):
             batch, sizes = images.tensors, [(int(h), int(w)) for h, w in images.image_sizes]
@@ -89,7 +89,7 @@ class Canvas:
         return all(grid == self.grid for grid in self.grids)
 
     def own(self) -> Tensor | list[Tensor]:
-        """Return the images as the driver takes them: each with its own patches alone."""
+        """Return the images as the driver takes them: each cropped to its own patches."""
         if self.whole:
             return self.images
         if len(set(self.grids)) == 1:
@@ -101,7 +101,7 @@ class Canvas:
         return image[..., : grid[0] * self.patch[0], : grid[1] * self.patch[1]]
 
     def resized(self, side: int) -> Tensor:
-        """Return the images at so many pixels a patch; each is resized by itself."""
+        """Return the images at ``side`` pixels per patch; each is resized on its own."""
         if self.patch == (side, side):
             return self.images
 
@@ -119,9 +119,9 @@ class Canvas:
         return out
 
     def mask(self, scale: float) -> Tensor | None:
-        """Mark the real cells of a map with ``scale`` cells a patch, ``[B, 1, h, w]`` bool.
+        """Mark the real cells of a map with ``scale`` cells per patch, ``[B, 1, h, w]`` bool.
 
-        None means that all of them are real. A cell that a patch reaches into is real.
+        None means that all cells are real. A cell is real if a patch of the image reaches into it.
         """
         if self.whole:
             return None
@@ -133,7 +133,7 @@ class Canvas:
         return self._masks[scale]
 
     def cells(self, scale: float) -> Size:
-        """Return rows and columns of a map with ``scale`` cells a patch."""
+        """Return rows and columns of a map with ``scale`` cells per patch."""
         return ceil(self.grid[0] * scale), ceil(self.grid[1] * scale)
 
     def clean(self, values: Tensor, scale: float) -> Tensor:
@@ -144,13 +144,13 @@ class Canvas:
     def spread(self, tokens: Tensor, grid: Size, scale: float = 1.0) -> Tensor:
         """Lay cells ``[B, h*w, C]`` of a common grid out as a map over the canvas.
 
-        Outside an image its border is repeated, so that interpolation inside sees what it sees at
-        the border of an image that is alone.
+        The border of each image is repeated over its padding, so that interpolation inside the
+        image gives the same values as for the image alone.
 
         Args:
             tokens: cells of all images, row by row.
-            grid: their rows and columns, no more than the canvas has.
-            scale: cells a patch.
+            grid: rows and columns of the cells, at most those of the canvas.
+            scale: cells per patch.
         """
         if self.whole:
             return as_map(tokens, grid)
@@ -167,7 +167,7 @@ class Canvas:
         return self.spread(as_tokens(values), (values.shape[-2], values.shape[-1]), scale)
 
     def enlarge(self, values: Tensor, scale: float, factor: int) -> Tensor:
-        """Resize a map ``[B, C, h, w]`` bilinearly to so many times its cells."""
+        """Resize a map ``[B, C, h, w]`` bilinearly to ``factor`` times its rows and columns."""
         if factor == 1:
             return values
         values = F.interpolate(
@@ -179,7 +179,7 @@ class Canvas:
         return self.clean(values, scale * factor)
 
     def _border_rows(self, grid: Size, scale: float) -> Tensor:
-        """Row of the flat cells for every cell of the canvas: the nearest of the image's own."""
+        """Return, for every cell of the canvas, the row of the nearest cell of the same image."""
         device, size = self.images.device, self.cells(scale)
         own = [(ceil(h * scale) - 1, ceil(w * scale) - 1) for h, w in self.grids]
         last = torch.tensor(own, device=device)  # [B, 2]

@@ -3,9 +3,9 @@
 Paper: Zhu et al., "Deformable DETR: Deformable Transformers for End-to-End Object Detection",
 ICLR 2021.
 
-Reading a point bilinearly means a weighted sum of four cells, so a query's whole answer is a
-weighted sum of rows of one table. torch calls that an embedding bag with weights, and it needs no
-kernel of ours. Both the table of values and the answer lie in token order; nothing is transposed.
+Reading a point bilinearly is a weighted sum of four cells, so the result of a query is a weighted
+sum of rows of one table. torch has this as ``embedding_bag`` with weights, so no kernel of our own
+is needed. Both the table of values and the result lie in token order; nothing is transposed.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ __all__ = ["DeformableAttention", "Levels", "choose_heads", "sample_points"]
 
 @dataclass(eq=False)
 class Levels:
-    """Maps of several sizes over one canvas, their cells in one row of tokens.
+    """Maps of several sizes over one canvas; the cells of all maps form one row of tokens.
 
     Attributes:
-        scales: cells a patch, by level.
+        scales: cells per patch of each level.
         shapes: rows and columns of each map.
-        extent: columns and rows of each level that are real: two numbers, or two ``[B]`` where
-            images differ.
-        positions: where in the canvas the middle of each cell is, in patches: ``[S, 2]``, x first.
+        extent: columns and rows of each level that are real: two numbers, or two tensors ``[B]``
+            where images differ.
+        positions: middle of each cell on the canvas, in patches: ``[S, 2]``, x first.
     """
 
     scales: tuple[float, ...]
@@ -43,7 +43,7 @@ class Levels:
     def of(
         cls, canvas: Canvas, scales: tuple[float, ...], grid: tuple[int, int] | None = None
     ) -> Levels:
-        """Describe maps over a canvas; ``grid`` is the size of a single map that is smaller."""
+        """Describe maps over a canvas; ``grid`` is the size of a single map smaller than it."""
         device = canvas.images.device
         shapes = tuple(canvas.cells(scale) if grid is None else grid for scale in scales)
         grids = (canvas.grid,) if canvas.whole else canvas.grids
@@ -64,28 +64,28 @@ class Levels:
 
     @property
     def lengths(self) -> list[int]:
-        """Cells of each level."""
+        """Number of cells of each level."""
         return [rows * columns for rows, columns in self.shapes]
 
     @property
     def columns(self) -> list[int]:
-        """Columns of each level."""
+        """Number of columns of each level."""
         return [columns for _, columns in self.shapes]
 
 
 def _common(numbers: list[int], device: torch.device) -> int | Tensor:
-    """Return one number where all are equal, else a tensor of all of them."""
+    """Return one number if all are equal, else a tensor of all of them."""
     return numbers[0] if len(set(numbers)) == 1 else torch.tensor(numbers, device=device)
 
 
 def sample_points(value: Tensor, levels: Levels, points: Tensor, weights: Tensor) -> Tensor:
-    """Sum bilinear samples, ``[B, Q, heads, d]``.
+    """Return weighted sums of bilinear samples, ``[B, Q, heads, d]``.
 
-    What lies outside an image counts as zero, also where its level is padded.
+    Cells outside an image count as zero, also in the padding of a level.
 
     Args:
         value: cells of all levels, ``[B, S, heads, d]``.
-        levels: sizes of the levels and what of them is real.
+        levels: sizes of the levels, and which part of them is real.
         points: where each query samples, ``[B, Q, heads, levels, points, 2]``, x first; the middle
             of the first cell of a level is at 0.
         weights: weight of each sample, ``[B, Q, heads, levels, points]``.
@@ -103,8 +103,8 @@ def sample_points(value: Tensor, levels: Levels, points: Tensor, weights: Tensor
     for level, (length, columns) in enumerate(zip(levels.lengths, levels.columns, strict=True)):
         x, y = points[:, :, :, level].unbind(-1)  # [B, Q, heads, points]
         extent, weight = levels.extent[level], weights[:, :, :, level]
-        # Each of the four corners in its own pass over the points: products that broadcast over a
-        # last dimension of two take twice as long on a CPU.
+        # Each of the four corners takes its own pass over the points, because products that
+        # broadcast over a last dimension of two take twice as long on a CPU.
         across = _neighbours(x, extent[0])
         down = [(cell * columns, part * weight) for cell, part in _neighbours(y, extent[1])]
         corners = [(row + column, a * b) for row, a in down for column, b in across]
@@ -121,10 +121,10 @@ def sample_points(value: Tensor, levels: Levels, points: Tensor, weights: Tensor
 
 
 def _neighbours(places: Tensor, extent: int | Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Return the two cells around each place on a line, and how much of each is read.
+    """Return the two cells around each place on a line, and the share of each that is read.
 
-    Cells outside ``extent`` are moved inside and not read. Coordinates stay floats, which are exact
-    here and faster on a CPU.
+    Cells outside ``extent`` are moved inside, with share 0. Coordinates stay floats, which are
+    exact here and faster on a CPU.
     """
     low = places.detach().floor()
     fraction = places - low
@@ -139,7 +139,7 @@ def _neighbours(places: Tensor, extent: int | Tensor) -> list[tuple[Tensor, Tens
 
 
 def _precise(values: Tensor) -> Tensor:
-    """Return float32 at least: half precision would round where a point lies."""
+    """Return at least float32, because half precision would round the places of points."""
     return values if values.dtype == torch.float64 else values.float()
 
 
@@ -148,8 +148,8 @@ def choose_heads(width: int, heads: int | None, fallback: int) -> int:
 
     Args:
         width: width of the tokens, which the heads must divide.
-        heads: what the user asked for; None chooses.
-        fallback: the ViT's own number of heads, where 6 does not divide.
+        heads: number that the user asked for; None chooses.
+        fallback: the ViT's own number of heads, taken where 6 does not divide the width.
     """
     if heads is None:
         heads = 6 if width % 6 == 0 else fallback
@@ -157,13 +157,13 @@ def choose_heads(width: int, heads: int | None, fallback: int) -> int:
         legal = [n for n in range(1, 33) if width % n == 0]
         raise ValueError(
             f"heads of deformable attention must divide the width {width}, got {heads}; "
-            f"those that do: {', '.join(map(str, legal))}"
+            f"numbers that do: {', '.join(map(str, legal))}"
         )
     return heads
 
 
 class DeformableAttention(nn.Module):
-    """Queries read ``points`` places on each level, around where they stand."""
+    """Attention in which each query reads ``points`` places per level, around its own place."""
 
     def __init__(
         self, width: int, *, heads: int, levels: int, points: int = 4, value_ratio: float = 1.0
@@ -183,7 +183,7 @@ class DeformableAttention(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """Begin with equal weights and one direction a head, the points at growing distance."""
+        """Start with equal weights; each head has a direction, its points at growing distances."""
         angles = torch.arange(self.heads) * (2 * math.pi / self.heads)
         direction = torch.stack([angles.cos(), angles.sin()], -1)
         direction = direction / direction.abs().amax(-1, keepdim=True)
@@ -202,9 +202,9 @@ class DeformableAttention(nn.Module):
         """Answer queries ``[B, Q, C]`` from the cells of all levels ``[B, S, C]``.
 
         Args:
-            query: what asks, normed.
-            positions: where each query stands, in patches: ``[Q, 2]``, x first.
-            value: what is read, normed.
+            query: normalised queries.
+            positions: place of each query, in patches: ``[Q, 2]``, x first.
+            value: normalised cells that are read.
             levels: sizes of the levels of ``value``.
         """
         shape = (*query.shape[:2], self.heads, self.levels, self.points)

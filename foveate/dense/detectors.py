@@ -3,8 +3,8 @@
 Paper: Liu et al., "Revisiting Token Pruning for Object Detection and Instance Segmentation",
 WACV 2024, which takes Mask R-CNN with a feature pyramid network as ViT-Adapter has it.
 
-torchvision hands its backbones padded images and nothing else. These detectors hand over the sizes
-too, so that padding never becomes a token and no anchor stands in it.
+torchvision gives its backbones padded images and nothing else. These detectors also give the sizes,
+so that no padding becomes a token and no anchor lies in it.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ Target = dict[str, Tensor]
 _M = TypeVar("_M", bound="_Detector")
 _RATIOS = (0.5, 1.0, 2.0)
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-_FAR = 1e4  # pixels: anchors of the padding are moved there, where no box can come back from
+_FAR = 1e4  # pixels: anchors in the padding are moved this far, so that no box of theirs remains
 
 
 class _Detector(DenseModel):
-    """What both detectors add to torchvision's: image sizes for the backbone, the method's losses.
+    """Base class of both detectors; it adds image sizes and the method's losses to torchvision's.
 
-    Labels count from 0, in targets and answers, as those of data sets here do; the background is
-    torchvision's own business.
+    Labels count from 0 in targets and predictions, as in this package's data sets; only torchvision
+    counts the background as a class.
     """
 
     rpn: Any
@@ -68,21 +68,22 @@ class _Detector(DenseModel):
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[Target] | None = None
     ) -> dict[str, Tensor] | list[Target]:
-        """Return losses in training, and otherwise boxes, labels, scores (and masks) by image.
+        """Return losses in training mode, else boxes, labels, scores (and masks) of each image.
 
-        The losses are torchvision's and, as ``loss_ratio`` and the like, the method's own ones,
-        weighted: their sum is what training minimises.
+        The losses are torchvision's and the method's own weighted ones, such as ``loss_ratio``;
+        training minimises their sum.
 
         Args:
             images: images ``[channels, h, w]`` with values from 0 to 1, of any sizes.
-            targets: in training ``boxes`` (x1, y1, x2, y2 in pixels), ``labels`` and ``masks``.
+            targets: for training, ``boxes`` (x1, y1, x2, y2 in pixels), ``labels`` and ``masks`` of
+                each image.
         """
         return self.run(images, targets)[0]
 
     def run(
         self, images: Sequence[Tensor], targets: Sequence[Target] | None = None
     ) -> tuple[dict[str, Tensor] | list[Target], Outcome]:
-        """Return what ``forward`` returns, and the pass's tokens and notes."""
+        """Return what ``forward`` returns, and the outcome of the pass."""
         if self.training:
             self._check(targets, len(images))
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
@@ -92,7 +93,7 @@ class _Detector(DenseModel):
         batch, given = self.transform(list(images), given)
         found = self.backbone.features(batch)
         proposals, losses = self.rpn(batch, found.maps, given)
-        # RoIAlign repeats the border of a map; here that is the border of each image.
+        # RoIAlign repeats the border of a map, so the border of each image is repeated here.
         maps = {
             name: found.canvas.extend(values, scale)
             for (name, values), scale in zip(found.maps.items(), self.backbone.scales, strict=True)
@@ -145,7 +146,7 @@ class ViTMaskRCNN(_Detector, MaskRCNN):
 
 
 class _Anchors(AnchorGenerator):
-    """Anchors at the exact strides of the maps, and none in the padding."""
+    """Makes anchors at the exact strides of the maps, and none in the padding."""
 
     def __init__(
         self, sizes: Sequence[float], patch: tuple[int, int], scales: Sequence[float]
@@ -171,7 +172,7 @@ class _Anchors(AnchorGenerator):
 def _roi_align(
     maps: Sequence[str], size: int, strides: Sequence[float], canonical: tuple[int, int]
 ) -> MultiScaleRoIAlign:
-    """Make RoIAlign that knows the strides; torchvision's would guess them from the first batch."""
+    """Make a RoIAlign with known strides; torchvision's would guess them from the first batch."""
     pool = MultiScaleRoIAlign(list(maps), size, 2, canonical_scale=canonical[0])
     pool.scales = [1 / stride for stride in strides]
     first, last = (round(math.log2(strides[n])) for n in (0, -1))
@@ -185,12 +186,13 @@ def as_backbone(vit: nn.Module) -> DenseBackbone:
 
 
 class Preparation(GeneralizedRCNNTransform):
-    """torchvision's preparation of images: normed as the ViT wants them, resized, padded.
+    """Normalises images as the ViT expects, resizes them and pads them, like torchvision.
 
     Attributes:
-        image_size: the shorter side that images are resized to, and the most that the longer may
-            have; None takes images as they come.
-        resizes_training: resize training images too; False is for images that come augmented.
+        image_size: length of the shorter side of an image after resizing, and the largest length of
+            its longer side; None leaves images as they are.
+        resizes_training: whether training images are resized too; False is for images that
+            augmentation has resized.
     """
 
     resizes_training: bool = True
@@ -202,12 +204,12 @@ class Preparation(GeneralizedRCNNTransform):
         self.image_size = image_size
 
     def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:
-        """Resize an image with its boxes and masks, if anything is to be resized."""
+        """Resize an image with its boxes and masks, unless images keep their size."""
         if self.image_size is None or (self.training and not self.resizes_training):
             return image, target
         if target is not None:
             return super().resize(image, target)
-        # As torchvision does, but with antialiasing, as training images are resized.
+        # Resize as torchvision does, but with antialiasing, like the augmentation in training.
         short, long = self.image_size
         sides = image.shape[-2:]
         factor = min(short / min(sides), long / max(sides))
@@ -221,12 +223,12 @@ class Preparation(GeneralizedRCNNTransform):
 
 
 def _image_statistics(body: DenseBackbone) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation by which the ViT wants its images normed."""
+    """Return the mean and standard deviation that the ViT expects images to be normalised by."""
     stated = {**_IMAGENET, **image_settings(body.reduced.vit)}
     channels = body.reduced.backbone.channels
     found = {name: list(stated[name]) for name in ("mean", "std")}
     for name, values in found.items():
-        if len(values) != channels:  # ImageNet's are of three channels
+        if len(values) != channels:  # ImageNet's have three channels
             found[name] = [sum(values) / len(values)] * channels
     return found["mean"], found["std"]
 
@@ -242,7 +244,7 @@ def _settings(
     detections: int,
     canonical: tuple[int, int],
 ) -> dict[str, Any]:
-    """Make the parts that both detectors share, as torchvision's constructors take them."""
+    """Make the arguments that both of torchvision's constructors take."""
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1 (without background), got {num_classes}")
     body = as_backbone(vit)
@@ -291,14 +293,14 @@ def faster_rcnn(
 
     Args:
         vit: a ViT, plain or reduced, which gets a ViT-Adapter; or a dense backbone.
-        num_classes: classes of objects, without background.
+        num_classes: number of classes of objects, without background.
         channels: channels of the feature pyramid network.
         box_channels: width of the box head's two layers.
         anchor_scale: side of an anchor in cells of its map.
-        proposals: proposals that are left in training and in evaluation.
-        detections: boxes that are left for an image.
-        image_size: the shorter side that images are resized to and the most that the longer may
-            have; None takes images as they come.
+        proposals: number of proposals that are kept in training and in evaluation.
+        detections: largest number of boxes that are returned for an image.
+        image_size: length of the shorter side of an image after resizing, and the largest length of
+            its longer side; None leaves images as they are.
         canonical: side of a box in pixels, and the level (as a power of two of its stride) that
             boxes of that size are read from.
         options: further settings of torchvision's ``FasterRCNN``.
@@ -335,16 +337,16 @@ def mask_rcnn(
 
     Args:
         vit: a ViT, plain or reduced, which gets a ViT-Adapter; or a dense backbone.
-        num_classes: classes of objects, without background.
+        num_classes: number of classes of objects, without background.
         channels: channels of the feature pyramid network.
         box_channels: width of the box head's two layers.
         mask_channels: channels of the mask head.
         mask_layers: convolutions of the mask head.
         anchor_scale: side of an anchor in cells of its map.
-        proposals: proposals that are left in training and in evaluation.
-        detections: boxes that are left for an image.
-        image_size: the shorter side that images are resized to and the most that the longer may
-            have; None takes images as they come.
+        proposals: number of proposals that are kept in training and in evaluation.
+        detections: largest number of boxes that are returned for an image.
+        image_size: length of the shorter side of an image after resizing, and the largest length of
+            its longer side; None leaves images as they are.
         canonical: side of a box in pixels, and the level (as a power of two of its stride) that
             boxes of that size are read from.
         options: further settings of torchvision's ``MaskRCNN``.

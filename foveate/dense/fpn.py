@@ -1,4 +1,4 @@
-"""A feature pyramid network on the maps of a dense backbone, with nothing seen of the padding."""
+"""A feature pyramid network on the maps of a dense backbone, which never sees the padding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["FpnBackbone", "MaskedFpn"]
 
 
 class MaskedFpn(FeaturePyramidNetwork):
-    """torchvision's network, cleaned outside the images before its 3 x 3 convolutions and after."""
+    """torchvision's network, which keeps maps at zero outside the images."""
 
     def forward(self, x: list[Tensor], canvas: Canvas, scales: tuple[float, ...]) -> list[Tensor]:
         """Combine maps, the finest first."""
@@ -32,12 +32,12 @@ class MaskedFpn(FeaturePyramidNetwork):
 
 
 class FpnBackbone(Hosting):
-    """A dense backbone and a feature pyramid network, as torchvision's detectors take it.
+    """A dense backbone with a feature pyramid network, as torchvision's detectors take it.
 
     Attributes:
         body: the dense backbone.
         out_channels: channels of every map.
-        scales: cells a patch of each map, that of the pooled one last.
+        scales: cells per patch of each map; the pooled map is the last.
     """
 
     inner = "body"

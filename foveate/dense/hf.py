@@ -1,8 +1,8 @@
 """Backbones in the form that dense models of Hugging Face transformers take (UperNet, DPT, ...).
 
-Such a model asks its ``backbone`` for ``feature_maps`` and its ``channels``. ``as_backbone`` gives
-that form to a dense backbone or a driven ViT, and ``reduce_backbone`` puts a method on the DINOv2
-that a model has already, with its weights.
+Such a model reads ``feature_maps`` and ``channels`` from its ``backbone``. ``as_backbone`` gives
+that form to a dense backbone or a driven ViT, and ``reduce_backbone`` applies a method to the
+DINOv2 inside a model and keeps its weights.
 
     from foveate.dense.hf import reduce_backbone
 
@@ -26,7 +26,7 @@ from foveate.dense.backbone import DenseBackbone, drive
 
 __all__ = ["TransformersBackbone", "as_backbone", "reduce_backbone"]
 
-# Backbones that are driven, and the models whose parts they have under the same names.
+# Backbones that can be driven, and the models that have the same parts under the same names.
 _TOWERS = {
     "Dinov2Backbone": "Dinov2Model",
     "Dinov2WithRegistersBackbone": "Dinov2WithRegistersModel",
@@ -34,11 +34,11 @@ _TOWERS = {
 
 
 class TransformersBackbone(nn.Module):
-    """Gives the maps of a dense backbone or of some blocks of a ViT; see ``as_backbone``.
+    """Returns the maps of a dense backbone or of some blocks of a ViT; see ``as_backbone``.
 
     Attributes:
         inside: the dense backbone, or the driven ViT.
-        channels: channels of each map, which heads are made by.
+        channels: number of channels of each map, from which heads are built.
     """
 
     def __init__(self, inside: DenseBackbone | ReducedViT, indices: Sequence[int]) -> None:
@@ -57,7 +57,7 @@ class TransformersBackbone(nn.Module):
         return self.inside.reducer
 
     def forward(self, pixel_values: Tensor, **options: Any) -> BackboneOutput:
-        """Return ``feature_maps``; attentions and hidden states are not given, asked for or not."""
+        """Return ``feature_maps``, and never attentions or hidden states, even on request."""
         if isinstance(self.inside, DenseBackbone):
             maps = self._of_dense(pixel_values)
         else:
@@ -66,13 +66,13 @@ class TransformersBackbone(nn.Module):
         return form(feature_maps=tuple(maps))
 
     def forward_with_filtered_kwargs(self, *args: Any, **options: Any) -> BackboneOutput:
-        """Do the same under the name by which transformers calls it."""
+        """Do the same as ``forward``; transformers calls it by this name."""
         return self(*args, **options)
 
     def method_losses(self) -> dict[str, Tensor]:
-        """Return the method's own losses of the last pass in training, weighted, to be added."""
+        """Return the method's own weighted losses of the last training pass, to be added."""
         if self._outcome is None:
-            raise ValueError("the method has losses after a pass in training mode")
+            raise ValueError("the method's losses need a pass in training mode first")
         return self.reducer.weighted_losses(self._outcome)
 
     def _of_dense(self, images: Tensor) -> list[Tensor]:
@@ -81,8 +81,8 @@ class TransformersBackbone(nn.Module):
         if any(length % side for length in images.shape[-2:]):
             raise ValueError(
                 f"sides of images must be multiples of {side} pixels, got "
-                f"{images.shape[-2]} x {images.shape[-1]}: maps of padded ones would not lie over "
-                "the image"
+                f"{images.shape[-2]} x {images.shape[-1]}: the maps of padded images would not "
+                "line up with the images"
             )
         maps, outcome = self.inside.run(images)
         self._outcome = outcome if self.training else None
@@ -116,22 +116,20 @@ def as_backbone(
     norm: bool = True,
     reshape: bool = True,
 ) -> TransformersBackbone:
-    """Give a dense backbone, or a ViT with or without a method, the form of transformers.
+    """Wrap a dense backbone, or a ViT with or without a method, as a backbone of transformers.
 
-    Make the head for its ``channels`` and set ``head_model.backbone`` to what comes back.
+    Build the head for its ``channels`` and assign the result to ``head_model.backbone``.
 
     Args:
-        model: from ``adapter`` or ``pyramid``, or a ViT, plain or from ``foveate.apply``.
-        indices: of a ViT, the blocks whose tokens become maps; None takes four, evenly spaced.
-        norm: of a ViT, apply its final norm to them.
-        reshape: of a ViT, give maps ``[B, C, H, W]``; without it tokens, prefix tokens first, as
-            DPT takes them.
+        model: a model from ``adapter`` or ``pyramid``, or a ViT, plain or from ``foveate.apply``.
+        indices: blocks of a ViT whose tokens become maps; None takes four, evenly spaced.
+        norm: whether the final norm of a ViT is applied to these tokens.
+        reshape: whether a ViT returns maps ``[B, C, H, W]``; if not, it returns tokens, prefix
+            tokens first, as DPT takes them.
     """
     if isinstance(model, DenseBackbone):
         if indices is not None:
-            raise ValueError(
-                "indices are blocks of a ViT, and a dense backbone has maps of its own"
-            )
+            raise ValueError("indices are blocks of a ViT: leave them out for a dense backbone")
         return TransformersBackbone(model, ())
     vit = drive(model)
     depth = vit.backbone.spec.depth
@@ -149,22 +147,26 @@ def as_backbone(
 def reduce_backbone(model: nn.Module, method: str | Reducer, **options: Any) -> nn.Module:
     """Put a method on the DINOv2 inside a dense model of transformers, in place; return the model.
 
-    Weights, stages, norm and form of the maps stay what they were.
+    Weights, stages, norm and form of the maps stay as they were.
 
     Args:
-        model: has a ``Dinov2Backbone``, with or without registers, as ``backbone``.
-        method: as ``foveate.apply`` takes it, with its options.
+        model: a model with a ``Dinov2Backbone``, with or without registers, as ``backbone``.
+        method: a method as ``foveate.apply`` takes it.
+        options: options of the method.
     """
     inside: Any = getattr(model, "backbone", None)
     name = type(inside).__name__
     if name not in _TOWERS:
         raise ValueError(
-            f"{type(model).__name__} has {name} as its backbone, and methods run on "
-            f"{' and '.join(_TOWERS)}; as_backbone makes another one of any ViT that is driven"
+            f"{type(model).__name__} has {name} as its backbone, but methods run on "
+            f"{' and '.join(_TOWERS)}; as_backbone makes a backbone from a ViT"
         )
     stages = [inside.stage_names.index(stage) - 1 for stage in inside.out_features]
     if min(stages) < 0:
-        raise ValueError("the backbone gives the embedding before its first block (stem) as a map")
+        raise ValueError(
+            "the backbone returns the embedding before its first block (stem) as a map: leave the "
+            "stem out of out_features"
+        )
     with torch.device("meta"):
         tower = getattr(transformers, _TOWERS[name])(inside.config)
     for part in ("embeddings", "encoder", "layernorm"):

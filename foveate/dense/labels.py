@@ -11,20 +11,20 @@ from foveate.dense.canvas import Canvas, Size
 
 __all__ = ["NO_CLASS", "classes_of_maps", "classes_of_objects"]
 
-NO_CLASS = -100  # as torch's cross entropy ignores it
+NO_CLASS = -100  # the label that torch's cross entropy ignores
 
 
 def classes_of_maps(
     maps: Sequence[Tensor], ignore: int, sizes: Sequence[Size], canvas: Canvas, grid: Size
 ) -> Tensor:
-    """Read the classes of all patches off maps of labels, ``[B, *grid]``.
+    """Return the classes of all patches from maps of labels, ``[B, *grid]``.
 
     Args:
         maps: a map ``[h, w]`` for each image, in the pixels of the image as it was given.
         ignore: label of pixels that have no class.
-        sizes: of the images on the canvas.
-        canvas: where the images lie.
-        grid: of the tokens.
+        sizes: sizes of the images on the canvas.
+        canvas: canvas that the images lie on.
+        grid: rows and columns of the tokens.
     """
     found = []
     for labels, size, cells in zip(maps, sizes, canvas.grids, strict=True):
@@ -37,15 +37,15 @@ def classes_of_maps(
 def classes_of_objects(
     targets: Sequence[Mapping[str, Tensor]], sizes: Sequence[Size], canvas: Canvas, grid: Size
 ) -> Tensor:
-    """Read the classes of all patches off objects, ``[B, *grid]``: 0 for background.
+    """Return the classes of all patches from objects, ``[B, *grid]``: 0 for background.
 
-    Where objects lie over each other the smallest one counts.
+    Where objects overlap, the smallest one counts.
 
     Args:
-        targets: of each image on the canvas: "boxes", "labels" from 1 and perhaps "masks".
-        sizes: of the images on the canvas.
-        canvas: where they lie.
-        grid: of the tokens.
+        targets: "boxes", "labels" from 1 and perhaps "masks" of each image on the canvas.
+        sizes: sizes of the images on the canvas.
+        canvas: canvas that the images lie on.
+        grid: rows and columns of the tokens.
     """
     found = []
     for target, size, cells in zip(targets, sizes, canvas.grids, strict=True):
@@ -72,11 +72,11 @@ def _middles(
     """Return the pixel rows and columns in the middle of the cells of an image.
 
     Args:
-        cells: rows and columns.
-        patch: size of a cell, in the pixels of the image that is shown.
-        shown: size of that image.
+        cells: rows and columns of cells.
+        patch: size of a cell, in pixels of the image on the canvas.
+        shown: size of the image on the canvas.
         given: size of the image whose pixels are wanted.
-        device: of the answer.
+        device: device of the result.
     """
     return [
         ((torch.arange(count, device=device) + 0.5) * side * own / whole).long().clamp_max(own - 1)

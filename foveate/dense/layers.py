@@ -1,4 +1,4 @@
-"""Norms by name, and how convolutions and their norms stand together in dense heads."""
+"""Norms by name, and a convolution with its norm, for dense heads."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ NORMS = tuple(_MAKERS)
 def make_norm(name: str, channels: int) -> nn.Module:
     """Make a norm over maps.
 
-    "layer" norms the channels of each cell, whatever the batch; "batch" is the usual one, and
-    "frozen" is a batch norm that keeps its statistics, for batches of one or two images.
+    "layer" normalises the channels of each cell, independently of the batch; "batch" is the usual
+    batch norm, and "frozen" one with fixed statistics, for batches of one or two images.
     """
     check_choice("norm", name, NORMS)
     return _MAKERS[name](channels)
 
 
 class ConvNorm(nn.Module):
-    """A convolution, a norm and perhaps an activation, with nothing left outside the images.
+    """A convolution, a norm and perhaps an activation; the result is zero outside the images.
 
     Attributes:
-        scale: cells a patch of the map that comes out.
+        scale: cells per patch of the resulting map.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class ConvNorm(nn.Module):
         self.act = nn.Identity() if act is None else act(inplace=True)
 
     def forward(self, values: Tensor, canvas: Canvas) -> Tensor:
-        """Turn a map that is clean into another one, ``[B, out, h, w]``."""
+        """Turn a map that is zero outside the images into another one, ``[B, out, h, w]``."""
         return canvas.clean(self.act(self._normed(values)), self.scale)
 
     def _normed(self, values: Tensor) -> Tensor:
@@ -67,8 +67,8 @@ class ConvNorm(nn.Module):
         settled = isinstance(norm, nn.BatchNorm2d) and not norm.training
         if not (settled or isinstance(norm, FrozenBatchNorm2d)):
             return norm(self.conv(values))
-        # With its statistics settled a batch norm is a factor of the weights and a bias, which
-        # saves a pass over the map.
+        # With fixed statistics a batch norm is a factor on the weights and a bias; folding it
+        # into the convolution saves a pass over the map.
         factor = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
         bias = norm.bias - norm.running_mean * factor
         weight = self.conv.weight * factor[:, None, None, None]

@@ -1,7 +1,7 @@
 """Scores of detectors and segmenters, and predictions as COCO files.
 
-Average precision is pycocotools' own, so that it is the number of published tables. Masks are kept
-as run lengths, and processes bring together what they saw before anything is computed.
+pycocotools computes the average precision, so that it compares with published tables. Masks are
+kept as run lengths. Processes gather what they saw before anything is computed.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _AREAS = ("all", "small", "medium", "large")
 
 @dataclass(frozen=True)
 class Scores:
-    """Average precision in 0..1; NaN where there is no object that counts.
+    """Average precision in 0..1; NaN where no object counts.
 
     Attributes:
-        ap: over overlaps from 0.5 to 0.95.
+        ap: mean over overlaps from 0.5 to 0.95.
         ap50: at an overlap of 0.5.
         ap75: at an overlap of 0.75.
         small: ``ap`` of objects below 32 x 32 pixels.
@@ -47,7 +47,7 @@ class Scores:
         recall: average recall with 100 detections an image.
         per_class: ``ap`` of each class.
         images: number of images.
-        objects: number of objects that count, those of crowds aside.
+        objects: number of objects that count; crowds do not.
     """
 
     ap: float
@@ -62,7 +62,7 @@ class Scores:
     objects: int
 
     def sentence(self) -> str:
-        """Say the scores in one line."""
+        """Return the scores in one line."""
         if not self.objects:
             return f"no objects in {self.images} images, so there is no average precision"
         sizes = ", ".join(
@@ -83,7 +83,7 @@ class AveragePrecision(Metric):
 
     Args:
         kind: "box" or "mask".
-        classes: how many there are.
+        classes: number of classes.
     """
 
     is_differentiable: bool = False
@@ -109,14 +109,14 @@ class AveragePrecision(Metric):
     def update(
         self, predictions: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Any]]
     ) -> None:
-        """Count images.
+        """Add the predictions and targets of some images.
 
         Args:
-            predictions: of each image "boxes" ``[n, 4]`` (left, top, right, bottom), "scores"
+            predictions: for each image "boxes" ``[n, 4]`` (left, top, right, bottom), "scores"
                 ``[n]``, "labels" ``[n]`` from 0, and for masks "masks" ``[n, H, W]`` or
-                ``[n, 1, H, W]``, of which 0.5 and more counts.
-            targets: the same in the same pixels, with "image_id", and "iscrowd" and "area" where
-                they are known; as sources give them.
+                ``[n, 1, H, W]``, in which values from 0.5 on count.
+            targets: for each image the same without scores, in the same pixels, and "image_id";
+                also "iscrowd" and "area" where they are known, as sources return them.
         """
         if len(predictions) != len(targets):
             raise ValueError(
@@ -145,7 +145,7 @@ class AveragePrecision(Metric):
         extent = (boxes[:, 2:] - boxes[:, :2]).prod(1)
         area = _numbers(target["area"]) if "area" in target else extent
         crowd = _numbers(target.get("iscrowd", torch.zeros(len(labels))))
-        # The best a class: what is behind them never counts, and an untrained detector gives many.
+        # Keep the best of each class: the others never count, and an untrained detector has many.
         order = np.argsort(-scores, kind="stable")
         rank = np.empty(len(order), dtype=int)
         for label in np.unique(classes):
@@ -168,7 +168,7 @@ class AveragePrecision(Metric):
         self.true_runs.append(_bytes(true_masks))
 
     def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
-        """Bring together what the processes saw, however many images that were."""
+        """Gather what all processes saw, which may be different numbers of images."""
         mine = {name: [one.cpu() for one in getattr(self, name)] for name in self._defaults}
         every: list[Any] = [None] * torch.distributed.get_world_size(process_group)
         torch.distributed.all_gather_object(every, mine, group=process_group)
@@ -176,7 +176,7 @@ class AveragePrecision(Metric):
             setattr(self, name, [one for other in every for one in other[name]])
 
     def compute(self) -> Tensor:
-        """Compute the average precision, and ``scores`` with it."""
+        """Compute the average precision, and set ``scores``."""
         self.scores = self._scores()
         return torch.tensor(self.scores.ap, dtype=torch.float64)
 
@@ -229,7 +229,7 @@ def _numbers(values: Any) -> np.ndarray:
 
 
 def _runs(masks: Any) -> list[bytes]:
-    """Run lengths of masks ``[n, H, W]`` or ``[n, 1, H, W]``; floats are cut at one half."""
+    """Return run lengths of masks ``[n, H, W]`` or ``[n, 1, H, W]``; floats count from 0.5 on."""
     masks = masks.as_subclass(Tensor).detach().cpu()
     if masks.ndim == 4:
         masks = masks[:, 0]
@@ -238,7 +238,7 @@ def _runs(masks: Any) -> list[bytes]:
 
 
 def _size(target: Mapping[str, Any]) -> tuple[int, int]:
-    """Height and width of the targets' pixels; 0 where only boxes are known."""
+    """Return height and width of the targets' pixels; 0 if only boxes are known."""
     if "masks" in target:
         height, width = target["masks"].shape[-2:]
         return int(height), int(width)
@@ -246,7 +246,7 @@ def _size(target: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _table(number: float, *columns: Any) -> Tensor:
-    """One row an object: the image, what the columns say, and the bytes of its mask."""
+    """Make a table of objects: the image, the given columns, and the bytes of each mask."""
     *values, masks = columns
     rows = len(masks)
     parts = [np.full((rows, 1), number)]
@@ -268,7 +268,7 @@ def _joined(parts: Any, empty: Tensor) -> np.ndarray:
 def _annotations(
     rows: np.ndarray, runs: Any, sizes: Mapping[int, tuple[int, int]]
 ) -> list[dict[str, Any]]:
-    """What pycocotools takes of objects. Ids begin with 1: it takes 0 for "no match"."""
+    """Return objects in the form of pycocotools; ids begin at 1, since it reads 0 as no match."""
     content = _joined(runs, torch.zeros(0, dtype=torch.uint8)).tobytes()
     end, made = 0, []
     for own, row in enumerate(rows.tolist(), 1):
@@ -294,15 +294,15 @@ def _evaluated(
     truth: list[dict[str, Any]],
     guesses: list[dict[str, Any]],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Precision ``[overlaps, recalls, classes, sizes]`` and recall ``[overlaps, classes, sizes]``.
+    """Return what pycocotools computes: precision and recall, -1 where there is no object.
 
-    -1 stands for classes and sizes without an object.
+    Precision is ``[overlaps, recalls, classes, sizes]``, recall ``[overlaps, classes, sizes]``.
     """
-    library()  # says what to install where it is missing
+    library()  # its error says what to install
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    with contextlib.redirect_stdout(io.StringIO()):  # the library prints how far it is
+    with contextlib.redirect_stdout(io.StringIO()):  # the library prints its progress
         sides = []
         for annotations in (truth, guesses):
             side = COCO()
@@ -329,12 +329,12 @@ def _mean(values: np.ndarray) -> float:
 class MeanIoU(MulticlassJaccardIndex):
     """Mean over classes of intersection over union, each over the whole data set, 0..1.
 
-    A class that neither the maps nor the answers have does not count; NaN where no pixel does.
-    After ``compute``, ``per_class`` has each class, NaN for one that does not occur.
+    A class that occurs in neither labels nor predictions does not count; the mean is NaN if no
+    pixel counts. After ``compute``, ``per_class`` has each class, NaN for one that does not occur.
 
     Args:
-        classes: how many there are.
-        ignore: number of pixels of no class.
+        classes: number of classes.
+        ignore: label of pixels that have no class.
     """
 
     def __init__(self, classes: int, ignore: int = IGNORE, **options: Any) -> None:
@@ -356,12 +356,12 @@ class MeanIoU(MulticlassJaccardIndex):
 def coco_predictions(
     predictions: Sequence[Mapping[str, Any]], category_ids: Sequence[int] | None
 ) -> list[dict[str, Any]]:
-    """Turn predictions into what COCO's tools and servers take.
+    """Convert predictions to the form that COCO's tools and servers take.
 
     Args:
-        predictions: of each image "image_id", "boxes", "scores", "labels" and perhaps "masks", as
+        predictions: for each image "image_id", "boxes", "scores", "labels" and perhaps "masks", as
             ``AveragePrecision`` takes them.
-        category_ids: of the data set, ``source.category_ids``; None where labels are the ids.
+        category_ids: ``source.category_ids`` of the data set; None if labels are the ids.
     """
     made = []
     for prediction in predictions:
@@ -373,7 +373,7 @@ def coco_predictions(
             if category_ids is not None and not 0 <= label < len(category_ids):
                 raise ValueError(
                     f"image {prediction['image_id']} has the predicted class {label}; the data "
-                    f"have {len(category_ids)}, counted from 0"
+                    f"have {len(category_ids)} classes, counted from 0"
                 )
             left, top, right, bottom = (round(float(side), 2) for side in boxes[i])
             one: dict[str, Any] = {

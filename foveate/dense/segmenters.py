@@ -24,11 +24,11 @@ from foveate.dense.layers import ConvNorm
 
 __all__ = ["Segmenter", "SemanticFpn", "UPerNet", "segmenter"]
 
-_BINS = (1, 2, 3, 6)  # rows and columns of what UPerNet pools the coarsest map to
+_BINS = (1, 2, 3, 6)  # rows and columns that UPerNet pools the coarsest map to
 
 
 class SemanticFpn(nn.Module):
-    """A feature pyramid network whose maps are brought to the finest's size and summed."""
+    """A feature pyramid network whose maps are resized to the finest one's size and summed."""
 
     def __init__(self, body: DenseBackbone, channels: int, num_classes: int, norm: str) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class SemanticFpn(nn.Module):
 
 
 class UPerNet(nn.Module):
-    """Pyramid pooling on the coarsest map, a feature pyramid, and all its maps side by side."""
+    """Pyramid pooling on the coarsest map, then a feature pyramid whose maps are concatenated."""
 
     def __init__(self, body: DenseBackbone, channels: int, num_classes: int, norm: str) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class UPerNet(nn.Module):
         return self.classify(self.fuse(torch.cat(side, 1), canvas))
 
     def _pooled(self, values: Tensor, bins: int, layer: nn.Module, canvas: Canvas) -> Tensor:
-        """Average each image over a few cells and lay these out on its own part of the map."""
+        """Average each image into ``bins`` x ``bins`` cells, resized to its own part of the map."""
         assert isinstance(layer, ConvNorm)
         scale = self.scales[-1]
         sizes = [(math.ceil(h * scale), math.ceil(w * scale)) for h, w in canvas.grids]
@@ -133,8 +133,8 @@ class Segmenter(DenseModel):
 
     Attributes:
         backbone: the dense backbone.
-        head: turns its maps into class scores.
-        transform: norms, resizes and pads images.
+        head: computes class scores from its maps.
+        transform: normalises, resizes and pads images.
         num_classes: number of classes.
         ignore: label of pixels that do not count.
     """
@@ -156,20 +156,20 @@ class Segmenter(DenseModel):
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[Tensor] | None = None
     ) -> dict[str, Tensor] | list[Tensor]:
-        """Return losses in training, and otherwise a map of labels ``[h, w]`` for each image.
+        """Return losses in training mode, else a map of labels ``[h, w]`` for each image.
 
-        The losses are the cross entropy and the method's own ones, weighted.
+        The losses are the cross entropy and the method's own weighted ones.
 
         Args:
             images: images ``[channels, h, w]`` with values from 0 to 1, of any sizes.
-            targets: in training a map of labels ``[h, w]`` for each image.
+            targets: for training, a map of labels ``[h, w]`` for each image.
         """
         return self.run(images, targets)[0]
 
     def run(
         self, images: Sequence[Tensor], targets: Sequence[Tensor] | None = None
     ) -> tuple[dict[str, Tensor] | list[Tensor], Outcome]:
-        """Return what ``forward`` returns, and the pass's tokens and notes."""
+        """Return what ``forward`` returns, and the outcome of the pass."""
         scores, features, sizes = self._scores(images)
         outcome = features.outcome
         if not self.training:
@@ -208,7 +208,7 @@ class Segmenter(DenseModel):
         return found
 
     def _scores(self, images: Sequence[Tensor]) -> tuple[list[Tensor], Features, list[Size]]:
-        """Return the scores with what the backbone gave and the sizes of the images it saw."""
+        """Return scores, the backbone's features, and the sizes of the prepared images."""
         batch = self.prepared(images)
         found = self.backbone.features(batch)
         scores = self.head(found.maps, found.canvas)
@@ -245,8 +245,8 @@ def segmenter(
         head: "fpn", the light one, or "upernet".
         channels: channels of the head; None is 256 for "fpn" and 512 for "upernet".
         norm: norms of the head: "layer", "batch" or "frozen".
-        image_size: the shorter side that images are resized to and the most that the longer may
-            have; None takes images as they come.
+        image_size: length of the shorter side of an image after resizing, and the largest length of
+            its longer side; None leaves images as they are.
         ignore: label of pixels that do not count.
     """
     check_choice("head", head, tuple(_HEADS))

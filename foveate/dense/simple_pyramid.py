@@ -20,7 +20,7 @@ __all__ = ["SimplePyramid", "pyramid"]
 
 
 class SimplePyramid(DenseBackbone):
-    """Finer and coarser maps by transposed and strided convolutions of the last map."""
+    """Makes finer and coarser maps from the last one, by transposed and strided convolutions."""
 
     def __init__(
         self, vit: nn.Module, *, scales: Sequence[float], channels: int, norm: str, gone: str
@@ -28,10 +28,10 @@ class SimplePyramid(DenseBackbone):
         for scale in scales:
             if scale <= 0 or not math.log2(scale).is_integer():
                 raise ValueError(
-                    f"scales must be powers of two (4, 2, 1, 0.5 cells a patch), got {scale}"
+                    f"scales must be powers of two (4, 2, 1, 0.5 cells per patch), got {scale}"
                 )
         if not scales or list(scales) != sorted(scales, reverse=True):
-            raise ValueError(f"scales must fall from the finest map on, got {list(scales)}")
+            raise ValueError(f"scales must descend from the finest map on, got {list(scales)}")
         super().__init__(vit, scales=scales, out_channels=channels, gone=gone)
         width = self.body.backbone.spec.width
         self.levels = nn.ModuleList(_Level(width, channels, scale, norm) for scale in self.scales)
@@ -45,7 +45,7 @@ class SimplePyramid(DenseBackbone):
 
 
 class _Level(nn.Module):
-    """One map of the pyramid: resized, then a 1 x 1 and a 3 x 3 convolution."""
+    """Makes one map of the pyramid: resizes, then applies a 1 x 1 and a 3 x 3 convolution."""
 
     def __init__(self, width: int, channels: int, scale: float, norm: str) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class _Level(nn.Module):
                 steps += [make_norm(norm, width), nn.GELU()] if step else []
                 steps.append(nn.ConvTranspose2d(width, width // 2, 2, 2))
                 width //= 2
-            else:  # cells of a half do not overlap, so nothing reaches across a border
+            else:  # its 2 x 2 windows do not overlap, so nothing crosses a border
                 steps.append(nn.Conv2d(width, width, 2, 2))
         self.resize = nn.Sequential(*steps)
         self.narrow = ConvNorm(width, channels, 1, scale=scale, norm=norm)
@@ -77,10 +77,10 @@ def pyramid(
 
     Args:
         vit: a plain ViT, or one from ``foveate.apply`` or ``windowed``; its weights are shared.
-        scales: cells a patch of each map, powers of two from the finest on. With patches of 16
-            pixels 4, 2, 1 and 0.5 are strides 4, 8, 16 and 32.
+        scales: cells per patch of each map: powers of two, the finest map first. With patches of 16
+            pixels, 4, 2, 1 and 0.5 are strides 4, 8, 16 and 32.
         channels: channels of every map.
         norm: "layer" as in the paper, "batch" or "frozen".
-        gone: what a patch that the method dropped shows: its "last" value, or "zero".
+        gone: value of a patch that the method dropped: its "last" value, or "zero".
     """
     return SimplePyramid(vit, scales=scales, channels=channels, norm=norm, gone=gone)

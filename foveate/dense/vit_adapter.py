@@ -2,12 +2,12 @@
 
 Paper: Chen et al., "Vision Transformer Adapter for Dense Predictions", ICLR 2023.
 
-The stem makes maps at 1/4, 1/8, 1/16 and 1/32. The last three are one row of tokens, c. Before
+The stem makes maps at 1/4, 1/8, 1/16 and 1/32. The last three form one row of tokens, c. Before
 each of four groups of blocks an injector adds to the patches what they read from c, and after it an
 extractor adds to c what it reads from the patches. Both read by deformable attention. Injectors and
-extractors always see every patch: what a method leaves out keeps its last value.
+extractors always see every patch: a patch that a method leaves out keeps its last value.
 
-For patches of another side than 16 pixels the stem sees images resized to 16 pixels a patch.
+If the side of a patch is not 16 pixels, the stem sees images resized to 16 pixels per patch.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from foveate.dense.layers import ConvNorm, make_norm
 
 __all__ = ["ViTAdapter", "adapter"]
 
-_SCALES = (4.0, 2.0, 1.0, 0.5)  # cells a patch of the maps
+_SCALES = (4.0, 2.0, 1.0, 0.5)  # cells per patch of each map
 _C = _SCALES[1:]  # levels of c
-_STEM = 16  # pixels a patch that the stem is made for
+_STEM = 16  # pixels per patch that the stem is made for
 _EPS = 1e-6
 
 
@@ -81,7 +81,7 @@ class ViTAdapter(DenseBackbone):
         self.norms = nn.ModuleList(make_norm(norm, width) for _ in _SCALES)
 
     def maps(self, canvas: Canvas, watch: Watch | None) -> tuple[list[Tensor], TokenState]:
-        """Let the ViT and the stem exchange what they know, group by group."""
+        """Run the groups of blocks, with an injector before and an extractor after each."""
         state = self.body.begin(canvas.own(), track=True, prefix=self.prefix == "keep")
         finest, c = self.prior(canvas, self.level_embed)
         of_c, of_vit = Levels.of(canvas, _C), Levels.of(canvas, (1.0,), state.grid)
@@ -146,7 +146,7 @@ class SpatialPrior(nn.Module):
 
 
 class Injector(nn.Module):
-    """Adds to the patches what they read from the stem's tokens; nothing at the beginning."""
+    """Adds to the patches what they read from the stem's tokens, scaled by ``gamma``."""
 
     def __init__(self, attention: DeformableAttention, gamma: float) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class Injector(nn.Module):
         self.gamma = nn.Parameter(torch.full((width,), gamma))
 
     def forward(self, x: Tensor, of_vit: Levels, c: Tensor, of_c: Levels) -> Tensor:
-        """Return what is added to the patches ``[B, H*W, C]``."""
+        """Return what is to be added to the patches, ``[B, H*W, C]``."""
         query, value = self.query_norm(x), self.value_norm(c)
         return self.gamma * self.attention(query, of_vit.positions, value, of_c)
 
@@ -176,14 +176,14 @@ class Extractor(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, c: Tensor, of_c: Levels, x: Tensor, of_vit: Levels, canvas: Canvas) -> Tensor:
-        """Return the stem's tokens ``[B, S, C]`` anew."""
+        """Return the updated tokens of the stem, ``[B, S, C]``."""
         query, value = self.query_norm(c), self.value_norm(x)
         c = c + self.attention(query, of_c.positions, value, of_vit)
         return c + self.drop_path(self.ffn(self.ffn_norm(c), of_c, canvas))
 
 
 class ConvFFN(nn.Module):
-    """A feed forward with a depthwise convolution on each level in its middle."""
+    """A feed-forward network with a depthwise convolution of each level in its middle."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -233,16 +233,17 @@ def adapter(
             not divide the width.
         points: points that a head reads on each level.
         value_ratio: width of the values in deformable attention, as a share of the ViT's width.
-        hidden_ratio: hidden width of the extractors' feed forward, as a share of the width.
+        hidden_ratio: hidden width of the extractors' feed-forward network, as a share of the ViT's
+            width.
         stem: channels of the stem's first layers.
         extra_extractors: further extractors after the last block.
         gamma: initial scale of the injectors.
-        drop_path: rate at which an extractor's feed forward is left out for an image.
+        drop_path: probability that an extractor's feed-forward network is skipped for an image.
         norm: "batch" as in the paper, "layer", or "frozen"; batches of one or two images train
             better with "layer".
-        prefix: "keep" lets the ViT's class and register tokens run along, which the adapter never
-            touches; "none" leaves them out as the paper does.
-        gone: what a patch that the method dropped shows: its "last" value, or "zero".
+        prefix: "keep" runs the ViT's class and register tokens along, which the adapter never
+            changes; "none" leaves them out as the paper does.
+        gone: value of a patch that the method dropped: its "last" value, or "zero".
     """
     return ViTAdapter(
         vit,

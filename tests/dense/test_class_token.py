@@ -24,7 +24,7 @@ def test_all_else_stays(registers: int, caplog: pytest.LogCaptureFixture) -> Non
     plain = without(reg_tokens=registers, no_embed_class=registers > 0)
     with caplog.at_level(logging.WARNING):
         made = with_class_token(plain)
-    assert "says nothing of the image until it is trained" in caplog.text
+    assert "says nothing about an image until it is trained" in caplog.text
     state = made.state_dict()
     assert state.pop("cls_token").shape == (1, 1, 48)
     assert state.keys() == plain.state_dict().keys()
@@ -67,9 +67,9 @@ def test_it_is_saved_with_its_model(tmp_path: Path) -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(ValueError, match="give the ViT its class token first, and then tome"):
+    with pytest.raises(ValueError, match="add the class token to the plain ViT first"):
         with_class_token(foveate.apply(without(), "tome(r=2)"))
-    with pytest.raises(ValueError, match="can be given to timm's VisionTransformer, and this is a"):
+    with pytest.raises(ValueError, match="only be added to timm's VisionTransformer, got a"):
         with_class_token(
             timm.models.Eva(
                 img_size=32,

@@ -122,7 +122,7 @@ def test_trains_under_autocast(dtype: torch.dtype) -> None:
 def test_heads_are_chosen_or_refused() -> None:
     assert choose_heads(384, None, 6) == 6
     assert choose_heads(128, None, 4) == 4  # 6 does not divide it
-    with pytest.raises(ValueError, match="must divide the width 128, got 6; those that do: 1, 2"):
+    with pytest.raises(ValueError, match="must divide the width 128, got 6; numbers that do: 1, 2"):
         choose_heads(128, 6, 4)
 
 

@@ -95,17 +95,17 @@ def test_upernet_on_blocks_of_a_vit() -> None:
     model.backbone = maps
     with torch.no_grad():
         assert model(torch.randn(1, 3, 48, 48)).logits.shape == (1, 5, 48, 48)
-    with pytest.raises(ValueError, match="losses after a pass in training mode"):
+    with pytest.raises(ValueError, match="losses need a pass in training mode first"):
         maps.method_losses()
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(ValueError, match="has ResNetBackbone as its backbone, and methods run on"):
+    with pytest.raises(ValueError, match="has ResNetBackbone as its backbone, but methods run on"):
         reduce_backbone(uper([8, 8, 8, 8]), "tome(r=2)")
     with pytest.raises(ValueError, match="the embedding before its first block"):
         reduce_backbone(dpt(out_features=["stem", "stage1", "stage2", "stage3"]), "tome(r=2)")
     for indices, words in (([3, 1], "ascending"), ([4], r"0\.\.3, got 4"), ([], "ascending")):
         with pytest.raises(ValueError, match=words):
             as_backbone(vit(), indices)
-    with pytest.raises(ValueError, match="a dense backbone has maps of its own"):
+    with pytest.raises(ValueError, match="leave them out for a dense backbone"):
         as_backbone(pyramid(vit()), [1])

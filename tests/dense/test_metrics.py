@@ -342,7 +342,7 @@ def test_predictions_as_a_file(tmp_path: Path) -> None:
     assert stored[0]["image_id"] == first["image_id"] and stored[0]["score"] == 1.0
     assert stored[0]["segmentation"]["size"] == [*SIZE]
     assert reference("mask", targets, perfect(targets))[0] == ONE
-    with pytest.raises(ValueError, match="has the predicted class 2; the data have 2"):
+    with pytest.raises(ValueError, match="has the predicted class 2; the data have 2 classes"):
         coco_predictions(
             [{"image_id": 4, "boxes": [[0, 0, 1, 1]], "labels": [2], "scores": [1.0]}], (5, 6)
         )
