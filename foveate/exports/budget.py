@@ -1,4 +1,4 @@
-"""Time as a budget of an exported model: export, time, correct the rate, and again."""
+"""Set a method's rate so that the exported model meets a time: export, time, correct, repeat."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ Call = Callable[[], Any]
 
 
 def read_budget(text: str, model: nn.Module, batch: int | None) -> TimeBudget:
-    """Read the budget of an export, and refuse what cannot be met in a runtime.
+    """Read the budget of an export; raise ValueError for one that no runtime can meet.
 
     Args:
         text: such as "1.5x faster" or "12 ms, batch 8".
-        model: what will be exported.
-        batch: its fixed number of images, or None.
+        model: model that will be exported.
+        batch: fixed number of images in a call, or None.
     """
     if not is_time(text):
         raise ValueError(
             f"the budget of an export is a time such as '1.5x faster' or '12 ms', got {text!r}; "
-            "one of multiply-adds is for foveate.apply"
+            "foveate.apply takes budgets of multiply-adds"
         )
     wanted = TimeBudget.parse(text)
     if wanted.dtype is not None:
@@ -41,7 +41,9 @@ def read_budget(text: str, model: nn.Module, batch: int | None) -> TimeBudget:
             f"out of the budget {text!r}"
         )
     if batch is not None and wanted.batch not in (1, batch):
-        raise ValueError(f"the budget {text!r} is not of the fixed batch of {batch}")
+        raise ValueError(
+            f"the budget {text!r} is for a batch of {wanted.batch}, and the fixed batch is {batch}"
+        )
     reduced = reduced_of(model)
     if reduced is None or reduced.reducer.name == "dense":
         raise ValueError("a budget sets the rate of a method, and this model has none")
@@ -53,13 +55,13 @@ def read_budget(text: str, model: nn.Module, batch: int | None) -> TimeBudget:
 def at_time(
     wanted: TimeBudget, model: nn.Module, where: str, exported: Callable[[nn.Module], Call]
 ) -> nn.Module:
-    """Return the model at the rate at which its exported form meets a time; weights are shared.
+    """Return the model with the rate at which its exported form meets a time; weights are shared.
 
     Args:
-        wanted: the time of a call.
-        model: with a method that keeps the same number of tokens in all images.
-        where: what the time is of, in words.
-        exported: exports a model and returns what runs it once.
+        wanted: time that a call may take.
+        model: model with a method that keeps the same number of tokens in all images.
+        where: the setting that is timed, for messages.
+        exported: function that exports a model and returns a function that runs it once.
     """
     plain, reduced = unwrap(model), reduced_of(model)
     assert reduced is not None
@@ -90,7 +92,7 @@ def at_time(
 
 
 def _timed(calls: Mapping[str, Call]) -> dict[str, float]:
-    """Return the milliseconds of some calls, timed together."""
+    """Return the median milliseconds of each call, timed in one run."""
     with torch.inference_mode():
         timings = time_calls(calls, "cpu")
     return {name: timings.ms(name).median for name in calls}

@@ -1,4 +1,4 @@
-"""Compare an exported model with the one that it was made of: answers, tokens, time."""
+"""Compare an exported model with the model in torch: outputs and time."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from foveate.timing import DENSE, LEAST_ROUNDS, measure
 
 __all__ = ["Check", "Speed", "compare", "speeds"]
 
-_TOLERANCE = 1e-4  # of the largest output, in float32
-_TOGETHER = 8  # images in a call where the number is free
+_TOLERANCE = 1e-4  # share of the largest output, in float32
+_TOGETHER = 8  # images in a call where the batch is free
 _WARMUP, _SAMPLE_MS = 3, 20.0
 
 
@@ -26,10 +26,10 @@ class Speed:
     """The time of one variant.
 
     Attributes:
-        name: of the variant.
+        name: name of the variant.
         ms: median time of a call.
-        times: as fast as the dense model in torch; the median of paired rounds.
-        low, high: its 95 % interval.
+        times: how many times as fast as the dense model in torch, the median of paired rounds.
+        low, high: bounds of its 95 % interval.
     """
 
     name: str
@@ -44,17 +44,18 @@ class Check:
     """How an exported model compares with the one in torch.
 
     Attributes:
-        images: how many images were compared.
-        source: where they are from.
+        images: number of images that were compared.
+        source: where the images are from.
         int8: whether the exported model computes in 8 bits.
-        error: largest difference of an output, over the largest output of that image.
+        error: largest difference of an output, relative to the largest output of that image.
         beyond: number of images with a difference above 1e-4.
         agreement: share of images with the same most likely class; None without classes.
-        divergence: mean Kullback-Leibler divergence of the exported model's classes; likewise.
+        divergence: mean Kullback-Leibler divergence of the exported model's classes; None without
+            classes.
         batch: number of images in a timed call.
-        threads: of the CPU.
-        rounds: timed ones.
-        speeds: times, all of one interleaved run; empty if nothing was timed.
+        threads: number of CPU threads.
+        rounds: number of timed rounds.
+        speeds: times of all variants in one interleaved run; empty if nothing was timed.
     """
 
     images: int
@@ -71,11 +72,11 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the answers are those of torch; 8 bits round them, so nothing is asked there."""
+        """Whether the outputs agree with torch; always true in 8 bits, which round them."""
         return self.int8 or self.beyond == 0
 
     def lines(self) -> list[str]:
-        """Say everything in words, a line each."""
+        """Describe the comparison, one fact a line."""
         found = [f"compared with torch on {self.images} images ({self.source}):"]
         found.append(f"  largest difference of an output  {self.error:.1e} of the largest output")
         if self.beyond and not self.int8:
@@ -113,18 +114,18 @@ def compare(
     """Run a model and its exported form on the same images.
 
     Args:
-        model: gives a tensor or a tuple of tensors.
-        ask: runs the exported form.
-        images: preprocessed ones; those that do not fill a fixed batch are left out.
+        model: model that returns a tensor or a tuple of tensors.
+        ask: function that runs the exported model.
+        images: preprocessed images; the last ones are left out if they do not fill a fixed batch.
         source: where the images are from.
-        graph: what was exported.
-        int8: whether the exported form computes in 8 bits.
+        graph: graph that was exported.
+        int8: whether the exported model computes in 8 bits.
     """
     step, count = graph.batch or _TOGETHER, len(images)
     if graph.batch:
         images = images[: count // step * step]
     if not len(images):
-        raise ValueError(f"a batch of {step} takes as many images to compare on, got {count}")
+        raise ValueError(f"batches of {step} need at least {step} images to compare, got {count}")
     wanted: list[list[np.ndarray]] = []
     got: list[list[np.ndarray]] = []
     with answering(model):
@@ -161,12 +162,12 @@ def speeds(
     rounds: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Speed, ...]:
-    """Time calls in one interleaved run, each over the one named "dense".
+    """Time calls in one interleaved run, and compare each with the one named "dense".
 
     Args:
-        calls: by name, in the order of the result; one is "dense".
-        rounds: rounds that count.
-        progress: told, between rounds, how many of all rounds are done.
+        calls: calls by name, in the order of the result; one is "dense".
+        rounds: number of rounds that count.
+        progress: called between rounds with the number of rounds done and the number of all.
     """
     with torch.inference_mode():
         timings = measure(

@@ -1,4 +1,4 @@
-"""What an exported model has beside it: model.json, infer.py, a README."""
+"""Write the files beside an exported model: model.json, infer.py and a README."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["write_about", "write_readme", "write_script"]
 _README = """\
 # {title}
 
-A vision transformer that computes few tokens, exported by foveate {version}.
+A vision transformer, exported by foveate {version}.
 
     pip install {needs}
     python infer.py photo.jpg
 
 - **file**: `{file}`, for {runtime}{precision}
-- **input**: `images`, float32 [{batch}, {channels}, {height}, {width}]; `infer.py` turns pictures
-  into that, `model.json` has mean and standard deviation
+- **input**: `images`, float32 [{batch}, {channels}, {height}, {width}]; `infer.py` makes
+  it from a picture, with the mean and standard deviation in `model.json`
 - **output**: {outputs}
 - **method**: {method}
 - **tokens in each block**, counted in this file while it ran: {tokens}
@@ -36,12 +36,12 @@ A vision transformer that computes few tokens, exported by foveate {version}.
 
 
 def write_about(folder: Path, about: Mapping[str, Any]) -> None:
-    """Write what a program needs to run the model."""
+    """Write model.json: what a program needs to know to run the model."""
     write_text(folder / "model.json", json.dumps(about, indent=1) + "\n")
 
 
 def write_script(folder: Path) -> None:
-    """Write the program that runs the model without foveate."""
+    """Write infer.py, which runs the model without foveate."""
     text = files("foveate.exports").joinpath("infer.py").read_text(encoding="utf-8")
     write_text(folder / "infer.py", text)
 
@@ -49,8 +49,9 @@ def write_script(folder: Path) -> None:
 def write_readme(
     folder: Path, about: Mapping[str, Any], shapes: Sequence[str], check: Check | None
 ) -> None:
-    """Write what a person needs to know of the model."""
-    said = ["Not checked: `foveate export ... --check`."] if check is None else check.lines()
+    """Write the README: what a person needs to know to use the model."""
+    unchecked = "Not checked: `foveate export ... --check` compares the file with torch."
+    said = [unchecked] if check is None else check.lines()
     height, width = about["size"]
     notes = "".join(f"- {note}\n" for note in about["notes"])
     text = _README.format(

@@ -1,4 +1,4 @@
-"""A model as one graph of torch, which every format is made of."""
+"""Capture a model as one graph of torch, from which every format is made."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ _MOST = 4096  # images in a batch
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """A model as a graph, and what is known of it.
+    """A captured model and its properties.
 
     Attributes:
         program: the graph; its weights are the model's own.
         size: height and width of an image.
-        channels: of an image.
+        channels: number of channels of an image.
         batch: number of images; None for any.
-        outputs: names of what it gives.
-        shapes: of each, in words.
-        layers: for each block the value in the graph that its last linear layer but one gives,
-            which is in the feed forward. What a runtime has there are the tokens that it really
-            computed.
-        tokens: how many tokens an image should have there.
-        deciding: values that weights of the method give. They stay in float32 where all else is
-            in 8 bits, so that rounding does not choose the tokens.
+        outputs: names of the outputs.
+        shapes: shape of each output, in words.
+        layers: for each block, the name of the output of its last linear layer but one, which is
+            in the feed-forward network. Its size in a runtime shows how many tokens the block
+            really computed.
+        tokens: for each block, the number of tokens that an image must have there.
+        deciding: names of values that are computed with weights of the method. They stay in
+            float32 where the rest is in 8 bits, so that rounding does not choose the tokens.
     """
 
     program: torch.export.ExportedProgram
@@ -53,10 +53,10 @@ class Graph:
     deciding: tuple[str, ...]
 
     def calls(self, images: np.ndarray) -> list[np.ndarray]:
-        """Split images into calls that the graph takes.
+        """Split images into the inputs of single calls.
 
-        They are single images where the number is free. A last call that a fixed batch would not
-        fill takes the first images once more.
+        Each call has one image if the batch is free. A last call that the images do not fill takes
+        the first images once more.
         """
         step, count = self.batch or 1, len(images)
         order = np.arange(-(-count // step) * step) % count
@@ -65,10 +65,10 @@ class Graph:
 
 @contextmanager
 def fixed(model: nn.Module) -> Iterator[str]:
-    """Let a method keep the same number of tokens in every image, as a graph has to.
+    """Make a method keep the same number of tokens in every image, as a graph requires.
 
-    Gives what that changes, in words, or "". Afterwards the model is as it was. A method that
-    cannot do so is a ValueError.
+    Yields a sentence about what this changes, or "". The model is restored afterwards. Raises
+    ValueError for a method that cannot do so.
     """
     reduced = reduced_of(model)
     if reduced is None or reduced.reducer.fixed_count:
@@ -82,13 +82,13 @@ def fixed(model: nn.Module) -> Iterator[str]:
             part.gate = "topk"
         if not reduced.reducer.fixed_count:
             raise ValueError(
-                f"{name} keeps another number of tokens in every image, and an exported graph has "
-                "one number for all: take a method with a fixed count, such as evit, tome or "
+                f"{name} keeps a different number of tokens in each image, but an exported graph "
+                "has one number for all: use a method with a fixed count, such as evit, tome or "
                 "dynamicvit"
             )
         yield (
-            f"{name} decides for each image how many patches it keeps, and an exported graph has "
-            "one number for all: its gates keep the highest scores, as many as its rates say"
+            f"{name} decides for each image how many patches it keeps, but an exported graph has "
+            "one number for all: there its gates keep the highest scores, as many as its rates say"
         )
     finally:
         for part, gate in zip(gated, before, strict=True):
@@ -96,9 +96,9 @@ def fixed(model: nn.Module) -> Iterator[str]:
 
 
 def answers(model: nn.Module) -> nn.Module:
-    """Return a model that answers with plain tensors, whatever its family or library.
+    """Return a model that returns plain tensors, whatever its family or library.
 
-    A detector or segmenter is its backbone here, which answers with all maps.
+    For a detector or segmenter this is the backbone, which returns all maps.
     """
     return _Answers(model.trunk if isinstance(model, DenseModel) else model)
 
@@ -127,8 +127,8 @@ def input_size(model: nn.Module, wanted: tuple[int, int] | None = None) -> tuple
     """Return height and width of the images that a model is captured for.
 
     Args:
-        model: as for ``capture``.
-        wanted: for a dense model, whose images are padded to what its maps divide.
+        model: model as for ``capture``.
+        wanted: size for a dense model; it is rounded up so that the maps have whole cells.
     """
     if isinstance(model, Hosting):
         multiple = model.trunk.size_divisible
@@ -136,7 +136,7 @@ def input_size(model: nn.Module, wanted: tuple[int, int] | None = None) -> tuple
         return rows, columns
     if wanted is not None:
         raise ValueError(
-            "an image size is for dense models; foveate.load resizes a ViT's positions"
+            "an image size is for dense models; foveate.load(..., image_size=...) resizes a ViT"
         )
     return Inputs.of(model).size
 
@@ -166,7 +166,7 @@ def capture(
     if like.device.type != "cpu":
         raise ValueError(f"the model is on {like.device}: export it from the CPU (model.cpu())")
     channels = backbone.channels
-    # Two images: with one, torch takes the batch for a constant.
+    # Capture with two images: with one, torch would treat the batch as a constant.
     images = torch.zeros(batch or 2, channels, *size)
     asked = _Answers(model)
     with answering(asked):
@@ -178,7 +178,7 @@ def capture(
                 raise
             raise ValueError(
                 f"torch cannot capture a {backbone.spec.family} for any number of images: give a "
-                "fixed one (batch, --batch N)"
+                "fixed number (batch, --batch N)"
             ) from error
         tokens = _tokens(model, backbone, images[:1])
     products = _Products(program, asked)
@@ -204,7 +204,7 @@ def _outputs(model: nn.Module, backbone: Backbone) -> tuple[str, ...]:
 
 
 def _tokens(model: nn.Module, backbone: Backbone, image: Tensor) -> tuple[int, ...]:
-    """Count the tokens that each block feeds forward, of one image."""
+    """Count the tokens of one image that each block feeds forward."""
     if isinstance(model, ReducedViT | DenseBackbone):
         return tuple(counts[0] for counts in model.trace(image).counts())
     spec = backbone.spec
@@ -220,7 +220,7 @@ def _shapes(
 
 
 class _Products:
-    """Finds in a graph what is multiplied with a weight."""
+    """Finds the values in a graph that are computed with a weight."""
 
     def __init__(self, program: torch.export.ExportedProgram, answers: nn.Module) -> None:
         self._names = {id(parameter): name for name, parameter in answers.named_parameters()}
@@ -237,7 +237,7 @@ class _Products:
                 self._constant.add(node)
 
     def of(self, weight: nn.Parameter) -> list[str]:
-        """Name the values that a weight, perhaps cut or turned, and something else make."""
+        """Name the values computed from a weight, perhaps sliced or transposed, and an input."""
         entry = self._entries.get(self._names[id(weight)])
         found, following = [], [] if entry is None else [self._nodes[entry]]
         while following:

@@ -1,11 +1,11 @@
-"""Run the model in this folder on images: its answers, one line an image.
+"""Run the model in this folder on images, and print its answers, one line for each image.
 
 It needs numpy, Pillow and the package that model.json names as the runtime (onnxruntime, openvino
 or torch), and nothing else.
 
     python infer.py photo.jpg photos/*.png
     python infer.py photo.jpg --top 1 --json answers.json
-    python infer.py photo.jpg --npy outputs.npy        # what the model gives, as it is
+    python infer.py photo.jpg --npy outputs.npy        # the first output, as it is
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Run = Callable[[np.ndarray], list[np.ndarray]]
 
 
 def open_model(folder: Path, threads: int = 0, batch: int = 0) -> tuple[Run, dict[str, Any]]:
-    """Open the model of a folder: what runs it on images ``[B, C, H, W]``, and model.json.
+    """Open a model; return a function that runs it on images ``[B, C, H, W]``, and model.json.
 
     Args:
-        folder: what ``foveate export`` wrote.
+        folder: folder that ``foveate export`` wrote.
         threads: number of CPU threads; 0 leaves it to the runtime.
-        batch: number of images that a call will have, which OpenVINO plans better for; 0 takes any.
+        batch: number of images in every call, which lets OpenVINO plan better; 0 allows any.
     """
     about = json.loads((folder / "model.json").read_text(encoding="utf-8"))
     path, runtime = str(folder / about["file"]), about["runtime"]
@@ -71,7 +71,7 @@ def open_model(folder: Path, threads: int = 0, batch: int = 0) -> tuple[Run, dic
 
 
 def prepare(image: Image.Image, about: Mapping[str, Any]) -> np.ndarray:
-    """Turn an image into the model's input ``[C, H, W]``: resized, cut to size, normalised."""
+    """Turn an image into the model's input ``[C, H, W]``: resize, crop and normalise it."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
@@ -93,7 +93,7 @@ def prepare(image: Image.Image, about: Mapping[str, Any]) -> np.ndarray:
 
 
 def _resized(image: tuple[int, int], size: tuple[int, int], crop_pct: float) -> tuple[int, int]:
-    """Return width and height at which the size over ``crop_pct`` is covered."""
+    """Return the width and height at which an image covers the size divided by ``crop_pct``."""
     (width, height), (rows, columns) = image, (int(side / crop_pct) for side in size)
     if rows == columns:
         other = int(rows * max(height, width) / min(height, width))
@@ -103,7 +103,7 @@ def _resized(image: tuple[int, int], size: tuple[int, int], crop_pct: float) -> 
 
 
 def answer(logits: np.ndarray, labels: list[str] | None, top: int) -> list[dict[str, Any]]:
-    """Return the most likely classes of one image and their confidences."""
+    """Return the most likely classes of one image with their confidences."""
     share = np.exp(logits - logits.max())
     share = share / share.sum()
     best = np.argsort(-share, kind="stable")[:top]
@@ -118,15 +118,15 @@ def answer(logits: np.ndarray, labels: list[str] | None, top: int) -> list[dict[
 
 
 def main() -> None:
-    """Read the command line and answer."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("images", nargs="+", type=Path, help="image files")
-    parser.add_argument("--top", type=int, default=5, help="number of answers (default: 5)")
+    parser.add_argument("--top", type=int, default=5, help="number of classes to show (default: 5)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="file for all answers")
-    parser.add_argument("--npy", type=Path, metavar="FILE", help="file for the model's outputs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file to write the answers to")
+    parser.add_argument("--npy", type=Path, metavar="FILE", help="file for the first output")
     args = parser.parse_args()
     folder = Path(__file__).resolve().parent
     fixed = json.loads((folder / "model.json").read_text(encoding="utf-8"))["batch"]

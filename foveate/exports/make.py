@@ -1,4 +1,4 @@
-"""Export a model: one file that a runtime runs, and what belongs beside it."""
+"""Export a model: one file for a runtime, and the files beside it."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class Exported:
     """An exported model.
 
     Attributes:
-        folder: where it is.
-        file: the model in it.
-        about: what ``model.json`` says.
+        folder: folder that was written.
+        file: the model's file in that folder.
+        about: content of ``model.json``.
         tokens: tokens that each block computed when the file was run.
-        notes: what is otherwise than in the model that was given.
-        check: how it compares with torch; None if that was not asked for.
+        notes: what differs from the given model, and what else to know about the file.
+        check: comparison with torch; None if none was asked for.
     """
 
     folder: Path
@@ -67,11 +67,11 @@ class Exported:
     check: Check | None = field(default=None, repr=False)
 
     def open(self, threads: int = 0, batch: int = 0) -> Callable[[np.ndarray], list[np.ndarray]]:
-        """Return what runs the file on preprocessed images ``[B, C, H, W]``.
+        """Return a function that runs the file on preprocessed images ``[B, C, H, W]``.
 
         Args:
-            threads: of the CPU; 0 leaves it to the runtime.
-            batch: number of images that calls will have, if it is known.
+            threads: number of CPU threads; 0 leaves it to the runtime.
+            batch: number of images in every call; 0 if it is not known.
         """
         return open_model(self.folder, threads, batch)[0]
 
@@ -94,32 +94,34 @@ def export(
     name: str | None = None,
     progress: Progress | None = None,
 ) -> Exported:
-    """Write a model as a file that a runtime runs, with all that running it takes.
+    """Write a model as a file for a runtime, with everything that is needed to run it.
 
     The folder gets the model, ``model.json`` (preprocessing, labels), ``infer.py``, which runs it
     without foveate, and a README. The file is run once to count the tokens that its blocks really
-    compute: were they not those of the method, that would be an error.
+    compute; it is an error if they are not those of the method.
 
     Args:
         model: a plain ViT or one from ``foveate.apply``; a detector or segmenter, of which the
-            backbone is exported; or what commands take as MODEL.
+            backbone is exported; or a string that commands take as MODEL.
         out: folder to write, made if it is missing.
         format: "onnx" for onnxruntime, "openvino", or "pt2" for torch.
-        int8: compute matrix products in 8 bits. What the method decides with stays in float32.
-        calibrate: images that 8 bits are fitted to: paths, or preprocessed ones ``[N, C, H, W]``;
-            128 are enough. Models of Fashion-MNIST take the images that ship.
-        batch: a fixed number of images; None for any, or for one if the model is a dense one.
-        image_size: side, or height and width, of a dense model's images; None for its own.
-        opset: version of ONNX's operators; None for the one that torch prefers.
-        check: compare with torch, on images, and time both beside the dense model.
-        images: those to compare on, as for ``calibrate``; those, or synthetic ones, if None.
-        rounds: timed rounds; 0 times nothing.
-        threads: CPU threads of timed calls; the physical cores if None.
-        budget: set the method's rate anew, so that a call of the exported model takes this time on
-            this machine: "1.5x faster" than the dense model exported alike, "12 ms", "20 ms, batch
-            8". The model is exported and timed a few times for that.
-        name: what to call the model in the README.
-        progress: told what is done, and how much of it.
+        int8: whether matrix products compute in 8 bits. Those that the method decides by stay in
+            float32.
+        calibrate: images that 8 bits are fitted to, of which the first 128 count: paths, or
+            preprocessed images ``[N, C, H, W]``. Models of Fashion-MNIST take the images that ship.
+        batch: fixed number of images in a call; None allows any number, and is 1 for a dense model.
+        image_size: side, or height and width, of a dense model's images; None takes its own.
+        opset: version of ONNX's operators; None takes the one that torch prefers.
+        check: whether to compare the file with torch, and to time both beside the dense model.
+        images: images to compare on, as for ``calibrate``; None takes those of ``calibrate``, or
+            some that ship or are synthetic.
+        rounds: number of timed rounds; 0 skips the timing.
+        threads: number of CPU threads of timed calls; None takes the physical cores.
+        budget: time on this machine that a call of the exported model may take, to which the
+            method's rate is set: "1.5x faster" than the dense model exported alike, "12 ms",
+            "20 ms, batch 8". For this the model is exported and timed a few times.
+        name: name of the model in the README and in ``model.json``.
+        progress: called with the step, how much of it is done, and of how much.
     """
     _check_asked(format, int8, batch, rounds, opset)
     wanted = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -127,13 +129,13 @@ def export(
         name = name or Path(model).name
         model = open_base(os.fspath(model))
     if isinstance(model, Hosting):
-        batch = batch or 1  # images of a batch are taken apart, so its number is part of the graph
+        batch = batch or 1  # the graph splits a batch into its images, so their number is fixed
     wanted_time = None if budget is None else read_budget(budget, model, batch)
     folder = Path(out)
     size = input_size(model, wanted)
     prepared = preparation(model, size)
     pixels = for_calibration(prepared, calibrate) if int8 else None
-    # Read before the work: a folder without images is said at once.
+    # Read the images before the long work, so that a folder without images is reported first.
     pictures = for_check(prepared, calibrate if images is None else images) if check else None
     writer = _Writer(importlib.import_module(f"foveate.exports.{format}"), pixels, opset, progress)
     with made_folder(folder), fixed(model) as changed:
@@ -160,7 +162,7 @@ def export(
     return exported
 
 
-# What can be asked for ---------------------------------------------------------------------------
+# Checks of the arguments -------------------------------------------------------------------------
 
 
 def _check_asked(
@@ -188,13 +190,13 @@ def _check_asked(
 
 
 class _Writer:
-    """Writes graphs in one format: the model, and the dense one that it is timed beside.
+    """Writes graphs in one format: the model, and the dense model that it is timed beside.
 
     Attributes:
-        runtime: the package that runs the format.
-        file: name of the model in its folder.
+        runtime: package that runs the format.
+        file: name of the model's file.
         int8: whether matrix products compute in 8 bits.
-        named: the runtime, with the bits where they are 8.
+        named: name of the runtime, followed by "int8" if products compute in 8 bits.
     """
 
     def __init__(
@@ -208,7 +210,7 @@ class _Writer:
         self._options = {} if opset is None else {"opset": opset}
 
     def say(self, what: str, done: int = 0, of: int = 1) -> None:
-        """Tell what is done, and how much of it."""
+        """Report progress: the step, how much of it is done, and of how much."""
         if self._progress is not None:
             self._progress(what, done, of)
 
@@ -225,13 +227,13 @@ class _Writer:
     def open(
         self, model: nn.Module, about: Mapping[str, Any], folder: Path, threads: int, batch: int
     ) -> Run:
-        """Export a model into a folder, to be timed, and return what runs it.
+        """Export a model for timing, and return a function that runs it.
 
         Args:
-            model: to export.
-            about: what ``model.json`` says.
-            folder: where.
-            threads: of the CPU.
+            model: model to export.
+            about: content of ``model.json``.
+            folder: folder to write.
+            threads: number of CPU threads.
             batch: number of images in a call.
         """
         self.say("capturing")
@@ -240,15 +242,15 @@ class _Writer:
         return open_model(folder, threads, batch)[0]
 
     def tokens(self, graph: Graph, path: Path) -> tuple[int, ...]:
-        """Run a file and return its blocks' tokens; ValueError if they are not the graph's."""
+        """Run a file and return its blocks' tokens; raise ValueError if the graph has others."""
         self.say("counting tokens")
         noise = torch.Generator().manual_seed(_SEED)
         images = torch.randn(graph.batch or 2, graph.channels, *graph.size, generator=noise)
         found: tuple[int, ...] = self._made.tokens(path, graph.layers, images.numpy())
         if found != graph.tokens:
             raise ValueError(
-                f"{path} computes {found} tokens in its blocks and not {graph.tokens}: the method "
-                "is not in effect there"
+                f"{path} computes {found} tokens in its blocks instead of {graph.tokens}: the "
+                "method has no effect in this file"
             )
         return found
 
@@ -266,13 +268,13 @@ def _about(
     method = None if reduced is None or dense else repr(reduced.reducer)
     if writer.int8 and not has_int8():
         notes.append(
-            "this machine's processor has no instructions for products of 8 bits (VNNI or AMX): "
+            "the processor of this machine lacks instructions for 8-bit products (VNNI or AMX): "
             "the model runs here, but hardly faster than in float32"
         )
     if isinstance(model, Hosting):
         notes.append(
-            f"the backbone alone, with its maps, for batches of {graph.batch} images of "
-            f"{graph.size[0]} x {graph.size[1]}; heads stay in torch"
+            f"the file has the backbone alone, which returns maps, for batches of {graph.batch} "
+            f"images of {graph.size[0]} x {graph.size[1]}; the heads stay in torch"
         )
     return {
         "format": _FORMAT,
@@ -301,7 +303,7 @@ def _labels(model: nn.Module) -> list[str] | None:
 def _macs(model: nn.Module, graph: Graph, method: str | None) -> str:
     inside = model.trunk if isinstance(model, DenseModel) else model
     found = count(inside, graph.size)
-    said = f"{found.macs / 1e9:.2f} G an image"
+    said = f"{found.macs / 1e9:.2f} G per image"
     return said if method is None else f"{said}, {found.ratio:.2f} of the dense model's"
 
 
@@ -318,7 +320,7 @@ def _timed(
 ) -> dict[str, Any]:
     """Time the exported model, the model in torch, and both without a method.
 
-    Gives what a ``Check`` says of times.
+    Return the fields of ``Check`` about times.
     """
     threads, batch = threads or physical_cores(), graph.batch or 1
     method = exported.about["method"]
@@ -349,7 +351,7 @@ def _at_time(
     batch: int | None,
     threads: int | None,
 ) -> tuple[nn.Module, str]:
-    """Return the model at the rate that meets a time in the runtime, and say what was set."""
+    """Return the model with the rate that meets a time in the runtime, and a note about it."""
     threads, images = threads or physical_cores(), batch or wanted.batch
     about = {**prepared, "input": "images", "runtime": writer.runtime, "file": writer.file}
     pixels = np.zeros((images, prepared["channels"], *prepared["size"]), np.float32)
@@ -370,7 +372,7 @@ def _at_time(
 
 @contextmanager
 def _torch_threads(threads: int) -> Iterator[None]:
-    """Let torch run on so many CPU threads, and afterwards on as many as before."""
+    """Make torch use ``threads`` CPU threads, and restore the number afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

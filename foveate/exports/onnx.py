@@ -1,4 +1,4 @@
-"""ONNX, run by onnxruntime."""
+"""Write ONNX files, which onnxruntime runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from foveate.files import write_whole
 __all__ = ["FILE", "LEAST_OPSET", "RUNTIME", "quantise", "tokens", "write"]
 
 FILE, RUNTIME = "model.onnx", "onnxruntime"
-LEAST_OPSET = 18  # of torch's exporter
+LEAST_OPSET = 18  # the lowest that torch's exporter writes
 _BIGGEST = 1_900_000_000  # bytes of weights in one file: protobuf holds no more than 2 GiB
 
 
@@ -28,9 +28,9 @@ def write(graph: Graph, path: Path, opset: int | None = None) -> None:
     """Write a graph.
 
     Args:
-        graph: what to write.
-        path: of the file.
-        opset: version of the operators; None for the one that torch's exporter prefers.
+        graph: graph to write.
+        path: path of the file.
+        opset: version of the operators; None takes the one that torch's exporter prefers.
     """
     with _quiet():
         made: Any = torch.onnx.export(
@@ -43,19 +43,19 @@ def write(graph: Graph, path: Path, opset: int | None = None) -> None:
             verbose=False,
         )
     size = sum(value.numel() * value.element_size() for value in graph.program.state_dict.values())
-    if size > _BIGGEST:  # the weights lie in a file beside it, whose name the graph knows
+    if size > _BIGGEST:  # the weights go into a file beside it, which the graph names
         made.save(str(path), external_data=True)
     else:
         write_whole(path, lambda partial: made.save(partial, external_data=False))
 
 
 def quantise(path: Path, graph: Graph, images: np.ndarray) -> None:
-    """Turn the file into one whose matrix products compute in 8 bits.
+    """Replace a file by one whose matrix products compute in 8 bits.
 
     Args:
-        path: of a file that ``write`` wrote.
-        graph: what it was made of.
-        images: preprocessed ones ``[N, C, H, W]`` that ranges of values are read from.
+        path: path of a file that ``write`` wrote.
+        graph: graph that the file was made from.
+        images: preprocessed images ``[N, C, H, W]``, which give the ranges of values.
     """
     import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
@@ -63,7 +63,7 @@ def quantise(path: Path, graph: Graph, images: np.ndarray) -> None:
 
     with tempfile.TemporaryDirectory() as folder, _quiet():
         ready, made = Path(folder, "ready.onnx"), Path(folder, "made.onnx")
-        # Its own inference of shapes does not know all operators of merging methods.
+        # Symbolic shape inference does not know all operators of merging methods.
         quant_pre_process(str(path), str(ready), skip_symbolic_shape=True)
         nodes = onnx.load(str(ready), load_external_data=False).graph.node
         deciding = [node.name for node in nodes if {*node.output} & {*graph.deciding}]
@@ -82,7 +82,7 @@ def quantise(path: Path, graph: Graph, images: np.ndarray) -> None:
 
 
 def tokens(path: Path, layers: Sequence[str], images: np.ndarray) -> tuple[int, ...]:
-    """Run the file and count the tokens that each block computes, of one image."""
+    """Run the file and count the tokens of one image that each block computes."""
     import onnx
     import onnxruntime
 
@@ -97,7 +97,7 @@ def tokens(path: Path, layers: Sequence[str], images: np.ndarray) -> tuple[int, 
 
 
 class _Reader:
-    """Gives one call's images after another, as onnxruntime's calibration reads them."""
+    """Returns the images of one call after another, as onnxruntime's calibration reads them."""
 
     def __init__(self, calls: Sequence[np.ndarray]) -> None:
         self._calls = iter(calls)
@@ -109,7 +109,7 @@ class _Reader:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what the exporter and the quantiser say about themselves off the terminal."""
+    """Keep the messages of the exporter and the quantiser off the terminal."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

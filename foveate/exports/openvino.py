@@ -1,4 +1,4 @@
-"""OpenVINO's own format, made of ONNX."""
+"""Write files in OpenVINO's own format, by way of ONNX."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ FILE, RUNTIME = "model.xml", "openvino"
 
 
 def write(graph: Graph, path: Path, opset: int | None = None) -> None:
-    """Write a graph; the weights lie in a file beside it. Arguments are those of ONNX."""
+    """Write a graph, with its weights in a file beside it; arguments as for ``onnx.write``."""
     import openvino
 
-    # By way of ONNX: that takes a third of the time of reading torch's graph, and runs as fast.
+    # Going by way of ONNX takes a third of the time of reading torch's graph; it runs as fast.
     with tempfile.TemporaryDirectory() as folder:
         between = Path(folder, onnx.FILE)
         onnx.write(graph, between, opset)
@@ -32,7 +32,7 @@ def write(graph: Graph, path: Path, opset: int | None = None) -> None:
 
 
 def quantise(path: Path, graph: Graph, images: np.ndarray) -> None:
-    """Turn the file into one whose matrix products compute in 8 bits; arguments as for ONNX."""
+    """Replace a file by one with matrix products in 8 bits; arguments as for ``onnx.quantise``."""
     import nncf
     import openvino
 
@@ -51,7 +51,7 @@ def quantise(path: Path, graph: Graph, images: np.ndarray) -> None:
 
 
 def tokens(path: Path, layers: Sequence[str], images: np.ndarray) -> tuple[int, ...]:
-    """Run the file and count the tokens that each block computes, of one image."""
+    """Run the file and count the tokens of one image that each block computes."""
     import openvino
 
     core = openvino.Core()
@@ -64,7 +64,7 @@ def tokens(path: Path, layers: Sequence[str], images: np.ndarray) -> tuple[int, 
 
 
 def _products(model: Any, values: Sequence[str]) -> list[str]:
-    """Name the operations whose results have these names, and the products before their sums."""
+    """Name the operations whose outputs have these names, and the products that feed them."""
     wanted, found = {*values}, []
     for operation in model.get_ops():
         if any({*output.get_names()} & wanted for output in operation.outputs()):
@@ -75,7 +75,7 @@ def _products(model: Any, values: Sequence[str]) -> list[str]:
 
 
 def _save(model: Any, path: Path) -> None:
-    """Write both files, the weights first: the other one is what a reader opens."""
+    """Write both files, the weights first, because readers open the other one."""
     import openvino
 
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:

@@ -1,4 +1,4 @@
-"""Images that an export needs: how they are prepared, to fit 8 bits to, and to compare on."""
+"""Images for an export: how to prepare them, those to fit 8 bits to, those to compare on."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from foveate.exports.infer import prepare
 __all__ = ["Paths", "for_calibration", "for_check", "preparation"]
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-_CALIBRATION, _CHECKED = 128, 64  # at most
+_CALIBRATION, _CHECKED = 128, 64  # the most images that are used
 _FASHION = (1, 28, 28)
 _SEED = 4321
 
 
 def preparation(model: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
-    """Say how pictures become the model's input; a dense model's are stretched to its size."""
+    """Return how to prepare pictures; those for a dense model are stretched to its size."""
     found: dict[str, Any] = {"size": list(size)}
     if not isinstance(model, Hosting):
         inputs = Inputs.of(model)
@@ -50,21 +50,21 @@ def for_calibration(about: Mapping[str, Any], given: Tensor | Paths | None) -> n
     """Return the images that 8 bits are fitted to.
 
     Args:
-        about: what ``preparation`` says of the model.
-        given: paths, or preprocessed images.
+        about: the result of ``preparation``.
+        given: paths, or preprocessed images; None takes those that ship, if they fit the model.
     """
     if given is not None:
         return _read(about, given, _CALIBRATION)[0].numpy()
     if _shape(about) != _FASHION:
         raise ValueError(
-            "int8 is fitted to images like those that the model will see: give some (calibrate, "
+            "int8 needs images like those that the model will see: give some (calibrate, "
             "--calibrate PATH)"
         )
     return normalise(fashion_mnist_mini("train").images[:_CALIBRATION]).numpy()
 
 
 def for_check(about: Mapping[str, Any], given: Tensor | Paths | None) -> tuple[Tensor, str]:
-    """Return the images to compare on, and where they are from; arguments as for calibration."""
+    """Return images to compare on, and their source; arguments as for ``for_calibration``."""
     if given is not None:
         return _read(about, given, _CHECKED)
     channels, *size = _shape(about)
@@ -77,7 +77,7 @@ def _shape(about: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _read(about: Mapping[str, Any], given: Tensor | Paths, most: int) -> tuple[Tensor, str]:
-    """Read images as the program beside the exported model will prepare them."""
+    """Read images, prepared as by the program beside the exported model."""
     if isinstance(given, Tensor):
         channels, *size = _shape(about)
         pixels = images_for(channels, (size[0], size[1]), 1, _SEED, given).pixels

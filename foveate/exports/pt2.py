@@ -1,4 +1,4 @@
-"""The format of ``torch.export``: it runs where torch is installed, without foveate."""
+"""Write files of ``torch.export``, which run where torch is installed, without foveate."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write(graph: Graph, path: Path) -> None:
 
 
 def tokens(path: Path, layers: Sequence[str], images: np.ndarray) -> tuple[int, ...]:
-    """Run the file and count the tokens that each block computes, of one image."""
+    """Run the file and count the tokens of one image that each block computes."""
     found: dict[str, int] = {}
 
     class Watched(torch.fx.Interpreter):

@@ -91,14 +91,14 @@ def test_a_time_is_met(
 @pytest.mark.parametrize(
     ("method", "time", "options", "words"),
     [
-        ("evit", "60%", {}, "multiply-adds is for foveate.apply"),
+        ("evit", "60%", {}, "foveate.apply takes budgets of multiply-adds"),
         ("evit", "12 ms, bf16", {}, "float32, or in 8 bits with int8"),
-        ("evit", "12 ms, batch 8", {"batch": 4}, "not of the fixed batch of 4"),
+        ("evit", "12 ms, batch 8", {"batch": 4}, "is for a batch of 8, and the fixed batch is 4"),
         ("evit(blocks=[1]) + tome(r=1, blocks=[2])", "12 ms", {}, "one method"),
         (None, "12 ms", {}, "this model has none"),
         ("evit", "60 ms", {}, "which is within 60 ms"),
         ("evit", "9x faster", {}, "cannot meet"),
-        ("ats", "1.2x faster", {}, "another number of tokens in every image"),
+        ("ats", "1.2x faster", {}, "a different number of tokens in each image"),
     ],
 )
 def test_what_no_rate_meets(

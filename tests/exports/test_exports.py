@@ -232,7 +232,7 @@ def test_gates_keep_a_number_and_are_their_own_again_afterwards(tmp_path: Path) 
 @pytest.mark.parametrize("method", ["ats", "atm(threshold=0.9)"])
 def test_a_number_for_every_image_is_refused(method: str, tmp_path: Path) -> None:
     model = foveate.apply(vit(), method)
-    with pytest.raises(ValueError, match="keeps another number of tokens in every image"):
+    with pytest.raises(ValueError, match="keeps a different number of tokens in each image"):
         foveate.export(model, tmp_path, format="pt2")
 
 
@@ -271,7 +271,10 @@ def test_all_images_are_compared_and_read_before_the_work(tmp_path: Path) -> Non
     found = foveate.export(model, out, format="pt2", check=True, images=images(11), rounds=0)
     assert found.check is not None and found.check.images == 11
     (tmp_path / "empty").mkdir()
-    for given, message in ((tmp_path / "empty", "no images"), (images(3), "a batch of 4 takes")):
+    for given, message in (
+        (tmp_path / "empty", "no images"),
+        (images(3), "batches of 4 need at least 4 images"),
+    ):
         with pytest.raises(ValueError, match=message):
             foveate.export(model, out, format="pt2", batch=4, check=True, images=given, rounds=0)
 
@@ -299,7 +302,7 @@ def test_a_file_that_runs_dense_is_an_error(
     assert captured.tokens == (37, 37)
     mixed = graph.Graph(**{**vars(captured), "tokens": TOKENS})
     monkeypatch.setattr("foveate.exports.make.capture", lambda *_: mixed)
-    with pytest.raises(ValueError, match="the method is not in effect there"):
+    with pytest.raises(ValueError, match="the method has no effect in this file"):
         foveate.export(with_method(), tmp_path, format="pt2")
 
 
@@ -332,7 +335,7 @@ def test_times_stand_beside_the_dense_model(tmp_path: Path) -> None:
         ({"format": "pt2", "opset": 20}, "pt2 has none"),
         ({"format": "pt2", "batch": 0}, "batch must be a whole number from 1"),
         ({"format": "pt2", "rounds": -1}, "rounds must be a whole number from 0"),
-        ({"format": "onnx", "int8": True}, "int8 is fitted to images"),
+        ({"format": "onnx", "int8": True}, "int8 needs images"),
         (
             {"format": "onnx", "int8": True, "calibrate": torch.zeros(2, 3, 8, 8)},
             "images must be",
