@@ -1,4 +1,4 @@
-"""Search of the method and schedule that a model loses least with, on images without labels."""
+"""Search for the method and schedule that change a model least, on images without labels."""
 
 from foveate.tuning.result import Tuned
 from foveate.tuning.run import tune

@@ -1,4 +1,4 @@
-"""How far a model with a method agrees with itself without one, image by image."""
+"""Measure how well a model with a method agrees with the dense model, image by image."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ __all__ = ["JUDGES", "Agreement", "Judge", "LEAST_IMAGES", "Pictures", "kind_of"
 
 JUDGES = ("classes", "features")
 LEAST_IMAGES = 4
-_TOGETHER = 8  # images in a pass
+_TOGETHER = 8  # images in a forward pass
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """Images in random order: those with even numbers choose, the others report.
+    """Images in random order: those at even places choose the candidate, the others report on it.
 
     Attributes:
-        pixels: preprocessed, ``[N, channels, H, W]``.
-        names: of the files; numbers of images that came as a tensor.
+        pixels: preprocessed images, ``[N, channels, H, W]``.
+        names: names of the files; for a tensor, the places of the images in it.
     """
 
     pixels: Tensor
@@ -42,12 +42,12 @@ class Pictures:
 
     @property
     def choosing(self) -> list[int]:
-        """Numbers of the images that choose."""
+        """Places of the images that choose."""
         return list(range(0, len(self.names), 2))
 
     @property
     def reporting(self) -> list[int]:
-        """Numbers of the images that report."""
+        """Places of the images that report."""
         return list(range(1, len(self.names), 2))
 
 
@@ -55,10 +55,10 @@ def read_pictures(model: nn.Module, given: Tensor | Paths, count: int, seed: int
     """Draw at most ``count`` images, and prepare them as evaluation does.
 
     Args:
-        model: that will see them.
+        model: model that the images are prepared for.
         given: files and folders, or preprocessed images.
-        count: how many are wanted.
-        seed: of the drawing.
+        count: largest number of images.
+        seed: seed of the drawing.
     """
     if isinstance(count, bool) or not isinstance(count, int) or count < LEAST_IMAGES:
         raise ValueError(
@@ -95,12 +95,12 @@ def _check_enough(found: int, where: str) -> None:
 
 
 def _short(path: Path, where: str) -> str:
-    """Name a file within the folder that was given, or by itself."""
+    """Return a file's path within the given folder, or its name."""
     return str(path.relative_to(where)) if path.is_relative_to(where) else path.name
 
 
 def kind_of(backbone: Backbone, judge: str | None) -> str:
-    """Return what is compared: the given kind, or classes where the model has some."""
+    """Return what is compared: ``judge``, or classes if the model has any, else features."""
     if judge is None:
         return "classes" if backbone.classifies else "features"
     check_choice("judge", judge, JUDGES)
@@ -111,25 +111,23 @@ def kind_of(backbone: Backbone, judge: str | None) -> str:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Agreement with the dense model, a mean over images.
+    """Mean agreement with the dense model over some images.
 
     Attributes:
-        distance: what the search makes small: the divergence (KL) of the classes, or 1 - similarity
+        distance: what the search minimises: the divergence (KL) of the classes, or 1 - similarity
             of the features.
         same: share of images with the same most likely class; None for features.
-        images: how many images it is of.
     """
 
     distance: float
     same: float | None
-    images: int
 
 
 class Judge:
-    """The dense model's answers to some images, and what others are worth beside them.
+    """Compares models with the dense model by their answers to the same images.
 
-    Features are compared patch by patch on the whole grid, by the cosine once the mean feature of
-    the choosing images is taken off: what all patches have in common would hide differences.
+    Features are compared patch by patch on the whole grid, by cosine similarity after the mean
+    feature of the choosing images is subtracted: what all patches share would hide differences.
     """
 
     def __init__(self, backbone: Backbone, pictures: Pictures, kind: str) -> None:
@@ -145,13 +143,13 @@ class Judge:
         self._wanted = wanted
 
     def model(self, reducer: Reducer) -> ReducedViT:
-        """Return the model with a method that is built."""
+        """Return the model with a method that has been built for it."""
         like = next(self.backbone.model.parameters())
         driver: type[ReducedViT] = self.backbone.driver or ReducedViT
         return driver(self.backbone, reducer.to(like.device, like.dtype))
 
     def compare(self, model: ReducedViT, numbers: Sequence[int]) -> list[tuple[float, bool | None]]:
-        """Return distance and, of classes, whether the most likely one is the same, by image."""
+        """Return each image's distance, and whether its class is the same (None for features)."""
         found: list[tuple[float, bool | None]] = []
         with answering(model):
             for part in _parts(numbers):

@@ -1,7 +1,7 @@
-"""What can be searched: methods, curves of token counts over the blocks, and what each costs.
+"""The candidates of a search: methods, curves of token counts over the blocks, and their prices.
 
-A curve says how reduction is spread over the blocks, and a level how much of it there is. The level
-is solved so that the candidate costs what the target allows and no more.
+A curve says how reduction is spread over the blocks, and a level says how strong it is. The level
+is solved so that a candidate costs what the target allows and no more.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ __all__ = [
 ]
 
 RANDOM = "random"
-_NEAR = 0.0025  # of the goal: so far above it a price may be, and so near below is enough
-_STEPS = 5000  # of the level
+_NEAR = 0.0025  # share of the goal: a price may be this far above it, and this far below is enough
+_STEPS = 5000  # number of steps of the level
 Recall = int | str | None
 
 
 @dataclass(frozen=True, eq=False)
 class Template:
-    """A method with the options that the search leaves alone.
+    """A method with the options that the search does not change.
 
     Attributes:
         label: the method as it was asked for.
         reducer: the method, built for the model.
-        recalls: blocks before which patches may come back; the first is the method's own.
-        note: what is otherwise than in the model that was given, or "".
+        recalls: blocks before which patches may come back; the first is the method's own setting.
+        note: how the method differs from that of the given model, or "".
     """
 
     label: str
@@ -61,15 +61,15 @@ class Curve:
     """How reduction is spread over the blocks.
 
     Attributes:
-        words: for tables.
-        weights: for each block its part of all the patches that leave.
+        words: name of the curve, for tables.
+        weights: for each block, its share of all patches that leave.
     """
 
     words: str
     weights: tuple[float, ...]
 
     def left(self, level: float, patches: int) -> list[int]:
-        """Return the patches left after each block; at level 1 a single one at the end."""
+        """Return the patches left after each block; level 1 leaves a single one at the end."""
         whole, gone = sum(self.weights), itertools.accumulate(self.weights)
         return [patches - round(level * (patches - 1) * part / whole) for part in gone]
 
@@ -82,9 +82,9 @@ class Candidate:
         template: the method.
         curve: how reduction is spread; None is the method's own constant rate.
         recall: block before which patches come back.
-        reducer: the method with its options, built.
+        reducer: the built method with its options.
         blocks: tokens of every block.
-        price: what it costs, in the unit of the target.
+        price: cost of the candidate, in the unit of the target.
     """
 
     template: Template
@@ -96,7 +96,7 @@ class Candidate:
 
     @property
     def method(self) -> str:
-        """The method as ``foveate.apply`` reads it."""
+        """The method as a string for ``foveate.apply``."""
         return repr(self.reducer)
 
     @property
@@ -121,9 +121,9 @@ def templates(
 
     Args:
         spec: facts of the model.
-        methods: those that were asked for, with options if need be; None for all.
-        own: the method that the model was trained with.
-        recalls: whether patches that come back before the last blocks are worth a try.
+        methods: methods that were asked for, perhaps with options; None takes all.
+        own: the method that the model was trained with, or None.
+        recalls: whether to try schedules in which patches come back before the last blocks.
     """
     found, left_out = [], {}
     own = None if own is None else _fixed(own)
@@ -143,20 +143,20 @@ def templates(
             continue
         note = ""
         if trained and getattr(reducer, "gate", None) == "topk":
-            note = f"{reducer.name} is searched with as many patches in every image (gate='topk')"
+            note = f"{reducer.name} is searched with equal counts in all images (gate='topk')"
         found.append(Template(text, reducer, _recalls(reducer, spec, recalls), note))
     return found, left_out
 
 
 def _fixed(own: Reducer) -> Reducer:
-    """Return a trained method as it is, or with gates that keep one count in all images."""
+    """Return a trained method; if it can, its gates keep the same count in all images."""
     if own.fixed_count or not hasattr(own, "gate"):
         return own
     return remake(own, {"gate": "topk"})
 
 
 def _reducing_nothing(given: Reducer, spec: BackboneSpec) -> Reducer:
-    """Build a method so that it fits any model; ValueError if what the search sets is given."""
+    """Build a method at a rate that fits any model; refuse options that the search sets."""
     if isinstance(given, Chain):
         return given
     found = make(given.name, {**given.config(), **(given.identity or {})})
@@ -171,7 +171,7 @@ def _reducing_nothing(given: Reducer, spec: BackboneSpec) -> Reducer:
 
 
 def _why_not(reducer: Reducer, *, trained: bool) -> str:
-    """Say why a method cannot be searched, or ""."""
+    """Return the reason why a method cannot be searched, or ""."""
     if isinstance(reducer, Chain):
         return "a chain has no rate of its own"
     if not reducer.fixed_count:
@@ -184,9 +184,9 @@ def _why_not(reducer: Reducer, *, trained: bool) -> str:
 
 
 def _recalls(reducer: Reducer, spec: BackboneSpec, wanted: bool) -> tuple[Recall, ...]:
-    """Return where patches may come back: as the method was given, and before late blocks."""
+    """Return the blocks before which patches may come back: the method's own, then late ones."""
     own = reducer.recall_before
-    if own != type(reducer)().recall_before:  # the user's word
+    if own != type(reducer)().recall_before:  # the user has set it
         return (own,)
     if not wanted or not (reducer.drops or reducer.merges):
         return (own,)
@@ -198,11 +198,11 @@ def _recalls(reducer: Reducer, spec: BackboneSpec, wanted: bool) -> tuple[Recall
 
 
 def curves(depth: int, recall: Recall) -> list[Curve]:
-    """Return curves to begin with: where reduction starts, and how it is spread from there on.
+    """Return the curves that a search begins with: all starts, with all spreads from there on.
 
     Args:
         depth: number of blocks.
-        recall: block before which patches come back, after which nothing leaves.
+        recall: block before which patches come back; no patch leaves after it.
     """
     end = recall if isinstance(recall, int) else depth
     starts = {0, depth // 6, depth // 4, depth // 3, depth // 2, 2 * depth // 3}
@@ -230,13 +230,13 @@ def curves(depth: int, recall: Recall) -> list[Curve]:
 
 @dataclass(eq=False)
 class Price:
-    """What candidates cost.
+    """Computes what candidates cost.
 
     Attributes:
         spec: facts of the model.
-        dense: what the model costs without a method.
-        goal: what a candidate may cost.
-        own: what each method costs itself, as the kind of price has it.
+        dense: cost of the model without a method.
+        goal: largest cost that a candidate may have.
+        own: cost of each method's own work, in the unit of the subclass.
     """
 
     spec: BackboneSpec
@@ -254,26 +254,26 @@ class Price:
         candidates: Sequence[Candidate],
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Learn from some candidates what their methods do besides the blocks."""
+        """Measure on some candidates what their methods cost besides the blocks."""
         raise NotImplementedError
 
     def said(self, price: float) -> str:
-        """Say a price in words."""
+        """Describe a price in words."""
         raise NotImplementedError
 
     def times(self, price: float) -> float:
-        """Return how many times as fast, or as cheap, as the dense model that is."""
+        """Return how many times as fast, or as cheap, as the dense model a price is."""
         return self.dense / price
 
 
 def _key(template: Template, reducer: Reducer) -> tuple[str, bool]:
-    """Return what own work depends on: the method, and whether patches are followed."""
+    """Return what own work depends on: the method, and whether patches come back."""
     return repr(template.reducer), bool(reducer.recall_blocks)
 
 
 @dataclass(eq=False)
 class Macs(Price):
-    """Multiply-adds of one image; ``own`` is a method's own as a share of the model's."""
+    """Counts multiply-adds of one image; ``own`` holds shares of the model's."""
 
     def of(self, template: Template, reducer: Reducer) -> tuple[float, tuple[BlockTokens, ...]]:
         """Count the model's multiply-adds at the tokens that are left, and the method's own."""
@@ -287,7 +287,7 @@ class Macs(Price):
         candidates: Sequence[Candidate],
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Count a method's own products once; they are a small share of all."""
+        """Count each method's own products once; they are a small share of all."""
         for one in candidates:
             plain = cost(self.spec, one.reducer, self.spec.grid, one.blocks, own=False).total
             method = on_meta(one.reducer)
@@ -296,18 +296,18 @@ class Macs(Price):
             self.own[_key(one.template, one.reducer)] = exact / plain - 1
 
     def said(self, price: float) -> str:
-        """Say them in giga."""
+        """Describe a price in GMACs."""
         return f"{price / 1e9:.3g} GMACs, {price / self.dense:.0%} of the dense model's"
 
 
 @dataclass(eq=False)
 class Times(Price):
-    """Milliseconds of a pass, as the latency table predicts them.
+    """Predicts the milliseconds of a pass from the latency table.
 
-    ``own`` is a method's own work in a block where it acts.
+    ``own`` holds the milliseconds of a method's own work in a block where it acts.
 
     Attributes:
-        table: the table.
+        table: the latency table.
         wanted: the target.
     """
 
@@ -325,7 +325,7 @@ class Times(Price):
         candidates: Sequence[Candidate],
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Time a method once beside the dense model; what is known already is not timed again."""
+        """Time each method beside the dense model, unless it was timed before."""
         named = {one.method: one for one in candidates}
         reducers = {method: one.reducer for method, one in named.items()}
         for method, found in own_work(backbone, self.table, reducers, progress).items():
@@ -333,22 +333,22 @@ class Times(Price):
             self.own[_key(one.template, one.reducer)] = found
 
     def correct(self, candidate: Candidate, ms: float) -> None:
-        """Learn that a candidate takes so long, in milliseconds of the time of the table."""
+        """Correct a method's own work so that a candidate takes ``ms``, at the table's speed."""
         acting = max(1, self.table.acting(candidate.blocks))
         more = (ms - self.table.predict_pass(candidate.blocks)) / acting
         self.own[_key(candidate.template, candidate.reducer)] = more
 
     def said(self, price: float) -> str:
-        """Say it with how many times as fast it is."""
+        """Describe a price in milliseconds, and as a speed-up."""
         return f"{price:.3g} ms, {self.times(price):.2f}x as fast as the dense model"
 
 
 def price_of(target: str, backbone: Backbone) -> Price:
-    """Return what measures candidates by a target; ValueError for one that the model meets.
+    """Return the price for a target; raise ValueError if the model meets it without a method.
 
     Args:
         target: a budget, as ``foveate.apply`` takes it.
-        backbone: parts of the model.
+        backbone: the model's parts.
     """
     spec = backbone.spec
     if is_time(target):
@@ -360,7 +360,7 @@ def price_of(target: str, backbone: Backbone) -> Price:
         whole = cost(spec, None, spec.grid).total
         price = Macs(spec, whole, parse_budget(target, whole))
     if price.goal >= price.dense:
-        raise ValueError(f"the model meets the target {target!r} as it is: nothing is to be done")
+        raise ValueError(f"the dense model meets the target {target!r}: there is nothing to search")
     return price
 
 
@@ -381,7 +381,7 @@ def solve(
         curve: how reduction is spread; None takes the method's own constant rate.
         recall: block before which patches come back.
         price: what candidates cost.
-        goal: what it may cost; None for that of the price.
+        goal: largest cost that it may have; None takes that of the price.
     """
     goal = price.goal if goal is None else goal
     low, high = 0, _STEPS
@@ -392,7 +392,7 @@ def solve(
     for turn in itertools.count():
         if high - low <= 1 or best.price >= goal * (1 - _NEAR):
             return best
-        # The price falls almost in a straight line; halving now and then makes sure of the end.
+        # The price falls almost in a straight line; every third turn halves, so that it ends.
         share = (before - goal) / max(before - best.price, 1e-9 * goal) if turn % 3 < 2 else 0.5
         middle = low + round((high - low) * share)
         middle = min(max(middle, low + 1), high - 1)
@@ -406,7 +406,7 @@ def solve(
 
 
 def cheapest(templates: Sequence[Template], price: Price) -> Candidate:
-    """Return the candidate that costs least of all, whatever it answers."""
+    """Return the candidate that costs least, whatever its agreement."""
     found = [
         _at(_STEPS, template, curve, template.recalls[0], price)
         for template in templates
@@ -425,7 +425,7 @@ def _at(
 ) -> Candidate | None:
     """Return the candidate at one of the steps of the level; None if the method has no curves.
 
-    ``known`` are candidates by method; many steps round to the same one.
+    ``known`` holds candidates by method, because many steps round to the same one.
     """
     spec, level = price.spec, step / _STEPS
     options: Mapping[str, Any] | None = template.reducer.at_level(level)

@@ -1,4 +1,4 @@
-"""What came of a search: the table, in words and as a picture, and the files beside the choice."""
+"""The result of a search: the table, as text and picture, and the files beside the choice."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class Tuned:
         path: folder with the choice, which ``foveate.load`` opens, the table and the picture.
         table: one row for the dense model, for each method at its constant rate and with its best
             schedule, for the choice, and for other speeds; see ``docs/tune.md`` for the columns.
-        choice: the method that was chosen, as ``foveate.apply`` reads it.
-        model: the model with it.
+        choice: the chosen method, as a string for ``foveate.apply``.
+        model: the model with the chosen method.
         about: settings, images and machine.
-        notes: what to know of it besides.
-        commands: what would raise the agreement.
+        notes: what else to know about the result.
+        commands: commands that would raise the agreement by training.
     """
 
     path: Path
@@ -64,7 +64,7 @@ class Tuned:
     # In words ------------------------------------------------------------------------------------
 
     def sheets(self) -> list[Sheet]:
-        """Return what the terminal shows: all that meets the target, then the frontier."""
+        """Return the tables for the terminal: all that meets the target, then the frontier."""
         at_target = self.table[self.table["role"].isin(_AT_TARGET)]
         dense = at_target["role"] == "dense"
         ranked = pd.concat([at_target[dense], at_target[~dense].sort_values("choosing")])
@@ -118,7 +118,7 @@ class Tuned:
         if self.about["judge"] == "classes":
             found = "KL: divergence of the classes; same: images with the same most likely class."
         else:
-            found = "Similarity: mean cosine over all patches, the mean feature taken off."
+            found = "Similarity: mean cosine over all patches, after subtracting the mean feature."
         found += f" Predicted: {self._across}, {self.about['predicted']}."
         timed = self.about["measured"]
         return found + f" Measured: in {timed}." * (timed is not None)
@@ -128,7 +128,7 @@ class Tuned:
         return _ACROSS["ms" if self.table["predicted_ms"].notna().any() else "macs"]
 
     def lines(self) -> list[str]:
-        """Say what was chosen, what to know of it, and what to type next."""
+        """Return the choice, the notes, and the commands to type next, one a line."""
         found = [f"choice   {self.choice}"]
         found += [f"note     {note}" for note in self.notes]
         found += [f"next     {command}" for command in self.commands]
@@ -137,14 +137,14 @@ class Tuned:
     # As a picture --------------------------------------------------------------------------------
 
     def plot(self) -> Figure:
-        """Draw agreement over speed, a line for each method, and tokens over the blocks."""
+        """Draw agreement over speed, one line for each method, and tokens over the blocks."""
         figure, ((left, right),) = new_figure(11.5, 4.4, columns=2)
         table = self.table[self.table["role"] != "dense"]
         for number, (method, rows) in enumerate(table.groupby("method", sort=False)):
             look = line_look(number)
             constant = rows[rows["role"] == "constant"]
             line = rows[rows["role"] != "constant"]
-            if (line["role"] == "frontier").all():  # nothing is better than its constant rate
+            if (line["role"] == "frontier").all():  # no schedule is better than its constant rate
                 line = rows
             line = line.sort_values("predicted")
             left.plot(line["predicted"], self._shown(line["reporting"]), label=method, **look)
@@ -171,7 +171,7 @@ class Tuned:
         if self.about["judge"] == "classes" and (table["reporting"] > 0).all():
             left.set_yscale("log")
         left.set_xlabel(f"{self._across},\n{self.about['predicted']}")
-        left.set_title(f"on {self.about['reporting']} images that chose nothing", fontsize="medium")
+        left.set_title(f"on the {self.about['reporting']} images that report", fontsize="medium")
         left.plot([], [], "o", color=QUIET, markerfacecolor="white", label="hollow: constant rate")
         self._draw_tokens(right)
         left.figure.legend(
@@ -205,7 +205,7 @@ class Tuned:
     # As files ------------------------------------------------------------------------------------
 
     def write(self) -> list[Path]:
-        """Write the table as CSV, everything as JSON, and the picture; name the files."""
+        """Write the table as CSV, everything as JSON, and the picture; return the files."""
         table = self.table.assign(tokens=[" ".join(map(str, row)) for row in self.table["tokens"]])
         beside, path = self.path / "tune.csv", self.path / "tune.json"
         write_text(beside, table.to_csv(index=False, lineterminator="\n"))
@@ -224,6 +224,6 @@ class Tuned:
 
 
 def _runs(tokens: list[int]) -> str:
-    """Write equal numbers in a row once: 197x3 140x3."""
+    """Format token counts, with equal neighbours written once: 197x3 140x3."""
     groups = ((count, len(list(same))) for count, same in itertools.groupby(tokens))
     return " ".join(f"{count}x{times}" if times > 1 else str(count) for count, times in groups)

@@ -37,9 +37,11 @@ from foveate.tuning.search import Found, Progress, Scored, search
 
 __all__ = ["tune"]
 
-_SAVINGS = (0.5, 0.75, 1.25)  # of what the target saves: other speeds, for the frontier
+_SAVINGS = (0.5, 0.75, 1.25)  # shares of what the target saves: other speeds, for the frontier
 _ALIKE = 0.99  # speeds that differ by less count as one on the frontier
-_NEAR, _PROMISE, _AGAIN = 0.02, 0.05, 2  # how near a measured time must come, and how often
+_NEAR = 0.02  # a choice whose time misses the target by more than this share is corrected,
+_AGAIN = 2  # at most this often
+_PROMISE = 0.05  # a choice that still misses it by more is replaced, or gets a note
 
 
 def tune(
@@ -57,30 +59,30 @@ def tune(
     name: str | None = None,
     progress: Progress | None = None,
 ) -> Tuned:
-    """Search the method and schedule with which a model agrees best with itself as it is.
+    """Search for the method and schedule with which a model agrees best with the dense model.
 
-    Neither labels nor training are needed. Half of the images choose, the other half reports, and
-    dropping at random is always in the table. The result has the table, the choice and a folder
-    that ``foveate.load`` opens.
+    Neither labels nor training are needed. Half of the images choose, and the other half report.
+    Dropping patches at random is always in the table. The result has the table, the choice and a
+    folder that ``foveate.load`` opens.
 
     Args:
-        model: a plain ViT or one with a method that was trained; or what commands take as MODEL.
+        model: a plain ViT or one with a trained method; or a string that commands take as MODEL.
         images: files and folders, or preprocessed images ``[N, channels, H, W]``.
-        target: what a pass may cost, as ``budget`` of ``foveate.apply``: "1.5x faster", "12 ms",
+        target: what a pass may cost, like ``budget`` of ``foveate.apply``: "1.5x faster", "12 ms",
             "12 ms, batch 8", "2.4 GMACs", "60%".
-        methods: those to search, such as "tome" or "tome(prop_attn=False)"; None for all that run
-            without training.
+        methods: methods to search, such as "tome" or "tome(prop_attn=False)"; None takes all that
+            run without training.
         out: folder for the choice, the table and the picture, which must be empty or missing; None
-            is runs/tune-NAME.
+            takes runs/tune-NAME.
         count: number of images, drawn at random if there are more.
-        judge: what is compared: "classes", or "features" of all patches of the grid; None is
-            classes where the model has some.
-        seed: of the drawing of images and the order of moves.
-        tries: moves that are tried to improve each of the best two schedules, block by block.
-        rounds: timed rounds at the end; 0 times nothing but what a target in time needs, and fewer
-            than 30 are a trial.
-        name: what to call the model; None is its own name.
-        progress: told what is done, and how much of it.
+        judge: what is compared: "classes", or "features" of all patches of the grid; None takes
+            classes if the model has any.
+        seed: seed of the drawing of images and of the order of moves.
+        tries: number of moves that are tried to improve each of the best two schedules.
+        rounds: number of timed rounds at the end; 0 times only what a target in time needs, and
+            fewer than 30 are a trial.
+        name: name of the model; None takes its own.
+        progress: called with the step, how much of it is done, and of how much.
     """
     told = progress or (lambda what, done, of: None)
     if not isinstance(model, nn.Module):
@@ -151,11 +153,11 @@ def tune(
 
 
 def _parts(model: nn.Module) -> tuple[nn.Module, Reducer | None]:
-    """Return the plain ViT, and the method that it was trained with."""
+    """Return the plain ViT, and the method that it was trained with, if any."""
     if isinstance(model, Hosting):
         raise ValueError(
-            f"a {type(model).__name__} is not searched itself: give its ViT with judge='features' "
-            "(--judge features), and put the method that is found on it"
+            f"a {type(model).__name__} cannot be searched itself: give its ViT with "
+            "judge='features' (--judge features), and apply the method that is found to it"
         )
     if not isinstance(model, ReducedViT):
         return model, None
@@ -163,7 +165,7 @@ def _parts(model: nn.Module) -> tuple[nn.Module, Reducer | None]:
 
 
 def _folder(out: str | os.PathLike[str] | None, name: str) -> Path:
-    """Return the folder of the result; ValueError for one with files in it."""
+    """Return the folder of the result; raise ValueError if it has files in it."""
     folder = Path("runs", f"tune-{name}") if out is None else Path(out)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty: name another folder (out, --out)")
@@ -171,7 +173,7 @@ def _folder(out: str | os.PathLike[str] | None, name: str) -> Path:
 
 
 def _learn(price: Price, backbone: Backbone, found: Sequence[Template], told: Progress) -> bool:
-    """Let the price know each method's own work, from its constant rate; tell if there is one."""
+    """Measure each method's own work at a constant rate; return whether any rate meets the goal."""
     pairs = [(one, recall) for one in found for recall in (one.recalls[0], one.recalls[-1])]
     solved = [solve(one, None, recall, price) for one, recall in dict.fromkeys(pairs)]
     known = [one for one in solved if one is not None]
@@ -184,7 +186,7 @@ def _check_reachable(target: str, found: Sequence[Template], price: Price) -> No
     if best.price > price.goal:
         raise ValueError(
             f"no schedule meets the target {target!r}, which allows {price.said(price.goal)}: the "
-            f"fastest that there is, {best.method}, takes {price.said(best.price)}"
+            f"fastest one, {best.method}, takes {price.said(best.price)}"
         )
 
 
@@ -192,7 +194,7 @@ def _check_reachable(target: str, found: Sequence[Template], price: Price) -> No
 
 
 class _Table:
-    """Rows of the result, as they come about."""
+    """Collects the rows of the result."""
 
     def __init__(self, judge: Judge, price: Price, backbone: Backbone, told: Progress) -> None:
         self.judge, self.price, self.backbone, self.told = judge, price, backbone, told
@@ -201,11 +203,11 @@ class _Table:
 
     @property
     def choice(self) -> Scored:
-        """What was chosen."""
+        """The chosen candidate."""
         return next(one for role, one in self.roles if role == "choice")
 
     def add(self, found: Found) -> None:
-        """Take up what a search found, and the same schedules at other speeds."""
+        """Add what a search found, and the same schedules at other speeds."""
         self.roles = [("choice", found.best[0])]
         self.roles += [("schedule", one) for one in found.best[1:] if one.candidate.curve]
         self.roles += [("constant", one) for one in found.constants if one is not found.best[0]]
@@ -224,9 +226,9 @@ class _Table:
     # Timing --------------------------------------------------------------------------------------
 
     def time(self, rounds: int, target: str) -> list[str]:
-        """Time what meets the target beside the dense model; correct the choice where it misses.
+        """Time what meets the target beside the dense model; correct a choice that misses it.
 
-        Gives what is to be said of it.
+        Return notes about it.
         """
         price = self.price
         finalists = [one for role, one in self.roles if role != "frontier"]
@@ -247,7 +249,7 @@ class _Table:
         ]
 
     def _fall_back(self, target: str) -> list[str]:
-        """Choose the best that is fast enough instead of what could not be made so; say it."""
+        """Replace a choice that is too slow by the best that is fast enough; return a note."""
         slow = self.choice
         timed = [one for role, one in self.roles if one.candidate.method in self.timings]
         quick = [one for one in timed if self._over(one) <= _PROMISE]
@@ -260,11 +262,11 @@ class _Table:
         ms, dense = self._ms(slow)
         return [
             f"{slow.candidate.method} agreed better, but was timed at {ms:.3g} ms beside "
-            f"{dense:.3g} of the dense model and could not be brought to {target!r}"
+            f"{dense:.3g} of the dense model and could not be made to meet {target!r}"
         ]
 
     def measured(self, rounds: int) -> str | None:
-        """Say how was timed; None if nothing was."""
+        """Describe how times were measured; None if nothing was timed."""
         trial = " (a trial)" * (rounds < LEAST_ROUNDS)
         return f"{rounds} interleaved rounds{trial}, {self._setting()}" if rounds else None
 
@@ -286,26 +288,26 @@ class _Table:
     def _ms(self, one: Scored) -> tuple[float, float]:
         """Return measured milliseconds of a candidate and of the dense model beside it.
 
-        Ratios are of pairs in a round, which a busy machine slows alike.
+        Ratios compare pairs of the same round, which a busy machine slows alike.
         """
         timings = self.timings[one.candidate.method]
         dense = timings.ms(DENSE).median
         return dense / timings.ratio(one.candidate.method, DENSE).median, dense
 
     def _goal(self, one: Scored) -> float:
-        """Return the milliseconds that a candidate may take, as fast as the machine was then."""
+        """Return the milliseconds that a candidate may take, at the machine's speed of that run."""
         assert isinstance(self.price, Times)
         return self.price.wanted.goal(self._ms(one)[1])
 
     def _over(self, one: Scored) -> float:
-        """Return by which share of its goal a candidate is slower; below 0 where it is faster."""
+        """Return by what share a candidate exceeds its goal; negative if it is faster."""
         return self._ms(one)[0] / self._goal(one) - 1
 
     def _missed(self) -> float:
         return abs(self._over(self.choice))
 
     def _correct(self) -> bool:
-        """Solve the choice anew, knowing what it took; tell whether that is another one."""
+        """Solve the choice again, with its measured time; return whether it has changed."""
         price = self.price
         assert isinstance(price, Times)
         (ms, dense), goal = self._ms(self.choice), self._goal(self.choice)
@@ -323,7 +325,7 @@ class _Table:
     # In the end ----------------------------------------------------------------------------------
 
     def doubts(self) -> list[str]:
-        """Say where the reporting half would have chosen otherwise."""
+        """Return a note if the reporting half would have chosen another candidate."""
         half = self.judge.pictures.reporting
         at_target = [one for role, one in self.roles if role != "frontier"]
         best = min(at_target, key=lambda one: one.on(half).distance)
@@ -331,12 +333,12 @@ class _Table:
         if low >= own:
             return []
         return [
-            f"on the images that report {best.candidate.method} agrees better than the choice: "
+            f"on the images that report, {best.candidate.method} agrees better than the choice: "
             f"its distance from the dense model is {low:.3g} instead of {own:.3g}"
         ]
 
     def frame(self) -> pd.DataFrame:
-        """Return all rows; those are on the frontier that nothing beats in both ways."""
+        """Return all rows; on the frontier are those that no row beats in speed and agreement."""
         rows = [self._dense(), *(self._row(role, one) for role, one in self.roles)]
         table = pd.DataFrame(rows, columns=list(COLUMNS))
         pairs = list(zip(table["predicted"], table["reporting"], strict=True))
@@ -366,7 +368,7 @@ class _Table:
 
     def _row(self, role: str, one: Scored) -> dict[str, Any]:
         candidate, pictures = one.candidate, self.judge.pictures
-        # A schedule at another speed reports, and chooses nothing.
+        # A schedule at another speed is compared on the reporting images only.
         choosing = None if role == "frontier" else one.on(pictures.choosing)
         reporting = one.on(pictures.reporting)
         found = {
@@ -402,7 +404,7 @@ def _predicted(price: Price) -> str:
 
 
 def _left_out(reasons: dict[str, str]) -> list[str]:
-    """Say which methods were left out, those of one reason together."""
+    """Return notes on the methods that were left out, one for each reason."""
     by_reason: dict[str, list[str]] = {}
     for name, why in reasons.items():
         by_reason.setdefault(why, []).append(name)
@@ -410,7 +412,7 @@ def _left_out(reasons: dict[str, str]) -> list[str]:
 
 
 def _unmet(searched: Sequence[Template], found: Found) -> list[str]:
-    """Say which methods do not meet the target, at a constant rate or at all."""
+    """Return notes on the methods that do not meet the target, at a constant rate or at all."""
     constant = {one.candidate.template for one in found.constants}
     met = {one.candidate.template for one in found.best}
     never = [one.label for one in searched if one not in met]

@@ -1,4 +1,4 @@
-"""The search: few images weed out, more decide, and the best schedules are improved by moves."""
+"""The search: few images sort candidates out, more decide, and moves improve the best."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from foveate.tuning.candidates import Candidate, Curve, Price, Recall, Template,
 
 __all__ = ["Found", "Scored", "search"]
 
-_FIRST = 4  # images that weed out first; each time twice as many
-_STAY = 1 / 3  # of the candidates, each time
-_IMPROVED = 2  # methods whose best schedule is improved
-_RECALLED = 3  # curves of a method that are tried with patches that come back
-_STEPS = (0.3, 0.15, 0.05)  # how much of all reduction a move adds to a block, one after another
-_LIKELY, _SURE = 1.0, 2.0  # standard errors that a move, and a schedule over a constant, must gain
+_FIRST = 4  # images of the first comparison; each one has twice as many
+_STAY = 1 / 3  # share of the candidates that stay, each time
+_IMPROVED = 2  # number of methods whose best schedule is improved
+_RECALLED = 3  # number of curves of a method that are tried with patches that come back
+_STEPS = (0.3, 0.15, 0.05)  # share of all reduction that a move adds to a block, in turn
+_LIKELY, _SURE = 1.0, 2.0  # standard errors that a move, and a schedule over a constant, gain
 _IMPROVED_WORDS = ", improved"
 _Asked = tuple[Template, Curve | None, Recall]
 Progress = Callable[[str, int, int], None]
@@ -27,7 +27,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(eq=False)
 class Scored:
-    """A candidate and what the judge said of it, image by image."""
+    """A candidate, and what the judge measured on each image."""
 
     candidate: Candidate
     model: ReducedViT = field(repr=False)
@@ -35,9 +35,9 @@ class Scored:
     _seen: dict[int, tuple[float, bool | None]] = field(default_factory=dict, repr=False)
 
     def beats(self, other: Scored, numbers: Sequence[int], errors: float) -> bool:
-        """Tell whether the distance is lower than another's by so many standard errors.
+        """Return whether the distance is below another's by ``errors`` standard errors.
 
-        The error is that of the differences, image by image: what is closer may be chance.
+        The standard error is that of the differences by image; a smaller gain may be chance.
         """
         self.on(numbers), other.on(numbers)
         gains = [other._seen[number][0] - self._seen[number][0] for number in numbers]
@@ -46,11 +46,11 @@ class Scored:
 
     @classmethod
     def of(cls, candidate: Candidate, judge: Judge) -> Scored:
-        """Make the model of a candidate."""
+        """Wrap a candidate with its model."""
         return cls(candidate, judge.model(candidate.reducer), judge)
 
     def on(self, numbers: Sequence[int]) -> Agreement:
-        """Return the agreement on some images; those that were seen are not run again."""
+        """Return the agreement on some images; run only those that were not run before."""
         new = [number for number in numbers if number not in self._seen]
         self._seen.update(zip(new, self.judge.compare(self.model, new), strict=True))
         seen = [self._seen[number] for number in numbers]
@@ -58,7 +58,6 @@ class Scored:
         return Agreement(
             math.fsum(distance for distance, _ in seen) / len(seen),
             sum(same) / len(same) if same else None,
-            len(seen),
         )
 
 
@@ -67,9 +66,9 @@ class Found:
     """What a search found; the first of the best is its choice.
 
     Attributes:
-        constants: of each method the constant rate that meets the target.
-        best: of each method what agreed best on the choosing images, the best method first.
-        tried: how many candidates were compared with the dense model.
+        constants: for each method, the constant rate that meets the target.
+        best: for each method, what agreed best on the choosing images, the best method first.
+        tried: number of candidates that were compared with the dense model.
     """
 
     constants: tuple[Scored, ...]
@@ -90,11 +89,11 @@ def search(
 
     Args:
         templates: the methods.
-        price: what candidates cost, and may cost.
-        judge: what compares them with the dense model.
-        tries: moves that are tried to improve each of the best schedules.
-        seed: of the order of moves.
-        progress: told what is done, and how much of it.
+        price: computes what candidates cost, and has the goal.
+        judge: compares candidates with the dense model.
+        tries: number of moves that are tried to improve each of the best schedules.
+        seed: seed of the order of moves.
+        progress: called with the step, how much of it is done, and of how much.
     """
     looked = _Search(price, judge, progress)
     first: list[_Asked] = [
@@ -128,7 +127,7 @@ def search(
 
 
 def _plain(candidate: Candidate) -> bool:
-    """Tell whether this is the method's constant rate, with patches back where it has them."""
+    """Return whether this is the method's constant rate, with its own recall."""
     return candidate.curve is None and candidate.recall == candidate.template.recalls[0]
 
 
@@ -137,14 +136,14 @@ def _of(ranked: Iterable[Scored], template: Template) -> list[Scored]:
 
 
 def _ended(template: Template, curve: Curve | None, recall: Recall, depth: int) -> _Asked:
-    """End a curve where patches come back."""
+    """End a curve at the block before which patches come back."""
     if curve is not None:
         curve = Curve(curve.words, _before(curve.weights, recall))
     return template, curve, recall
 
 
 def _before(weights: Sequence[float], recall: Recall) -> tuple[float, ...]:
-    """Return weights of the blocks before patches come back, if there are any."""
+    """Return weights that are zero from ``recall`` on, unless none would be left."""
     if not isinstance(recall, int) or not any(weights[:recall]):
         return tuple(weights)
     return (*weights[:recall], *[0.0] * (len(weights) - recall))
@@ -153,8 +152,8 @@ def _before(weights: Sequence[float], recall: Recall) -> tuple[float, ...]:
 def _moves(candidate: Candidate, step: float) -> list[tuple[tuple[float, ...], Recall]]:
     """Return curves near that of a candidate, each with the block before which patches come back.
 
-    More leaves in one block, less in one, or everything one block earlier or later. The level is
-    solved anew afterwards, so all other blocks pay for it.
+    In them more leaves in one block, less leaves in one block, or all leaves one block earlier or
+    later. The level is solved again afterwards, so all other blocks make up for the change.
     """
     assert candidate.curve is not None
     recall, whole = candidate.recall, sum(candidate.curve.weights)
@@ -172,7 +171,7 @@ def _moves(candidate: Candidate, step: float) -> list[tuple[tuple[float, ...], R
 
 
 class _Search:
-    """What the steps of a search share."""
+    """Holds what the steps of a search share."""
 
     def __init__(self, price: Price, judge: Judge, progress: Progress) -> None:
         self.price, self.judge, self.progress = price, judge, progress
@@ -184,7 +183,7 @@ class _Search:
         return one.on(self.choosing).distance
 
     def made(self, what: str, given: Sequence[_Asked]) -> list[Scored]:
-        """Solve for the target; what cannot reach it, or is another one again, is left out."""
+        """Solve for the target; leave out what cannot reach it, and what is there already."""
         found: dict[str, Scored] = {}
         for done, (template, curve, recall) in enumerate(given):
             self.progress(f"solving {what}", done, len(given))
@@ -195,10 +194,10 @@ class _Search:
         return list(found.values())
 
     def halved(self, pool: Sequence[Scored]) -> list[Scored]:
-        """Compare on more and more images, and each time only the best of those before.
+        """Compare on more and more images, each time only the best of those before.
 
-        The constant rates and the best curve of each method stay. Gives those that were compared
-        on all images, the best first.
+        The constant rates and the best curve of each method always stay. Return those that were
+        compared on all images, the best first.
         """
         size = min(_FIRST, len(self.choosing))
         while True:
