@@ -1,4 +1,4 @@
-"""Measured speed: interleaved runs, oracles, memory; what they say is foveate.measure's."""
+"""Measure speed in interleaved runs, oracles and memory; foveate.measure reports the results."""
 
 from foveate.bench.images import Images, natural_images, read_images
 from foveate.bench.lineup import CALIBRATION_IMAGES, DTYPES

@@ -1,8 +1,8 @@
-"""Gates nobody has trained decide arbitrarily; here they are set to keep about their target.
+"""Set untrained gates, whose decisions are arbitrary, so that they keep about their target share.
 
 Only gates that let each image have its own count need it. The last layer of each is scaled so that
-the log-odds of keeping have unit spread, and its bias moved so that a calibration batch keeps
-exactly the gate's target share; other images then keep about that share, each its own count.
+the log-odds of keeping have unit spread, and its bias is moved so that a calibration batch keeps
+exactly the gate's target share. Other images then keep about that share, each its own count.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from foveate.dense import DenseBackbone
 
 __all__ = ["calibrate"]
 
-# The layer that makes a gate's log-odds, by method and stage.
+# The layer that computes a gate's log-odds, by method and stage.
 _LAST: dict[str, Callable[[Any, int], nn.Module]] = {
     "dynamicvit": lambda reducer, stage: reducer.predictors[stage].out[-1],
     "spvit": lambda reducer, stage: reducer.selectors[stage].predictors.rest[-1],
@@ -31,7 +31,7 @@ _LAST: dict[str, Callable[[Any, int], nn.Module]] = {
 def calibrate(model: ReducedViT | DenseBackbone, images: Any) -> bool:
     """Set every gate in one pass, each on the tokens that the gates before it leave.
 
-    Says whether there was any gate to set.
+    Return whether there was any gate to set.
     """
     gated = [
         part
@@ -74,7 +74,7 @@ def _odds(reducer: GatedReducer, stage: int, state: TokenState) -> Tensor:
 
 
 def _set(odds: Tensor, wanted: float, layer: Any) -> None:
-    """Scale a layer that makes log-odds to unit spread; move its bias so ``wanted`` are kept."""
+    """Scale a layer so that log-odds have unit spread; move its bias so ``wanted`` are kept."""
     spread = float(odds.std().clamp_min(1e-6))
     dropped = min(max(round(odds.numel() - wanted), 0), odds.numel() - 1)
     threshold = float(odds.sort().values[dropped])

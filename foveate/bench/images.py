@@ -1,4 +1,4 @@
-"""Images to measure with. They matter to methods whose token count depends on the image."""
+"""Images to measure on. They matter to methods whose token count depends on the image."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _SYNTHETIC = "synthetic, 1/f noise with varying exponent, contrast and flat regi
 
 
 class Images(NamedTuple):
-    """Images ``[N, C, H, W]`` as a model is called with, and in words where they come from."""
+    """Images ``[N, C, H, W]`` as a model takes them, and their source in words."""
 
     pixels: Tensor
     source: str
 
     def take(self, count: int, start: int = 0) -> Tensor:
-        """Take so many from a place on, and begin again when they are used up."""
+        """Return ``count`` images from ``start`` on; begin again when they are used up."""
         index = torch.arange(start, start + count) % len(self.pixels)
         return self.pixels.index_select(0, index)
 
@@ -39,11 +39,11 @@ def images_for(
     """Return given images, or those that ship for models they fit, or synthetic ones.
 
     Args:
-        channels: of the model's input.
-        size: its height and width.
-        count: how many are wanted; given ones may be fewer.
-        seed: of synthetic ones.
-        given: from the user.
+        channels: number of channels of the model's input.
+        size: height and width of the input.
+        count: number of images that are wanted; ``given`` may be fewer.
+        seed: seed of synthetic images.
+        given: images from the user.
     """
     shape = (channels, *size)
     if given is not None:
@@ -56,7 +56,7 @@ def images_for(
 def pictures_for(model: Hosting, count: int, seed: int, given: Tensor | Images | None) -> Images:
     """Return images of one size for a dense model; arguments are those of ``images_for``.
 
-    Detectors and segmenters take values from 0 to 1, dense backbones normed ones.
+    Detectors and segmenters take values from 0 to 1, dense backbones normalised ones.
     """
     channels = model.reduced.backbone.channels
     if given is not None:
@@ -81,7 +81,7 @@ def _given(
 
 
 def _side_lengths(model: Hosting, first: tuple[int, int] | None) -> tuple[int, int]:
-    """Return the size that images of a dense model are cut to: its own, or that of the first one.
+    """Return the size that images of a dense model are cut to: its own, or the first image's.
 
     A side whose padding would be whole patches is shortened, so that all cells have a token.
     """
@@ -89,7 +89,7 @@ def _side_lengths(model: Hosting, first: tuple[int, int] | None) -> tuple[int, i
     if isinstance(model, DenseModel) and model.transform.image_size is None:
         if first is None:
             raise ValueError(
-                "this model takes images of any size, so there is none to measure at: give images "
+                "this model takes images of any size, so none is known to measure at: give images "
                 "(--images PATH)"
             )
         size = first
@@ -104,7 +104,7 @@ def _side_lengths(model: Hosting, first: tuple[int, int] | None) -> tuple[int, i
 
 
 def read_images(model: nn.Module, paths: Sequence[str | os.PathLike[str]], count: int) -> Images:
-    """Read at most so many images of files and folders, as ``model`` takes them."""
+    """Read at most ``count`` images from files and folders, as ``model`` takes them."""
     files = ImageFiles(paths)
     if isinstance(model, DenseModel):
         return _read_pictures(model, files, count)
@@ -127,9 +127,9 @@ def _read_pictures(model: DenseModel, files: ImageFiles, count: int) -> Images:
 def natural_images(count: int, size: tuple[int, int], seed: int, channels: int = 3) -> Tensor:
     """Make synthetic images with natural statistics, ``[count, C, H, W]`` float32.
 
-    Noise whose amplitude falls as 1 / f**a, as that of photographs does; the exponent, the
-    contrast and a smooth window that leaves part of the picture flat differ between images, so
-    they differ in how much of them is worth a token. Deterministic in ``seed``.
+    They are noise whose amplitude falls as 1 / f**a, as in photographs. The exponent, the contrast
+    and a smooth window that leaves part of the picture flat differ between images, so images
+    differ in how many patches are worth a token. The same ``seed`` gives the same images.
     """
     noise = torch.Generator().manual_seed(seed)
     rows, columns = torch.fft.fftfreq(size[0])[:, None], torch.fft.rfftfreq(size[1])[None]

@@ -1,4 +1,4 @@
-"""What stands in one interleaved run: a model, its methods, their oracles, the un-fused model."""
+"""The variants of one interleaved run: a model, methods, their oracles, the un-fused model."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ def lineup_of(
     if not isinstance(model, Hosting):
         return Lineup(model, methods, device, compile, seed)
     if compile:
-        raise ValueError("dense models are timed eagerly: leave the compilation out")
+        raise ValueError("dense models are timed eagerly: leave compile out")
     return DenseLineup(model, methods, device, compile, seed)
 
 
 @dataclass
 class Calls:
-    """Calls of all variants at one batch size, and what to know of the methods.
+    """Calls of all variants at one batch size, and facts about the methods.
 
     Attributes:
-        calls: by the names of the variants.
-        facts: of the methods, as a ``Cell`` has them.
-        why_not_unfused: why there is no un-fused variant, if so.
+        calls: calls by the names of the variants.
+        facts: facts about the methods, as in ``Cell.methods``.
+        why_not_unfused: reason why there is no un-fused variant, or None.
     """
 
     calls: dict[str, Call] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class Lineup:
 
     Attributes:
         original: the model without a method, as it was given.
-        left_out: methods that are not measured, and why.
+        left_out: methods that are not measured, with the reasons.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Lineup:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Name what has a run of its own, "" for the whole model."""
+        """Names of the parts that have their own runs; "" is the whole model."""
         return ("",)
 
     def _plain(self, model: nn.Module) -> nn.Module:
@@ -110,54 +110,54 @@ class Lineup:
             pairs += [(_name(method), method) for method in methods]
         for place, (name, method) in enumerate(pairs):
             if name in (DENSE, AGAIN, UNFUSED) or name.startswith("oracle of "):
-                raise ValueError(f"{name!r} is the name of another variant; name the method else")
+                raise ValueError(f"{name!r} is the name of another variant: rename the method")
             if name in (earlier for earlier, _ in pairs[:place]):
-                raise ValueError(f"{name} is given twice; name methods apart with a mapping")
+                raise ValueError(f"{name} is given twice: name methods by a mapping")
             if _is_model(method) and _backbone(method).spec != self.spec:
                 raise ValueError(
-                    f"{name} runs on another architecture than the dense model; it must be the same"
+                    f"{name} runs on another architecture than the dense model: it must be the same"
                 )
         return dict(pairs)
 
-    # What a dense model does otherwise ------------------------------------------------------------
+    # What DenseLineup overrides -------------------------------------------------------------------
 
     def pictures(self, count: int, given: Any) -> Images:
-        """Return images to measure on, as many as wanted; ``given`` ones may be fewer."""
+        """Return ``count`` images to measure on; ``given`` images may be fewer."""
         rows, columns = (n * p for n, p in zip(self.spec.grid, self.spec.patch, strict=True))
         return images_for(self.channels, (rows, columns), count, self.seed + 1000, given)
 
     def autocast(self, dtype: str) -> AbstractContextManager[Any]:
-        """Return what calls run under."""
+        """Return the context in which calls run."""
         return nullcontext()
 
     def _weights(self, dtype: str) -> torch.dtype:
         return DTYPES[dtype]
 
     def _inputs(self, images: Any) -> Any:
-        """Move images to where the models are."""
+        """Move images to the device and dtype of the models."""
         reference = next(self.dense.parameters())
         return images.to(reference.device, reference.dtype)
 
     def _blocks(self, model: Any, images: Any) -> tuple[Any, Any]:
-        """Return what runs the blocks, and the images as it takes them."""
+        """Return the module that runs the blocks, and the images as it takes them."""
         return model, images
 
     def _called(self, model: Any, images: Any, part: str) -> tuple[Any, Any]:
-        """Return what is timed, and the images as it takes them."""
+        """Return the module that is timed, and the images as it takes them."""
         return model, images
 
     def _around(self, model: Any, oracle: Oracle) -> nn.Module:
-        """Put an oracle in the place of a model's driven ViT."""
+        """Replace a model's driven ViT by an oracle."""
         return oracle
 
     def _unfused(self, images: Any) -> nn.Module:
         return unfused(self.dense, images)
 
     def _cost_ratio(self, model: Any, trace: Trace, images: Any, part: str) -> float:
-        """Return multiply-adds over the dense model's, on these images where they matter."""
+        """Return multiply-adds over the dense model's, on these images if counts depend on them."""
         try:
             return facts.count(model, trace=trace).ratio
-        except ValueError:  # a method that does not work out its own cost is counted by running
+        except ValueError:  # a method that cannot compute its own cost is counted by running it
             return facts.count(model, images=images).ratio
 
     # Making them ready ----------------------------------------------------------------------------
@@ -178,13 +178,13 @@ class Lineup:
                 model = copy.deepcopy(method, copied).to(**to)  # type: ignore[union-attr]
             model.eval().requires_grad_(False)
             if self.compile and not model.reducer.fixed_count:
-                self.left_out[name] = "it has a count per image, which is not compiled"
+                self.left_out[name] = "its count differs from image to image, so it is not compiled"
                 continue
             self.models[name] = model
             self.parameters[name] = self._ready(model, fresh, pictures)
 
     def _ready(self, model: Any, fresh: bool, pictures: Images) -> str | None:
-        """Set the gates that nobody has trained; say how the method's parameters came about."""
+        """Set untrained gates; return how the method's parameters came about."""
         new = any(True for _ in model.reducer.parameters())
         if not fresh:
             return "as saved" if new else None
@@ -221,7 +221,7 @@ class Lineup:
             if part != NETWORK:
                 oracle = Oracle.of(_reduced(model), trace, images[0])
                 same = (oracle.even, id(_reduced(model).vit), counts)
-                if same not in known:  # methods with one schedule share the oracle
+                if same not in known:  # methods with the same schedule share an oracle
                     known[same] = f"oracle of {name}"
                     found.calls[known[same]] = call(self._around(model, oracle))
                 shared = known[same]
@@ -231,7 +231,7 @@ class Lineup:
         return found
 
     def _check_in_effect(self, model: Any, images: Any, part: str, trace: Trace) -> None:
-        """Refuse to time a model that computes other tokens than its method decided."""
+        """Raise RuntimeError if a model computes other tokens than its method decided."""
         run, inputs = self._called(model, images, part)
         wanted = [sum(lengths) for lengths in trace.counts()]
         with torch.autocast(self.device, enabled=False):
@@ -253,8 +253,8 @@ class Lineup:
 
         if not self.compile:
             return run
-        # A code object of its own for each variant, so that none of them waits for the guards
-        # of the others.
+        # Each variant gets its own code object, so that none of them checks the guards of the
+        # others.
         fresh = types.FunctionType(
             run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__
         )
@@ -264,7 +264,7 @@ class Lineup:
 class DenseLineup(Lineup):
     """A detector, a segmenter or a dense backbone: its backbone first, then the whole network.
 
-    The network has no oracles: they answer something else, and its heads cost what they are shown.
+    The network has no oracles: their maps differ, and the cost of its heads depends on the maps.
     """
 
     @property

@@ -1,9 +1,9 @@
-"""How much memory one call needs beyond what is there before it: weights and inputs do not count.
+"""Measure the memory that one call needs beyond what was allocated before, such as the weights.
 
-On CUDA the allocator's own peak. On a CPU every allocation and release that the allocator reports
-to torch's profiler is added up, so what kernels allocate inside an operator counts too; buffers
-that a library keeps to itself do not. Profiling slows a call down: it is a pass of its own, never
-one that is timed.
+On CUDA this is the peak that the allocator reports. On a CPU every allocation and release that the
+allocator reports to torch's profiler is added up, so what kernels allocate inside an operator
+counts too; buffers that a library keeps to itself do not. Profiling slows a call down, so it has
+a pass of its own, which is never timed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The oracle: a method's token counts by taking the first tokens, without any scoring.
+"""The oracle: it has a method's token counts, but takes the first tokens without any scoring.
 
 No implementation of a schedule can be faster than its oracle by much, so the share of the oracle
 says how much of the possible gain a method delivers. The oracle runs in the same driver as the
-methods. Its counts come from a real pass of the method, and everything that can be made beforehand
-is made beforehand: indices and layouts.
+methods. Its counts come from a real pass of the method, and everything that can be made beforehand,
+indices and layouts, is made beforehand.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Counts:
     """Tokens of each image in each block, prefix included.
 
     Attributes:
-        attention: those that enter a block's attention.
-        mlp: those that enter its feed forward.
-        output: those that leave it.
+        attention: tokens that enter a block's attention.
+        mlp: tokens that enter its feed-forward network.
+        output: tokens that leave it.
         parked: whether other tokens waited during the block.
         waits: whether they still waited after it.
     """
@@ -53,7 +53,7 @@ class Counts:
 
     @property
     def batch(self) -> int:
-        """Return the number of images."""
+        """The number of images."""
         return len(self.mlp[0])
 
     def summary(self) -> dict[str, object]:
@@ -71,7 +71,7 @@ class Counts:
 class _Take:
     """Takes the first tokens of every image: a slice where all have one count, else rows.
 
-    ``source`` says which token each patch has then, for those who put patches back on the grid.
+    ``source`` is the token of each patch afterwards, from which patches go back to the grid.
     """
 
     old: Lengths
@@ -83,7 +83,7 @@ class _Take:
     def of(
         cls, old: Lengths, new: Lengths, *, even: bool, grid: Tensor, device: torch.device
     ) -> _Take | None:
-        """Return None where all tokens stay; ``grid`` has the places of patches in an image."""
+        """Return None if all tokens stay; ``grid`` has the places of patches in an image."""
         if old == new:
             return None
         layout = Layout.even(len(new), new[0]) if len(set(new)) == 1 else Layout.ragged(new)
@@ -117,7 +117,7 @@ class _Take:
 
 @dataclass
 class _Step:
-    """What happens around one block; None where no token leaves or returns."""
+    """The changes around one block; None where no token leaves or returns."""
 
     before: _Take | None
     between: _Take | None
@@ -128,7 +128,7 @@ class _Step:
 
 
 class _FirstTokens(Reducer):
-    """Takes the first tokens wherever the method had fewer."""
+    """Takes the first tokens wherever the method reduced them."""
 
     name = "oracle"
     hooks = ("before", "between", "after")
@@ -139,7 +139,7 @@ class _FirstTokens(Reducer):
 
     @property
     def fixed_count(self) -> bool:
-        """Tell whether all images have the same counts."""
+        """Whether all images have the same counts."""
         return self.even
 
     def before(self, block: int, state: TokenState) -> TokenState:
@@ -151,7 +151,7 @@ class _FirstTokens(Reducer):
         return inner
 
     def acts_between(self, block: int) -> bool:
-        """Tell whether the method had fewer tokens after attention."""
+        """Return whether the method had fewer tokens after attention."""
         return self.steps[block].between is not None
 
     def between(self, block: int, state: TokenState, attention: AttentionReader) -> TokenState:
@@ -172,14 +172,14 @@ class _FirstTokens(Reducer):
 
 
 class Oracle(ReducedViT):
-    """A backbone with the first tokens alone, at given token counts; its logits mean nothing.
+    """A backbone that keeps the first tokens, at given counts; its logits mean nothing.
 
     Args:
-        backbone: of any family.
+        backbone: backbone of any family.
         counts: tokens of every image in every block.
         grid: patch rows and columns.
-        even: all images have the same counts.
-        device: where the tokens are.
+        even: whether all images have the same counts.
+        device: device of the tokens.
     """
 
     def __init__(
@@ -217,7 +217,7 @@ class Oracle(ReducedViT):
 
     @classmethod
     def of(cls, model: ReducedViT, trace: Trace, images: Tensor) -> Oracle:
-        """Make the oracle of the counts that a traced pass of ``model`` over ``images`` had."""
+        """Make the oracle with the counts of a traced pass of ``model`` over ``images``."""
         counts = Counts.of(trace)
         even = model.reducer.fixed_count or counts.batch == 1
         return cls(model.backbone, counts, trace.grid, even, images.device)

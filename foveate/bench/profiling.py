@@ -1,4 +1,4 @@
-"""Where a method's time goes, operator by operator, next to its oracle."""
+"""Show where a method's time goes, operator by operator, next to its oracle."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["compare", "silenced", "table"]
 
 @contextmanager
 def silenced() -> Iterator[None]:
-    """Keep what torch's profiler says about itself, on the error output, from the terminal."""
+    """Keep what torch's profiler writes to the error output off the terminal."""
     said, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
@@ -49,7 +49,7 @@ def table(call: Callable[[], Any], device: str, calls: int = 10, rows: int = 25)
 def compare(
     call: Callable[[], Any], oracle: Callable[[], Any], device: str, calls: int = 10, rows: int = 25
 ) -> str:
-    """Sort operators by how much more of their own time a method takes than its oracle."""
+    """List the operators on which a method spends most time beyond its oracle."""
     ours, theirs = (_totals(_profiled(c, device, calls), device, calls) for c in (call, oracle))
     lines = [f"{'operator':44}{'calls':>7}{'oracle':>8}{'us':>11}{'oracle us':>11}{'more us':>10}"]
     names = sorted(

@@ -1,4 +1,4 @@
-"""A progress bar that leaves what is timed alone."""
+"""A progress bar that does not disturb what is timed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["progress_bar"]
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """Give a function that shows how far something is, as a bar on the terminal's error output."""
+    """Yield a function that shows progress as a bar on the terminal's error output."""
     bar = Bar(
         TextColumn("{task.description}"),
         BarColumn(),

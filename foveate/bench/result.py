@@ -1,4 +1,4 @@
-"""What a benchmark measured: the times of every round. What they say is foveate.measure's."""
+"""The results of a benchmark: the times of every round. foveate.measure summarises them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Cell:
 
     Attributes:
         model, dtype, batch, compiled: the setting.
-        timings: of everything that ran, round by round.
-        methods: what to know of each method besides its time, by name: its oracle, tokens,
-            multiply-adds over the dense model's, blocks where it acts, depth of the model, and how
-            its own parameters came about.
-        unfused: why there is no un-fused variant, if so.
+        timings: times of everything that ran, round by round.
+        methods: facts about each method, by name: its oracle, tokens, multiply-adds over the dense
+            model's, blocks where it acts, depth of the model, and how its own parameters came
+            about.
+        unfused: reason why there is no un-fused variant, or None.
         memory: bytes at the peak of a call, by variant.
-        run: tells runs apart.
+        run: identifier of the run.
     """
 
     model: str
@@ -37,12 +37,12 @@ class Cell:
 
     @property
     def setting(self) -> str:
-        """Return the setting without the batch."""
+        """The setting without the batch."""
         return f"{self.model}, {self.dtype}" + ", compiled" * self.compiled
 
     @property
     def spread(self) -> float:
-        """Return the noise: how far the 95 % interval of the A/A ratio reaches from 1."""
+        """The noise: how far the 95 % interval of the A/A ratio reaches from 1."""
         again = self.timings.ratio(AGAIN, DENSE)
         return max(abs(again.low - 1), abs(again.high - 1))
 
@@ -52,12 +52,12 @@ class Result:
     """A benchmark: its circumstances and its cells.
 
     Attributes:
-        command: what was typed, if anything.
-        commit: which code was measured.
-        machine: versions and names.
+        command: command that was typed, or None.
+        commit: commit of the code that was measured.
+        machine: names and versions of the machine and its software.
         settings: everything else that the numbers depend on.
-        cells: one for each setting.
-        left_out: methods that were asked for and not measured, and why.
+        cells: one cell for each setting.
+        left_out: methods that were asked for and not measured, with the reasons.
     """
 
     command: str | None

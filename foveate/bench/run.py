@@ -26,7 +26,7 @@ __all__ = ["Progress", "explain", "speed"]
 
 _log = logging.getLogger(__name__)
 
-# Told what is measured, how many rounds are done, and how many there are.
+# Called with what is measured, the number of rounds done, and the number of all rounds.
 Progress = Callable[[str, int, int], None]
 
 
@@ -66,28 +66,28 @@ def speed(
             architecture, which stay as they are; a mapping gives them names.
         batches: batch sizes.
         dtypes: any of "fp32", "bf16", "fp16"; dense models have the last two by autocast.
-        rounds: rounds that count, at least 30.
-        warmup: rounds before them that do not.
-        sample_ms: least time of one sample, by repeats.
+        rounds: number of rounds that count, at least 30.
+        warmup: number of rounds before them, which do not count.
+        sample_ms: least milliseconds of one sample; a shorter call is repeated.
         device: "cpu", "cuda", or "auto": a GPU if there is one.
-        compile: compiled instead of eager; methods with a count per image are left out.
-        compile_mode: of torch.compile.
+        compile: run compiled instead of eagerly; methods with a count per image are left out.
+        compile_mode: mode of ``torch.compile``.
         images: preprocessed images ``[N, C, H, W]`` for methods with a count per image; those of
             detectors and segmenters have values from 0 to 1 and any size. None takes Fashion-MNIST
             for models of grey 28 x 28 images, else synthetic ones.
-        seed: of images, new parameters and the order within rounds.
-        name: what to call the model.
-        command: what was typed, for the record.
+        seed: seed of images, new parameters and the order within rounds.
+        name: name of the model.
+        command: command that was typed, for the record.
         notes: further settings for the record.
-        quick: fewer rounds are allowed: a trial, not a result.
-        progress: told after every round how far a cell is.
-        finished: given the result so far after every cell.
+        quick: whether fewer rounds are allowed, for a trial.
+        progress: called after every round of a cell.
+        finished: called after every cell with the result so far.
     """
     device = machine.device_of(device)
     _check(batches, dtypes, rounds, quick)
     if machine.malloc_untuned(device):
         _log.warning(
-            "malloc is not tuned: times are longer and noisier than they need be; foveate bench "
+            "malloc is not tuned: times are longer and noisier than they need to be; foveate bench "
             "tunes it, or start Python with the settings in foveate/machine.py"
         )
     lineup = lineup_of(model, methods, device, compile, seed)
@@ -121,7 +121,7 @@ def speed(
                     stack.enter_context(lineup.autocast(dtype))
                     cell = lineup.cell(pictures.take(batch), part, compile_mode)
                     title = f"{whole}, {dtype}, batch {batch}"
-                    for done, call in enumerate(cell.calls.values()):  # compiles, fills caches
+                    for done, call in enumerate(cell.calls.values()):  # compile, and fill caches
                         if progress is not None and compile:
                             progress(f"{title}: compiling", done, len(cell.calls))
                         call()
@@ -156,7 +156,7 @@ def explain(
     images: Tensor | Images | None = None,
     seed: int = 0,
 ) -> str:
-    """Explain a method's time by operator, next to its oracle; arguments are those of speed."""
+    """Explain a method's time by operator, next to its oracle; arguments as for ``speed``."""
     device = machine.device_of(device)
     _check((batch,), (dtype,), LEAST_ROUNDS, quick=False)
     lineup = lineup_of(model, [method], device, False, seed)
@@ -174,21 +174,20 @@ def explain(
 
 
 def _modes(stack: ExitStack, compile: bool, device: str) -> None:
-    """Set how calls run: without gradients, and compiled as they would be deployed."""
+    """Set how calls run: without gradients, and if compiled, as in deployment."""
     if not compile:
         stack.enter_context(torch.inference_mode())
         return
     import torch._inductor.config as inductor
 
-    # Freezing and inference tensors do not go together; without gradients both cost the same
-    # once compiled.
+    # Freezing does not work with inference tensors; once compiled, no_grad costs the same.
     stack.enter_context(torch.no_grad())
-    # Constant weights, as deployed; on a CPU the linear layers are packed for it.
+    # Make weights constant, as in deployment; on a CPU this packs those of linear layers.
     stack.enter_context(inductor.patch(freezing=device == "cpu"))
 
 
 def _check(batches: Sequence[int], dtypes: Sequence[str], rounds: int, quick: bool) -> None:
-    """Refuse what cannot be measured, and what would not be a result."""
+    """Raise ValueError for settings that cannot be measured, and for too few rounds."""
     for what, values in (("batch", batches), ("dtype", dtypes)):
         if not values or len(set(values)) != len(values):
             raise ValueError(f"give at least one {what}, and each once; got {list(values)}")

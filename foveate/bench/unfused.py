@@ -1,4 +1,4 @@
-"""The dense model with attention un-fused: what its N x N map costs."""
+"""The dense model with un-fused attention, which shows what its N x N map costs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["shared_copy", "unfused"]
 
 
 def shared_copy(model: nn.Module) -> Any:
-    """Make a copy with switches of its own; parameters and buffers are the model's."""
+    """Make a copy with its own switches; parameters and buffers are shared with the model."""
     shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
     return copy.deepcopy(model, shared)
 
@@ -22,7 +22,7 @@ def shared_copy(model: nn.Module) -> Any:
 def unfused(model: nn.Module, images: Tensor) -> nn.Module:
     """Make a copy that shares the weights and computes its attention maps.
 
-    ValueError saying so where the model cannot be told to, or still runs a fused kernel then.
+    Raises ValueError if the model has no switch for it, or runs a fused kernel all the same.
     """
     twin, told = shared_copy(model), False
     if hasattr(twin, "set_attn_implementation"):  # Hugging Face
