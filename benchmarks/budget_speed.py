@@ -2,8 +2,8 @@
 
     python benchmarks/budget_speed.py --out budget_speed.json
 
-DeiT-S with random weights. What is promised is the time within 5 %; what is reached is measured in
-an interleaved run of its own, by foveate.bench.
+The model is DeiT-S with random weights. A budget promises the time within 5 %; foveate.bench
+measures the time that is reached in a separate interleaved run.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--model", default="deit_small_patch16_224", help="name of a timm model")
-    add("--rounds", type=int, default=LEAST_ROUNDS, help="timed rounds")
-    add("--threads", type=int, help="CPU threads (default: the physical cores)")
-    add("--out", type=Path, help="JSON file for the result; its table is written beside it")
+    add("--rounds", type=int, default=LEAST_ROUNDS, help="number of timed rounds")
+    add("--threads", type=int, help="number of CPU threads (default: physical cores)")
+    add("--out", type=Path, help="JSON file for the result, with its table beside it")
     args = parser.parse_args()
     machine.tune_malloc("cpu", Path(__file__).name)
     torch.set_num_threads(args.threads or machine.physical_cores())

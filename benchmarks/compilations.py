@@ -2,10 +2,11 @@
 
     python benchmarks/compilations.py --out benchmarks/results/compilations.json
 
-The models, and the count, are those of the contract tests: four blocks of 48 channels with the
-blocks, prefix tokens and pooling of their family. How often a graph is compiled does not depend on
-their size. Each batch size must answer as eager. Methods whose count depends on the image run
-packed, where each batch has its own lengths, so they are not in the table.
+The contract tests define the models and count the compilations. A model has four blocks of 48
+channels with the blocks, prefix tokens and pooling of its family; the number of compilations does
+not depend on its size. Compiled outputs must equal eager ones at each batch size. Methods whose
+count depends on the image are not in the table: they run packed, where each batch has its own
+lengths.
 """
 
 from __future__ import annotations
@@ -28,9 +29,13 @@ FAMILIES = ("vit", "dinov2_reg4", "siglip", "dinov3")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6, 7])
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6, 7], help="batch sizes"
+    )
     fixed = [row.method for row in METHODS if row.modes[0] == "gathered"]
-    parser.add_argument("--methods", nargs="+", default=fixed, help="all with a fixed count")
+    parser.add_argument(
+        "--methods", nargs="+", default=fixed, help="methods (default: all with a fixed count)"
+    )
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     rows: dict[str, dict[str, int]] = {}

@@ -2,12 +2,12 @@
 
     python benchmarks/cuda_check.py --out benchmarks/results/cuda_check.json
 
-Every method runs on DeiT-S at 224 px with randomised weights. Each line says how far the logits
-of a way of running lie from the eager gathered (or packed) float32 ones, relative to their size.
-Half precision may pick other tokens where scores nearly tie, so its distance is reported, with a
-check that values are finite; the others must agree. Where ranks nearly tie, the last bit alone may
-choose: "nudged" is how far the logits move when images are changed by 1e-6 of their values, on the
-CPU too, and twice that is allowed.
+Every method runs on DeiT-S at 224 px with randomised weights. Each line gives the distance of the
+logits of each way of running from the eager gathered (or packed) float32 ones, relative to their
+size. Half precision may pick other tokens where scores nearly tie, so its distance is only
+reported, and its values must be finite; all other ways must agree. Where scores nearly tie,
+rounding alone may decide: "nudged" is the distance of the logits after images are changed by 1e-6
+of their values, which happens on the CPU too, and twice that distance is allowed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ NUDGE, _NUDGES = 1e-6, 8
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    """Weights under which attention and gates differ from image to image."""
+    """Set weights with which attention and gates differ from image to image."""
     noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -62,13 +62,13 @@ def randomised(model: nn.Module) -> nn.Module:
 
 
 def noise(like: Tensor, seed: int) -> Tensor:
-    """Random numbers of an image's shape."""
+    """Return random numbers of the same shape."""
     made = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
     return made.to(like.device)
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """Largest difference relative to the largest value; infinite for anything not finite."""
+    """Return the largest difference over the largest value; infinity if a value is not finite."""
     a, b = a.float(), b.float()
     if not torch.isfinite(a).all():
         return float("inf")
@@ -76,7 +76,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def check(method: str, device: torch.device, compiled: bool) -> dict[str, object]:
-    """Distances of every way to run one method."""
+    """Return the distances of every way to run one method."""
     vit = randomised(timm.create_model("deit_small_patch16_224")).to(device).eval()
     model = foveate.apply(vit, method)
     randomised(model.reducer)
@@ -121,7 +121,7 @@ def check(method: str, device: torch.device, compiled: bool) -> dict[str, object
 
 
 def main() -> int:
-    """Check all methods and write the distances."""
+    """Check all methods, and write the distances."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))

@@ -4,10 +4,10 @@
     python benchmarks/dense_speed.py --models t --levels blocks backbone parts
     python benchmarks/dense_speed.py --device cuda --dtypes bf16 --photos PHOTOS/ --out dense.json
 
-ViT-Adapter-T and -S (DeiT-Ti and DeiT-S without a class token), 800 x 1333, batch 1. Weights are
-random, as speed does not depend on them; the gates of SViT are set so that they keep the paper's
-rates over the photographs that are measured. Rounds take one photograph after another, the same one
-for all variants of a round. Levels:
+The models are ViT-Adapter-T and -S (DeiT-Ti and DeiT-S without a class token) at 800 x 1333, batch
+1. Weights are random, as speed does not depend on them; the gates of SViT are set so that they keep
+the paper's rates over the photographs that are measured. Rounds take one photograph after another,
+and all variants of a round take the same one. Levels:
 
     blocks    the ViT's blocks: dense, dense in windows of 14 with four global blocks, SViT
     backbone  the same with ViT-Adapter around them
@@ -15,8 +15,8 @@ for all variants of a round. Levels:
     packed    SViT's backbone on a batch of 4, against the four images one by one
     parts     where the time of the backbone goes: stem, injectors, extractors, blocks, gates
 
-Each level is one interleaved run with the dense model twice (A/A); for ``packed`` the reference is
-the images one by one. The oracle takes the first tokens, as many as SViT, and has no gates.
+Each level is one interleaved run with the dense model twice (A/A). The reference of ``packed`` is
+the same images one by one. The oracle takes the first tokens, as many as SViT, and has no gates.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ from foveate.timing import AGAIN, DENSE, LEAST_ROUNDS, measure, median_of
 
 MODELS = {"t": "deit_tiny_patch16_224", "s": "deit_small_patch16_224", "tiny": ""}
 LEVELS = ("blocks", "backbone", "network", "packed", "parts")
-# How many times as fast as dense; gates, gather and scatter as a share of SViT's backbone.
+# Goals: speed over dense, and the largest share of gates, gather and scatter in SViT's backbone.
 GOALS = {("t", "blocks"): 1.7, ("s", "blocks"): 1.85, ("t", "backbone"): 1.25}
 GOALS |= {("s", "backbone"): 1.35, ("t", "packed"): 1.0, ("s", "packed"): 1.0}
 MOST_GATES = 0.05
@@ -70,7 +70,7 @@ Call = Callable[[], Any]
 
 
 def photographs(args: argparse.Namespace, count: int) -> tuple[Tensor, str]:
-    """Images ``[count, 3, H, W]`` from 0 to 1, and where they come from."""
+    """Return images ``[count, 3, H, W]`` with values from 0 to 1, and their source."""
     height, width = args.size
     if not args.photos:
         made = natural_images(count, (height, width), args.seed)
@@ -81,7 +81,7 @@ def photographs(args: argparse.Namespace, count: int) -> tuple[Tensor, str]:
         found.append(torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255)
         if len(found) == count:
             return torch.stack(found), f"photographs, cut and resized to {height} x {width}"
-    raise ValueError(f"--photos has {len(found)} images, and {count} are needed")
+    raise ValueError(f"--photos has {len(found)} images, but {count} are needed")
 
 
 class Lineup:
@@ -128,26 +128,26 @@ class Lineup:
         return {**several, ORACLE: self.oracles}
 
     def padded(self) -> list[Tensor]:
-        """The photographs as the ViT inside the adapter gets them."""
+        """Return the photographs as the ViT inside the adapter gets them."""
         patch, multiple = self.dense.body.backbone.spec.patch, self.dense.multiple
         return [Canvas.of(image, patch, multiple).images for image in self.images]
 
     def blocks(self) -> dict[str, Call]:
-        """The ViT's blocks alone, from embedded patches on."""
+        """Return calls of the ViT's blocks alone, from embedded patches on."""
         return {
             name: in_turn([_blocks(m.body, i) for m, i in zip(models, self.padded(), strict=True)])
             for name, models in self.adapters.items()
         }
 
     def backbone(self) -> dict[str, Call]:
-        """ViT-Adapter."""
+        """Return calls of ViT-Adapter."""
         return {
             name: in_turn([partial(m, i) for m, i in zip(models, self.images, strict=True)])
             for name, models in self.adapters.items()
         }
 
     def network(self) -> dict[str, Call]:
-        """Mask R-CNN; below float32 by autocast, since not all of it computes in bfloat16."""
+        """Return calls of Mask R-CNN; bfloat16 is by autocast, as not all of it computes in it."""
         trunk, reduced = copy.deepcopy((self.dense, self.svit.reduced))  # one ViT in both
         dense = mask_rcnn(trunk, 80, **self.args.network).to(self.args.device).float().eval()
         dense.requires_grad_(False)
@@ -157,7 +157,7 @@ class Lineup:
             with self._autocast():
                 return model([photo])
 
-        # Random scores are all alike, so nothing would be found and the mask head would rest.
+        # Random scores are all alike, so no object would be found and the mask head would not run.
         scores = dense.roi_heads.box_predictor.cls_score
         for _ in range(12):
             if len(call(dense, self.photos[0])[0]["boxes"]) >= dense.roi_heads.detections_per_img:
@@ -170,7 +170,7 @@ class Lineup:
         }
 
     def packed(self) -> dict[str, Call]:
-        """SViT on a batch, against its images one by one."""
+        """Return calls of SViT on a batch, and on its images one by one."""
         each = self.images[: self.args.batch]
         together = torch.cat(each)
 
@@ -186,7 +186,7 @@ class Lineup:
         return torch.autocast(self.args.device, DTYPES[self.dtype])
 
     def about(self) -> dict[str, Any]:
-        """What the table says of SViT besides its times."""
+        """Return what the table says about SViT besides its times."""
         last = [n for counts in self.counts for n in counts.mlp[-1]]
         counted = foveate.count(self.svit, images=[image[0] for image in self.images])
         return {
@@ -204,7 +204,7 @@ class Lineup:
 
 
 def in_turn(calls: Sequence[Call]) -> Call:
-    """Make one call of several: each time the next one."""
+    """Make one call from several, which runs the next one each time."""
     turns = cycle(calls)
     return lambda: next(turns)()
 
@@ -221,7 +221,7 @@ def _blocks(body: ReducedViT, image: Tensor) -> Call:
 
 
 class Clock:
-    """Takes the time of parts of a model, by name; parts may lie inside each other.
+    """Measures the time of named parts of a model; parts may contain each other.
 
     Attributes:
         spent: milliseconds of each part since the last call of ``take``.
@@ -246,14 +246,14 @@ class Clock:
         self._model = model
 
     def take(self, image: Tensor) -> dict[str, float]:
-        """Run once and return milliseconds by part; "rest" is what no part is, "all" everything."""
+        """Run once and return milliseconds by part; "rest" is in no part, "all" is everything."""
         self.spent.clear()
         self._timed("all", self._model, image)
         outer = ("stem", "injectors", "extractors", "embedding", "blocks")
         return {**self.spent, "rest": self.spent["all"] - sum(self.spent[n] for n in outer)}
 
     def _watch(self, module: nn.Module, name: str, part: str) -> None:
-        # In front of the method of the class.
+        # The instance's attribute hides the method of the class.
         vars(module)[name] = partial(self._timed, part, getattr(module, name))
 
     def _timed(self, part: str, call: Call, *args: Any, **options: Any) -> Any:
@@ -270,7 +270,7 @@ def _nothing() -> None:
 
 
 def parts(lineup: Lineup, args: argparse.Namespace, progress: Progress) -> list[dict[str, Any]]:
-    """Rows of where the backbone's time goes, from passes that take turns."""
+    """Return rows with the time of the backbone's parts; the models take turns."""
     found: list[dict[str, Any]] = []
     shared: dict[str, Any] = {"run": f"{lineup.name} parts, {lineup.dtype}", "at": 1}
     models = {name: copy.deepcopy(lineup.adapters[name][0]) for name in (DENSE, SVIT)}
@@ -296,7 +296,7 @@ def parts(lineup: Lineup, args: argparse.Namespace, progress: Progress) -> list[
 
 
 def level(lineup: Lineup, what: str, args: argparse.Namespace, progress: Progress) -> Cell:
-    """One interleaved run."""
+    """Measure one level in an interleaved run."""
     calls, name = getattr(lineup, what)(), f"{lineup.name} {what}"
     timings = measure(
         calls,
@@ -316,7 +316,7 @@ def level(lineup: Lineup, what: str, args: argparse.Namespace, progress: Progres
 
 
 def judged(result: Result, extra: Sequence[dict[str, Any]]) -> Results:
-    """The table, with goals; a goal also holds within the A/A spread."""
+    """Return the table with goals; a goal also counts as reached within the A/A spread."""
     results, found = table_of(result), [*extra]
     for cell in result.cells:
         key, what = cell.model.removeprefix("vit_adapter_").split()
@@ -324,7 +324,7 @@ def judged(result: Result, extra: Sequence[dict[str, Any]]) -> Results:
         method = PACKED if what == "packed" else SVIT
         values = {"goal_times": goal}
         found += rows("speed", values, run=cell.setting, at=cell.batch, method=method)
-        if what == "packed":  # its reference is no dense model
+        if what == "packed":  # its reference is not a dense model
             own = results.table["run"] == cell.setting
             named = {"": "svit, one by one", AGAIN: "svit, one by one again"}
             results.table.loc[own, "method"] = results.table.loc[own, "method"].replace(named)
@@ -335,7 +335,7 @@ def judged(result: Result, extra: Sequence[dict[str, Any]]) -> Results:
 
 
 def report(results: Results) -> list[Sheet]:
-    """The table in words."""
+    """Return the table for the terminal."""
     sheets = []
     for (run, at), own in select(results.table, part="speed").groupby(["run", "at"], sort=False):
         wide = grid(own, "method")
@@ -395,23 +395,23 @@ def arguments() -> argparse.Namespace:
     add("--dtypes", choices=("fp32", "bf16"), nargs="+", default=["fp32"])
     add("--size", type=int, nargs=2, default=[800, 1333], metavar=("H", "W"))
     add("--photos", nargs="+", metavar="PATH", help="photographs (default: synthetic images)")
-    add("--images", type=int, default=6, help="how many of them to measure on")
-    add("--batch", type=int, default=4, help="images of the packed batch")
+    add("--images", type=int, default=6, help="number of images to measure on")
+    add("--batch", type=int, default=4, help="number of images in the packed batch")
     add("--rounds", type=int, default=LEAST_ROUNDS)
-    add("--threads", type=int, help="CPU threads; default: physical cores")
+    add("--threads", type=int, help="number of CPU threads (default: physical cores)")
     add("--seed", type=int, default=0)
-    add("--out", type=Path, help="JSON file with a table beside it, written anew after every level")
+    add("--out", type=Path, help="JSON file, with a table beside it, rewritten after every level")
     add("--quick", action="store_true", help="smoke test: tiny model and images, 3 rounds")
     args = parser.parse_args()
     if not 1 <= args.batch <= args.images:
-        parser.error(f"--batch must lie in 1..{args.images}, the images; got {args.batch}")
+        parser.error(f"--batch must lie in 1..{args.images} (--images), got {args.batch}")
     args.network = {}
     if args.quick:
         args.models, args.rounds, args.size = ["tiny"], 3, [64, 90]
         small = {"channels": 32, "box_channels": 32, "mask_channels": 8, "detections": 4}
         args.network = {**small, "proposals": (20, 20)}
     elif args.rounds < LEAST_ROUNDS:
-        parser.error(f"a result needs at least {LEAST_ROUNDS} rounds; --quick is a trial")
+        parser.error(f"a result needs at least {LEAST_ROUNDS} rounds; --quick runs a trial")
     args.network["image_size"] = (min(args.size), max(args.size))
     return args
 

@@ -3,10 +3,10 @@
     python benchmarks/export_speed.py --out export_speed.json
     python benchmarks/export_speed.py --methods "evit(keep=0.7)" --batches 1 --rounds 3
 
-DeiT-S with random weights, as speed does not depend on them; 8 bits are fitted to synthetic images.
-Every round times each variant once, in random order: the dense model in torch twice (A/A), each
-method in torch, and all of them in each runtime. Exported models stay in --work, where a second
-call finds them.
+The model is DeiT-S with random weights, as speed does not depend on them; 8 bits are fitted to
+synthetic images. Every round times each variant once, in random order: the dense model in torch
+twice (A/A), each method in torch, and all of them in each runtime. Exported models stay in --work,
+where a second call finds them.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ def main() -> None:
     add("--model", default="deit_small_patch16_224", help="name of a timm model")
     add("--methods", nargs="+", default=list(METHODS), help="methods to export")
     add("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes")
-    add("--rounds", type=int, default=LEAST_ROUNDS, help="timed rounds")
-    add("--threads", type=int, help="CPU threads (default: the physical cores)")
+    add("--rounds", type=int, default=LEAST_ROUNDS, help="number of timed rounds")
+    add("--threads", type=int, help="number of CPU threads (default: physical cores)")
     add("--work", type=Path, default=Path("runs/export_speed"), help="folder for exported models")
-    add("--only-export", action="store_true", help="time nothing yet")
-    add("--out", type=Path, help="JSON file for the result; its table is written beside it")
+    add("--only-export", action="store_true", help="export the models, but do not time them")
+    add("--out", type=Path, help="JSON file for the result, with its table beside it")
     args = parser.parse_args()
     machine.tune_malloc("cpu", Path(__file__).name)
     threads = args.threads or machine.physical_cores()
@@ -106,7 +106,7 @@ def place(work: Path, method: str, runtime: str) -> Path:
 
 
 def export(name: str, model: Any, work: Path, progress: Callable[[str, int, int], None]) -> None:
-    """Export a model for every runtime, unless that was done."""
+    """Export a model for every runtime in which --work does not have it yet."""
     size = model.patch_embed.img_size
     for runtime, (format, int8) in RUNTIMES.items():
         folder = place(work, name, runtime)
@@ -133,7 +133,7 @@ def _titled(
 def calls(
     models: dict[str, Any], work: Path, images: torch.Tensor, threads: int
 ) -> dict[str, Callable[[], Any]]:
-    """Return what is timed, by runtime and method."""
+    """Return the calls that are timed, by runtime and method."""
     found: dict[str, Callable[[], Any]] = {AGAIN: lambda: models[DENSE](images)}
     pixels = images.numpy()
     for name, model in models.items():
@@ -172,7 +172,7 @@ def judged(timings: Timings, names: list[str], batch: int) -> list[dict[str, Any
 
 
 def sheet(found: pd.DataFrame, batch: int, rounds: int) -> Sheet:
-    """Show the ratios of a batch size."""
+    """Return the ratios of a batch size as a table for the terminal."""
     wide = found[found["draw"].isna()].pivot_table(
         index=["run", "method"], columns="metric", values="value", sort=False
     )

@@ -1,13 +1,13 @@
-"""From the demo's training runs to what ships: weights in half precision, results and logs.
+"""Pack the demo's training runs for the package: weights in half precision, results and logs.
 
     foveate finetune demo_base data.train=fashion-mnist:FOLDER
     foveate finetune demo_masked data.train=fashion-mnist:FOLDER
     python benchmarks/pack_demo.py runs --model
-    foveate reduce demo_dynamicvit data.train=fashion-mnist:FOLDER   # and so svit, spvit, static
+    foveate reduce demo_dynamicvit data.train=fashion-mnist:FOLDER   # and svit, spvit, static
     python benchmarks/pack_demo.py runs --methods
 
-Writes foveate/data/files/demo_vit.safetensors and demo_METHOD/, and under
-benchmarks/results/demo_training/ of every run its recipe, result and metrics.
+It writes foveate/data/files/demo_vit.safetensors and demo_METHOD/, and the recipe, result and
+metrics of every run under benchmarks/results/demo_training/.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "demo_training"
 
 
 def halve(source: Path, target: Path) -> None:
-    """Write a file's floats in half precision; what loads them makes them float32 again."""
+    """Write a file's floats in half precision; loading makes them float32 again."""
     tensors = load_file(source)
     halved = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
     save_file(halved, target)
@@ -37,7 +37,7 @@ def halve(source: Path, target: Path) -> None:
 
 
 def record(run: Path) -> None:
-    """Keep what says how a run went."""
+    """Copy the recipe, result and metrics of a run."""
     folder = RESULTS / run.name
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("recipe.yaml", "metrics.csv"):
@@ -46,13 +46,13 @@ def record(run: Path) -> None:
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     for name in ("recipe.yaml", "result.json"):
         text = (folder / name).read_text()
-        # Where the data lay on the machine that trained concerns nobody.
+        # Remove the path of the data on the machine that trained.
         text = re.sub(r'fashion-mnist:[^"\n]+', "fashion-mnist:FOLDER", text)
         (folder / name).write_text(text)
 
 
 def pack_method(run: Path, method: str, how: str) -> None:
-    """The whole model, or where only gates were trained these alone."""
+    """Save the whole model, or only its gates if only they were trained."""
     model = foveate.load(run)
     target = FILES / f"demo_{method}"
     shutil.rmtree(target, ignore_errors=True)
@@ -65,9 +65,11 @@ def pack_method(run: Path, method: str, how: str) -> None:
 def main() -> None:
     """Pack what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("runs", type=Path)
-    parser.add_argument("--model", action="store_true", help="the base and the masked model")
-    parser.add_argument("--methods", action="store_true", help="what was trained from it")
+    parser.add_argument("runs", type=Path, help="folder of the training runs")
+    parser.add_argument("--model", action="store_true", help="pack the base and the masked model")
+    parser.add_argument(
+        "--methods", action="store_true", help="pack the methods that were trained from it"
+    )
     options = parser.parse_args()
     if options.model:
         masked = options.runs / "finetune-demo_masked"

@@ -1,17 +1,19 @@
-"""What a step of pre-training costs: each method against SimMIM, and what MTO adds to it.
+"""Measure what a step of pre-training costs: each method against SimMIM, and what MTO adds.
 
     python benchmarks/pretrain_speed.py                              # ViT-B, 224 px, this CPU, fp32
     python benchmarks/pretrain_speed.py --dtypes bf16 --batches 8
     python benchmarks/pretrain_speed.py --device cuda --batches 8 32 --out speed.json
 
-A step is forward, losses and backward of one batch, a teacher's forward pass and its following
-included, without the optimiser, whose cost is the same with and without MTO. All variants run
-interleaved in random order; ratios are medians of rounds.
-Goals: an MAE step costs at most 0.60 of a SimMIM step with the decoder of 8 blocks 512 wide and
-0.40 with 2 blocks; MTO adds at most 5 % of time and 10 % of memory to each method. What BootMAE and
-ConMIM cost beside SimMIM is printed without a goal. Memory is what one forward and
-backward pass holds at its peak, weights and gradients included: on a GPU what CUDA counts, on a CPU
-the tensors that autograd saves for the backward pass.
+A step has the forward pass, losses and backward pass of one batch, including a teacher's forward
+pass and update. It leaves out the optimiser, whose cost is the same with and without MTO. All
+variants run interleaved in random order; ratios are medians of rounds.
+
+Goals: an MAE step costs at most 0.60 of a SimMIM step with a decoder of 8 blocks of width 512, and
+0.40 with 2 blocks; MTO adds at most 5 % of time and 10 % of memory to each method. The cost of
+BootMAE and ConMIM beside SimMIM is printed without a goal.
+
+Memory is the peak of one forward and backward pass, including weights and gradients: on a GPU as
+CUDA counts it, on a CPU the tensors that autograd saves for the backward pass.
 """
 
 from __future__ import annotations
@@ -51,10 +53,10 @@ METHODS = {
 def make_step(
     name: str, mto: Mto | None, options: argparse.Namespace, dtype: str, batch: int
 ) -> Callable[[], Tensor]:
-    """Forward, losses and backward, on images and masks that stay."""
+    """Return a call that runs one step on fixed images and masks."""
     method, arguments = METHODS[name]
     torch.manual_seed(0)
-    with torch.device(options.device):  # drawing the weights there takes no time
+    with torch.device(options.device):  # weights are drawn fast there
         model = make_method(method, timm.create_model(options.model, num_classes=0), arguments)
         model.initialise()
     model = model.to(options.device).train()
@@ -85,7 +87,7 @@ def make_step(
 
 
 def peak_memory(step: Callable[[], Tensor], device: str) -> float:
-    """MiB, see above."""
+    """Return the memory of a step in MiB, as described above."""
     if device == "cuda":
         step()
         torch.cuda.reset_peak_memory_stats()
@@ -104,7 +106,7 @@ def peak_memory(step: Callable[[], Tensor], device: str) -> float:
 
 
 def cell(options: argparse.Namespace, dtype: str, batch: int) -> dict:
-    """All variants of one data type and batch."""
+    """Measure all variants at one data type and batch size."""
     variants = {name: make_step(name, None, options, dtype, batch) for name in METHODS}
     again = make_step("simmim", None, options, dtype, batch)
     for name in METHODS:
@@ -161,7 +163,7 @@ def main() -> None:
     }
     for dtype, batch in product(options.dtypes, options.batches):
         record["cells"].append(cell(options, dtype, batch))
-        if options.out is not None:  # after each one: the time on a machine may end
+        if options.out is not None:  # after each cell, in case the run is cut short
             options.out.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -5,11 +5,11 @@
     python benchmarks/speed.py --compile --batches 32 --dtypes bf16
     python benchmarks/speed.py --profile evit --batches 1 --dtypes fp32
 
-The measuring is foveate.bench's; here are the goals, and the models and methods they are about.
-Weights are random, as speed does not depend on them, but for methods with a count per image:
-foveate.bench sets gates to keep about their target share, and ats runs on a copy of the model whose
-query and key rows are multiplied by 3 from a quarter of the depth on, because attention of a random
-model is so flat that nearly every token would be kept.
+foveate.bench measures; this file has the goals, and the models and methods that they apply to.
+Weights are random, as speed does not depend on them, except for methods with a count per image. For
+those, foveate.bench sets gates to keep about their target share, and ats runs on a copy of the
+model whose query and key rows are multiplied by 3 from a quarter of the depth on, because attention
+of a random model is so flat that nearly every token would be kept.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: the method, and which row of the goals applies."""
+    """A row of the table: the method, and the name of its goals."""
 
     text: str
     bars: str
@@ -62,7 +62,7 @@ METHODS = {
     "spvit": Method("spvit(gate='argmax')", "varying"),
 }
 
-# Bars by batch size, or "compiled" at any batch; what has no bar is only reported.
+# Goals by batch size, or "compiled" at any batch size; other numbers are only reported.
 GOALS: dict[str, dict[str, dict[str, float]]] = {
     "pruning": {"share": {"1": 0.95, "8": 0.95, "32": 0.95, "compiled": 0.95}},
     "extra": {"share": {"1": 0.93, "8": 0.92, "32": 0.92, "compiled": 0.93}},
@@ -75,7 +75,7 @@ GOALS: dict[str, dict[str, dict[str, float]]] = {
 
 
 def judged(result: Result) -> Results:
-    """The table, with the goals of every method; a goal also holds within the A/A spread."""
+    """Return the table with goals; a goal also counts as reached within the A/A spread."""
     results = table_of(result)
     found: list[dict[str, Any]] = []
     for cell in result.cells:
@@ -90,7 +90,7 @@ def judged(result: Result) -> Results:
 
 
 def build_model(name: str) -> nn.Module:
-    """A stock timm model with seeded random weights, for inference."""
+    """Return a stock timm model with seeded random weights, for inference."""
     torch.manual_seed(0)
     if name == "tiny":
         model = timm.models.VisionTransformer(
@@ -102,7 +102,7 @@ def build_model(name: str) -> nn.Module:
 
 
 def sharpened(vit: nn.Module, factor: float = 3.0) -> nn.Module:
-    """A copy whose attention is less flat from a quarter of the depth on."""
+    """Return a copy whose attention is less flat from a quarter of the depth on."""
     vit = copy.deepcopy(vit)
     for block in vit.blocks[len(vit.blocks) // 4 :]:
         qkv = block.attn.qkv
@@ -115,7 +115,7 @@ def sharpened(vit: nn.Module, factor: float = 3.0) -> nn.Module:
 
 
 def method_for(key: str, vit: nn.Module) -> Any:
-    """What foveate.bench takes: a method, or for ats a model of its own."""
+    """Return what foveate.bench takes: a method, or a separate model for ats."""
     text = METHODS[key].text
     return foveate.apply(sharpened(vit), text) if text == "ats" else text
 
@@ -131,14 +131,19 @@ def arguments() -> argparse.Namespace:
     add("--dtypes", choices=("fp32", "bf16"), nargs="+", default=["fp32", "bf16"])
     add("--methods", choices=tuple(METHODS), nargs="+", default=list(METHODS))
     add("--rounds", type=int, default=30, help="rounds that count, at least 30")
-    add("--warmup", type=int, default=3, help="rounds before them that do not")
-    add("--sample-ms", type=float, default=20.0, help="least time of one sample, by repeats")
-    add("--compile", action="store_true", help="compiled instead of eager; fixed counts only")
-    add("--compile-mode", default="default", help="of torch.compile, such as reduce-overhead")
-    add("--threads", type=int, help="CPU threads; default: physical cores")
+    add("--warmup", type=int, default=3, help="rounds before them, which do not count")
+    add(
+        "--sample-ms",
+        type=float,
+        default=20.0,
+        help="least milliseconds of one sample; a shorter call is repeated",
+    )
+    add("--compile", action="store_true", help="run compiled instead of eagerly; fixed counts only")
+    add("--compile-mode", default="default", help="mode of torch.compile, such as reduce-overhead")
+    add("--threads", type=int, help="number of CPU threads (default: physical cores)")
     add("--seed", type=int, default=0)
-    add("--out", type=Path, help="JSON file with a table beside it, written anew after every cell")
-    add("--plot", type=Path, help="the result as a picture")
+    add("--out", type=Path, help="JSON file, with a table beside it, rewritten after every cell")
+    add("--plot", type=Path, help="file for the result as a picture")
     add("--profile", choices=tuple(METHODS), metavar="METHOD", help="explain one method instead")
     add("--quick", action="store_true", help="smoke test: tiny model, batch 1 and 2, 3 rounds")
     args = parser.parse_args()

@@ -1,15 +1,15 @@
-"""How fast training is: steps by themselves, and whole runs with images that have to be read.
+"""Measure training: the speed of single steps, and of whole runs that read their images.
 
     python benchmarks/train_speed.py steps --device cuda --out steps.json
     python benchmarks/train_speed.py run --updates 500 --out run.json
 
-"steps" times forward, losses, backward and the optimiser's update of one batch that lies on the
-device already, all variants of a batch size interleaved in random order; ratios are medians of
-rounds, over the dense model in the same precision. Memory is the peak of a step as CUDA counts it.
+"steps" times the forward pass, losses, backward pass and update of one batch that is on the device
+already. All variants of a batch size run interleaved in random order; ratios are medians of rounds,
+over the dense model in the same precision. Memory is the peak of a step as CUDA counts it.
 
-"run" trains by a recipe of ImageNet on JPEG images of 500 x 375 pixels that are made for it, in
-shards: gratings of random colours and phases under noise, whose direction and width are the class,
-so that it also shows that the run learns. It reports what result.json says: images a second, and
+"run" trains by a recipe of ImageNet on JPEG images of 500 x 375 pixels that it makes, in shards.
+They are gratings of random colours and phases under noise; the class is their direction and width,
+so the accuracy shows that the run learns. It reports what result.json says: images per second, and
 the share of time in which the training process waited for images.
 """
 
@@ -42,7 +42,7 @@ from foveate.train.task import total
 
 CLASSES = 20
 PRECISIONS = ("fp32", "bf16", "bf16 compiled")
-# Name of the job, the recipe that it is like, and what is changed in it.
+# By name: the job, and the settings that are changed in it.
 JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("finetune", {}),
     "masked 0.5": ("finetune", {"masking": {"ratios": [0.5]}}),
@@ -61,7 +61,7 @@ COMPILED = ("dense", "evit 0.7", "dynamicvit 0.7")
 def make_step(
     job: str, precision: str, options: argparse.Namespace, batch: int
 ) -> Callable[[], Tensor]:
-    """One update on images that stay."""
+    """Return a call that runs one update on fixed images."""
     kind, changes = JOBS[job]
     torch.manual_seed(0)
     model = {"name": options.model, "drop_path": 0.1}
@@ -94,7 +94,7 @@ def make_step(
 
 
 def peak_memory(step: Callable[[], Tensor]) -> float:
-    """MiB at the peak of a step, weights and moments of this variant and all others left out."""
+    """Return the peak MiB of a step, without weights and moments of any variant."""
     step()
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -103,7 +103,7 @@ def peak_memory(step: Callable[[], Tensor]) -> float:
 
 
 def steps(options: argparse.Namespace) -> dict[str, Any]:
-    """All variants of each batch size."""
+    """Measure all variants at each batch size."""
     cells = []
     for batch in options.batches:
         variants = {
@@ -112,7 +112,7 @@ def steps(options: argparse.Namespace) -> dict[str, Any]:
             for job in options.jobs
             if not precision.endswith("compiled") or job in COMPILED
         }
-        for step in variants.values():  # compilers start here, and caches fill
+        for step in variants.values():  # compile, and fill caches
             for _ in range(3):
                 step()
         timings = measure(
@@ -143,7 +143,7 @@ def steps(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def picture(seed: int) -> tuple[bytes, int]:
-    """A JPEG of 500 x 375, and its class."""
+    """Return a JPEG of 500 x 375 pixels, and its class."""
     draw = np.random.default_rng(seed)
     label = int(draw.integers(CLASSES))
     angle = math.pi * (label % 10) / 10 + draw.normal(0, 0.03)
@@ -159,7 +159,7 @@ def picture(seed: int) -> tuple[bytes, int]:
 
 
 def shard(path: Path, first: int, count: int) -> int:
-    """Write images into a tar file; gives their bytes."""
+    """Write images into a tar file, and return their size in bytes."""
     size = 0
     with tarfile.open(path, "w") as tar:
         for number in range(first, first + count):
@@ -173,7 +173,7 @@ def shard(path: Path, first: int, count: int) -> int:
 
 
 def make_shards(folder: Path, images: int, workers: int) -> float:
-    """Shards of up to 500 training images, and 1000 for validation; gives the mean KB of one."""
+    """Write shards of up to 500 images, 1000 for validation; return the mean KB of an image."""
     parts = [("train", first, min(500, images - first)) for first in range(0, images, 500)]
     parts += [("val", images + first, 500) for first in (0, 500)]
     (folder / "classes.txt").write_text("\n".join(f"grating {i}" for i in range(CLASSES)) + "\n")
@@ -186,7 +186,7 @@ def make_shards(folder: Path, images: int, workers: int) -> float:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Train with the loader in the loop."""
+    """Train with a data loader."""
     cells = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -229,7 +229,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure what is asked for."""
+    """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -237,17 +237,23 @@ def main() -> None:
     add("what", choices=("steps", "run"))
     add("--model", default="deit_small_patch16_224")
     add("--device", choices=("cpu", "cuda"), default="cuda")
-    add("--jobs", nargs="+", choices=tuple(JOBS), default=list(JOBS), help="of steps")
-    add("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="of steps")
-    add("--batches", nargs="+", type=int, default=[128], help="of steps")
-    add("--rounds", type=int, default=30, help="of steps; fewer than 30 are a trial")
-    add("--recipe", default="imagenet_deit_s", help="of a run")
-    add("--precision", default="bf16-mixed", help="of a run")
-    add("--batch", type=int, default=256, help="of a run")
-    add("--updates", type=int, default=500, help="of a run, at least; whole epochs are trained")
-    add("--images", type=int, default=12_800, help="of a run")
-    add("--workers", type=int, default=10, help="of a run, that read images")
-    add("--compile", action="store_true", help="a second run with loop.compile=true")
+    add("--jobs", nargs="+", choices=tuple(JOBS), default=list(JOBS), help="jobs (steps)")
+    add(
+        "--precisions",
+        nargs="+",
+        choices=PRECISIONS,
+        default=list(PRECISIONS),
+        help="precisions (steps)",
+    )
+    add("--batches", nargs="+", type=int, default=[128], help="batch sizes (steps)")
+    add("--rounds", type=int, default=30, help="rounds (steps); fewer than 30 are a trial")
+    add("--recipe", default="imagenet_deit_s", help="recipe (run)")
+    add("--precision", default="bf16-mixed", help="precision (run)")
+    add("--batch", type=int, default=256, help="batch size (run)")
+    add("--updates", type=int, default=500, help="least number of updates (run); epochs are whole")
+    add("--images", type=int, default=12_800, help="training images (run)")
+    add("--workers", type=int, default=10, help="processes that read images (run)")
+    add("--compile", action="store_true", help="add a run with loop.compile=true (run)")
     add("--out", type=Path)
     options = parser.parse_args()
     record = steps(options) if options.what == "steps" else run(options)
