@@ -20,6 +20,7 @@ from method_table import HOOKS, NEEDS, TRAINING, table
 from pictures import machine, measured, method_picture
 
 import foveate
+from foveate.config import meanings
 from foveate.core import ReducedViT, Reducer
 from foveate.registry import method_class
 
@@ -106,31 +107,16 @@ def _caption(cls: type[Reducer]) -> str:
 
 
 def _options(cls: type[Reducer]) -> str:
-    words = attributes(cls)
+    words = meanings(cls)
     lines = ["| option | type | default | |", "| --- | --- | --- | --- |"]
     for field in fields(cls):
         default = "" if field.default is MISSING else f"`{field.default!r}`"
         kind = str(field.type).replace("|", "&#124;")
         lines.append(
-            f"| `{field.name}` | <code>{kind}</code> | {default} | {words.get(field.name, '')} |"
+            f"| `{field.name}` | <code>{kind}</code> | {default} | "
+            f"{_escaped(words.get(field.name, ''))} |"
         )
     return "\n".join(lines)
-
-
-def attributes(cls: type) -> dict[str, str]:
-    """What the docstrings of a class and its bases say of each attribute."""
-    found: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        _, _, section = (vars(base).get("__doc__") or "").partition("Attributes:\n")
-        name = ""
-        for line in section.splitlines():
-            start = re.match(r" {8}(\w+): (.*)", line)
-            if start:
-                name = start[1]
-                found[name] = start[2]
-            elif name and line.strip():
-                found[name] += " " + line.strip()
-    return {name: _escaped(text) for name, text in found.items()}
 
 
 def _escaped(text: str) -> str:

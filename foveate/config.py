@@ -112,26 +112,28 @@ def dump(settings: Any) -> str:
     return yaml.safe_dump(_plain(settings), sort_keys=False, default_flow_style=None, width=100)
 
 
-def explain(cls: type, width: int = 96) -> str:
-    """Say what every setting of a dataclass means: its type, its default and one line."""
+def meanings(cls: type) -> dict[str, str]:
+    """Return what the docstrings of a dataclass and its bases say about each field, on one line."""
     from docstring_parser import parse as parse_docstring
 
+    found: dict[str, str] = {}
+    for base in cls.__mro__:
+        if dataclasses.is_dataclass(base):
+            for param in parse_docstring(base.__doc__ or "").params:
+                found.setdefault(param.arg_name, " ".join((param.description or "").split()))
+    return found
+
+
+def explain(cls: type, width: int = 96) -> str:
+    """Say what every setting of a dataclass means: its type, its default and one line."""
     lines: list[str] = []
 
     def group(kind: type, prefix: str) -> None:
-        hints = get_type_hints(kind)
-        about = {
-            p.arg_name: p.description or "" for p in parse_docstring(kind.__doc__ or "").params
-        }
-        for base in kind.__mro__[1:]:
-            more = (
-                parse_docstring(base.__doc__ or "").params if dataclasses.is_dataclass(base) else ()
-            )
-            about |= {p.arg_name: p.description or "" for p in more if p.arg_name not in about}
+        hints, about = get_type_hints(kind), meanings(kind)
         inner: list[tuple[type, str]] = []
         preset = any(field.name == "preset" for field in dataclasses.fields(kind))
         for field in sorted(dataclasses.fields(kind), key=_needed, reverse=True):
-            key, said = prefix + field.name, " ".join(about.get(field.name, "").split())
+            key, said = prefix + field.name, about.get(field.name, "")
             part = _dataclass(hints[field.name])
             if part is not None:
                 inner.append((part, key))

@@ -15,7 +15,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from foveate.data.sources.base import Tell
 
 __all__ = ["add_arguments", "run"]
 
@@ -87,18 +90,25 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _make(folder: Path, options: dict[str, Any]) -> None:
-    from rich.progress import track
-
     from foveate.data.sources import Scenes, scene_size, write_scenes
 
     if "size" in options:
         options["size"] = scene_size(options["size"])
     made = Scenes(**options)
-    write_scenes(folder, made, lambda numbers: track(numbers, "scenes"))
+    write_scenes(folder, made, _shown("scenes"))
     print(
         f"{folder} holds {made.train} training, {made.val} validation and {made.test} test scenes: "
         f"coco:{folder} has their boxes and masks, masks:{folder} their label maps"
     )
+
+
+def _shown(what: str) -> Tell:
+    """Return a function that iterates over numbers and shows how far it is, on the error output."""
+    from rich.console import Console
+    from rich.progress import track
+
+    bar = Console(stderr=True)
+    return lambda numbers: track(numbers, what, console=bar, transient=True)
 
 
 def _describe(spec: str) -> None:
@@ -116,7 +126,9 @@ def _describe(spec: str) -> None:
             continue
     if not splits:
         raise ValueError(f"{spec} has none of the splits {', '.join(SPLITS)}")
-    counts = {split: source.class_counts() for split, source in splits.items()}
+    counts = {
+        split: source.class_counts(_shown(f"counting {split}")) for split, source in splits.items()
+    }
     source = next(iter(splits.values()))
     what = "images" if source.labels_of[0] == "image" else source.labels_of[0]
     assert source.classes is not None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
 __all__ = ["add_arguments", "run"]
 
@@ -28,11 +29,13 @@ def run(args: argparse.Namespace) -> None:
     from dataclasses import MISSING, fields
 
     import foveate
+    from foveate.config import meanings
     from foveate.registry import method_class
 
-    rows = []
+    rows, about = [], {}
     for name in args.methods or foveate.list_methods():
         method = method_class(name)
+        about[name] = meanings(method)
         options = {f.name: None if f.default is MISSING else f.default for f in fields(method)}
         rows.append(
             {
@@ -47,24 +50,38 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(rows, indent=1))
         return
-    _print(rows, wide=bool(args.methods))
+    if args.methods:
+        _print_methods(rows, about)
+    else:
+        _print_table(rows)
 
 
-def _print(rows: list[dict[str, object]], *, wide: bool) -> None:
+def _print_methods(rows: list[dict[str, Any]], about: dict[str, dict[str, str]]) -> None:
+    """Print all facts about each method, and what each option means."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.padding import Padding
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    for row in rows:
+        name, options = row.pop("method"), row.pop("options")
+        console.print(f"[bold]{name}[/bold]")
+        for key, value in row.items():
+            console.print(f"  {key}: {escape(str(value))}", soft_wrap=True)
+        console.print("  options:")
+        table = Table.grid(padding=(0, 2))
+        for option, value in options.items():
+            meaning = about[name].get(option, "").replace("``", "")
+            table.add_row(escape(f"{option}={value!r}"), escape(meaning))
+        console.print(Padding(table, (0, 0, 0, 4)))
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    if wide:
-        for row in rows:
-            options = row.pop("options")
-            assert isinstance(options, dict)
-            console.print(f"[bold]{row.pop('method')}[/bold]")
-            for key, value in row.items():
-                console.print(f"  {key}: {value}", highlight=False, soft_wrap=True)
-            listed = ", ".join(f"{name}={value!r}" for name, value in options.items())
-            console.print(f"  options: {listed}", highlight=False, soft_wrap=True)
-        return
     table = Table(header_style="bold", pad_edge=False, box=None)
     for name in ("method", "what it does", "training", "tokens"):
         table.add_column(name, overflow="fold", no_wrap=name == "method")

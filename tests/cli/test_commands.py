@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shlex
@@ -14,8 +15,9 @@ from small import vit
 import foveate
 from foveate import machine
 from foveate.cli import COMMANDS, _parsers, main
-from foveate.config import explain, headers, recipe_class
+from foveate.config import explain, headers, meanings, recipe_class
 from foveate.data.sources import KINDS
+from foveate.registry import method_class
 from foveate.train.screens import last_screen
 
 
@@ -158,6 +160,17 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(said(capsys, "list", "tome", "--json"))[0]["options"]["r"] == 13
     assert "reactivate=True" in said(capsys, "list", "svit")
     assert "did you mean 'tome'?" in said(capsys, "list", "tomee", code=2)
+
+
+@pytest.mark.parametrize("method", foveate.list_methods())
+def test_list_explains_every_option(method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The text is that of the method's page; it says something about each option."""
+    known = meanings(method_class(method))
+    _, _, options = said(capsys, "list", method).partition("options:\n")
+    text = " ".join(options.split())
+    for field in dataclasses.fields(method_class(method)):
+        default, meaning = f"{field.name}={field.default!r}", known[field.name].replace("``", "")
+        assert f"{default} {meaning.split()[0]} " in f"{text} ", default
 
 
 def test_describe_a_timm_model(capsys: pytest.CaptureFixture[str]) -> None:

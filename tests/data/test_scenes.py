@@ -187,3 +187,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "--size is for `foveate data scenes FOLDER`" in capsys.readouterr().err
     assert main(["data", f"coco:{folder}", str(folder)]) == 2
     assert "takes no folder beside it" in capsys.readouterr().err
+
+
+def test_counting_scenes_shows_its_progress(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as in a terminal
+    assert main(["data", "scenes:size=32,train=3,val=2,test=1"]) == 0
+    out, err = capsys.readouterr()
+    for split in ("train", "val", "test"):
+        assert f"counting {split}" in err and f"counting {split}" not in out
+    assert "trousers" in out

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -23,6 +23,7 @@ __all__ = [
     "NoSplit",
     "PackedNames",
     "Source",
+    "Tell",
     "check_cut",
     "read_names",
 ]
@@ -33,6 +34,8 @@ SPLITS = ("train", "val", "test", WHOLE)
 NAMES = {"train": ("train",), "val": ("val", "validation", "valid", "dev"), "test": ("test",)}
 NO_LABEL = -1
 IMAGE, OBJECTS, PIXELS = "image", "objects", "pixels"  # what may have labels
+# Iterates over the numbers of images, and may show the progress.
+Tell: TypeAlias = Callable[[Iterable[int]], Iterable[int]]
 
 
 class NoSplit(ValueError):
@@ -113,10 +116,14 @@ class Source:
         """Give the same images without the masks of their objects, which take time to decode."""
         return self
 
-    def class_counts(self) -> np.ndarray:
-        """Count the images of each class, or the objects, or else the pixels."""
+    def class_counts(self, tell: Tell = iter) -> np.ndarray:
+        """Count the images of each class, or the objects, or else the pixels.
+
+        Args:
+            tell: passes the numbers of the images on, and may show the progress.
+        """
         assert self.classes is not None
-        labels = np.array([self.label(index) for index in range(len(self))])
+        labels = np.array([self.label(index) for index in tell(range(len(self)))])
         return np.bincount(labels, minlength=len(self.classes))
 
 

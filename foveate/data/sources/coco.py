@@ -24,6 +24,7 @@ from foveate.data.sources.base import (
     FileSource,
     NoSplit,
     PackedNames,
+    Tell,
     check_cut,
 )
 from foveate.data.sources.coco_json import CocoFile, LeftOut, read_coco
@@ -102,7 +103,7 @@ class CocoSource(FileSource):
     def boxes_only(self) -> CocoSource:
         return dataclasses.replace(self, masks=False)
 
-    def class_counts(self) -> np.ndarray:
+    def class_counts(self, tell: Tell = iter) -> np.ndarray:
         known = self.annotations
         assert known is not None
         present = np.isin(np.arange(len(known.image_ids)), self.rows)

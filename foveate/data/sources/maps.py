@@ -22,6 +22,7 @@ from foveate.data.sources.base import (
     FileSource,
     NoSplit,
     PackedNames,
+    Tell,
     check_cut,
     read_names,
 )
@@ -86,10 +87,10 @@ class MapSource(FileSource):
                 )
         return sample
 
-    def class_counts(self) -> np.ndarray:
+    def class_counts(self, tell: Tell = iter) -> np.ndarray:
         assert self.classes is not None
         counts = np.zeros(IGNORE + 1, dtype=np.int64)
-        for index in range(len(self)):
+        for index in tell(range(len(self))):
             counts += np.bincount(self._map(index).ravel(), minlength=len(counts))
         return counts[: len(self.classes)]
 

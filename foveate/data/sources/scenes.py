@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torchvision import tv_tensors
 from foveate.data.fashion import CLASSES
 from foveate.data.rle import encode, mask_box
 from foveate.data.scenes import PIXEL_CLASSES, Scene, draw_scene
-from foveate.data.sources.base import OBJECTS, PIXELS, NoSplit, Source
+from foveate.data.sources.base import OBJECTS, PIXELS, NoSplit, Source, Tell
 from foveate.data.sources.coco import object_targets
 from foveate.files import write_text
 from foveate.registry import suggest
@@ -116,9 +115,9 @@ class SceneSource(Source):
     def boxes_only(self) -> SceneSource:
         return dataclasses.replace(self, masks=False)
 
-    def class_counts(self) -> np.ndarray:
+    def class_counts(self, tell: Tell = iter) -> np.ndarray:
         counts = np.zeros(len(CLASSES), dtype=np.int64)
-        for index in range(len(self)):
+        for index in tell(range(len(self))):
             counts += np.bincount(self.scene(index).labels, minlength=len(counts))
         return counts
 
@@ -176,9 +175,7 @@ def scene_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
-def write_scenes(
-    folder: Path, made: Scenes, tell: Callable[[Iterable[int]], Iterable[int]] = iter
-) -> None:
+def write_scenes(folder: Path, made: Scenes, tell: Tell = iter) -> None:
     """Write scenes as files that ``coco:FOLDER`` and ``masks:FOLDER`` open with the same targets.
 
     Args:
