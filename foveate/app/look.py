@@ -205,8 +205,9 @@ def _models(model: nn.Module, methods: Sequence[str], amount: str) -> dict[str, 
     rate = _number(amount)
     if not amount or rate is not None:
         found = variants(model, methods, () if rate is None else (rate,))
-        if rate is not None and not methods:  # its own method at another rate, not at both
-            found.pop(repr(model.reducer), None)
+        # At another rate, the model's own method is shown only at that rate.
+        if rate is not None and not methods and len(found) > 2:
+            del found[repr(model.reducer)]
     elif _own(model):
         raise ValueError(
             f"the model has its own method {model.reducer!r}, which takes a rate but no budget: "

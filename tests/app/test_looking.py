@@ -118,6 +118,9 @@ def test_a_model_with_its_own_method(photo: Image.Image) -> None:
     found = look(model, photo, amount="0.5", rounds=0)
     assert [one.name for one in found.variants] == ["dense", "dynamicvit(keep=0.5)"]
     assert found.variants[1].trained
+    same = look(model, photo, amount="0.7", rounds=0)  # the rate that it has already
+    assert [one.name for one in same.variants] == ["dense", "dynamicvit(keep=0.7)"]
+    assert same.steps > 0
 
 
 def test_a_model_without_classes(photo: Image.Image) -> None:
