@@ -64,7 +64,7 @@ def test_names_of_a_head_that_was_replaced_do_not_count() -> None:
     model.reset_classifier(3)
     assert class_names(model) is None
     for wrong in (NAMES, ()):
-        with pytest.raises(ValueError, match="3 outputs needs as many class names, got"):
+        with pytest.raises(ValueError, match="3 outputs needs 3 class names, got"):
             set_class_names(model, wrong)
     model.reset_classifier(0)
     assert class_names(model) is None

@@ -1,4 +1,4 @@
-"""A page to look at models, runs and pictures in a browser: ``foveate app``.
+"""Show models, runs and pictures on a page in a browser: ``foveate app``.
 
-``page`` lays it out with gradio; everything else computes, and knows nothing of gradio.
+``page`` lays the page out with gradio. The other modules compute what it shows, without gradio.
 """

@@ -1,4 +1,4 @@
-"""What a detector or a segmenter finds in one photograph, with its method and without."""
+"""Run a detector or a segmenter on one photograph, without a method and with one."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Finding:
         name: "dense", or the method with its options.
         picture: the photograph, what was found in it and, with a method, the blocks that worked
             on each patch.
-        found: names with their confidence, or of a segmenter their share of the pixels.
+        found: names with their confidence, or for a segmenter with their share of the pixels.
         usage: share of the patches that the blocks worked on; None without a method.
-        macs: multiply-adds of this image, but for those that depend on what is found.
-        time: None where nothing was timed.
+        macs: multiply-adds of this image, except those that depend on what is found.
+        time: how long a pass takes; None if nothing was timed.
     """
 
     name: str
@@ -44,13 +44,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Findings:
-    """The model without a method and with it.
+    """What a model found without a method and with one.
 
     Attributes:
-        each: the dense model first.
-        objects: True of a detector, False of a segmenter.
-        left_out: what multiply-adds leave out.
-        setting: what times are of, in words.
+        each: one finding for each model, the dense model first.
+        objects: True for a detector, False for a segmenter.
+        left_out: what the multiply-adds do not include.
+        setting: batch, precision and device of the times, in words.
         rounds: number of timed rounds.
     """
 
@@ -74,16 +74,16 @@ def find(
     Args:
         model: the detector or segmenter.
         image: the photograph, RGB.
-        method: to apply to a model that has none; "" for its own, if any.
-        least: least score of an object that is drawn and named.
-        rounds: timed rounds; 0 times nothing.
-        progress: told, between rounds, how many of all rounds are done.
+        method: method to apply to a model that has none; "" runs the model's own, if any.
+        least: lowest score of an object that is drawn and named.
+        rounds: number of timed rounds; 0 times nothing.
+        progress: called between rounds with the number of rounds done and the number of all.
     """
     check_rounds(rounds)
     models: dict[str, DenseModel] = {DENSE: model}
     if model.reducer.name != "dense":
         if method.strip():
-            raise ValueError(f"the model has its own method {model.reducer!r}: name no other")
+            raise ValueError(f"the model has its own method {model.reducer!r}: leave method empty")
         plain: Any = api.unwrap(model)  # a model of the same class
         models = {DENSE: plain, repr(model.reducer): model}
     elif method.strip():

@@ -1,4 +1,4 @@
-"""What methods do to one photograph: patches, answers, cost and time beside the dense model."""
+"""Run methods on one photograph; compare patches, answers, cost and time with the dense model."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Time:
     Attributes:
         ms: median of the rounds, in milliseconds.
         times: how many times as fast as the dense model, from paired rounds.
-        verdict: "faster", "slower" or "no difference", beside the noise; "" for the dense model.
+        verdict: "faster", "slower" or "no difference" given the noise; "" for the dense model.
     """
 
     ms: float
@@ -60,7 +60,7 @@ class Time:
 
 @dataclass(frozen=True)
 class Variant:
-    """What the model does with the photograph, as it is or with a method.
+    """What a model does with the photograph, without a method or with one.
 
     Attributes:
         name: "dense", or the method with its options.
@@ -69,8 +69,8 @@ class Variant:
         macs: multiply-adds of this image.
         tokens: tokens that each block feeds forward.
         walk: pictures of what became of the patches; None for the dense model.
-        time: None where nothing was timed.
-        trained: False if the method has parameters that nobody has trained.
+        time: how long a pass takes; None if nothing was timed.
+        trained: False if the method has untrained parameters.
     """
 
     name: str
@@ -88,8 +88,8 @@ class Look:
     """The dense model and its variants on one photograph.
 
     Attributes:
-        variants: the dense model first.
-        setting: what times are of, in words.
+        variants: all variants, the dense model first.
+        setting: batch, precision and device of the times, in words.
         rounds: number of timed rounds.
     """
 
@@ -111,16 +111,16 @@ def look(
     rounds: int = 10,
     progress: Told | None = None,
 ) -> Look:
-    """Run a model with methods on a photograph, beside the dense model.
+    """Run a model with each method on a photograph, and compare it with the dense model.
 
     Args:
         model: a plain ViT, or one with a method of its own.
         image: the photograph, RGB. It is prepared as ``foveate predict`` does.
-        methods: such as "evit" or "tome(r=8)"; may be empty if the model has its own.
-        amount: "" for the rates that methods have; a rate for those that name none; or a budget,
-            such as "60%", "2.9 GMACs" or "1.5x faster".
-        rounds: timed rounds; 0 times nothing.
-        progress: told, between rounds, how many of all rounds are done.
+        methods: methods such as "evit" or "tome(r=8)"; may be empty if the model has its own.
+        amount: a rate for the methods that name none, such as "0.7"; or a budget, such as "60%",
+            "2.9 GMACs" or "1.5x faster"; "" leaves each method at its own rate.
+        rounds: number of timed rounds; 0 times nothing.
+        progress: called between rounds with the number of rounds done and the number of all.
     """
     check_rounds(rounds)
     if len(methods) > MOST_METHODS:
@@ -165,13 +165,13 @@ def timed(
     rounds: int,
     progress: Told | None,
 ) -> dict[str, Time]:
-    """Time models, of which one is called "dense", in one interleaved run.
+    """Time models in one interleaved run.
 
     Args:
-        models: by name.
-        images: what they are called with.
-        rounds: rounds that count; 0 gives no times.
-        progress: told, between rounds, how many of all rounds are done.
+        models: the models by name; one is called "dense".
+        images: what the models are called with.
+        rounds: number of rounds that count; 0 gives no times.
+        progress: called between rounds with the number of rounds done and the number of all.
     """
     if not rounds:
         return {}
@@ -197,16 +197,17 @@ def timed(
 
 
 def _models(model: nn.Module, methods: Sequence[str], amount: str) -> dict[str, ReducedViT]:
-    """Put methods on a model, at a rate or within a budget; by name."""
+    """Put methods on a model, at a rate or within a budget; return the models by name."""
     if isinstance(model, Hosting):
-        raise ValueError(f"a {type(model).__name__} goes into the tab Detection")
+        raise ValueError(f"open a {type(model).__name__} in the tab Detection")
     if not methods and not _own(model):
         raise ValueError("choose a method: this model has none of its own")
     rate = _number(amount)
     if not amount or rate is not None:
         found = variants(model, methods, () if rate is None else (rate,))
-        if rate is not None and not methods:  # its own method at another rate, not at both
-            found.pop(repr(model.reducer), None)
+        # At another rate, the model's own method is shown only at that rate.
+        if rate is not None and not methods and len(found) > 2:
+            del found[repr(model.reducer)]
     elif _own(model):
         raise ValueError(
             f"the model has its own method {model.reducer!r}, which takes a rate but no budget: "
@@ -223,7 +224,7 @@ def _models(model: nn.Module, methods: Sequence[str], amount: str) -> dict[str, 
 def _within(budget: str, model: nn.Module, method: str) -> ReducedViT:
     try:
         return api.apply(model, method, budget=budget).eval()
-    except ValueError as error:  # of several methods, which one
+    except ValueError as error:  # say which of several methods
         raise ValueError(f"{method}: {error}") from error
 
 
@@ -232,7 +233,7 @@ def _own(model: nn.Module) -> bool:
 
 
 def _number(text: str) -> float | None:
-    """Read a rate; None for a text that is no number."""
+    """Read a rate; None if the text is not a number."""
     try:
         rate = float(text)
     except ValueError:

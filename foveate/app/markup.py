@@ -1,4 +1,4 @@
-"""HTML of what was found. All text is escaped, and pictures stand in the page itself."""
+"""Write what was found as HTML. All text is escaped, and pictures are part of the page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TOKENS = "tokens, first to last block"
 
 
 def walk(look: Look, number: int) -> str:
-    """Show what every method does in one block, beside each other."""
+    """Show side by side what every method does in one block."""
     figures: list[str] = []
     keys: dict[str, Key] = {}
     for one in look.variants:
@@ -68,22 +68,22 @@ def numbers(look: Look) -> str:
     dense = look.variants[0]
     head = ["method", _TOKENS, "GMACs, of dense", "share", "features like dense"]
     timed = dense.time is not None
-    head += ["ms", "times as fast", "beside the noise"] * timed
+    head += ["ms", "times as fast", "given the noise"] * timed
     body = []
     for one in look.variants:
         name = one.name + ("" if one.trained else " (untrained)")
         cells = [name, _tokens(one), giga(one.macs, dense.macs)]
         cells += [f"{one.macs / dense.macs:.0%}", f"{one.likeness:.3f}"]
         body.append([*cells, *_timed(one.time)])
-    notes = [f"Multiply-adds are of this image. {_how(look.rounds, look.setting)}"]
-    notes.append("Features: mean cosine over all patches, brought back to the grid.")
+    notes = [f"Multiply-adds are counted for this image. {_how(look.rounds, look.setting)}"]
+    notes.append("Features are compared by the mean cosine over all patches on the full grid.")
     if not all(one.trained for one in look.variants):
-        notes.append("Untrained: gates with random weights, so their choice means nothing.")
+        notes.append("Untrained gates have random weights, so their choice means nothing.")
     return _sheet(Sheet("Cost and time", pd.DataFrame(body, columns=head), head[:2], notes))
 
 
 def found(look: Findings) -> str:
-    """Show what a detector or segmenter found, picture by picture, and what it took."""
+    """Show what a detector or segmenter found, picture by picture, and what it cost."""
     dense, sections = look.each[0], []
     widest = max(one.picture.width for one in look.each)
     for one in look.each:
@@ -103,7 +103,7 @@ def found(look: Findings) -> str:
         "GMACs, of dense",
         "share",
     ]
-    head += ["ms", "times as fast", "beside the noise"] * (dense.time is not None)
+    head += ["ms", "times as fast", "given the noise"] * (dense.time is not None)
     body = [
         [
             one.name,
@@ -115,7 +115,7 @@ def found(look: Findings) -> str:
         ]
         for one in look.each
     ]
-    notes = [f"Multiply-adds without {look.left_out}."] if look.left_out else []
+    notes = [f"Multiply-adds do not include {look.left_out}."] if look.left_out else []
     notes.append(_how(look.rounds, look.setting))
     table = Sheet("Cost and time", pd.DataFrame(body, columns=head), head[:1], notes)
     return "".join(sections) + _sheet(table)
@@ -175,13 +175,14 @@ def _how(rounds: int, setting: str) -> str:
     if not rounds:
         return "Nothing was timed."
     return (
-        f"Times are medians of {rounds} interleaved rounds here and now ({setting}), in brackets "
-        "the interval of the paired rounds; a claim takes 30 rounds on an idle machine."
+        f"Times are medians of {rounds} interleaved rounds on this machine ({setting}); brackets "
+        "hold the interval of the paired rounds. Numbers to publish need 30 rounds on an idle "
+        "machine."
     )
 
 
 def _tokens(one: Variant) -> str:
-    """Write the tokens per block, equal ones in a row once."""
+    """Write the tokens of each block; write equal numbers in a row once, with their count."""
     runs: list[list[int]] = []
     for count in one.tokens:
         if runs and runs[-1][0] == count:

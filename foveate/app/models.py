@@ -1,4 +1,4 @@
-"""A few open models, so that a click need not open them again and memory does not grow."""
+"""Keep a few models open, so that a click need not open them again and memory does not grow."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Models:
         return len(self._kept)
 
     def open(self, given: str, *, untrained: bool = False) -> nn.Module:
-        """Return a model in evaluation mode; one whose files changed is opened anew.
+        """Return a model in evaluation mode; it is opened again if its files changed.
 
         Args:
             given: a model that ships, a name of timm, or a path in the given folders.

@@ -1,8 +1,8 @@
-"""The page itself: three tabs laid out with gradio, and the server behind them.
+"""Lay out the page, three tabs, with gradio, and serve it.
 
-It works without a network: gradio's statistics are off, its fonts are those of the reader's system,
-and the page's own policy forbids a browser to ask another server for anything. Nothing is
-shared, no path is served, and an image is read from where it was uploaded to alone.
+The page works without a network: gradio's statistics are off, its fonts are those of the reader's
+system, and the page's policy forbids the browser to ask other servers for anything. Nothing is
+shared, no path is served, and an image is read only from the folder for uploads.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 _LOCAL = ("127.0.0.1", "localhost")
 _PREVIEW = 768  # longer side, in pixels, of an image as the page shows it
-_SESSIONS, _SECONDS = 16, 3600  # visitors whose photographs are kept, and how long
+_SESSIONS, _SECONDS = 16, 3600  # visitors whose photographs are kept, and for how long
 _SHOWN = 20  # seconds that an error stays on the page, unless it is closed
 _WAITING = 16  # clicks that wait for their turn
 # What the browser may load for the page. Gradio's own scripts and styles stand in its HTML.
@@ -47,19 +47,20 @@ _POLICY = (
     "connect-src 'self' data: blob:; worker-src 'self' blob:; frame-ancestors 'self'"
 )
 _INTRO = (
-    "# foveate\nWhich patches a model keeps, merges or brings back, what it then answers, and what "
-    "that costs."
+    "# foveate\nSee which patches a model keeps, merges or brings back, what it then answers, and "
+    "what that costs."
 )
 _METHODS = (
-    f"At most {MOST_METHODS}; options are typed as in evit(keep=0.5). None: the model's own method."
+    f"Choose at most {MOST_METHODS}; type options as in evit(keep=0.5). Leave empty to run the "
+    "model's own method."
 )
-_METHOD = "Such as evit(keep=0.7), for a model without one. Empty: the model as it is."
-_RANDOM = "For a name of timm: otherwise its weights are fetched, unless they are here already."
+_METHOD = "For a model without one, such as evit(keep=0.7). Leave empty to run the model as it is."
+_RANDOM = "For a timm model. Without this, its weights are fetched, unless they are here already."
 _AMOUNT = (
-    "Empty: each method's own. A rate: 0.7 keeps that share, for tome 8 merges as many a block. "
-    "A budget: 60%, 2.9 GMACs, 1.5x faster, 12 ms."
+    "Leave empty for each method's own rate. A rate of 0.7 keeps that share; for tome, 8 merges 8 "
+    "tokens in each block. A budget is 60%, 2.9 GMACs, 1.5x faster or 12 ms, for example."
 )
-# Computing: one click at a time, whoever clicks. Drawing what is there already does not wait.
+# Clicks that compute run one at a time, for all visitors. Clicks that only draw do not wait.
 _ALONE = {"concurrency_limit": 1, "concurrency_id": "computing", "api_visibility": "private"}
 _QUICK = {"concurrency_limit": 4, "api_visibility": "private"}
 _HINT = "<p class='fv-note'>{}</p>"
@@ -67,12 +68,12 @@ _HINT = "<p class='fv-note'>{}</p>"
 
 @dataclass(frozen=True)
 class Page:
-    """What the page may do.
+    """The page, and what it may do.
 
     Attributes:
         places: what may be opened.
         device: where models run.
-        megabytes: the largest file that may be uploaded.
+        megabytes: size of the largest file that may be uploaded.
     """
 
     places: Places
@@ -80,7 +81,7 @@ class Page:
     megabytes: float = 20.0
 
     def blocks(self, uploads: Path) -> Any:
-        """Lay the page out, a ``gradio.Blocks``; photographs are read from one folder alone."""
+        """Lay out the page as ``gradio.Blocks``; it reads photographs only from ``uploads``."""
         gr = _gradio()
         models = Models(self.places, self.device)
         with gr.Blocks(
@@ -130,7 +131,7 @@ class Page:
                         value=10,
                         step=1,
                         label="Timed rounds",
-                        info="0 times nothing; a claim takes 30 on an idle machine.",
+                        info="0 times nothing; numbers to publish need 30 on an idle machine.",
                         min_width=240,
                     )
                 untrained = gr.Checkbox(
@@ -149,7 +150,7 @@ class Page:
             elem_id="block",
         )
         walk = gr.HTML(
-            _HINT.format("Drop a photograph or take an example, and look."), elem_id="walk"
+            _HINT.format("Drop a photograph or take an example, then press Look."), elem_id="walk"
         )
         numbers, answers = gr.HTML(elem_id="numbers"), gr.HTML(elem_id="answers")
 
@@ -232,7 +233,7 @@ class Page:
                 )
                 go = gr.Button("Find", variant="primary")
         seen = gr.HTML(
-            _HINT.format("Drop a photograph or take an example, and find."), elem_id="found"
+            _HINT.format("Drop a photograph or take an example, then press Find."), elem_id="found"
         )
 
         bar = gr.Progress()
@@ -280,7 +281,7 @@ class Page:
     def _image(
         self, gr: Any, uploads: Path, examples: Callable[[int], tuple[str, Image.Image]], words: str
     ) -> Any:
-        """Lay out where a photograph is dropped; the state that holds it in full."""
+        """Lay out a place to drop a photograph; return the state that holds it in full."""
         kept, number = gr.State(None, time_to_live=_SECONDS), gr.State(0)
         shown = gr.Image(
             label=f"Photograph, up to {self.megabytes:g} MB",
@@ -301,7 +302,7 @@ class Page:
             name, image = examples(count)
             return gr.Image(_preview(image), label=name), image, count + 1
 
-        # Not gradio's own reading, whose guards are others: a file is checked by ours alone.
+        # With preprocess=False gradio does not read the file; only ``read_upload`` checks it.
         taken = shown.upload(said(take), shown, [shown, kept], preprocess=False, **_ALONE)
         taken.failure(lambda: (None, None), None, [shown, kept], **_QUICK)
         shown.clear(said(lambda: None), None, kept, **_QUICK)
@@ -314,11 +315,11 @@ class Page:
 
     def _where(self, typed: str) -> str:
         roots = ", ".join(root.name for root in self.places.roots)
-        return f"Or type a {typed} in {roots}." if roots else "More with foveate app --folders."
+        return f"Or type a {typed} in {roots}." if roots else "foveate app --folders opens more."
 
 
 def said(work: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function whose errors are sentences on the page."""
+    """Wrap a function so that its errors become sentences on the page."""
 
     @functools.wraps(work)
     def worked(*args: Any, **options: Any) -> Any:
@@ -326,9 +327,9 @@ def said(work: Callable[..., Any]) -> Callable[..., Any]:
             return work(*args, **options)
         except (ValueError, OSError) as error:
             sentence = str(error)
-        except Exception as error:  # a fault of ours: the terminal gets all of it
-            _log.exception("the page met an error that it did not foresee")
-            sentence = f"{type(error).__name__}: the terminal that runs foveate app says more"
+        except Exception as error:  # a bug of ours: the terminal shows all of it
+            _log.exception("the page met an unexpected error")
+            sentence = f"{type(error).__name__}: see the terminal that runs foveate app"
         gradio: Any = _gradio()
         raise gradio.Error(html.escape(sentence), duration=_SHOWN, print_exception=False)
 
@@ -342,11 +343,11 @@ def is_local(host: str) -> bool:
 
 @contextmanager
 def running(page: Page, host: str = _LOCAL[0], port: int = 7860) -> Iterator[str]:
-    """Serve a page in threads of this process, and stop at the end; give its address.
+    """Serve a page in threads of this process until the block ends; yield its address.
 
     Args:
         page: what to serve.
-        host: address to listen at; "0.0.0.0" is all of this machine's.
+        host: address to listen at; "0.0.0.0" means all addresses of this machine.
         port: port to listen at.
     """
     if not 1 <= port <= 65535:
@@ -382,7 +383,7 @@ def running(page: Page, host: str = _LOCAL[0], port: int = 7860) -> Iterator[str
         except OSError as error:
             raise ValueError(
                 f"cannot listen at {host}, port {port}: the port is in use, or the address is not "
-                "one of this machine; --port and --host take others"
+                "one of this machine; choose others with --port and --host"
             ) from error
         try:
             yield str(address)
@@ -391,7 +392,7 @@ def running(page: Page, host: str = _LOCAL[0], port: int = 7860) -> Iterator[str
 
 
 def _gradio() -> Any:
-    """Import gradio, which then reports nothing to anybody."""
+    """Import gradio with its usage statistics turned off."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
@@ -401,7 +402,7 @@ def _gradio() -> Any:
 
 
 def _middleware(host: str) -> list[Any]:
-    """Answer under this machine's own names alone, and tell browsers to ask nobody else."""
+    """Make a local server answer only to local names, and add the policy to every answer."""
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -427,7 +428,7 @@ class _Policy:
 
 
 def _uploaded(given: Mapping[str, Any], uploads: Path) -> Path:
-    """Return where a photograph was uploaded to; ValueError for a path that is elsewhere."""
+    """Return the path of an uploaded photograph; ValueError if it lies elsewhere."""
     path = Path(str(given.get("path"))).resolve()
     if not path.is_relative_to(uploads.resolve()):
         raise ValueError("the photograph was not uploaded to this page")
@@ -436,7 +437,7 @@ def _uploaded(given: Mapping[str, Any], uploads: Path) -> Path:
 
 def _preview(image: Image.Image) -> Image.Image:
     longest = max(image.size)
-    if longest < _PREVIEW:  # whole pixels, as pictures of patches have them
+    if longest < _PREVIEW:  # enlarge by a whole factor, to keep pixels sharp
         factor = max(1, _PREVIEW // (2 * longest))
         size = (image.width * factor, image.height * factor)
         return image.resize(size, Image.Resampling.NEAREST)
@@ -452,5 +453,5 @@ def _needed(image: Image.Image | None) -> Image.Image:
 
 
 def _told(progress: Any, words: str) -> Callable[[int, int], None]:
-    """Return what tells gradio's bar how far the rounds are."""
+    """Return a function that shows in gradio's bar how many rounds are done."""
     return lambda done, of: progress((done, of), desc=words)

@@ -1,4 +1,4 @@
-"""What the page may open: models that ship, names of timm, and what lies in the given folders."""
+"""Decide what the page may open: models that ship, names of timm, and files in given folders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from foveate.convert.named import check_name
 __all__ = ["RECIPE", "Places", "tables_of"]
 
 RECIPE = "recipe.yaml"  # tells the folder of a run from others
-_DEEP, _MOST = 4, 200  # levels below a given folder that are searched; entries that are listed
+_DEEP, _MOST = 4, 200  # how many levels of folders are searched, how many entries are listed
 
 
 class Places:
@@ -25,17 +25,17 @@ class Places:
     """
 
     def __init__(self, folders: Sequence[str | os.PathLike[str]] = ()) -> None:
-        """Take folders; ValueError for what is none."""
+        """Take folders; ValueError if a path is not a folder."""
         for folder in folders:
             if not Path(folder).is_dir():
-                raise ValueError(f"--folders takes folders, and {folder} is not one")
+                raise ValueError(f"--folders takes folders, but {folder} is not one")
         self.roots = tuple(dict.fromkeys(Path(folder).resolve() for folder in folders))
 
     def inside(self, given: str) -> Path:
         """Return the path of what a user named; ValueError unless it lies in the given folders.
 
-        A relative path begins at one of those folders. Links are followed, and links within a
-        folder must not lead out either.
+        A relative path begins at one of those folders. Links are followed, and must not lead out
+        of those folders.
         """
         text = given.strip()
         if not text or "\0" in text:
@@ -45,12 +45,12 @@ class Places:
             if self._holds(found) and found.exists():
                 self._check_links(found)
                 return found
-        # The same sentence whether it exists or not: nothing is told of what lies elsewhere.
+        # The sentence is the same whether the path exists or not, so it reveals nothing.
         where = ", ".join(map(str, self.roots)) or "none: start foveate app with --folders"
         raise ValueError(f"{text} is not in the folders that this page may open ({where})")
 
     def model(self, given: str) -> str:
-        """Return what ``open_base`` takes for the model that a user named."""
+        """Return the name that ``open_base`` takes for the model that a user named."""
         name = given.strip()
         if name in SHIPPED:
             return name
@@ -59,15 +59,15 @@ class Places:
             return str(self.inside(name))
         check_name(name)
         if path.exists():
-            raise ValueError(f"{name} is a path here, and not in the folders that were given")
+            raise ValueError(f"{name} is a path here, but not in the given folders")
         return name
 
     def models(self, *, dense: bool) -> list[tuple[str, str]]:
-        """Return labels and paths of models: detectors and segmenters, or the others."""
+        """Return the labels and paths of detectors and segmenters, or of the other models."""
         return self._listed(lambda path: _kind(path) == ("dense" if dense else "plain"))
 
     def reports(self) -> list[tuple[str, str]]:
-        """Return labels and paths of runs and of folders with a table of measurements."""
+        """Return the labels and paths of runs, and of folders with a table of measurements."""
         return self._listed(lambda path: (path / RECIPE).is_file() or bool(tables_of(path)))
 
     def _holds(self, path: Path) -> bool:
@@ -106,7 +106,7 @@ def _folders(root: Path) -> Iterator[Path]:
 
 
 def _kind(folder: Path) -> str | None:
-    """Tell a folder of a "dense" model from that of a "plain" one; None for other folders."""
+    """Return "dense" or "plain" for the folder of such a model; None for other folders."""
     run = (folder / RECIPE).is_file() or (folder.parent / RECIPE).is_file()
     if run and folder.name != "model" and (folder / "model").is_dir():
         return "dense" if (folder / "model" / DENSE).is_file() else "plain"

@@ -1,4 +1,4 @@
-"""What the folder of a run, a comparison, a pipeline or an evaluation has to show."""
+"""Read from the folder of a run, comparison, pipeline or evaluation what the page shows."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["Report", "data_url", "report"]
 
 _KINDS = {".png": "image/png", ".jpg": "image/jpeg", ".svg": "image/svg+xml"}
-_MOST, _MEGABYTES = 24, 4.0  # pictures of a folder that are shown, and how large each may be
-_MOST_ROWS = 200_000  # of a table: those of the largest comparisons have some ten thousand
-# Keys of result.json that have words of their own, or say nothing that a reader of the page needs.
+_MOST, _MEGABYTES = 24, 4.0  # how many pictures are shown, and how large each may be
+_MOST_ROWS = 200_000  # rows of a table; the largest comparisons have about ten thousand
+# Keys of result.json that ``_facts`` handles one by one, or that no reader of the page needs.
 _OTHER = ("job", "images", "splits", "machine", "commit", "score")
 
 
@@ -36,11 +36,11 @@ class Report:
 
     Attributes:
         title: the last two parts of the folder's path.
-        facts: names and what stands behind them.
+        facts: facts about the run or the measurements, by name.
         pages: reports as the commands wrote them, in Markdown without pictures.
-        sheets: tables in words, of measurements without such a report.
-        pictures: names and addresses ("data:...", the whole picture) of plots and picture files.
-        recipe: settings as YAML; "" where there are none.
+        sheets: tables of measurements that have no such report.
+        pictures: plots and picture files by name, each as a "data:..." address that holds it.
+        recipe: settings as YAML; "" if there are none.
         notes: what is missing or was left out, in sentences.
     """
 
@@ -54,7 +54,7 @@ class Report:
 
 
 def report(folder: Path) -> Report:
-    """Read a folder; ValueError where it holds neither a run nor a table."""
+    """Read a folder; ValueError if it holds neither a run nor a table."""
     found, tables = Report(str(Path(*folder.parts[-2:]))), tables_of(folder)
     run = (folder / RECIPE).is_file()
     if not run and not tables:
@@ -89,7 +89,7 @@ def _add_run(found: Report, folder: Path) -> None:
 
 
 def _facts(content: dict[str, Any]) -> dict[str, str]:
-    """Word the content of result.json."""
+    """Put the content of result.json into words."""
     facts = {"job": str(content.get("job", "unknown"))}
     for name, value in content.items():
         if name not in _OTHER and isinstance(value, (int, float)):
@@ -133,7 +133,7 @@ def _add_table(found: Report, path: Path) -> None:
 
 
 def _add_pictures(found: Report, folder: Path) -> None:
-    """Take pictures of the folder and of those directly in it."""
+    """Add the pictures in the folder and in the folders directly in it."""
     left = 0
     for path in _picture_files(folder):
         if len(found.pictures) >= _MOST or path.stat().st_size > _MEGABYTES * 1e6:
@@ -164,5 +164,5 @@ def _drawn(figure: Figure) -> str:
 
 
 def data_url(content: bytes, kind: str) -> str:
-    """Return the address of a picture that holds the whole of it."""
+    """Return an address that holds the whole content of a picture."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"

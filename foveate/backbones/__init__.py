@@ -1,4 +1,4 @@
-"""Model families: one file each, the only places that know a model class."""
+"""The model families. Each has one file, and only these files know model classes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ __all__ = [
     "shared_position_bias",
 ]
 
-# In this order: LV-ViTs and multi-scale ViTs are also timm VisionTransformers.
+# The order matters: LV-ViTs and multi-scale ViTs are timm VisionTransformers too.
 FAMILIES: tuple[type[Backbone], ...] = (
     LVViTBackbone,
     MultiScaleBackbone,
@@ -75,7 +75,7 @@ FAMILIES: tuple[type[Backbone], ...] = (
 
 
 def backbone_for(model: nn.Module) -> Backbone:
-    """Find the family of a model; ValueError naming what is supported where there is none."""
+    """Find the family of a model and return its parts; ValueError if no family accepts it."""
     for family in FAMILIES:
         if family.accepts(model):
             return family(model)  # type: ignore[call-arg]
@@ -93,8 +93,8 @@ def rebuild(family: str, recipe: Mapping[str, Any]) -> nn.Module:
 def class_names(model: nn.Module) -> tuple[str, ...] | None:
     """Return the names of a model's classes, in the order of its outputs; None if it has none.
 
-    Names whose number is not that of the outputs belong to a head that was replaced, so they do
-    not count.
+    If the number of names differs from the number of outputs, the head was replaced and the names
+    do not count.
     """
     backbone = backbone_of(model)
     found = named_classes(backbone.model)
@@ -102,17 +102,17 @@ def class_names(model: nn.Module) -> tuple[str, ...] | None:
 
 
 def set_class_names(model: nn.Module, names: Sequence[str]) -> None:
-    """Name a model's classes where its library keeps their names; saving the model keeps them.
+    """Set the names of a model's classes where its library keeps them, so that they are saved too.
 
     Args:
         model: a plain model or one from ``foveate.apply``.
-        names: one for each output, in their order.
+        names: one name for each output, in the order of the outputs.
     """
     backbone = backbone_of(model)
     if len(names) != backbone.spec.classes:
         raise ValueError(
-            f"a model with {backbone.spec.classes} outputs needs as many class names, got "
-            f"{len(names)}"
+            f"a model with {backbone.spec.classes} outputs needs {backbone.spec.classes} class "
+            f"names, got {len(names)}"
         )
     set_named_classes(backbone.model, tuple(map(str, names)))
 

@@ -1,7 +1,7 @@
-"""What Hugging Face's vision transformers share: parts, heads, outputs, and their own driver.
+"""Drive Hugging Face's vision transformers: the code that all their families share.
 
-Their blocks differ in names alone. transformers itself is never imported here: whoever has such a
-model has imported it, and its classes are known by their module and name.
+Their blocks differ only in the names of their parts. Only ``library_class`` imports transformers:
+the classes of a given model are recognised by their module and name.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from foveate.core.host import on_grid
 
 __all__ = ["OLDEST", "Form", "HfBackbone", "ReducedHf", "classifier", "library_class"]
 
-# Since then DINOv2, the last family to change, has the same layers as the others.
+# In this release DINOv2, the last family to change, got the same layers as the others.
 OLDEST = "5.18"
 
 _log = logging.getLogger(__name__)
@@ -39,14 +39,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Form:
-    """One class of a family: where its encoder is and what it answers with.
+    """One model class of a family: where its encoder is, and what its answer holds.
 
     Attributes:
-        tower: attribute that holds the encoder; the model itself where empty.
-        output: class of the answer.
+        tower: attribute that holds the encoder; empty if the model itself is the encoder.
+        output: name of the class of the answer.
         main: the field of the answer that ``run`` and ``trace`` call logits.
-        tokens: the answer has a ``last_hidden_state``.
-        labels: the model computes a loss.
+        tokens: whether the answer has a ``last_hidden_state``.
+        labels: whether the model computes a loss.
     """
 
     tower: str = ""
@@ -83,35 +83,36 @@ class ReducedHf(ReducedViT):
         """Return the model's own kind of answer for ``pixel_values [B, 3, H, W]``.
 
         ``last_hidden_state`` and ``hidden_states`` are ``[B, prefix + H*W, C]`` whatever was
-        dropped or merged: prefix tokens first, then every patch in its place. While it trains, the
+        dropped or merged: prefix tokens first, then every patch in its place. In training mode the
         method's own weighted losses are part of ``loss``.
 
         Args:
             pixel_values: preprocessed images of any size that the patch divides.
-            keep_mask: as ``ReducedViT.forward`` takes it.
-            labels: as the model takes them.
-            output_hidden_states: the embedding's tokens and every block's too; numbers name some.
-            return_dict: False for a tuple.
-            gone: what a patch whose token is gone shows, as in ``TokenState.restore``.
-            interpolate_pos_encoding: any size works, whatever is said here.
-            output_attentions: refused, as are the two below.
-            attention_mask: refused.
-            bool_masked_pos: refused.
+            keep_mask: patches that take part, as in ``ReducedViT.begin``.
+            labels: labels of the images, as the model itself takes them.
+            output_hidden_states: True returns the tokens after the embedding and after each block;
+                numbers select some of them.
+            return_dict: False returns a tuple.
+            gone: value of a patch whose token is gone, as in ``TokenState.restore``.
+            interpolate_pos_encoding: ignored; positions are resized if the image needs it.
+            output_attentions: True is refused, because there are no attention maps.
+            attention_mask: refused; use ``keep_mask``.
+            bool_masked_pos: refused; use ``keep_mask``.
         """
         backbone, config = self.backbone, self.vit.config
         assert isinstance(backbone, HfBackbone)
         form, own = backbone.form, backbone.tower.config
         if own.output_attentions if output_attentions is None else output_attentions:
             raise ValueError(
-                "attention stays fused, so there are no maps to give: leave out output_attentions"
+                "attention stays fused, so there are no attention maps: leave out output_attentions"
             )
         if attention_mask is not None:
             raise ValueError(
-                "attention_mask is not supported: say with keep_mask which patches take part"
+                "attention_mask is not supported: keep_mask says which patches take part"
             )
         if bool_masked_pos is not None:
             raise ValueError(
-                "bool_masked_pos is not supported: a reduced model has no masked "
+                "bool_masked_pos is not supported: a reduced model does no masked "
                 "modelling; keep_mask leaves patches out"
             )
         if labels is not None and not form.labels:
@@ -146,7 +147,7 @@ class ReducedHf(ReducedViT):
         return output if return_dict else output.to_tuple()
 
     def _loss(self, labels: Tensor, logits: Tensor, state: TokenState) -> Tensor:
-        """The model's own loss and, in training, the method's own ones, weighted."""
+        """Return the model's loss; in training, add the method's own weighted losses."""
         loss = self.vit.loss_function(labels, logits, self.vit.config)
         if not self.training:
             return loss
@@ -156,12 +157,12 @@ class ReducedHf(ReducedViT):
         return self.reducer.loss_weights.get("class", 1.0) * loss + sum(own.values())
 
     def can_generate(self) -> bool:
-        """Answer the question of pipelines: it makes no text."""
+        """Return False: pipelines of transformers ask whether a model generates text."""
         return False
 
 
 def _selected(which: bool | int | Sequence[int] | None, count: int) -> frozenset[int] | None:
-    """Return the numbers of the wanted hidden states, of ``count``; None means all."""
+    """Return which of ``count`` hidden states are wanted; None means all."""
     if which is None or isinstance(which, bool):
         return None
     numbers = [which] if isinstance(which, int) else which
@@ -175,12 +176,13 @@ class HfBackbone(Backbone):
     """Parts of a Hugging Face vision transformer; families fill in names and heads.
 
     Attributes:
-        library: module of transformers that the family lives in.
+        library: modules of transformers that define the family.
         forms: the classes that can be driven, by name.
-        names: what the family calls its layers' attention, its output projection and its norms.
+        attention, out, norms: names of a layer's attention, of its output projection and of the
+            layer's two norms.
         layers: where the encoder keeps its layers.
         patches: where the encoder keeps the convolution that makes the patches.
-        always_resizes: positions fit any image without being asked to.
+        always_resizes: whether positions are resized to any image without an argument.
     """
 
     driver = ReducedHf
@@ -202,7 +204,7 @@ class HfBackbone(Backbone):
         super().__init__(model, self._facts(model))
 
     def bind(self, model: nn.Module) -> None:
-        """Keep the layers in a list, and the class of the model's answers."""
+        """Find the encoder, its layers and the class of the model's answers, and keep them."""
         super().bind(model)
         self.form = self.forms[type(model).__name__]
         self.tower: Any = _find(model, self.form.tower)
@@ -228,7 +230,7 @@ class HfBackbone(Backbone):
         return int(_find(self.tower, self.patches).in_channels)
 
     def native(self, images: Tensor) -> Tensor:
-        """Return the main field of the model's own answer."""
+        """Return the main field of the model's answer; if it is None, the class or mean token."""
         resize = {} if self.always_resizes else {"interpolate_pos_encoding": self._resizes(images)}
         output = self.model(images, output_hidden_states=False, return_dict=True, **resize)
         answer = getattr(output, self.form.main)
@@ -246,11 +248,11 @@ class HfBackbone(Backbone):
 
     @property
     def checkpointing(self) -> bool:
-        """Whether the layers would checkpoint themselves: in training alone."""
+        """Whether the layers checkpoint themselves, which they do only in training."""
         return any(layer.gradient_checkpointing and layer.training for layer in self._blocks)
 
     def recipe(self) -> dict[str, Any] | None:
-        """Return the class's name, its configuration, and other constructor arguments."""
+        """Return class name, configuration and arguments; None if they cannot make it again."""
         model = self.model
         config = {k: v for k, v in model.config.to_dict().items() if not _left_out(k)}
         recipe = {
@@ -279,7 +281,7 @@ class HfBackbone(Backbone):
             made = kind.config_class.from_dict(plain)
             made._attn_implementation = "sdpa"
             return kind(made, **recipe.get("arguments", {}))
-        except Exception as error:  # configurations check themselves, each in its own way
+        except Exception as error:  # each configuration class raises errors of its own
             raise ValueError(f"{name} cannot be made again: {error}") from error
 
     def _arguments(self) -> dict[str, Any]:
@@ -293,14 +295,14 @@ class HfBackbone(Backbone):
         return patch_grid(images, self.spec.patch)
 
     def embed(self, images: Tensor) -> Embedded:
-        """Run the model's own embeddings, their positions resized where the image needs it."""
+        """Run the model's own embeddings, which resize positions if the image needs it."""
         grid = self.grid_of(images)
         resizes = self._resizes(images)
         rows, columns = self.spec.grid
         if resizes and rows != columns:
             raise ValueError(
                 f"this model has positions for {rows} x {columns} patches, and transformers "
-                f"resizes square ones alone: images must be {self._size[0]} x {self._size[1]}, "
+                f"resizes only square grids: images must be {self._size[0]} x {self._size[1]}, "
                 f"got {images.shape[-2]} x {images.shape[-1]}"
             )
         options = {} if self.always_resizes else {"interpolate_pos_encoding": resizes}
@@ -315,7 +317,7 @@ class HfBackbone(Backbone):
         return getattr(self._blocks[block], self.attention)
 
     def wrap(self, out: Tensor) -> Any:
-        """Attention modules of transformers return maps too, and here there are none."""
+        """Return a pair, as attention modules of transformers do; there are no attention maps."""
         return out, None
 
     def attention_input(self, block: int, x: Tensor) -> Tensor:
@@ -343,15 +345,16 @@ class HfBackbone(Backbone):
         return None
 
     def answers(self, state: TokenState) -> dict[str, Tensor | None]:
-        """Make the fields of the model's answer from normed tokens, but for the tokens."""
+        """Return the fields of the model's answer, except the tokens, from normed tokens."""
         raise NotImplementedError
 
     def head(self, state: TokenState) -> Tensor:
-        """Return the main field of the answer; the class token where the model has no head."""
+        """Return the main field of the answer, or ``_headless`` if the model has no head."""
         answer = self.answers(state)[self.form.main]
         return self._headless(state) if answer is None else answer
 
     def _headless(self, state: TokenState) -> Tensor:
+        """Return what a model without a head answers: the class token."""
         return state.prefix_tokens()[:, 0]
 
     # Reading the facts -------------------------------------------------------------------------
@@ -361,7 +364,7 @@ class HfBackbone(Backbone):
         if _library_class(kind, self.library) is not kind:
             raise refuse(model, "a class of its own")
         if kind.__name__ not in self.forms:
-            raise refuse(model, f"a form that is none of {', '.join(self.forms)}")
+            raise refuse(model, f"a form other than {', '.join(self.forms)}")
         form = self.forms[kind.__name__]
         tower = _find(model, form.tower)
         blocks: list[Any] = self._checked(model, tower)
@@ -383,7 +386,7 @@ class HfBackbone(Backbone):
             grid=(height // patch[0], width // patch[1]),
             classes=_outputs(model, form),
             rotary=False,
-            pools_patches=self._pools(tower, form),
+            pools_patches=self._pools(form),
             qkv_cost=tuple(linear_cost(getattr(layer, self.attention)) for layer in blocks),
             mlp_cost=tuple(linear_cost(layer.mlp) for layer in blocks),
             embed_cost=conv.weight.numel(),
@@ -392,7 +395,7 @@ class HfBackbone(Backbone):
         )
 
     def _checked(self, model: Any, tower: Any) -> list[Any]:
-        """The layers, none of them other than the family's own."""
+        """Return the layers; refuse any that is not the family's own."""
         try:
             layers = list(_find(tower, self.layers))
             for layer in layers:
@@ -409,15 +412,15 @@ class HfBackbone(Backbone):
         return layers
 
     def _prefix(self, tower: Any) -> int:
-        """Tokens in front of the patches."""
+        """Return the number of tokens in front of the patches."""
         return 1
 
-    def _pools(self, tower: Any, form: Form) -> bool:
-        """Whether the head reads patches."""
+    def _pools(self, form: Form) -> bool:
+        """Return whether the head reads patches."""
         return False
 
     def _head_costs(self, model: Any, form: Form) -> tuple[int, int]:
-        """Multiply-adds of the head: an image, and a patch that it reads."""
+        """Return the head's multiply-adds per image, and per patch that it reads."""
         outside = [part for name, part in model.named_children() if name != form.tower]
         return linear_cost(*outside) if form.tower else 0, 0
 
@@ -434,7 +437,7 @@ def library_class(name: str) -> Any:
 
 
 def _library_class(kind: type, modules: Sequence[str]) -> type | None:
-    """The first class of these modules that a class is or descends from."""
+    """Return the first of a class and its bases that these modules define, or None."""
     for base in kind.__mro__:
         if base.__module__.startswith(tuple(f"transformers.models.{m}." for m in modules)):
             return base
@@ -442,20 +445,20 @@ def _library_class(kind: type, modules: Sequence[str]) -> type | None:
 
 
 def _left_out(key: str) -> bool:
-    """Tell entries of a configuration that name code to run, or the path of the model's files."""
+    """Tell whether a recipe leaves out this entry, which may name code to run or a path."""
     code = ("auto_map", "custom_pipelines", "quantization_config")
     return key in (*code, "_name_or_path") or "attn_impl" in key
 
 
 def _find(model: Any, path: str) -> Any:
-    """The module at a dotted path; the model itself where the path is empty."""
+    """Return the module at a dotted path; the model itself if the path is empty."""
     for name in path.split(".") if path else ():
         model = getattr(model, name)
     return model
 
 
 def _size(embeddings: Any) -> tuple[int, int]:
-    """Image height and width that the positions were made for."""
+    """Return the image height and width that the positions were made for."""
     holder = getattr(embeddings, "patch_embeddings", embeddings)
     size = holder.image_size
     height, width = (size, size) if isinstance(size, int) else size
@@ -463,7 +466,7 @@ def _size(embeddings: Any) -> tuple[int, int]:
 
 
 def _outputs(model: Any, form: Form) -> int:
-    """Outputs of the head; 0 for none."""
+    """Return the number of outputs of the head; 0 without a head."""
     for name in ("classifier", "cls_classifier", "visual_projection"):
         if form.tower and hasattr(model, name):
             return int(getattr(getattr(model, name), "out_features", 0))

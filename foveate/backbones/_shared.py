@@ -1,4 +1,4 @@
-"""What all model families share: refusing, patch grids, comparing models."""
+"""Helpers of all model families: refuse and compare models, read and set what they state."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
 
 
 def refuse(model: nn.Module, what: str) -> ValueError:
-    """Make the error for a model that cannot be driven: name it and say what can."""
+    """Make the error for a model that cannot be driven; it says which models can."""
     return ValueError(
         f"{type(model).__name__} with {what} cannot be driven. Supported are plain pre-norm "
         "vision transformers with global attention: timm VisionTransformer (ViT, DeiT, DeiT-III, "
@@ -41,13 +41,13 @@ def refuse(model: nn.Module, what: str) -> ValueError:
 
 def patch_grid(images: Tensor, patch: tuple[int, int]) -> tuple[int, int]:
     """Return patch rows and columns of images; ValueError where the patch does not divide them."""
-    # One graph for each image size: see ``Schedule.count``.
+    # Plain numbers give one graph for each image size, as in ``Schedule.count``.
     height, width = (operator.index(side) for side in images.shape[-2:])
     for name, size, side in zip(("height", "width"), (height, width), patch, strict=True):
         if size % side or size == 0:
             raise ValueError(
                 f"image {name} {size} is not a multiple of the patch's {side}; "
-                f"the nearest that are: {max(1, size // side) * side} and "
+                f"the nearest multiples are {max(1, size // side) * side} and "
                 f"{(size // side + 1) * side}"
             )
     return height // patch[0], width // patch[1]
@@ -68,7 +68,7 @@ def same_modules(model: nn.Module, twin: nn.Module) -> bool:
 
 
 def _layers(model: nn.Module) -> str:
-    """Name every layer with its eps, rates and activations."""
+    """Describe every layer with its eps, rates and activations, but without DropPath."""
     return re.sub(r"DropPath\(.*?\)", "Identity()", str(model))
 
 
@@ -77,14 +77,14 @@ def _head_count(module: nn.Module) -> int | None:
 
 
 def plain_class(module: nn.Module) -> type:
-    """Return a module's class; that of a sharded one (``fully_shard``) is what it was before."""
+    """Return a module's class; for a sharded module, the class before ``fully_shard``."""
     kind = type(module)
     if is_sharded(module):
         return kind.__mro__[2]  # fully_shard puts a class of its own and FSDPModule in front
     return kind
 
 
-# What a subclass may have of its own without computing anything else than its base.
+# Names that a subclass may define and still compute what its base computes.
 _CONSTRUCTION = {
     *("__init__", "__new__", "__init_subclass__", "init_weights", "_init_weights"),
     *("__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__annotations__"),
@@ -94,13 +94,13 @@ _CONSTRUCTION = {
 
 
 def check_class(model: nn.Module, *stock: type) -> None:
-    """Refuse a model that is none of the stock classes, nor a subclass that only constructs."""
+    """Refuse a model unless its class is a stock one, or a subclass that only constructs it."""
     kind = plain_class(model)
     base = next((one for one in kind.__mro__ if one in stock), None)
     if base is None:
         raise refuse(model, "a class of its own")
     own = {name for one in kind.__mro__ if one not in base.__mro__ for name in vars(one)}
-    # A class attribute comes before a submodule of the same name.
+    # A class attribute hides a submodule of the same name, so it counts as overriding it.
     held = {*vars(model), *model._modules, *model._parameters, *model._buffers}
     changed = sorted(n for n in own - _CONSTRUCTION if n in held or hasattr(base, n))
     if changed:
@@ -115,15 +115,15 @@ def image_settings(model: nn.Module) -> dict[str, Any]:
     """Return the preprocessing settings that a model or its folder states, as plain data."""
     stated = getattr(model, "pretrained_cfg", None) or {}
     config: Any = getattr(model, "config", None)
-    if not stated and hasattr(config, "model_type"):  # of transformers
+    if not stated and hasattr(config, "model_type"):  # a model of transformers
         stated = folder_settings(getattr(config, "_name_or_path", ""))
     found = {key: stated[key] for key in _IMAGE_KEYS if stated.get(key) is not None}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
 
 
 def folder_settings(folder: str | Path) -> dict[str, Any]:
-    """Return the preprocessing settings of a Hugging Face folder, in timm's words."""
-    # Without a crop, most processors stretch images to the size: nothing is cut off.
+    """Return the preprocessing settings of a Hugging Face folder, under timm's names."""
+    # Most processors that do not crop stretch images to the size, so nothing is cut off.
     settings: dict[str, Any] = {"crop_pct": 1.0}
     path = Path(folder) / "preprocessor_config.json"
     if not str(folder) or not path.is_file():
@@ -151,7 +151,7 @@ def _side(size: Any) -> float:
 
 
 def set_image_settings(model: nn.Module, settings: Mapping[str, Any]) -> None:
-    """Set preprocessing settings where timm's models keep theirs; others stay as they are."""
+    """Set preprocessing settings where timm's models keep them; settings not given stay."""
     config = dict(getattr(model, "pretrained_cfg", None) or {})
     config |= {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     vars(model)["pretrained_cfg"] = config
@@ -181,5 +181,5 @@ def set_named_classes(model: nn.Module, names: tuple[str, ...]) -> None:
         config.label2id = {name: number for number, name in enumerate(names)}
         return
     stated = dict(getattr(model, "pretrained_cfg", None) or {})
-    stated.pop("label_descriptions", None)  # of the names before
+    stated.pop("label_descriptions", None)  # they describe the old names
     vars(model)["pretrained_cfg"] = {**stated, "label_names": names}

@@ -1,4 +1,4 @@
-"""What timm's ViT families share: embedding at any size, pooling and head."""
+"""Drive timm's ViTs: embedding at any size, pooling and heads, which the families share."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _POOLS = ("", "avg", "avgmax", "max", "token", "map")
 
 
 class TimmBackbone(Backbone):
-    """Parts common to ``VisionTransformer``, ``Eva`` and ``Beit``, which lacks some of them."""
+    """Parts that ``VisionTransformer`` and ``Eva`` share; ``Beit`` has most of them."""
 
     def bind(self, model: nn.Module) -> None:
         """Keep the blocks in a list: indexing a module container in every step is slow."""
@@ -56,14 +56,14 @@ class TimmBackbone(Backbone):
         return int(self.model.patch_embed.proj.in_channels)
 
     def recipe(self) -> dict[str, Any] | None:
-        """Return name and arguments of ``timm.create_model``."""
+        """Return arguments of ``timm.create_model``; None if they cannot make it again."""
         model = self.model
         name = getattr(model, "pretrained_cfg", {}).get("architecture")
         if not name:
             return None
         arguments = {
             **getattr(model, "_model_args", {}),
-            # These may have been changed since.
+            # These may have changed since the model was made.
             "num_classes": model.num_classes,
             "global_pool": model.global_pool,
             "img_size": list(model.patch_embed.img_size),
@@ -81,12 +81,12 @@ class TimmBackbone(Backbone):
     def rebuild(cls, recipe: Mapping[str, Any]) -> nn.Module:
         """Make a model by timm's name for it; nothing is downloaded."""
         name, arguments = recipe["timm"], recipe["arguments"]
-        # Only timm's own constructors: a prefixed name would make timm fetch or read elsewhere.
+        # A name with a prefix would make timm fetch or read files: only its own names are allowed.
         if not isinstance(name, str) or not timm.is_model(name):
-            raise ValueError(f"this timm knows no model {name!r} to make again")
+            raise ValueError(f"this version of timm does not know the model {name!r}")
         if foreign := sorted(_READS & set(arguments)):
             raise ValueError(
-                f"{name} cannot be made again with arguments that are not of a model: "
+                f"{name} cannot be made again with arguments that load weights: "
                 f"{', '.join(foreign)}"
             )
         try:
@@ -112,7 +112,7 @@ class TimmBackbone(Backbone):
         return patch_grid(images, self.spec.patch)
 
     def _patches(self, images: Tensor) -> Tensor:
-        """Embed patches ``[B, H*W, C]`` at any size, also where the model insists on one."""
+        """Embed patches ``[B, H*W, C]`` at any size, even if the model itself insists on one."""
         embed = self.model.patch_embed
         if isinstance(embed, SizedPatches):
             return embed.patches(images)
@@ -152,15 +152,16 @@ class TimmBackbone(Backbone):
         return self.model.norm(x)
 
     def head(self, state: TokenState) -> Tensor:
-        """Pool as the model does, over the tokens that are left, and classify."""
+        """Pool the tokens that are left, as the model does, and classify."""
         model, how = self.model, self.model.global_pool
         if how == "token":
             return model.forward_head(state.prefix_tokens())
         if how == "":
             if not state.layout.is_even:
                 raise ValueError(
-                    "this model returns un-pooled tokens, and images kept different counts: use "
-                    "forward_features(images), or without a keep_mask recall_before='head'"
+                    "this model returns un-pooled tokens, and the images kept different numbers of "
+                    "them: use forward_features(images), or recall_before='head' without a "
+                    "keep_mask"
                 )
             pooled = state.tokens()
         elif getattr(model, "attn_pool", None) is not None:
@@ -180,7 +181,7 @@ class TimmBackbone(Backbone):
         return model.head(model.head_drop(model.fc_norm(pooled)))
 
     def _pools(self) -> bool:
-        """Whether the head reads patch tokens."""
+        """Return whether the head reads patch tokens."""
         return self.model.global_pool != "token"
 
     def _pools_prefix(self) -> bool:
@@ -188,10 +189,10 @@ class TimmBackbone(Backbone):
 
 
 class SizedPatches(PatchEmbed):
-    """Base of our own patch embeddings: the model takes one size, and the backbone any.
+    """Base of our own patch embeddings: ``forward`` takes one image size, ``patches`` takes any.
 
     Attributes:
-        whose: the model, in messages.
+        whose: name of the model in messages.
     """
 
     whose: ClassVar[str]
@@ -223,7 +224,7 @@ def spec_of(
     if type(model.patch_embed) is not stem:
         raise refuse(model, f"a {type(model.patch_embed).__name__} patch embedding")
     if model.patch_embed.grid_size is None:
-        raise refuse(model, "a patch embedding without a size of its own")
+        raise refuse(model, "a patch embedding without an image size")
     if model.global_pool not in _POOLS:
         raise refuse(model, f"{model.global_pool!r} pooling")
     if getattr(model, "patch_drop", None) is not None and not isinstance(

@@ -1,8 +1,6 @@
-"""Hugging Face CLIP: the vision model, alone, with its projection or with a classifier."""
+"""Drive Hugging Face's CLIP: the vision model alone, with its projection or a classifier."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from torch import Tensor
 
@@ -13,9 +11,9 @@ __all__ = ["HfClip"]
 
 
 class HfClip(HfBackbone):
-    """Parts of ``CLIPVisionModel``, the same with projection, and ``CLIPForImageClassification``.
+    """Parts of ``CLIPVisionModel``, with a projection or not, and ``CLIPForImageClassification``.
 
-    The last norm is the head's: tokens leave the last layer as they are.
+    The last norm belongs to the head, so the tokens of the last layer are not normed.
     """
 
     family = "Hugging Face CLIP"
@@ -39,7 +37,7 @@ class HfClip(HfBackbone):
         return Embedded(self.tower.pre_layrnorm(embedded.x), embedded.grid)
 
     def norm(self, x: Tensor) -> Tensor:
-        """Leave tokens as they are: the norm comes after pooling."""
+        """Return tokens unchanged: the head norms the class token."""
         return x
 
     def answers(self, state: TokenState) -> dict[str, Tensor | None]:
@@ -52,5 +50,5 @@ class HfClip(HfBackbone):
             return {"pooler_output": token}
         return {"image_embeds": model.visual_projection(token)}
 
-    def _pools(self, tower: Any, form: Form) -> bool:
+    def _pools(self, form: Form) -> bool:
         return form.main == "logits"

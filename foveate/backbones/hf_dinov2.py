@@ -1,4 +1,4 @@
-"""Hugging Face DINOv2, with and without register tokens."""
+"""Drive Hugging Face's DINOv2, with or without register tokens."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class HfDinov2(HfBackbone):
         return self._blocks[block].layer_scale2(super().feedforward(block, x))
 
     def drop_path(self, block: int, branch: int) -> nn.Module | None:
-        """Return the module that serves both branches; None where its rate is zero."""
+        """Return the module that serves both branches; None if its rate is zero."""
         module = self._blocks[block].drop_path
         return None if isinstance(module, nn.Identity) else module
 
@@ -57,5 +57,5 @@ class HfDinov2(HfBackbone):
         registers = getattr(tower.embeddings, "register_tokens", None)
         return 1 if registers is None else 1 + int(registers.shape[1])
 
-    def _pools(self, tower: Any, form: Form) -> bool:
+    def _pools(self, form: Form) -> bool:
         return bool(form.tower)

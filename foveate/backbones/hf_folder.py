@@ -1,4 +1,4 @@
-"""Folders that Hugging Face's ``save_pretrained`` writes: nothing is fetched, no code runs."""
+"""Load folders that Hugging Face's ``save_pretrained`` wrote, without fetching or running code."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ HF_FAMILIES: tuple[type[HfBackbone], ...] = (HfViT, HfDinov2, HfClip, HfSiglip)
 _log = logging.getLogger(__name__)
 _CONFIG = "config.json"
 
-# Of a model of images and texts only the half that sees is loaded; and a configuration that names
-# no class stands for the encoder of its kind.
+# Of a model of images and texts, only the vision half is loaded. A configuration that names no
+# class means the encoder of its model type.
 _HALVES = {"CLIPModel": "CLIPVisionModel", "SiglipModel": "SiglipVisionModel"}
 _BY_TYPE = {
     "vit": "ViTModel",
@@ -42,8 +42,8 @@ _BY_TYPE = {
 def from_folder(folder: str | os.PathLike[str]) -> nn.Module:
     """Load a model from a folder of ``config.json`` and ``model.safetensors``, for evaluation.
 
-    ValueError where the folder is not one, its model is none that can be driven, or its weights
-    are missing, damaged or do not fit.
+    ValueError says if the folder is not one of these, if its model cannot be driven, or if its
+    weights are missing, damaged or do not fit.
     """
     folder = Path(folder)
     config = _config(folder)
@@ -51,14 +51,14 @@ def from_folder(folder: str | os.PathLike[str]) -> nn.Module:
     kind = library_class(name)
     model, missing = _load(folder, kind)
     if missing and all(key.startswith("pooler.") for key in missing):
-        # Weights of pre-training often lack the pooler; the model is told to have none.
+        # Pre-trained weights often lack the pooler; then the model is made without one.
         model, missing = _load(folder, kind, add_pooling_layer=False)
     if missing:
         raise ValueError(
-            f"{folder}: weights of {len(missing)} parameters of {name} are missing, "
-            f"{sorted(missing)[0]} for one"
+            f"{folder}: weights of {len(missing)} parameters of {name} are missing, such as "
+            f"{sorted(missing)[0]}"
         )
-    set_image_settings(model, folder_settings(folder))  # also where the folder moves
+    set_image_settings(model, folder_settings(folder))  # so that the folder may move
     return model.eval()
 
 
@@ -79,7 +79,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _class_name(folder: Path, config: dict[str, Any]) -> str:
-    """The class to load: the first named one that can be driven."""
+    """Return the class to load: the first named one that can be driven."""
     known = [name for family in HF_FAMILIES for name in family.forms]
     named = config.get("architectures") or []
     for name in named:
@@ -94,7 +94,7 @@ def _class_name(folder: Path, config: dict[str, Any]) -> str:
 
 
 def _load(folder: Path, kind: Any, **arguments: Any) -> tuple[Any, set[str]]:
-    """The model, and the names of parameters that the folder has no weights for."""
+    """Return the model, and the names of parameters that the folder has no weights for."""
     try:
         model, report = kind.from_pretrained(
             str(folder),
@@ -105,7 +105,7 @@ def _load(folder: Path, kind: Any, **arguments: Any) -> tuple[Any, set[str]]:
             output_loading_info=True,
             **arguments,
         )
-    except Exception as error:  # transformers and safetensors raise many kinds
+    except Exception as error:  # transformers and safetensors raise errors of many kinds
         raise ValueError(
             f"{folder}: the weights cannot be read: {' '.join(str(error).split())}"
         ) from error

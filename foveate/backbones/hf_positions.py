@@ -1,7 +1,7 @@
-"""Hugging Face models at another image size: positions resized once, as transformers resizes them.
+"""Change the image size of Hugging Face models: resize positions once, as transformers does.
 
 transformers resizes positions in every forward pass: bicubically, on a square grid. The families
-differ in antialiasing alone.
+differ only in antialiasing.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def resize_positions(
             f"this {type(model).__name__} has positions for {spec.grid[0]} x {spec.grid[1]} "
             "patches, and transformers resizes square grids only; leave image_size out"
         )
-    # CLIP and SigLIP know one side alone. DINOv2 would resize a grid again that is not square.
+    # CLIP and SigLIP store only one side. DINOv2 would resize a grid that is not square again.
     square = backbone.always_resizes or isinstance(getattr(old, "image_size", None), int)
     if square and grid[0] != grid[1]:
         raise ValueError(
             f"a {type(model).__name__} can be made for square images only, got image_size "
-            f"{size[0]} x {size[1]}; leave image_size out, and foveate.apply runs it on such images"
+            f"{size[0]} x {size[1]}; leave image_size out: foveate.apply runs it on such images"
         )
     if antialias is None:
         antialias = tower.config.model_type in _ANTIALIASED

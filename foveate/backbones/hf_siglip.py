@@ -1,4 +1,4 @@
-"""Hugging Face SigLIP: the vision model, without a class token, or a classifier on it."""
+"""Drive Hugging Face's SigLIP, which has no class token: the vision model or a classifier."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class HfSiglip(HfBackbone):
         return {"pooler_output": self._attended(state) if self.tower.use_head else None}
 
     def _attended(self, state: TokenState) -> Tensor:
-        """The model's pooling head, which padding and dead tokens do not enter."""
+        """Run the model's pooling head; padding and dead tokens are masked out."""
         head, tokens, mask = self.tower.head, state.tokens(), pool_mask(state)
         hidden = None
         if mask is not None:
@@ -58,13 +58,13 @@ class HfSiglip(HfBackbone):
     def _prefix(self, tower: Any) -> int:
         return 0
 
-    def _pools(self, tower: Any, form: Form) -> bool:
+    def _pools(self, form: Form) -> bool:
         return True
 
     def _head_costs(self, model: Any, form: Form) -> tuple[int, int]:
         if form.tower or not model.use_head:
             return super()._head_costs(model, form)
         width = model.head.probe.shape[-1]
-        # One query; keys and values of every token, and its two products with the query.
+        # There is one query. Each token has a key, a value and two products with the query.
         once = width * width + linear_cost(model.head)
         return once, 2 * width * width + 2 * width

@@ -1,4 +1,4 @@
-"""Hugging Face ViT and DeiT: a class token, in DeiT a distillation token too."""
+"""Drive Hugging Face's ViT and DeiT. DeiT has a distillation token beside its class token."""
 
 from __future__ import annotations
 

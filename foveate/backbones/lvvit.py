@@ -1,7 +1,7 @@
-"""LV-ViT: a deeper, narrower ViT with a convolutional stem and a second head on every patch.
+"""Make and drive LV-ViT, a deep, narrow ViT with a convolutional stem and a head on every patch.
 
 Paper: Jiang et al., "All Tokens Matter: Token Labeling for Training Better Vision Transformers",
-NeurIPS 2021. A base model of the DynamicViT and Token Mergence papers that no library holds.
+NeurIPS 2021. The DynamicViT and Token Mergence papers use this model, and no library has it.
 
 Differences from a ViT: four convolutions make the patches, the MLP is three times as wide as the
 tokens, queries, keys and values have no bias, and every residual branch is halved. ``head`` reads
@@ -74,13 +74,13 @@ class LVViT(VisionTransformer):
     """LV-ViT of any size, on timm's plain blocks, with timm's interface.
 
     Args:
-        img_size: input size; others by ``set_input_size``, or when driven by ``foveate.apply``.
-        patch_size: even.
+        img_size: input size. ``set_input_size`` changes it, and ``foveate.apply`` takes any size.
+        patch_size: side of a patch in pixels, an even number.
         embed_dim: width of the tokens.
         depth: number of blocks.
         num_heads: attention heads.
-        mlp_ratio: width of the MLP over that of the tokens.
-        num_classes: of both heads; 0 for none.
+        mlp_ratio: width of the MLP divided by the width of the tokens.
+        num_classes: number of outputs of both heads; 0 leaves them out.
         in_chans: channels of the images.
         drop_path_rate: stochastic depth of the last block; earlier ones have less.
     """
@@ -98,7 +98,7 @@ class LVViT(VisionTransformer):
         drop_path_rate: float = 0.0,
     ) -> None:
         if patch_size % 2:
-            raise ValueError(f"patch_size must be even: the stem halves it, got {patch_size}")
+            raise ValueError(f"patch_size must be even, as the stem halves it, got {patch_size}")
         super().__init__(
             img_size=img_size,
             patch_size=patch_size,
@@ -118,9 +118,11 @@ class LVViT(VisionTransformer):
         self.aux_head = self._new_aux_head(num_classes)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Give the model other classes; both heads start anew."""
+        """Replace both heads by new ones with this number of outputs."""
         if global_pool not in (None, "token"):
-            raise ValueError(f"LV-ViT reads its class token; global_pool={global_pool!r} does not")
+            raise ValueError(
+                f"LV-ViT reads its class token: global_pool must be 'token', got {global_pool!r}"
+            )
         super().reset_classifier(num_classes)
         like = next(self.blocks.parameters())
         aux_head = self._new_aux_head(num_classes).to(like.device, like.dtype)
@@ -148,7 +150,7 @@ class LVViT(VisionTransformer):
     def predict(self, token: Tensor, patches: Tensor, mask: Tensor | None = None) -> Tensor:
         """Predict from a class token ``[B, C]`` and patches ``[B, N, C]``.
 
-        ``mask [B, N]`` says which patches count; an image without any has its class logits alone.
+        ``mask [B, N]`` says which patches count. If none does, only the class logits are returned.
         """
         aux = self.aux_head(patches)
         if mask is not None:
@@ -160,7 +162,7 @@ class LVViT(VisionTransformer):
 
 
 def _stem(**options: Any) -> Stem:
-    """Drop the arguments of timm's patch embedding that the stem does not have."""
+    """Make the stem without the arguments of timm's patch embedding that it does not have."""
     for name in ("bias", "device", "dtype"):
         options.pop(name, None)
     return Stem(**options)
@@ -211,7 +213,7 @@ class LVViTBackbone(TimmViT):
         return model.predict(token, state.tokens()[:, state.prefix :], mask)
 
     def recipe(self) -> dict[str, Any] | None:
-        """Return the arguments of ``LVViT``."""
+        """Return the arguments of ``LVViT``; None if they cannot make it again."""
         model = self.model
         arguments = {
             "img_size": list(model.patch_embed.img_size),

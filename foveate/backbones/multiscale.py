@@ -1,28 +1,29 @@
-"""Multi-scale ViT: a plain ViT whose first blocks see images at two scales, fused into one grid.
+"""Make and drive the multi-scale ViT, whose first blocks see images at two scales.
 
 Paper: "Multi-Scale And Token Mergence: Make Your ViT More Efficient", arXiv 2306.04897, section
 3.4. The authors released no code.
 
-The high scale has the ViT's own patches (196 at 224 px), the low scale a quarter as many (49), each
-with a class token and positions of its own. Both pass the first blocks. There the high scale
-attends on down-sampled tokens, ``X_h + UP(MHSA(DOWN(X_h)))`` (equation 6). Before the first
-reduction they become one grid, ``X = PEG(X_h + LKA(UP(X_l)))`` (equation 5). UP is the nearest
-interpolation, LKA the large kernel attention of VAN (a 5 x 5, a dilated 7 x 7 and a 1 x 1
-convolution, whose product with the input is returned), and PEG a depth-wise 3 x 3 convolution
-beside a residual (CPVT).
+The high scale has the ViT's own patches (196 at 224 px), the low scale a quarter as many (49). Each
+scale has a class token and positions of its own, and both run through the first blocks. There the
+attention of the high scale works on down-sampled tokens, ``X_h + UP(MHSA(DOWN(X_h)))``
+(equation 6). Before the first reduction the scales are fused into one grid,
+``X = PEG(X_h + LKA(UP(X_l)))`` (equation 5). UP is nearest-neighbour interpolation. LKA is the
+large kernel attention of VAN: it multiplies its input by the result of a 5 x 5, a dilated 7 x 7 and
+a 1 x 1 convolution. PEG adds a depth-wise 3 x 3 convolution to its input (CPVT).
 
-What the paper leaves open is decided here:
+The paper leaves some choices open. They are made as follows:
 
-- The low scale embeds the image at half the size, each pixel the mean of four, with patches of as
-  many pixels. Both scales share the patch projection and the first blocks. That meets the paper's
-  parameters for DeiT-T (5.8 M) and -S (22.2 M), and those of -B (86.6 M) within 0.8 %. ``shared``
-  gives the low scale its own.
-- DOWN is the mean of 2 x 2 tokens, after the block's first norm; ``down`` has another. "Class token
-  unchanged" is read as: the prefix tokens attend, but DOWN and UP pass them by.
-- The class token of the low scale is left behind; ``class_tokens="sum"`` adds it to the other.
+- The low scale embeds the image at half the size, where each pixel is the mean of four, with
+  patches of the same size in pixels. Both scales share the patch projection and the first blocks.
+  This gives the paper's number of parameters for DeiT-T (5.8 M) and -S (22.2 M), and that for -B
+  (86.6 M) within 0.8 %. ``shared`` can give the low scale its own.
+- DOWN is the mean of 2 x 2 tokens, after the block's first norm; ``down`` offers another choice.
+  "Class token unchanged" is read as follows: the prefix tokens take part in attention, but DOWN and
+  UP leave them as they are.
+- The class token of the low scale is dropped; ``class_tokens="sum"`` adds it to the other.
 - Down-sampling in all three first blocks of DeiT-S costs 2.98 and 2.27 G multiply-adds at keep
-  rates of 0.7 and 0.5, where the paper prints 3.1 and 2.4. Here all but the last of them do it,
-  which costs 3.10 and 2.38 G; ``downsampled`` sets the number.
+  rates of 0.7 and 0.5, but the paper prints 3.1 and 2.4. Here the last of the first blocks does not
+  down-sample, which costs 3.10 and 2.38 G; ``downsampled`` sets the number.
 - The last layers of LKA and PEG start at zero, so the low scale adds nothing at first. A model made
   from a plain one with ``downsampled=0`` gives the plain model's answers.
 """
@@ -78,7 +79,7 @@ class Scales:
         shared: what the low scale shares with the high one: "all" (patch projection and blocks),
             "blocks" or "none".
         down: "mean" of 2 x 2 tokens, or "nearest", which takes one of the four.
-        class_tokens: "high" goes on with the class token of the high scale, "sum" with the sum.
+        class_tokens: "high" keeps the class token of the high scale, "sum" adds both.
     """
 
     early: int | None = None
@@ -93,7 +94,7 @@ class Scales:
         check_choice("class_tokens", self.class_tokens, _CLASS_TOKENS)
 
     def resolved(self, depth: int) -> Scales:
-        """Return the same with numbers of blocks in place of None."""
+        """Return these options with numbers of blocks in place of None."""
         early = max(1, depth // 4) if self.early is None else self.early
         if isinstance(early, bool) or not isinstance(early, int) or not 1 <= early < depth:
             raise ValueError(
@@ -115,7 +116,7 @@ class TwoScalePatches(SizedPatches):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.low_proj: nn.Conv2d | None = None  # where the low scale has its own
+        self.low_proj: nn.Conv2d | None = None  # set if the low scale has its own
         _low_grid(self.grid_size, self.patch_size)
 
     def patches(self, images: Tensor) -> Tensor:
@@ -126,7 +127,7 @@ class TwoScalePatches(SizedPatches):
 
 
 class LargeKernelAttention(nn.Module):
-    """Weighs each value of a map with what a large neighbourhood says of it."""
+    """Multiplies a map by convolutions that see a large neighbourhood of each cell."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -141,7 +142,7 @@ class LargeKernelAttention(nn.Module):
 
 
 class PositionalEncoding(nn.Module):
-    """Adds what a depth-wise convolution sees around each cell of a map."""
+    """Adds a depth-wise convolution of a map to the map."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -162,8 +163,8 @@ class MultiScaleViT(VisionTransformer):
     Args:
         scales: how the scales are made and joined.
         eps: epsilon of the layer norms.
-        block_eps: epsilon of the norms inside the blocks, where it differs.
-        arguments: as timm's ``VisionTransformer`` takes them, with a class token and positions;
+        block_eps: epsilon of the norms inside the blocks, if it differs.
+        arguments: arguments of timm's ``VisionTransformer``, with a class token and positions;
             ``depth`` counts the first blocks too.
     """
 
@@ -208,7 +209,7 @@ class MultiScaleViT(VisionTransformer):
             low: patches of the low scale, ``[B, H*W/4, C]``.
             grid: patch rows and columns of the high scale.
         """
-        front, small = self.num_prefix_tokens, (grid[0] // 2, grid[1] // 2)
+        front, small = self.num_prefix_tokens, _halved(grid)
         pos: Tensor = self.low_pos_embed
         if grid != tuple(self.patch_embed.grid_size):
             pos = _resized(pos, _halved(self.patch_embed.grid_size), small)
@@ -239,7 +240,7 @@ class MultiScaleViT(VisionTransformer):
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        """Do for both scales what timm's models do here, then all that comes before ``blocks``."""
+        """Add prefix tokens and positions to both scales; run all that comes before ``blocks``."""
         high, low = x.split([self.patch_embed.num_patches, self.patch_embed.num_patches // 4], 1)
         return self.fused(super()._pos_embed(high), low, tuple(self.patch_embed.grid_size))
 
@@ -250,7 +251,7 @@ class MultiScaleViT(VisionTransformer):
     ) -> None:
         """Change the image size; positions of both scales are resized."""
         if patch_size is not None:
-            raise ValueError("a multi-scale ViT keeps its patch size; give img_size alone")
+            raise ValueError("a multi-scale ViT keeps its patch size; give only img_size")
         sizes = self.patch_embed.img_size if img_size is None else img_size
         sizes = sizes if isinstance(sizes, (tuple, list)) else (sizes, sizes)
         patch = self.patch_embed.patch_size
@@ -262,7 +263,7 @@ class MultiScaleViT(VisionTransformer):
             self.low_pos_embed = nn.Parameter(resized, self.low_pos_embed.requires_grad)
 
     def no_weight_decay(self) -> set[str]:
-        """Name the parameters that are not to be decayed."""
+        """Return the names of the parameters without weight decay."""
         return super().no_weight_decay() | {"low_pos_embed", "low_cls_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -276,29 +277,28 @@ class MultiScaleViT(VisionTransformer):
 
 
 def multiscale(vit: nn.Module, **options: Any) -> MultiScaleViT:
-    """Make a multi-scale ViT from a plain one of timm; the weights are copied.
+    """Make a multi-scale ViT from a plain timm ViT; the weights are copied.
 
-    The parts that the plain model lacks begin where they change its answers least: see the file's
-    head.
+    New parts start with values that change the answers as little as possible.
 
     Args:
         vit: a ``VisionTransformer`` with a class token and positions (ViT, DeiT, DeiT-III, DINOv2).
-        options: those of ``Scales``.
+        options: options of ``Scales``.
     """
     if isinstance(vit, MultiScaleViT):
         raise ValueError("the model has two scales already")
     unknown = sorted(set(options) - {f.name for f in fields(Scales)})
     if unknown:
         raise ValueError(
-            f"a multi-scale ViT has no option {unknown[0]!r}; it has "
+            f"a multi-scale ViT has no option {unknown[0]!r}; its options are "
             f"{', '.join(f.name for f in fields(Scales))}"
         )
     if plain_class(vit) is not VisionTransformer:
         raise ValueError(
-            f"{type(vit).__name__} cannot be given a second scale: a plain VisionTransformer of "
-            "timm is needed"
+            f"{type(vit).__name__} cannot be given a second scale: only a plain VisionTransformer "
+            "of timm can"
         )
-    TimmViT(vit)  # refuses what could not be driven
+    TimmViT(vit)  # refuses a model that cannot be driven
     arguments = vit_arguments(vit)
     device = next(vit.parameters()).device
     with torch.device("meta"):
@@ -331,7 +331,7 @@ class MultiScaleBackbone(TimmViT):
 
     @property
     def early_blocks(self) -> list[nn.Module]:
-        """The first blocks; those of the low scale are not among them where it has its own."""
+        """The first blocks, without those that only the low scale runs."""
         return list(self.model.early)
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
@@ -346,7 +346,7 @@ class MultiScaleBackbone(TimmViT):
         return self.model.fused(super()._with_prefix(high, grid), low, grid)
 
     def recipe(self) -> dict[str, Any] | None:
-        """Return the options of the scales, and what ``plain_vit`` takes for the rest."""
+        """Return the arguments of ``MultiScaleViT``; None if they cannot make it again."""
         model = self.model
         arguments = _constructed(vit_arguments(model))
         arguments["depth"] += len(model.early)
@@ -358,7 +358,7 @@ class MultiScaleBackbone(TimmViT):
 
     @classmethod
     def rebuild(cls, recipe: Mapping[str, Any]) -> nn.Module:
-        """Make the model from what ``recipe`` gave."""
+        """Make the model from a result of ``recipe``."""
         try:
             return MultiScaleViT(scales=Scales(**recipe["scales"]), **recipe["arguments"])
         except (TypeError, ValueError, KeyError, RuntimeError, AssertionError) as error:
@@ -371,20 +371,23 @@ def _zero(layer: nn.Module) -> None:
 
 
 def _check_form(model: VisionTransformer) -> None:
-    """Refuse forms of a ViT for which the paper says nothing."""
-    lacks = (
-        (model.cls_token is None, "no class token"),
-        (model.pos_embed is None, "no positions"),
-        (not isinstance(model.norm_pre, nn.Identity), "a norm before the blocks, as in CLIP"),
-        (model.patch_embed.dynamic_img_pad, "padded images"),
+    """Refuse a form of ViT that the paper does not cover."""
+    refused = (
+        (model.cls_token is None, "needs a class token"),
+        (model.pos_embed is None, "needs positions"),
+        (
+            not isinstance(model.norm_pre, nn.Identity),
+            "cannot have a norm before the blocks, as in CLIP",
+        ),
+        (model.patch_embed.dynamic_img_pad, "cannot pad images"),
         (
             model.dynamic_img_size,
-            "images of any size: set_input_size, or foveate.apply, takes them",
+            "cannot take images of any size by itself: use set_input_size or foveate.apply",
         ),
     )
-    for found, what in lacks:
+    for found, why in refused:
         if found:
-            raise ValueError(f"a multi-scale ViT cannot have {what}")
+            raise ValueError(f"a multi-scale ViT {why}")
 
 
 def _constructed(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -394,7 +397,7 @@ def _constructed(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _grown(state: Mapping[str, Tensor], model: MultiScaleViT) -> dict[str, Tensor]:
-    """Return a plain ViT's tensors by the names that they have in a model of two scales."""
+    """Return a plain ViT's tensors under the names that they have in a multi-scale ViT."""
     early, grown = len(model.early), {}
     for key, value in state.items():
         head, _, rest = key.partition(".")
@@ -427,7 +430,7 @@ def _with_early_blocks(spec: BackboneSpec, model: Any) -> BackboneSpec:
     heads_width = spec.heads * spec.head_dim
 
     def add(linear: int, share: float, front: int, attention: bool) -> None:
-        """Count ``share`` of the patches and the tokens in front of them, once through layers."""
+        """Add the cost of layers for ``share`` of the patches and ``front`` prefix tokens."""
         nonlocal image, patch, pair
         image, patch = image + linear * front, patch + linear * share
         if attention:
@@ -461,17 +464,17 @@ def _halved(grid: tuple[int, int]) -> tuple[int, int]:
 
 
 def _low_grid(grid: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
-    """Return the grid of the low scale; ValueError where it cannot be had."""
+    """Return the grid of the low scale; ValueError if the patches cannot be halved."""
     if grid[0] % 2 or grid[1] % 2:
         raise ValueError(
-            f"images of {grid[0]} x {grid[1]} patches have no low scale of half as many: height "
+            f"images of {grid[0]} x {grid[1]} patches cannot be halved for the low scale: height "
             f"must be a multiple of {2 * patch[0]} pixels and width of {2 * patch[1]}"
         )
     return _halved(grid)
 
 
 def _resized(pos: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Resize positions of the low scale, its class token first."""
+    """Resize positions of the low scale; the first one is its class token's."""
     return resample_abs_pos_embed(pos, new_size=list(new), old_size=list(old), num_prefix_tokens=1)
 
 
@@ -494,6 +497,6 @@ def _down(x: Tensor, grid: tuple[int, int], how: str) -> Tensor:
 
 
 def _up(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Repeat each token 2 x 2 times: ``[B, H*W, C]`` to ``[B, 4*H*W, C]``, ``grid`` being H, W."""
+    """Repeat each token of a grid (H, W) 2 x 2 times: ``[B, H*W, C]`` to ``[B, 4*H*W, C]``."""
     cells = x.unflatten(1, grid)[:, :, None, :, None]  # [B, H, 1, W, 1, C]
     return cells.expand(-1, -1, 2, -1, 2, -1).flatten(1, 4)

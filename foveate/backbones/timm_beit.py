@@ -1,7 +1,8 @@
-"""timm ``Beit``: BEiT and the ViTs of SimMIM and ConMIM, with all tokens alone.
+"""Drive timm's ``Beit``, which is BEiT and the ViTs of SimMIM and ConMIM, only with all tokens.
 
-Their blocks add a learned bias for the place of every token relative to every other. Methods that
-drop tokens do not carry it, so none runs on them; pre-training with mask tokens and fine-tuning do.
+Attention in their blocks has a learned bias for the relative position of each pair of tokens.
+Methods that drop tokens do not carry this bias, so no method runs on these models. Pre-training
+with mask tokens and fine-tuning work.
 """
 
 from __future__ import annotations
@@ -49,18 +50,18 @@ class TimmBeit(TimmBackbone):
 
     @property
     def relative(self) -> bool:
-        """Whether attention has a relative position bias, shared by the blocks or their own."""
+        """Whether attention has a relative position bias, which the blocks may share."""
         return self.model.rel_pos_bias is not None or any(
             block.attn.relative_position_bias_table is not None for block in self._blocks
         )
 
     @property
     def fixed_size(self) -> tuple[int, int] | None:
-        """Image size that a relative position bias is for; None without one."""
+        """Image size that the relative position bias is for; None without such a bias."""
         return tuple(self.model.patch_embed.img_size) if self.relative else None
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
-        """Return patch rows and columns; a relative position bias allows the model's own alone."""
+        """Return patch rows and columns; a relative position bias allows only the model's own."""
         grid, size = super().grid_of(images), self.fixed_size
         if size is not None and grid != self._own_grid():
             raise ValueError(
@@ -71,7 +72,7 @@ class TimmBeit(TimmBackbone):
         return grid
 
     def embed(self, images: Tensor, edit: Callable[[Tensor], Tensor] | None = None) -> Embedded:
-        """Make patches, class token, and absolute positions where the model has them.
+        """Make patches, class token, and absolute positions if the model has them.
 
         ``edit`` may change the patches ``[B, H*W, C]`` before they get their positions.
         """
@@ -83,9 +84,9 @@ class TimmBeit(TimmBackbone):
     def through(
         self, x: Tensor, grid: tuple[int, int], visit: Callable[[Tensor], None] | None = None
     ) -> Tensor:
-        """Run all tokens ``[B, 1 + H*W, C]`` block after block; ``visit`` sees what each leaves.
+        """Run all tokens ``[B, 1 + H*W, C]`` through the blocks; ``visit`` gets each result.
 
-        Without a relative position bias any number of tokens will do.
+        Without a relative position bias any number of tokens is allowed.
         """
         rows, columns = self._own_grid()
         if self.relative and (tuple(grid) != (rows, columns) or x.shape[1] != 1 + rows * columns):
@@ -115,9 +116,9 @@ class TimmBeit(TimmBackbone):
 
 
 def expand_position_bias(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """Give every block a copy of the shared table, as timm's ``beit_*`` models have them.
+    """Give every block a copy of the shared table, as in timm's ``beit_*`` models.
 
-    What a block has of its own already is added, as attention would add it.
+    If a block has a table of its own too, the copy is added to it, as attention adds both.
 
     Args:
         state: tensors by timm's names, with ``rel_pos_bias.relative_position_bias_table``.
@@ -134,7 +135,7 @@ def expand_position_bias(state: Mapping[str, Tensor], depth: int) -> dict[str, T
 
 
 def shared_position_bias(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Turn equal tables of all blocks into one that they share, as SimMIM pre-trains it.
+    """Replace the equal tables of all blocks by one that they share, as in SimMIM's pre-training.
 
     Args:
         state: tensors by timm's names, with a table in every block.
@@ -144,7 +145,7 @@ def shared_position_bias(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise ValueError(f"there is no position bias to share: expected {_key(0)}")
     if SHARED_BIAS in state:
         raise ValueError(
-            f"{SHARED_BIAS} is there beside tables of the blocks: expected these alone"
+            f"the state has {SHARED_BIAS} and tables of the blocks: expected only the tables"
         )
     table = tables[_key(0)]
     for key, value in tables.items():

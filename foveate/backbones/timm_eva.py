@@ -1,4 +1,4 @@
-"""timm ``Eva``: EVA-02, DINOv3 and the rotary ViTs. Positions follow their tokens."""
+"""Drive timm's ``Eva``: EVA-02, DINOv3 and the rotary ViTs, whose positions follow their tokens."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class TimmEva(TimmBackbone):
         return Embedded(model.norm_pre(x), grid, self._table(grid))
 
     def _table(self, grid: tuple[int, int]) -> Tensor | None:
-        """Return the sines and cosines of every patch, and a last row that turns nothing."""
+        """Return the sines and cosines of every patch, and a last row that rotates nothing."""
         rope = self.model.rope
         if rope is None:
             return None
@@ -68,7 +68,7 @@ class TimmEva(TimmBackbone):
         still = torch.zeros_like(table[..., :1, :])
         still[..., table.shape[-1] // 2 :] = 1.0
         table = torch.cat([table, still], -2)
-        if table.ndim == 4:  # one table a block and head: [depth, H, P + 1, 2d]
+        if table.ndim == 4:  # one table for each block and head: [depth, H, P + 1, 2d]
             return table.transpose(1, 2)
         return table[:, None]  # [P + 1, 1, 2d]
 

@@ -1,4 +1,4 @@
-"""timm ``VisionTransformer``: ViT, DeiT (distilled too), DeiT-III, DINOv2, CLIP, SigLIP, MAE."""
+"""Drive timm's ``VisionTransformer``: ViT, DeiT, DeiT-III, DINOv2, CLIP, SigLIP and MAE."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from foveate.core import BackboneSpec, Embedded, Heads
 
 __all__ = ["TimmViT", "plain_vit", "set_block_eps", "vit_arguments"]
 
-_BLOCKS = ("blocks", "early")  # ends of the names of what holds blocks
+_BLOCKS = ("blocks", "early")  # how names of modules that hold blocks end
 
 
 class TimmViT(TimmBackbone):
@@ -56,7 +56,7 @@ class TimmViT(TimmBackbone):
         )
 
     def recipe(self) -> dict[str, Any] | None:
-        """Return timm's name for the model, or else what ``plain_vit`` takes to make it."""
+        """Return arguments of ``timm.create_model`` or ``plain_vit``; None if neither suffices."""
         named = super().recipe()
         if named is not None:
             return named
@@ -88,7 +88,7 @@ class TimmViT(TimmBackbone):
     def through(
         self, x: Tensor, grid: tuple[int, int], visit: Callable[[Tensor], None] | None = None
     ) -> Tensor:
-        """Run block after block on any number of tokens; their positions are in them."""
+        """Run any number of tokens through the blocks; ``visit`` gets each block's result."""
         for block in self._blocks:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
@@ -103,7 +103,7 @@ class TimmViT(TimmBackbone):
         return self._blocks[block].norm1(x)
 
     def qkv(self, block: int, y: Tensor, rotary: Tensor | None) -> Heads:
-        """Apply one linear layer for all three, then qk-norm where the model has it."""
+        """Apply one linear layer for all three, then qk-norm if the model has it."""
         attn = self._blocks[block].attn
         q, k, v = attn.qkv(y).view(-1, 3, attn.num_heads, attn.head_dim).unbind(1)
         dropout = attn.attn_drop.p if attn.training else 0.0
@@ -146,13 +146,13 @@ def _check_blocks_plain(model: Any) -> None:
 def plain_vit(
     *, distilled: bool = False, eps: float = 1e-6, block_eps: float | None = None, **arguments: Any
 ) -> VisionTransformer:
-    """Make a timm ViT from plain data alone.
+    """Make a timm ViT from plain data.
 
     Args:
         distilled: add a distillation token and its own head.
         eps: epsilon of the layer norms.
-        block_eps: epsilon of the norms inside the blocks, where it differs.
-        arguments: as timm's ``VisionTransformer`` takes them.
+        block_eps: epsilon of the norms inside the blocks, if it differs.
+        arguments: arguments of timm's ``VisionTransformer``.
     """
     kind = VisionTransformerDistilled if distilled else VisionTransformer
     model = kind(norm_layer=partial(nn.LayerNorm, eps=eps), **arguments)
@@ -168,7 +168,7 @@ def set_block_eps(model: VisionTransformer, eps: float | None) -> None:
 
 
 def vit_arguments(model: Any) -> dict[str, Any]:
-    """Read off a model's layers what ``plain_vit`` takes to make it."""
+    """Read from a model's layers the arguments with which ``plain_vit`` makes it again."""
     block, distilled = model.blocks[0], isinstance(model, VisionTransformerDistilled)
     outer = [module for name, module in model.named_children() if not name.endswith(_BLOCKS)]
     norms = [m for part in outer for m in part.modules() if isinstance(m, nn.LayerNorm)]

@@ -1,4 +1,4 @@
-"""What the configuration of a saved folder says about its model, for the card: counted facts."""
+"""Collect the facts about a model that its saved folder keeps for the card."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _PICTURES = (1, 3)  # channels of images whose preparation is known
 
 
 def about(model: ReducedViT | DenseModel, license: str | None = None) -> dict[str, Any]:
-    """Return the facts of a model that its card names, as JSON has them.
+    """Return the facts about a model that its card states, as plain data for JSON.
 
     Args:
         model: a model from ``apply``, a detector or a segmenter.
-        license: of the model, in the words of the hub, such as "apache-2.0".
+        license: name of the model's licence, as the hub writes it: "apache-2.0".
     """
     dense = isinstance(model, DenseModel)
     reduced = model.reduced if isinstance(model, DenseModel) else model
@@ -74,7 +74,7 @@ def _dense_inputs(model: DenseModel) -> dict[str, Any]:
 
 
 def _counts(model: ReducedViT | DenseModel, reduced: ReducedViT) -> dict[str, Any] | None:
-    """Count the model; None where only images tell how many tokens the method keeps."""
+    """Count the model; None if the number of tokens cannot be known without images."""
     if not (reduced.reducer.fixed_count or has_formula(reduced.reducer)):
         return None
     found = count(model)

@@ -1,7 +1,7 @@
-"""The card of a saved model: its README.md, of nothing but what was counted or measured.
+"""Write the card of a saved model: its README.md, with only what was counted or measured.
 
-A card is written from the other files of its folder alone, so that saving twice writes it twice
-alike. Its last line has a checksum; a card that somebody changed is kept as it is.
+A card is made only from the other files of its folder, so saving twice writes the same card twice.
+Its last line has a checksum. It shows whether somebody changed the card; if so, the card is kept.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ HUB = "hf-hub:OWNER/NAME"  # what a card calls its model until it is on the hub
 _log = logging.getLogger(__name__)
 _SEAL = "<!-- Written by foveate. A card that was changed is kept. Checksum: {} -->\n"
 _SEALED = re.compile(re.escape(_SEAL).replace(r"\{\}", "([0-9a-f]{16})") + r"\Z")
-_SHOWN = 12  # names of classes
-# Metrics that the tasks of foveate measure: the hub's word, ours, and the unit.
+_SHOWN = 12  # names of classes that a card lists
+# Metrics that the tasks of foveate measure: the hub's name, our name and the unit.
 _METRICS = {
     "accuracy": ("accuracy", "top-1 accuracy", " %"),
     "top5": ("accuracy", "top-5 accuracy", " %"),
@@ -50,7 +50,7 @@ _USES = {
     "object-detection": _DENSE_USE,
     "image-segmentation": _DENSE_USE,
 }
-# What would be measured of each.
+# What an evaluation would measure for each task.
 _QUALITIES = {
     "image-classification": "accuracy",
     "image-feature-extraction": "quality of the features",
@@ -60,11 +60,11 @@ _QUALITIES = {
 
 
 def with_facts(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Return a folder's configuration; ValueError if it lacks what a card says of the model."""
+    """Return a folder's configuration; ValueError if it lacks the facts for a card."""
     if "about" not in config:
         raise ValueError(
-            f"{folder} was saved by an earlier foveate, without what a card says: load the model "
-            "and save it again"
+            f"{folder} was saved by an earlier foveate, without the facts for a card: load the "
+            "model and save it again"
         )
     return config
 
@@ -73,8 +73,8 @@ def write_card(folder: Path, config: Mapping[str, Any]) -> None:
     """Write a model's card into its folder, unless there is one that somebody changed.
 
     Args:
-        folder: of the model.
-        config: what the folder's configuration holds.
+        folder: the model's folder.
+        config: the folder's configuration.
     """
     path = folder / CARD
     if path.exists() and not is_generated(path.read_text(encoding="utf-8")):
@@ -97,9 +97,9 @@ def card_text(folder: Path, config: Mapping[str, Any], repository: str | None = 
     """Write the text of a card.
 
     Args:
-        folder: of the model.
-        config: what the folder's configuration holds.
-        repository: OWNER/NAME on the hub; None for a folder that is not there.
+        folder: the model's folder.
+        config: the folder's configuration.
+        repository: OWNER/NAME on the hub; None if the folder is not on the hub.
     """
     about, record = config["about"], read_record(folder) or {}
     name = model_name(folder) if repository is None else repository.partition("/")[2]
@@ -122,7 +122,7 @@ def _checksum(text: str) -> str:
 
 
 def model_name(folder: Path) -> str:
-    """Name the model after its folder; one inside a run after the run."""
+    """Name a model after its folder, or after the run if the folder is inside one."""
     *before, last = folder.resolve().parts
     best = False
     while last in ("model", "best") and before:
@@ -191,7 +191,7 @@ def _use(config: Mapping[str, Any], source: str) -> str:
 
 
 def _facts(config: Mapping[str, Any]) -> str:
-    """Say what goes in, and what the model computes of it."""
+    """Write the table of what goes in and what the model computes."""
     about = config["about"]
     rows = [("input", _input(about["inputs"])), *_counted(about)]
     names = config.get("class_names")
@@ -211,10 +211,10 @@ def _input(inputs: Mapping[str, Any]) -> str:
         short, long = inputs["resized"]
         parts = [f"{channels}, shorter side {short} and longer at most {long} pixels"]
     elif "resized" in inputs:
-        parts = [f"{channels}, any size, which is not changed"]
+        parts = [f"{channels}, any size, not resized"]
     if "crop_pct" in inputs:
         short = int(min(height, width) / inputs["crop_pct"])
-        cut = f" and the middle cut out of {short}" if short > min(height, width) else ""
+        cut = f" to {short}, then cropped to the middle" if short > min(height, width) else ""
         parts.append(f"resized ({inputs['interpolation']}){cut}")
     for key, words in (("mean", "mean {}"), ("std", "standard deviation {}")):
         if key in inputs:
@@ -223,13 +223,13 @@ def _input(inputs: Mapping[str, Any]) -> str:
 
 
 def _counted(about: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return rows of what was counted, and at which size where that is not the input's."""
+    """Return the rows of what was counted; they name the size if the input has no fixed size."""
     counts = about["counts"]
     if counts is None:
         return [("tokens in each block", "depend on the image, so nothing was counted")]
     how = {
         "exact": "the same for every image",
-        "expected": "expected, or at most: every image has its own",
+        "expected": "expected or largest numbers: they differ from image to image",
     }[counts["how"]]
     height, width = about["inputs"]["size"]
     size = f", {height} x {width} pixels" if "resized" in about["inputs"] else ""
@@ -306,8 +306,8 @@ def _commit(one: Mapping[str, Any]) -> str:
 def _made(record: Mapping[str, Any]) -> str:
     if "recipe" not in record:
         return (
-            "## How it was made\n\nSaved with `foveate.save`, outside of a training run: nothing "
-            "is recorded about its training.\n"
+            "## How it was made\n\nIt was saved with `foveate.save`, outside of a training run, so "
+            "nothing is recorded about its training.\n"
         )
     result, recipe = record["result"], record["recipe"]
     data, start = recipe.get("data", {}), recipe.get("model", {}).get("start")
@@ -315,11 +315,11 @@ def _made(record: Mapping[str, Any]) -> str:
     began = f"`{_cell(start)}`" if start else "random weights"
     return (
         "## How it was made\n\n"
-        f"By `foveate {result['job']}`: {result['updates']:,} updates{batch}, {result['epochs']:g} "
-        f"epochs, on {result['images']['train']:,} training images of "
+        f"It was made by `foveate {result['job']}`: {result['updates']:,} updates{batch}, "
+        f"{result['epochs']:g} epochs, on {result['images']['train']:,} training images of "
         f"`{_cell(result['splits']['train']['data'])}`, from {began}. These are the "
         f"{record['weights']} weights of the run. `{RECORD}` has its recipe, data, versions and "
-        "machine, with names of files without their folders.\n"
+        "machine, and names files without their folders.\n"
     )
 
 
@@ -327,8 +327,8 @@ def _limits(about: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     lines = []
     if about["method"]:
         lines.append(
-            "The method computes less for some parts of an image than for others, so that small "
-            "things may be missed. The table above is all that is known of how good the model is."
+            "The method computes less for some parts of an image than for others, so it may miss "
+            "small things. The table above is all that is known about how good the model is."
         )
     if not about["fixed_count"]:
         lines.append("The number of tokens depends on the image, and so do time and multiply-adds.")

@@ -1,4 +1,4 @@
-"""Folders of detectors and segmenters: weights, and all that they are made again from."""
+"""Save and open folders of detectors and segmenters: weights, and all that makes them again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders that ``foveate.save`` writes: the method and, if asked, the backbone's weights."""
+"""Save and open folders of reduced models: the method and, if asked, the backbone's weights."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def save(
 ) -> None:
     """Write a model's method and the method's parameters to a folder: safetensors and JSON.
 
-    Beside them goes a model card, README.md, of what was counted. A card that somebody changed is
+    It also writes a model card, README.md, with what was counted. A card that somebody changed is
     kept, with a warning.
 
     Args:
-        model: a model from ``apply``; or a detector or segmenter, of which everything is written.
+        model: a model from ``apply``; or a detector or segmenter, which is always written whole.
         folder: folder to write, made if it is missing.
         everything: write the backbone's weights too, so that the folder loads without a model.
         license: name of the model's licence for the card, as the hub writes it: "apache-2.0".
@@ -107,9 +107,9 @@ def note_run(
     *,
     weights: str,
 ) -> None:
-    """Add the record of its run to a saved model, and write the card anew.
+    """Add the record of its run to a saved model, and write the card again.
 
-    What is not a folder that ``save`` wrote stays as it is. The arguments are ``write_record``'s.
+    A folder that ``save`` did not write stays as it is. Arguments are those of ``write_record``.
     """
     path = next((folder / name for name in (DENSE, CONFIG) if (folder / name).is_file()), None)
     if path is not None:
@@ -121,7 +121,7 @@ def note_results(folder: Path, results: Path) -> None:
     """Put what ``foveate eval`` measured of a saved model into its record and on its card.
 
     Args:
-        folder: of the model.
+        folder: the model's folder.
         results: the folder that ``foveate eval --out`` wrote.
     """
     kind = DENSE if (folder / DENSE).is_file() else CONFIG

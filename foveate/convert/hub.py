@@ -1,6 +1,6 @@
-"""The Hugging Face hub: models come from it and go to it as folders of safetensors and JSON.
+"""Fetch models from the Hugging Face hub and put them there, as safetensors and JSON.
 
-Both ways only files that a list names are moved: never a pickle, an optimiser's state or a log.
+Only files on a list are moved in either direction: never a pickle, an optimiser's state or a log.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def split_name(name: str) -> tuple[str, str | None]:
     repository, at, revision = name.removeprefix(PREFIX).partition("@")
     if not _REPOSITORY.fullmatch(repository) or (at and not revision):
         raise ValueError(
-            f"a model on the hub is called OWNER/NAME or OWNER/NAME@REVISION: {name!r}"
+            f"a model on the hub is called OWNER/NAME or OWNER/NAME@REVISION, got {name!r}"
         )
     return repository, revision or None
 
@@ -84,18 +84,18 @@ def download(
 ) -> Path:
     """Fetch a model into the hub's cache and return its folder there.
 
-    What kind of model it is, is found out before its weights are fetched.
+    The kind of model is found out before its weights are fetched.
 
     Args:
-        name: OWNER/NAME, with ``hf-hub:`` in front or not, and @REVISION behind or not.
+        name: OWNER/NAME; ``hf-hub:`` in front and @REVISION behind are optional.
         revision: branch, tag or commit; None is the main branch.
-        token: of the hub; None takes the one that is logged in.
-        cache_dir: instead of the hub's own cache.
+        token: access token of the hub; None takes that of the user who is logged in.
+        cache_dir: folder to keep files in, instead of the hub's own cache.
         local_files_only: take only what is in the cache already.
     """
     repository, said = split_name(name)
     if said and revision and said != revision:
-        raise ValueError(f"{name} names the revision {said}, and revision={revision!r} another")
+        raise ValueError(f"{name} names the revision {said}, but revision={revision!r} was given")
 
     def fetch(patterns: Sequence[str], at: str | None) -> Path:
         with _explained(repository, at):
@@ -123,13 +123,13 @@ def download(
             (check_timm_folder if is_timm_folder(folder) else check_folder)(folder)
         except ValueError as error:
             raise ValueError(f"{repository} on the hub cannot be used: {error}") from error
-    # A snapshot's folder is called by its commit, so that both halves are of the same one.
+    # A snapshot's folder has the name of its commit, so both fetches take the same commit.
     return fetch((*_SMALL, *_WEIGHTS[kind]), folder.name)
 
 
 @contextmanager
 def _explained(repository: str, revision: str | None = None) -> Iterator[None]:
-    """Say in one sentence what the hub answers."""
+    """Turn errors of the hub into one sentence."""
     try:
         yield
     except GatedRepoError as error:
@@ -157,9 +157,9 @@ def _explained(repository: str, revision: str | None = None) -> Iterator[None]:
                 "or give a token that may write there"
             ) from error
         raise ValueError(f"the hub refused {repository}: {_first_line(error)}") from error
-    except ValueError as error:  # of what was asked for
+    except ValueError as error:  # the hub's library refused the arguments
         raise ValueError(f"{repository} on the hub: {_first_line(error)}") from error
-    except Exception as error:  # of the network, whose library changed from release to release
+    except Exception as error:  # network errors, whose types changed from release to release
         raise ValueError(f"the hub cannot be reached: {_first_line(error)}") from error
 
 
@@ -172,7 +172,7 @@ def _first_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class _Upload:
-    """How something goes to the hub; ``push_to_hub`` describes the fields."""
+    """Settings of an upload; ``push_to_hub`` describes the fields."""
 
     message: str
     revision: str | None
@@ -195,9 +195,9 @@ def push_to_hub(
 ) -> str:
     """Put a model on the Hugging Face hub, and return the address of the commit.
 
-    The repository is made if it is missing. Weights, configuration, the record of a run and the
-    card are uploaded, nothing else; what an earlier push left of them is replaced. A card on the
-    hub that somebody wrote or changed there is kept, unless the folder's own was changed by hand.
+    The repository is made if it is missing. Only weights, configuration, the record of a run and
+    the card are uploaded; such files of an earlier push are replaced or deleted. A card that
+    somebody wrote or changed on the hub is kept, unless the folder's own was changed by hand.
 
     Args:
         model: a model from ``apply``, a detector or a segmenter, which is saved whole; or the
@@ -206,11 +206,11 @@ def push_to_hub(
         license: name of the model's licence, as the hub writes it: "apache-2.0".
         results: folder that ``foveate eval --out`` wrote; what it measured of this model goes on
             the card and into the record.
-        commit_message: of the commit.
+        commit_message: message of the commit.
         revision: branch, which is made if it is missing; None is the main branch.
         create_pr: open a pull request instead of committing.
         private: make a new repository private; None is the owner's default.
-        token: of the hub; None takes the one that is logged in.
+        token: access token of the hub; None takes that of the user who is logged in.
     """
     upload = _Upload(commit_message, revision, create_pr, private, token)
     repository, at = split_name(repo_id)
@@ -233,7 +233,7 @@ def push_to_hub(
 def shared_files(folder: Path) -> list[Path]:
     """Return the files of a saved folder, or of a run, that a push uploads.
 
-    ValueError where it holds no model that ``foveate.save`` wrote.
+    ValueError if the folder holds no model that ``foveate.save`` wrote.
     """
     folder = run_model(folder)
     if folder.is_file():
@@ -259,7 +259,7 @@ def _push(
     shared_files(folder)
     folder = run_model(folder)
     for weights in _WEIGHTS[_kind(folder)]:
-        read_tensors(folder / weights)  # what is damaged is not shared
+        read_tensors(folder / weights)  # so that no damaged file is uploaded
     if results is not None:
         note_results(folder, Path(results))
     files: dict[str, Path | bytes] = {path.name: path for path in shared_files(folder)}

@@ -143,7 +143,7 @@ def from_pretrained(
         repo_id: OWNER/NAME, or OWNER/NAME@REVISION.
         model: backbone for a folder that holds only the method's own part.
         revision: branch, tag or commit; None is the main branch.
-        token: of the hub; None takes the one that is logged in.
+        token: access token of the hub; None takes that of the user who is logged in.
         cache_dir: folder to keep files in, instead of the hub's own cache.
         local_files_only: take only what is in the cache already.
         settings: further arguments of ``load``, such as ``method``.
@@ -202,7 +202,7 @@ def _from_timm(
 ) -> Loaded:
     if settings.changed():
         raise ValueError(
-            f"{path} is a folder of timm, which says all of its model: leave "
+            f"{path} is a folder of timm, which describes its model completely: leave "
             f"{shorten(settings.changed())} out"
         )
     return Loaded(_with_method(from_timm_folder(path), method, options), "timm")
@@ -270,7 +270,7 @@ def _from_file(
 def _geometry(
     checkpoint: Checkpoint, state: Mapping[str, Tensor], origin: Origin, model: nn.Module | None
 ) -> Geometry:
-    """Return what infers sizes from tensors of this origin, or of the given model."""
+    """Return the object that infers sizes from tensors of this origin, or of the given model."""
     if origin.form != "beit" and not isinstance(model, Beit):
         return Geometry(checkpoint, state)
     # A given model whose blocks share their position bias keeps sharing it, to go on pre-training.

@@ -1,4 +1,4 @@
-"""Open a model by what a user calls it: a file, a folder, a name of timm or on the hub, ..."""
+"""Open a model by a name that a user types: a file, a folder, a name in timm or on the hub."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["check_name", "open_base"]
 
 
 def open_base(name: str, *, untrained: bool = False) -> nn.Module:
-    """Open a model in evaluation mode; one with a method of its own comes with it.
+    """Open a model in evaluation mode; if it was saved with a method, it keeps the method.
 
     Args:
-        name: a checkpoint file, a folder of a run, of foveate, of timm or of Hugging Face, a name
-            of timm, ``hf-hub:OWNER/NAME``, or one of the small models that ship with the package,
+        name: a checkpoint file; a folder that a run, foveate, timm or transformers wrote; a name
+            of timm; ``hf-hub:OWNER/NAME``; or one of the small models that ship with the package,
             such as "demo".
         untrained: take a timm model with random weights instead of fetching its own.
     """
@@ -35,7 +35,7 @@ def open_base(name: str, *, untrained: bool = False) -> nn.Module:
         return timm.create_model(name, pretrained=False).eval()
     try:
         model = timm.create_model(name, pretrained=True).eval()
-    except Exception as error:  # the hub, the network and timm raise many kinds
+    except Exception as error:  # the hub, the network and timm raise errors of many kinds
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise ValueError(
             f"no weights for {name}: {reason}. --untrained runs it with random ones"
@@ -45,7 +45,7 @@ def open_base(name: str, *, untrained: bool = False) -> nn.Module:
 
 
 def check_name(name: str) -> None:
-    """Raise ValueError for a name that timm does not know, with those that are like it."""
+    """Raise ValueError for a name that timm does not know; it suggests similar names."""
     if ":" in name or not timm.is_model(name):
         near = difflib.get_close_matches(
             name, timm.list_models("*vit*") + timm.list_models("*dei*")

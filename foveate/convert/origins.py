@@ -29,7 +29,7 @@ class Origin:
             begin with "reducer." afterwards belong to the method.
         joins: tensors of a block that are concatenated, and the key of the result; None is zeros
             like the first.
-        splits: tensors that are two halves here, and along which dimension.
+        splits: tensors that are cut in halves, the dimension, and the keys of the halves.
         unused: patterns of keys that are left out, and the reason.
         method: the method that such a model runs with.
         options: options of the method for which the release differs from the paper.
@@ -56,7 +56,7 @@ class Origin:
     same_keys: tuple[str, ...] = ()
 
 
-FAMILY = "foveate.family"  # in the metadata of files that were written here
+FAMILY = "foveate.family"  # in the metadata of files that save_plain wrote
 _PLACES = r"^(blocks\.\d+\.attn|rel_pos_bias)\.relative_position_"
 _INDEX = (rf"{_PLACES}index$", "indices of relative positions, which follow from the grid")
 
@@ -135,7 +135,7 @@ _ALL = (
         name="bootmae",
         title="BootMAE, encoder only",
         marks=r"^decode_blocks(_1)?\.",
-        # Keys have no bias there, which changes no attention.
+        # Its attention keys have no bias, so zeros stand for one.
         joins=((("attn.q_bias", None, "attn.v_bias"), "attn.qkv.bias"),),
         unused=(
             (

@@ -1,4 +1,4 @@
-"""What the folders of reduced models and of dense ones have in common."""
+"""Helpers for the folders of reduced models, detectors and segmenters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def version() -> str:
 
 
 def listed(methods: Iterable[Reducer]) -> list[dict[str, Any]]:
-    """Return names and options of methods, as JSON gives them back."""
+    """Return the names and options of methods as plain data for JSON."""
     return [
         {
             "name": one.name,
@@ -36,13 +36,13 @@ def listed(methods: Iterable[Reducer]) -> list[dict[str, Any]]:
 
 
 def made(methods: Sequence[Mapping[str, Any]]) -> Reducer:
-    """Make what ``listed`` wrote: the one method, or the chain of several."""
+    """Make the methods that ``listed`` wrote: one method, or the chain of several."""
     parts = [make(one["name"], one["options"]) for one in methods]
     return parts[0] if len(parts) == 1 else Chain(*parts)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file; ValueError where it is missing or damaged."""
+    """Read a safetensors file; ValueError if it is missing or damaged."""
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     try:

@@ -1,6 +1,6 @@
-"""The record of a saved model: the run that it comes from, and what was measured of it.
+"""Keep the record of a saved model: the run that made it, and what was measured of it.
 
-It is made to be shared, so it names data and files without the folders that they lie in.
+A record is made to be shared, so it names data and files without their folders.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["RECORD", "add_measured", "drop_record", "read_record", "write_record
 
 RECORD = "record.json"
 _FORMAT = 1
-# A folder in front of a name: "/home/anna/" of "folder:/home/anna/photos".
+# The folder in front of a name, such as "/home/anna/" in "folder:/home/anna/photos".
 _FOLDERS = re.compile(r"(?<![\w/\\.~])(?:[A-Za-z]:)?~?[\\/](?:[^\\/:,\s]+[\\/])+(?=[^\\/:,\s])")
 _HUB_NAMES = {"fashion-mnist": "zalando-datasets/fashion_mnist"}
 
@@ -33,10 +33,10 @@ def write_record(
     """Write the record of the run that a saved model comes from.
 
     Args:
-        folder: of the model.
-        recipe: of the run, as plain data.
-        result: of the run, without its scores.
-        scores: what these weights reached on the validation images.
+        folder: the model's folder.
+        recipe: recipe of the run, as plain data.
+        result: result of the run, without its scores.
+        scores: scores of these weights on the validation images.
         weights: "last", or "best" of those that were validated.
     """
     splits = result.get("splits", {})
@@ -63,7 +63,7 @@ def write_record(
 
 
 def add_measured(folder: Path, found: Sequence[Mapping[str, Any]]) -> None:
-    """Put numbers of an evaluation into a model's record, in place of those of a former one."""
+    """Put numbers of an evaluation into a model's record; they replace those of an earlier one."""
     record = read_record(folder) or {"format": _FORMAT, "measured": []}
     named = [{**one, "hub_name": next(iter(_hub_names(one.get("data"))), None)} for one in found]
     _write(folder, {**record, "evaluated": named})
@@ -79,7 +79,7 @@ def drop_record(folder: Path) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """Return the record in a folder, or None where there is none."""
+    """Return the record in a folder, or None if there is none."""
     path = folder / RECORD
     if not path.exists():
         return None

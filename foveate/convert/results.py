@@ -1,4 +1,4 @@
-"""Numbers for a card from the table that ``foveate eval --out`` wrote."""
+"""Read the numbers for a card from the table that ``foveate eval --out`` wrote."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from foveate.files import read_json
 
 __all__ = ["read_results"]
 
-_FORMAT = 2  # of foveate.measure.table
+_FORMAT = 2  # as in foveate.measure.table
 _QUALITY, _SPEED = ("accuracy", "dense"), ("speed", "dense speed")  # parts of the table
 _NAMES = {"top1": "accuracy", "top5": "top5", "box_ap": "box_ap", "mask_ap": "mask_ap"}
 _NAMES |= {"miou": "miou"}
@@ -22,8 +22,8 @@ def read_results(folder: Path, method: str, label: str) -> list[dict[str, Any]]:
     """Return what was measured of one model, each number with what it was measured on.
 
     Args:
-        folder: that ``foveate eval --out`` wrote.
-        method: of the model, as tables name it; "" for none.
+        folder: folder that ``foveate eval --out`` wrote.
+        method: method of the model, as tables name it; "" for none.
         label: name of the model, which tells it from others that were evaluated beside it.
     """
     about = read_json(
@@ -50,7 +50,7 @@ def read_results(folder: Path, method: str, label: str) -> list[dict[str, Any]]:
         )
     run = label if label in runs else runs[0]
     if label.endswith("best") != run.endswith("best"):  # other weights of the same run
-        raise ValueError(f"{folder} has numbers of {run}, not of {label}: evaluate that one")
+        raise ValueError(f"{folder} has numbers of {run}, not of {label}: evaluate {label}")
     mine = [row for row in mine if row["run"] == run]
     return [*_qualities(mine, about["settings"]), *_speeds(mine, about["settings"])]
 

@@ -1,4 +1,4 @@
-"""The small trained models that ship with the package, by the names that commands know."""
+"""Open the small trained models that ship with the package, by the names that commands know."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from foveate.data.demo import demo_vit
 
 __all__ = ["SHIPPED", "open_shipped"]
 
-# What was trained of each: the model, the model with its method at keep 0.7, the method's gates
-# alone on the frozen demo model, or a detector with its method.
+# What was trained: "model" is a plain model, "whole" a model with its method at keep 0.7, "gates"
+# only the method's gates on the frozen demo model, and "detector" a detector with its method.
 SHIPPED = {
     "demo": "model",
     "demo_dynamicvit": "whole",

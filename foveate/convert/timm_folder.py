@@ -1,4 +1,4 @@
-"""Folders of plain timm models, as timm's own ``save_for_hf`` and ``push_to_hf_hub`` write them."""
+"""Load folders of plain models that timm's ``save_for_hf`` or ``push_to_hf_hub`` wrote."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def check_timm_folder(folder: Path) -> None:
 def from_timm_folder(folder: Path) -> nn.Module:
     """Load a model from a folder of ``config.json`` and ``model.safetensors``."""
     check_timm_folder(folder)
-    # Without them timm would look for pickles.
+    # Without this file timm would look for pickles.
     if not (folder / WEIGHTS).is_file():
-        raise ValueError(f"{folder} has no {WEIGHTS}: weights are read from that format alone")
+        raise ValueError(f"{folder} has no {WEIGHTS}: weights are read only in that format")
     try:
         return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    except Exception as error:  # timm and safetensors raise many kinds
+    except Exception as error:  # timm and safetensors raise errors of many kinds
         raise ValueError(
             f"{folder}: the weights cannot be read: {' '.join(str(error).split())}"
         ) from error

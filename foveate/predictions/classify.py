@@ -1,4 +1,4 @@
-"""Predict: labels, confidences and tokens for images, prepared as evaluation prepares them."""
+"""Predict labels and confidences for images, which are prepared as in evaluation."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Prediction:
 
     @property
     def label(self) -> str:
-        """Name of the most confident class."""
+        """Return the name of the most confident class."""
         return self.labels[0]
 
     @property
@@ -151,7 +151,7 @@ def predict(
     strict: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> Predictions:
-    """Classify images: the most likely classes of each, and their confidences.
+    """Classify images: return the most likely classes of each, and their confidences.
 
     Args:
         model: a plain ViT, a model from ``foveate.apply``, or what the command line takes: a
@@ -211,7 +211,7 @@ def picture(model: nn.Module, image: Image.Image, prediction: Prediction) -> Ima
 def opened(
     model: nn.Module | str | os.PathLike[str], device: str
 ) -> tuple[nn.Module, str, str | None]:
-    """Return a model, its name, and the device that it is to be moved to, if it is."""
+    """Return a model, its name, and the device to move it to; None leaves it where it is."""
     if isinstance(model, nn.Module):
         place = None if device == "auto" else machine.device_of(device)
         return model, type(getattr(model, "vit", model)).__name__, place
@@ -238,7 +238,7 @@ def named_images(
 
 
 class _Classifier:
-    """A model, how its images are prepared, and what its classes are called."""
+    """Holds a model, the preparation of its images and the names of its classes."""
 
     def __init__(self, model: nn.Module) -> None:
         if isinstance(model, DenseModel):

@@ -36,10 +36,10 @@ class DensePrediction:
     Attributes:
         image: path of the image, or "image N" for a PIL image.
         size: height and width in pixels.
-        classes: number of each object; of a segmenter the numbers that occur, the largest area
-            first.
-        scores: confidence of each object; of a segmenter the share of the pixels.
-        objects: COCO's entries of the objects; empty for a segmenter.
+        classes: class number of each object; for a segmenter the classes that occur, the one with
+            the largest area first.
+        scores: confidence of each object; for a segmenter each class's share of the pixels.
+        objects: the objects as entries of COCO's format; empty for a segmenter.
         usage: share of the patches that the blocks worked on; None without a method.
     """
 
@@ -74,9 +74,9 @@ class DensePredictions(Sequence[DensePrediction]):
         return self.records[index]
 
     def coco(self, path: str | os.PathLike[str]) -> None:
-        """Write images, categories and found objects as COCO has them, ids from 1 on.
+        """Write images, categories and found objects in COCO's format, with ids from 1.
 
-        Boxes are left, top, width and height in pixels; masks are run lengths.
+        Boxes are left, top, width and height in pixels; masks are run-length encoded.
         """
         objects = [one for record in self.records for one in record.objects]
         content = {
@@ -106,7 +106,7 @@ def predict_dense(
     strict: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> DensePredictions:
-    """Find objects, or a class for each pixel.
+    """Find the objects in images, or a class for each of their pixels.
 
     Args:
         model: a detector or a segmenter, or the file or folder of one.
@@ -114,7 +114,7 @@ def predict_dense(
         pictures: folder for one picture of each image: what was found, and for a model with a
             method how many blocks worked on each patch.
         maps: folder for one label map of each image as PNG, from a segmenter.
-        least: least score of an object that is drawn.
+        least: lowest score of an object that is drawn.
         batch: number of images in a forward pass.
         device: "cpu" or "cuda". "auto" leaves a given model where it is, and opens others on a GPU
             if there is one.

@@ -1,8 +1,8 @@
-"""Pictures of what a method does to an image, drawn from the trace, for every method.
+"""Draw what any method does to an image, from its trace.
 
 ``draw``, ``heat`` and ``sheet`` take models and images. ``kept``, ``groups``, ``depth`` and
-``brought_back`` take an existing trace and draw one of its images. ``usage`` looks at a data set
-with objects, and ``usage_figure`` draws what it found. ``Walk`` has a picture for each block.
+``brought_back`` take an existing trace and draw one of its images. ``usage`` measures a data
+set with objects, and ``usage_figure`` draws the result. ``Walk`` has a picture for each block.
 """
 
 from foveate.viz.answers import answers

@@ -35,8 +35,8 @@ def answers(
         image: path, PIL image or uint8 pixels.
         labels: the answers, the most confident one first.
         confidences: their confidences, 0 to 1.
-        title: lines above, the first in bold.
-        trace: a result of ``ReducedViT.trace``; None is for a model without a method.
+        title: lines above the picture, the first in bold.
+        trace: a result of ``ReducedViT.trace``; None if the model has no method.
         index: number of the image in the trace.
         box: part of the image that the model saw, in pixels; None is the whole image.
     """

@@ -1,4 +1,4 @@
-"""Captions: the method and its rate, the tokens of every block, and multiply-adds."""
+"""Write captions: the method and its rate, the tokens of every block, and multiply-adds."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def caption(model: Model, trace: Trace, index: int = 0) -> list[str]:
 def image_cost(model: Model, trace: Trace, index: int = 0) -> tuple[float, float]:
     """Return the multiply-adds of one image of a trace, with and without the method.
 
-    Of a dense model they are those of the ViT inside.
+    For a dense model, only those of the ViT inside are counted.
     """
     dense = isinstance(model, Hosting)
     reduced = model.reduced if isinstance(model, Hosting) else model
@@ -48,7 +48,7 @@ def image_cost(model: Model, trace: Trace, index: int = 0) -> tuple[float, float
     if dense:
         prefix = trace.blocks[0].attention.prefix
         spec = replace(spec, prefix=prefix, head_cost=0, pool_cost=0)
-    # Without a formula for the method's own products, they are left out.
+    # The method's own products are counted only if there is a formula for them.
     own = has_formula(reducer)
     now = cost(spec, reducer, grid, _plan(trace, index), own=own)
     return now.total, cost(spec, None, grid).total

@@ -1,4 +1,4 @@
-"""How charts look: one set of colours for lines, and one kind of axes."""
+"""Give all charts one look: one set of colours for lines, and one kind of axes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["COLOURS", "QUIET", "line_look", "new_figure"]
 
-# Yellow is too light for a line on white; markers and dashes say the same again.
+# Yellow is too light for a line on white. Markers and dashes tell lines apart as well.
 COLOURS = [f"#{r:02X}{g:02X}{b:02X}" for r, g, b in (OKABE_ITO[i] for i in (4, 5, 2, 6, 0, 1))]
 QUIET = "#666666"
 _MARKERS = "osv^DPX"
@@ -19,7 +19,7 @@ _DASHES = ("-", "--", ":")
 
 
 def line_look(number: int) -> dict[str, Any]:
-    """Return colour, marker and dashes of a line, by its number."""
+    """Return the colour, marker and dashes of the line with this number."""
     colours = len(COLOURS)
     return {
         "color": COLOURS[number % colours],

@@ -1,4 +1,4 @@
-"""Colours and colour scales that people with any kind of colour vision can tell apart."""
+"""Choose colours that people with any kind of colour vision can tell apart."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def group_colours(groups: int) -> np.ndarray:
 
 
 def _scale(values: np.ndarray) -> np.ndarray:
-    """Map numbers from 0 to 1 to float RGB, from dark blue to yellow, even in lightness."""
+    """Map numbers from 0 to 1 to float RGB, from dark blue to yellow in even steps of lightness."""
     return 255 * _colours()[np.round(255 * np.clip(values, 0, 1)).astype(int)]
 
 

@@ -19,9 +19,11 @@ from foveate.viz.grid import Box
 
 __all__ = ["covered", "trace_dense", "trace_pixels"]
 
+_PLACES = 16  # on each side of a patch, where ``covered`` looks for objects
+
 
 def trace_dense(model: Hosting, picture: Image.Image) -> tuple[Trace, Box]:
-    """Trace one image; return the part of it that its patches cover too, in its pixels."""
+    """Trace one image; return the trace and the box that its patches cover, in pixels."""
     grey = model.reduced.backbone.channels == 1
     trace, (height, width) = trace_pixels(
         model, pil_to_tensor(picture.convert("L") if grey else picture)
@@ -31,15 +33,15 @@ def trace_dense(model: Hosting, picture: Image.Image) -> tuple[Trace, Box]:
 
 @torch.no_grad()
 def trace_pixels(model: Hosting, image: Tensor) -> tuple[Trace, tuple[float, float]]:
-    """Trace one image of uint8 ``[channels, H, W]`` as the model prepares it.
+    """Prepare one image, uint8 ``[channels, H, W]``, as the model does, and trace it.
 
     Returns:
-        The trace, and height and width of what its patches cover, in pixels of the image: a little
-        more than the image where the patch does not divide its size.
+        The trace, and the height and width that its patches cover, in pixels of the image. They are
+        a little larger than the image if the patch does not divide its size.
     """
     like = next(model.parameters())
     pixels = image.to(like.device).to(like.dtype) / 255
-    # Backbones take images that are normed already; detectors and segmenters do it themselves.
+    # A dense backbone takes normalised images; detectors and segmenters normalise them.
     batch = model.prepared([pixels])
     if not isinstance(batch, ImageList):
         batch = Preparation(model.trunk, None).eval()([pixels])[0]
@@ -60,15 +62,15 @@ def covered(
     cover: tuple[float, float],
     least: float = 0.5,
 ) -> Tensor:
-    """Mark the patches of which objects cover a good part, ``[rows * columns]`` bool.
+    """Mark the patches that objects cover well enough, ``[rows * columns]`` bool.
 
     Args:
-        targets: "masks" ``[N, H, W]``, or without them "boxes" ``[N, 4]`` (left, top, right and
-            bottom), in pixels of the image.
+        targets: "masks" ``[N, H, W]``, or else "boxes" ``[N, 4]`` (left, top, right and bottom), in
+            pixels of the image.
         size: height and width of the image.
         grid: patch rows and columns.
-        cover: height and width of what the patches cover, in pixels of the image.
-        least: share of a patch that objects must cover, of the part that lies in the image.
+        cover: height and width that the patches cover, in pixels of the image.
+        least: share of a patch's part inside the image that objects must cover.
     """
     if "masks" in targets:
         union = targets["masks"].as_subclass(Tensor).bool().any(0).float()
@@ -78,9 +80,9 @@ def covered(
             union[max(0, top) : bottom, max(0, left) : right] = 1.0
     else:
         raise ValueError(
-            f"foreground needs boxes or masks, and the sample has {', '.join(sorted(targets))}"
+            f"foreground needs boxes or masks, but the sample has {', '.join(sorted(targets))}"
         )
-    # Sixteen places a patch and side; those beyond the image do not count.
+    # Look at 16 x 16 places in each patch; those outside the image do not count.
     fine = [cells * _PLACES for cells in grid]
     places = [
         ((torch.arange(n) + 0.5) * (reach / n)).long() for n, reach in zip(fine, cover, strict=True)
@@ -91,6 +93,3 @@ def covered(
     found = union[rows][:, columns] * inside
     share = F.avg_pool2d(torch.stack([found, inside])[:, None], _PLACES)[:, 0]
     return (share[0] >= least * share[1].clamp_min(1e-9)).flatten()
-
-
-_PLACES = 16

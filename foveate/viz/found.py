@@ -40,9 +40,9 @@ def found_objects(
         image: path, PIL image or uint8 pixels.
         answer: a detector's answer: boxes, labels, scores and perhaps masks, in the image's pixels.
         class_names: names of the classes.
-        least: least score of what is drawn.
-        title: lines above, the first in bold.
-        trace: a trace of the image; None is for a model without a method.
+        least: lowest score that is drawn.
+        title: lines above the picture, the first in bold.
+        trace: a trace of the image; None if the model has no method.
         box: part of the image that the patches of the trace cover; None is the whole image.
     """
     picture, factor = _drawable(as_image(image))
@@ -65,7 +65,7 @@ def found_objects(
     drawn = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     if labels:
         _name(drawn, boxes.tolist(), words, colours)
-    said = f"{len(labels)} of {len(shown)} objects, from {100 * least:.0f} % on"
+    said = f"{len(labels)} of {len(shown)} objects, score at least {100 * least:.0f} %"
     cells, bar = _with_usage([Cell(drawn, [said])], picture, factor, trace, box)
     return page(cells, title, bar=bar, columns=len(cells))
 
@@ -82,7 +82,7 @@ def _name(
     font = ImageFont.truetype(str(file), 13)
     for (left, top, _, _), text, colour in zip(boxes, words, colours, strict=True):
         wide, high = draw.textlength(text, font) + 6, 17
-        # Above the box, or inside it where the image ends.
+        # The name stands above the box, or inside it if there is no room above.
         x = max(0.0, min(left - 1, drawn.width - wide))
         y = top - high if top >= high else top
         draw.rectangle((x, y, x + wide, y + high), fill=colour)
@@ -105,8 +105,8 @@ def found_pixels(
         image: path, PIL image or uint8 pixels.
         answer: class of each pixel, ``[h, w]``.
         class_names: names of the classes.
-        title: lines above, the first in bold.
-        trace: a trace of the image; None is for a model without a method.
+        title: lines above the picture, the first in bold.
+        trace: a trace of the image; None if the model has no method.
         box: part of the image that the patches of the trace cover; None is the whole image.
     """
     picture, factor = _drawable(as_image(image))
@@ -127,7 +127,7 @@ def found_pixels(
 
 
 def _drawable(image: Image.Image) -> tuple[Image.Image, tuple[float, float]]:
-    """Resize an image to a panel; return the factors of its width and height too."""
+    """Resize an image to a panel; return it, and the factors of its width and height."""
     longest = max(image.size)
     size = (
         max(1, round(image.width * _LONGEST / longest)),

@@ -96,7 +96,7 @@ class Panel:
 
 
 def shrunk(image: Image.Image, longest: int, box: Box | None) -> tuple[Image.Image, Box | None]:
-    """Return an image whose longer side has at most so many pixels, and the box within it."""
+    """Shrink an image to at most ``longest`` pixels on its longer side, and the box with it."""
     picture = image.copy()
     picture.thumbnail((longest, longest), Image.Resampling.LANCZOS, reducing_gap=3.0)
     if box is not None:
@@ -129,10 +129,10 @@ def panel(
 
 
 def laid(trace: Trace, index: int, image: Image.Image, box: Box | None, panels: int) -> Panel:
-    """Lay a trace's grid over one of its images, of which padding may surround the others.
+    """Lay a trace's grid over one of its images; padding lies outside the picture.
 
-    Arguments are those of ``panel``; ``box`` is the part that the image's own patches cover. Where
-    the last ones reach beyond the image, so does the box.
+    Arguments are those of ``panel``, but ``box`` is the part that the image's own patches cover. It
+    reaches beyond the image if its last patches do.
     """
     check_index(trace, index)
     full = (0.0, 0.0, float(image.width), float(image.height))

@@ -18,7 +18,7 @@ _PAPER, _INK, _QUIET = (255, 255, 255), (20, 20, 20), (90, 90, 90)
 _BAR, _TRACK = (168, 208, 236), (242, 244, 246)  # light enough for words to stand on them
 _WIDEST = 7  # panels in a row
 _MOST_PIXELS = 178_000_000  # Pillow refuses to open larger files
-_TALL = 1.6  # least ratio of width to height of panels in several rows
+_TALL = 1.6  # least ratio of width to height of a page with several rows
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def page(
 def chart(
     labels: Sequence[str], values: Sequence[float], size: tuple[int, int], width: int
 ) -> Image.Image:
-    """Draw shares of a whole as horizontal bars, with their words and per cents on them.
+    """Draw shares of a whole as horizontal bars, with labels and percentages on them.
 
     Args:
         labels: what each bar stands for.

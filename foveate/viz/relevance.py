@@ -1,4 +1,4 @@
-"""Maps of where a base model looks: class attention, attention rollout, and relevance.
+"""Map where a base model looks: class attention, attention rollout, and relevance.
 
 * attention: the class token's attention in one block, mean over heads;
 * rollout: Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020: the product
@@ -7,8 +7,9 @@
   Encoder-Decoder Transformers", ICCV 2021: R = I, then in every block R += A' R, A' the mean over
   heads of the positive part of A times the gradient of a class's logit with respect to A.
 
-Each gives one number for each pair of tokens, and the class token's row is the map. Without a
-class token, or if the head reads patch tokens, the map is the mean over the rows that are read.
+Each gives one number for each pair of tokens, and the class token's row is the map. Without a class
+token, attention takes the mean over all rows. Rollout and relevance take the mean over the patches'
+rows if there is no class token or the head reads patch tokens.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def heat_map(
     block: int = -1,
     target: int | None = None,
 ) -> Tensor:
-    """Compute how much each patch counts for a base model, ``[B, rows, columns]`` float32.
+    """Compute how much each patch matters to a base model, ``[B, rows, columns]`` float32.
 
     Args:
         model: a plain ViT, or a model from ``foveate.apply``, whose base model is used.
@@ -65,19 +66,19 @@ def heat_map(
 
 
 def _readers(backbone: Backbone, how: str) -> int:
-    """Return the first token whose row counts: the first for attention, else the first patch."""
+    """Return the first row of the mean: the first token's for attention, else the first patch's."""
     return 0 if how == "attention" else backbone.spec.prefix
 
 
 class _Mapped(ReducedViT):
-    """Drives all tokens and keeps the attention maps ``[B, H, N, N]`` of all blocks, un-fused."""
+    """Drives all tokens with un-fused attention and keeps all its maps ``[B, H, N, N]``."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(backbone, dense(backbone).reducer)
         self.maps: list[Tensor] = []
 
     def attend(self, block: int, heads: Heads, state: TokenState) -> Tensor:
-        """Attend by two products, whose softmax is kept."""
+        """Compute attention by two products and keep the softmax between them."""
         q, k, v = (
             t.view(state.batch, -1, *t.shape[1:]).transpose(1, 2)
             for t in (heads.q, heads.k, heads.v)
@@ -90,7 +91,7 @@ class _Mapped(ReducedViT):
 def _maps(
     backbone: Backbone, images: Tensor, with_gradient: bool
 ) -> tuple[list[Tensor], TokenState, Tensor]:
-    """Return the attention maps of all blocks and the model's logits."""
+    """Return the attention maps of all blocks, the final tokens and the model's logits."""
     if backbone.needs_every_token:
         raise backbone.undrivable()
     model = _Mapped(backbone)

@@ -20,7 +20,7 @@ from foveate.dense import Hosting
 from foveate.viz.captions import Model, giga, image_cost
 from foveate.viz.colours import EXTRA
 from foveate.viz.dense import trace_dense
-from foveate.viz.grid import Box, Panel, as_image, laid, panel, seen
+from foveate.viz.grid import Box, Panel, as_image, laid, panel, seen, shrunk
 from foveate.viz.layout import Bar, Cell, page
 from foveate.viz.relevance import HEATS, heat_map
 from foveate.viz.steps import Step, steps
@@ -60,8 +60,8 @@ def draw(
         model: a model from ``foveate.apply``: a ViT, or a dense backbone, detector or segmenter.
         image: path, PIL image or uint8 pixels.
         kind: "kept", "groups", "depth" or "brought-back".
-        preprocessing: how to prepare the image for a ViT; None does what the model expects, which
-            is all that a dense model takes.
+        preprocessing: how to prepare the image for a ViT; None does what the model expects. A
+            dense model takes only None.
     """
     check_choice("kind", kind, KINDS)
     picture = as_image(image)
@@ -83,8 +83,8 @@ def heat(
     Args:
         model: a plain ViT, or a reduced model, whose base model is used.
         image: path, PIL image or uint8 pixels.
-        how: "attention", "rollout", "relevance", or several of them. None draws all, but no
-            relevance for models without a head.
+        how: "attention", "rollout", "relevance", or several of them. None draws all, but leaves
+            relevance out if the model has no head.
         block: the block whose attention is shown.
         target: the class that relevance explains; None is the model's prediction.
         preprocessing: how to prepare the image; None does what the model expects.
@@ -125,13 +125,13 @@ def sheet(
     kind: str = "tokens",
     preprocessing: Preprocessing | None = None,
 ) -> Image.Image:
-    """Set methods side by side: a column for each model, a row for each image.
+    """Set methods side by side, with a column for each model and a row for each image.
 
     Args:
         models: reduced models, as ``draw`` takes them; names in a mapping replace the methods as
             heads of columns.
         images: paths, PIL images or uint8 pixels; names in a mapping become names of rows.
-            ``ImageFiles`` are read one after another.
+            ``ImageFiles`` are read one at a time.
         kind: "tokens" draws the patches that the last block works on: dropped ones are dimmed,
             merged ones have their group's colour. "depth" draws how many blocks worked on each.
         preprocessing: how to prepare images; None does what each model expects.
@@ -143,7 +143,7 @@ def sheet(
     extra, depths = False, set()
     for name, image in rows:
         whole = as_image(image)
-        picture = _thumbnail(whole)
+        picture, _ = shrunk(whole, _THUMB, None)
         for column, (_, model) in enumerate(columns):
             # Dense models see images at their own resolution, which a thumbnail has lost.
             given = whole if isinstance(model, Hosting) else picture
@@ -191,16 +191,10 @@ def _named(given: Any) -> Iterator[tuple[str, Any]]:
             yield Path(value).name if is_path else "", value
 
 
-def _thumbnail(picture: Image.Image) -> Image.Image:
-    small = picture.copy()
-    small.thumbnail((_THUMB, _THUMB), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    return small
-
-
 def _run(
     model: Model, picture: Image.Image, preprocessing: Preprocessing | None
 ) -> tuple[Trace, Box]:
-    """Trace one image with the model in evaluation mode; say what its patches cover."""
+    """Trace one image with the model in evaluation mode; return what its patches cover too."""
     if isinstance(model, Hosting):
         if preprocessing is not None:
             raise ValueError("a dense model prepares its images itself: leave preprocessing out")

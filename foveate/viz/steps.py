@@ -129,7 +129,7 @@ def _carries_none(state: TokenState, index: int) -> np.ndarray:
     """Return which tokens are not prefix tokens and never carried a patch, ``[N]`` bool."""
     length = state.layout.lengths[index]
     if state.parked is not None:
-        # Prefix tokens may be parked too, so positions do not tell them; their origin does.
+        # Prefix tokens may be parked too, so look each token up in the state before parking.
         begin = sum(state.layout.lengths[:index])
         rows = state.parked.rows[begin : begin + length].cpu().numpy()
         waiting = state.parked.state

@@ -1,7 +1,7 @@
-"""Which patches each block uses over a data set: inside objects against outside, and where.
+"""Measure which patches each block uses over a data set: inside and outside objects, and where.
 
-The figures are 5a, 6 and the statistics beside 11 of Liu et al., "Revisiting Token Pruning for
-Object Detection and Instance Segmentation", WACV 2024.
+The charts follow figures 5a and 6, and the statistics beside figure 11, of Liu et al., "Revisiting
+Token Pruning for Object Detection and Instance Segmentation", WACV 2024.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ _INSIDE, _OUTSIDE, _BACK = COLOURS[1], COLOURS[0], COLOURS[5]
 class Usage:
     """Shares of the patches that each block uses, over the patches of all images.
 
-    Padding belongs to neither side. Shares of nothing are NaN.
+    Padding does not count. A share of no patches is NaN.
 
     Attributes:
         images: number of images.
-        foreground: share of the patches that lie inside objects; NaN where nobody said which do.
-        whole, inside, outside: share that is used, of all patches and of those inside and outside
-            objects, ``[blocks]``.
+        foreground: share of the patches that lie inside objects; NaN if objects were not given.
+        whole, inside, outside: used share of all patches, and of those inside and outside objects,
+            ``[blocks]``.
         reactivation: of the patches that a block leaves out, the share that a later block uses,
             ``[blocks]``.
-        heat: number of blocks that use a place, a mean over images; each image is resized to this
-            grid, ``[H, W]``.
+        heat: mean number of blocks that use a place, ``[H, W]``; each image is resized to this
+            grid.
     """
 
     images: int
@@ -63,21 +63,21 @@ class UsageSums:
     """
 
     def __init__(self, grid: tuple[int, int] | None = None) -> None:
-        """Begin with nothing; ``grid`` is that of the heat map, by default the first image's."""
+        """Begin with no images; ``grid`` is the heat map's grid, by default the first image's."""
         self.images, self.grid = 0, grid
         self._sums: dict[str, Tensor] = {}
 
     def add(self, trace: Trace, inside: Tensor | None = None) -> None:
-        """Take one batch in.
+        """Add one batch.
 
         Args:
-            trace: of images of any sizes.
+            trace: a trace of images of any sizes.
             inside: patches of the trace's grid that lie inside objects, ``[B, H*W]`` bool.
         """
         used, own, back = trace.used(), trace.own(), trace.brought_back()
         if inside is not None and inside.shape != own.shape:
             raise ValueError(
-                f"inside must be {list(own.shape)}, a flag for every patch of the trace, got "
+                f"inside must have shape {list(own.shape)}, as the patches of the trace, got "
                 f"{list(inside.shape)}"
             )
         places = {"whole": own}
@@ -101,9 +101,9 @@ class UsageSums:
         self._sums[name] = self._sums[name] + values if name in self._sums else values
 
     def result(self) -> Usage:
-        """Return what was gathered; ValueError where nothing was."""
+        """Return the shares over all batches; ValueError if none was added."""
         if not self.images:
-            raise ValueError("no image was looked at, so there is nothing to say of its patches")
+            raise ValueError("no image was added, so there is no usage to return")
         sums = self._sums
         none = torch.full_like(sums["whole used"], torch.nan)
         shares = {
@@ -115,7 +115,7 @@ class UsageSums:
             images=self.images,
             foreground=float(inside / sums["whole"]),
             **{name: values.numpy() for name, values in shares.items()},
-            reactivation=(sums["back"] / sums["out"]).numpy(),  # nothing over nothing is NaN
+            reactivation=(sums["back"] / sums["out"]).numpy(),  # 0 / 0 is NaN
             heat=(sums["heat"] / self.images).numpy(),
         )
 
@@ -123,13 +123,13 @@ class UsageSums:
 def usage(
     model: Hosting, source: Source, *, images: int | None = None, least: float = 0.5
 ) -> Usage:
-    """Look which patches a dense model uses on the images of a data set.
+    """Measure which patches a dense model uses on the images of a data set.
 
     Args:
         model: a dense backbone, detector or segmenter with a method on its ViT.
         source: images with boxes or masks of objects, as ``foveate.data.open_source`` gives them.
-        images: look at so many, from the first on; None is all.
-        least: share of a patch that objects must cover for it to lie inside.
+        images: number of images to use, from the first on; None uses all.
+        least: share of a patch that objects must cover for it to count as inside.
     """
     if not isinstance(model, Hosting):
         raise ValueError(
@@ -149,11 +149,11 @@ def usage(
 
 
 def usage_figure(found: Usage, title: str = "") -> Figure:
-    """Draw usage by block inside and outside objects, what is brought back, and where.
+    """Draw each block's usage inside and outside objects, what is brought back, and where.
 
     Args:
-        found: from ``usage``.
-        title: words above, such as the method and the data set.
+        found: a result of ``usage``.
+        title: words above the charts, such as the method and the data set.
     """
     figure, ((left, middle, right),) = new_figure(12.0, 3.5, 1, 3)
     blocks = np.arange(len(found.whole))

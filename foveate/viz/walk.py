@@ -1,4 +1,4 @@
-"""One image's way through a model, a picture for each block: kept, merged, waiting, left out."""
+"""Draw one image's patches block by block: kept, merged, waiting for a later block or left out."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["Walk"]
 
 @dataclass(frozen=True)
 class Walk:
-    """What became of an image's patches, block by block. Pictures are drawn when asked for.
+    """The patches of an image, block by block. Pictures are drawn only when asked for.
 
     Attributes:
         base: the image as it is drawn, with its patches.
@@ -80,8 +80,8 @@ class Walk:
         return ", ".join(said)
 
     def legend(self) -> list[Key]:
-        """Explain the colours that occur."""
-        there = {
+        """Return the legend's entries for the colours that occur."""
+        occurs = {
             LEFT_OUT: any(
                 bool((step.left_out & ~waits).any())
                 for step, waits in zip(self.found, self.waits, strict=True)
@@ -90,4 +90,4 @@ class Walk:
             WAITS: any(waits.any() for waits in self.waits),
             SUMS_UP: any(step.extra for step in self.found),
         }
-        return [key for key, seen in there.items() if seen]
+        return [key for key, found in occurs.items() if found]

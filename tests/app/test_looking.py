@@ -118,6 +118,9 @@ def test_a_model_with_its_own_method(photo: Image.Image) -> None:
     found = look(model, photo, amount="0.5", rounds=0)
     assert [one.name for one in found.variants] == ["dense", "dynamicvit(keep=0.5)"]
     assert found.variants[1].trained
+    same = look(model, photo, amount="0.7", rounds=0)  # the rate that it has already
+    assert [one.name for one in same.variants] == ["dense", "dynamicvit(keep=0.7)"]
+    assert same.steps > 0
 
 
 def test_a_model_without_classes(photo: Image.Image) -> None:
@@ -161,7 +164,7 @@ WRONG: dict[str, tuple[Callable[[Image.Image], object], str]] = {
         lambda p: look(open_shipped("demo"), p, ["evit"], rounds=1000),
         r"timed rounds must lie in 0..100, got 1000",
     ),
-    "detector": (lambda p: look(open_shipped("demo_detector"), p), "goes into the tab Detection"),
+    "detector": (lambda p: look(open_shipped("demo_detector"), p), "in the tab Detection"),
     "second method": (
         lambda p: find(open_shipped("demo_detector"), p, "evit"),
         "has its own method svit",
@@ -232,7 +235,7 @@ def test_uploads_that_are_refused(tmp_path: Path) -> None:
     for path, words in (
         (empty, "empty.png: not an image"),
         (text, "text.jpg: not an image"),
-        (large, "large.png has 2.0 MB; at most 1 are taken"),
+        (large, "large.png has 2.0 MB; at most 1 MB are allowed"),
         (bomb(tmp_path / "bomb.png"), "bomb.png: more than 178 million pixels"),
         (tmp_path / "gone.png", "gone.png does not exist"),
     ):
@@ -268,7 +271,7 @@ def test_only_the_given_folders_are_opened(folder: Path) -> None:
         places.inside("evit")
     with pytest.raises(ValueError, match="choose a folder"):
         places.inside(" ")
-    with pytest.raises(ValueError, match="takes folders, and /gone is not one"):
+    with pytest.raises(ValueError, match="takes folders, but /gone is not one"):
         Places(["/gone"])
 
 

@@ -96,7 +96,7 @@ def test_errors_are_sentences(caplog: pytest.LogCaptureFixture) -> None:
     assert error.value.message == "keep must lie in (0, 1], got &lt;2&gt;" and not caplog.records
     with pytest.raises(gradio.Error) as error:
         said(unforeseen)()
-    assert error.value.message == "KeyError: the terminal that runs foveate app says more"
+    assert error.value.message == "KeyError: see the terminal that runs foveate app"
     assert "a fault of ours" in str(caplog.records[0].exc_info)
 
 

@@ -532,12 +532,12 @@ def test_saved_folders_name_no_other_code(tmp_path: Path) -> None:
         ("ViTMAEModel", "not a plain ViT"),
         ("ViTMSNModel", "not a plain ViT"),
         ("DINOv3ViTModel", "not a plain ViT"),
-        ("ViTForMaskedImageModeling", "a form that is none of ViTModel"),
-        ("DeiTForMaskedImageModeling", "a form that is none of ViTModel"),
-        ("Dinov2Backbone", "a form that is none of Dinov2Model"),
-        ("CLIPModel", "a form that is none of CLIPVisionModel"),
-        ("CLIPTextModel", "a form that is none of CLIPVisionModel"),
-        ("SiglipModel", "a form that is none of SiglipVisionModel"),
+        ("ViTForMaskedImageModeling", "a form other than ViTModel"),
+        ("DeiTForMaskedImageModeling", "a form other than ViTModel"),
+        ("Dinov2Backbone", "a form other than Dinov2Model"),
+        ("CLIPModel", "a form other than CLIPVisionModel"),
+        ("CLIPTextModel", "a form other than CLIPVisionModel"),
+        ("SiglipModel", "a form other than SiglipVisionModel"),
     ],
 )
 def test_other_models(name: str, words: str) -> None:

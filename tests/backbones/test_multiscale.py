@@ -231,7 +231,7 @@ def test_a_file_of_the_plain_model_opens_again(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"two scales and no metadata foveate\.scales"):
         foveate.load(bare, num_heads=3)
     close(logits(foveate.load(bare, two_scales(shared="blocks")), images()), again_high(model))
-    with pytest.raises(ValueError, match="have no low scale of half as many"):
+    with pytest.raises(ValueError, match="cannot be halved for the low scale"):
         foveate.load(path, image_size=56)
 
 
@@ -245,10 +245,10 @@ def again_high(model: MultiScaleViT) -> Tensor:
 @pytest.mark.parametrize(
     "made, words",
     [
-        (lambda: vit(MultiScaleViT, img_size=40), "images of 5 x 5 patches have no low scale"),
-        (lambda: multiscale(vit(img_size=(48, 56))), "images of 6 x 7 patches have no low scale"),
+        (lambda: vit(MultiScaleViT, img_size=40), "images of 5 x 5 patches cannot be halved"),
+        (lambda: multiscale(vit(img_size=(48, 56))), "images of 6 x 7 patches cannot be halved"),
         (lambda: foveate.apply(two_scales(), "evit")(images(1, (48, 40))), "multiple of 16 pixels"),
-        (lambda: two_scales().set_input_size(img_size=(48, 40)), "of 6 x 5 patches have no low"),
+        (lambda: two_scales().set_input_size(img_size=(48, 40)), "of 6 x 5 patches cannot be"),
         (lambda: two_scales().set_input_size(patch_size=(4, 4)), "keeps its patch size"),
         (lambda: two_scales(early=6), r"early must be a number of blocks in 1\.\.5"),
         (lambda: two_scales(early=0), r"early must be a number of blocks in 1\.\.5"),
@@ -256,7 +256,7 @@ def again_high(model: MultiScaleViT) -> Tensor:
         (lambda: two_scales(shared="some"), "shared must be one of 'all', 'blocks', 'none'"),
         (lambda: two_scales(down="max"), "down must be one of 'mean', 'nearest'"),
         (lambda: two_scales(class_tokens="low"), "class_tokens must be one of 'high', 'sum'"),
-        (lambda: multiscale(vit(), late=3), "no option 'late'; it has early, downsampled"),
+        (lambda: multiscale(vit(), late=3), "no option 'late'; its options are early, downsampled"),
         (lambda: multiscale(two_scales()), "has two scales already"),
         (lambda: multiscale(nn.Linear(2, 2)), "Linear cannot be given a second scale"),
         (lambda: multiscale(vit(VisionTransformerDistilled)), "Distilled cannot be given a second"),
@@ -264,7 +264,7 @@ def again_high(model: MultiScaleViT) -> Tensor:
         (lambda: multiscale(vit(pre_norm=True)), "cannot have a norm before the blocks"),
         (
             lambda: multiscale(vit(class_token=False, global_pool="avg")),
-            "cannot have no class token",
+            "needs a class token",
         ),
         (
             lambda: foveate.apply(vit(type("Other", (MultiScaleViT,), {"fused": None})), "evit"),

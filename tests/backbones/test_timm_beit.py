@@ -218,5 +218,5 @@ def test_biases_that_cannot_be_shared() -> None:
         shared_position_bias(beit().state_dict())
     with pytest.raises(ValueError, match="no position bias to share"):
         shared_position_bias(beit(**SHARED).state_dict())
-    with pytest.raises(ValueError, match="beside tables of the blocks"):
+    with pytest.raises(ValueError, match="and tables of the blocks"):
         shared_position_bias(beit(use_shared_rel_pos_bias=True).state_dict())

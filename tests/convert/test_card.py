@@ -50,7 +50,8 @@ def test_a_card_says_what_was_counted_and_that_nothing_was_measured(tmp_path: Pa
     assert f"| {' '.join(map(str, counted.tokens))} (the same for every image) |" in found.text
     assert f"{counted.macs / 1e6:.2f} million, {counted.ratio:.0%} of the" in found.text
     assert f"{counted.parameters:,}, of which 0 are the method's" in found.text
-    assert "RGB, 224 x 224 pixels; resized (bicubic) and the middle cut out of 248" in found.text
+    prepared = "RGB, 224 x 224 pixels; resized (bicubic) to 248, then cropped to the middle"
+    assert prepared in found.text
     assert "| accuracy | not measured | |\n| speed | not measured | |" in found.text
 
 
@@ -66,7 +67,7 @@ def test_a_card_says_what_was_counted_and_that_nothing_was_measured(tmp_path: Pa
         pytest.param(
             lambda: foveate.apply(randomise(vit()), "ats(K=9)"),
             "image-classification",
-            ("(expected, or at most: every image has its own)", "depends on the image"),
+            ("(expected or largest numbers: they differ from image", "depends on the image"),
             id="a count per image",
         ),
         pytest.param(

@@ -191,7 +191,7 @@ def test_plain_models_of_timm_keep_working(hub: Hub, tmp_path: Path) -> None:
     start = make_model(Model(start="hf-hub:anna/plain"), 5)  # as training opens it
     assert torch.equal(answer(start.eval()), answer(model))
     assert set(hub.fetched()) == {"config.json", "model.safetensors"}
-    with pytest.raises(ValueError, match="says all of its model: leave image_size out"):
+    with pytest.raises(ValueError, match="describes its model completely: leave image_size out"):
         foveate.load(tmp_path / "timm", image_size=64)
 
 
@@ -238,7 +238,7 @@ def test_a_foreign_configuration_cannot_open_files(hub: Hub, tmp_path: Path) -> 
     config = json.loads((tmp_path / "foveate.json").read_text())
     config["model"]["arguments"]["checkpoint_path"] = "/etc/passwd"
     hub.add("anna/bad", {**files(tmp_path), "foveate.json": json.dumps(config).encode()})
-    with pytest.raises(ValueError, match="arguments that are not of a model: checkpoint_path"):
+    with pytest.raises(ValueError, match="arguments that load weights: checkpoint_path"):
         foveate.load("hf-hub:anna/bad")
 
 

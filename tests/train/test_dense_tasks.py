@@ -103,7 +103,7 @@ def test_a_dense_run_says_what_it_reached_and_opens_again(job: str, dense: dict[
     assert model.reducer.name == "dense"
     card = ModelCard((result.path / "model" / "README.md").read_text(encoding="utf-8"))
     scores = {one.metric_value for one in card.data.eval_results}
-    assert scores == {result[name] for name in names} and f"By `foveate {job}`: " in card.text
+    assert scores == {result[name] for name in names} and f"made by `foveate {job}`: " in card.text
     with torch.no_grad():
         one, other = result.model(scenes(job)), model(scenes(job))
     for mine, its in zip(one, other, strict=True):

@@ -60,6 +60,6 @@ def test_bad_settings(tmp_path: Path) -> None:
         make_finetune(finetune("masking.ratios=[0.5]", model=start), 10)
     taught = reduce("dynamicvit(keep=0.7)", model=start, teacher=plain)
     assert make_reduce(taught, 10).teacher is not None
-    with pytest.raises(ValueError, match="images of 7 x 7 patches have no low scale"):
+    with pytest.raises(ValueError, match="images of 7 x 7 patches cannot be halved"):
         odd = {**MODEL, "options": {**MODEL["options"], "patch_size": 4}, "multiscale": {}}
         make_finetune(finetune(model=odd), 10)

@@ -90,7 +90,7 @@ def test_patches_that_objects_cover() -> None:
     )
     found = covered({"boxes": boxes}, (29, 50), (4, 7), (32, 56))
     assert found.nonzero().flatten().tolist() == [7, 8]
-    with pytest.raises(ValueError, match="needs boxes or masks, and the sample has image, label"):
+    with pytest.raises(ValueError, match="needs boxes or masks, but the sample has image, label"):
         covered({"image": 0, "label": 1}, (29, 50), (4, 7), (32, 56))
 
 
@@ -153,9 +153,9 @@ class Nothing(Source):
 
 
 def test_usage_of_what_it_cannot_be() -> None:
-    with pytest.raises(ValueError, match="no image was looked at"):
+    with pytest.raises(ValueError, match="no image was added"):
         viz.usage(backbone(), Nothing())
     with pytest.raises(ValueError, match="detector or segmenter is needed, got Linear"):
         viz.usage(nn.Linear(2, 2), Nothing())
-    with pytest.raises(ValueError, match=r"inside must be \[1, 36\], .* got \[1, 9\]"):
+    with pytest.raises(ValueError, match=r"inside must have shape \[1, 36\], .* got \[1, 9\]"):
         UsageSums().add(alone(0), torch.ones(1, 9, dtype=torch.bool))
