@@ -165,5 +165,5 @@ class Selection:
 
 def _first(mask: Tensor, count: int) -> Tensor:
     """Return the positions of the true cells of each row, ``[B, count]``, then padding."""
-    # A sort puts them first at a size that does not depend on the values.
+    # A sort gives a result whose size does not depend on the values.
     return marked_first(mask)[:, :count]
