@@ -81,7 +81,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for: torch takes seconds, and ``foveate --help`` needs none of it."""
+    """Import a name when it is used: torch takes seconds, and ``foveate --help`` needs none."""
     if name in _HOMES:
         found = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     elif not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):

@@ -1,4 +1,4 @@
-"""``python -m foveate``: the command where its script is not on the path."""
+"""Run the command line as ``python -m foveate``, where its script is not on the path."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The public verbs: apply a method to a model, and take it off again."""
+"""Apply a method to a model, and remove it again."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class TakesMethod(Protocol):
     """A model around a ViT, such as a detector, that a method can be applied to."""
 
     def with_method(self: _Host, drive: Callable[[nn.Module], ReducedViT]) -> _Host:
-        """Return the same model, sharing all weights, with its ViT driven by what ``drive`` gives.
+        """Return the same model, sharing all weights, with its ViT replaced by ``drive`` of it.
 
         Args:
-            drive: gets the plain ViT and returns it with a method.
+            drive: takes the plain ViT and returns it with a method.
         """
 
 
@@ -64,22 +64,22 @@ def apply(
     check: bool = True,
     **options: Any,
 ) -> Any:
-    """Run a vision transformer with a reduction method. The model itself is untouched.
+    """Return a vision transformer that runs with a reduction method; the given model is unchanged.
 
     Args:
         model: a plain ViT of a supported family, or a model around one that takes a method (a dense
             backbone, a detector, a segmenter); its weights are shared, not copied.
         method: a name with options as keywords (``"evit", keep=0.7``), a string
             (``"evit(keep=0.7)"``, ``"evit + tome(r=4, blocks=[11])"``), a class or an instance.
-        budget: solve the method's rate (keep, r or K) so that an image of the model's own size
-            costs this much: "2.9 GMACs", "0.6x" of the dense model, "60%"; or so that a pass takes
+        budget: find the method's rate (keep, r or K) at which an image of the model's own size
+            costs this much: "2.9 GMACs", "0.6x" of the dense model, "60%"; or at which a pass takes
             this time on this machine: "1.5x faster", "12 ms", "12 ms, batch 8, bf16".
-        check: compare driven with native, block by block, before handing the model over. Needs
-            one small forward pass; models on the meta device are not checked.
+        check: compare the driven model with the native one, block by block, on one random image.
+            Models on the meta device are not checked.
         options: the method's options when ``method`` is a plain name or a class.
     """
     if isinstance(model, ReducedViT):
-        raise ValueError("the model is reduced already; foveate.unwrap() it first")
+        raise ValueError("the model has a method already: call foveate.unwrap(model) first")
     if hasattr(model, "with_method"):
         return model.with_method(
             lambda vit: apply(vit, method, budget=budget, check=check, **options)
@@ -101,8 +101,8 @@ def apply(
         _take_weights(reducer, method)
     if "cls_row" in reducer.reads and not backbone.spec.class_token:
         _log.warning(
-            "%s reads class attention and this model has no class token: it uses the attention "
-            "each token receives instead, which needs the whole map and is slower",
+            "%s reads class attention, but this model has no class token: the attention that each "
+            "token receives is used instead, which needs the whole map and is slower",
             reducer.name,
         )
     driver: type[ReducedViT] = backbone.driver or ReducedViT
@@ -112,7 +112,7 @@ def apply(
 def _reducer(method: str | Reducer | type[Reducer], options: Mapping[str, Any]) -> Reducer:
     if isinstance(method, Reducer):
         if options:
-            raise ValueError(f"options {sorted(options)} go into the method's own constructor")
+            raise ValueError(f"give options {sorted(options)} to the method's own constructor")
         # A method is bound to one model, so a given instance serves as a template.
         return _rebuilt(method)
     if isinstance(method, type) and issubclass(method, Reducer):
@@ -146,7 +146,7 @@ def _rebuilt(method: Reducer) -> Reducer:
 
 
 def _take_weights(reducer: Reducer, given: Reducer) -> None:
-    """Give a method the weights of the instance that it was made from, if that has any."""
+    """Copy the weights of the given instance, if it has any, to the method made from it."""
     weights = given.state_dict()
     if not weights:
         return
@@ -162,7 +162,7 @@ def _take_weights(reducer: Reducer, given: Reducer) -> None:
 
 
 def _check_registered(method: type[Reducer]) -> None:
-    """Refuse a class whose name does not lead back to it."""
+    """Refuse a class that is not registered under its name."""
     if not method.name or method_class(method.name) is not method:
         raise ValueError(
             f"{method.__name__} is not registered: decorate it with @register(NAME) from "
@@ -190,9 +190,9 @@ def _reduced(model: object) -> ReducedViT:
 def check_driven(backbone: Backbone) -> None:
     """Refuse a backbone whose driven pass does not equal its native one.
 
-    Logits of an untrained model say nothing: with small LayerScale and heads, leaving out all
-    attention would hardly move them. So the check compares each block's residual change,
-    relatively, on unit-variance tokens, and besides the embedding and the head.
+    Logits of an untrained model prove little: with small LayerScale and head weights, leaving out
+    all attention would hardly change them. So the check compares the residual change of each block,
+    relative to its size, on unit-variance tokens. It also compares the embedding and the head.
     """
     model, spec = backbone.model, backbone.spec
     reference = next(model.parameters())
@@ -205,7 +205,7 @@ def check_driven(backbone: Backbone) -> None:
 
 def _compare(backbone: Backbone, reference: Tensor) -> None:
     spec = backbone.spec
-    # One part in a few hundred in half precision: the same sums in another order.
+    # In half precision, the same sums in another order differ by one part in a few hundred.
     tolerance = 1e-3 if reference.dtype in (torch.float32, torch.float64) else 5e-2
     size = [n * p for n, p in zip(spec.grid, spec.patch, strict=True)]
     noise = torch.Generator().manual_seed(0)
@@ -234,7 +234,7 @@ def _compare(backbone: Backbone, reference: Tensor) -> None:
 
 
 def _watched(backbone: Backbone, images: Tensor) -> tuple[list[Any], Tensor]:
-    """Return what every block of the model is called with, and the model's own answer."""
+    """Return the arguments that every block is called with, and the model's own answer."""
     calls: dict[int, Any] = {}
 
     def watch(number: int, block: nn.Module) -> Any:
@@ -251,8 +251,8 @@ def _watched(backbone: Backbone, images: Tensor) -> tuple[list[Any], Tensor]:
             handle.remove()
     if sorted(calls) != list(range(len(backbone.blocks))):
         raise ValueError(
-            f"{backbone.spec.family}: the model calls only {len(calls)} of its "
-            f"{len(backbone.blocks)} blocks; cannot be driven"
+            f"this {backbone.spec.family} cannot be driven: it calls only {len(calls)} of its "
+            f"{len(backbone.blocks)} blocks"
         )
     return [calls[number] for number in sorted(calls)], native
 

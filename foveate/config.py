@@ -1,8 +1,8 @@
 """Settings as data: YAML files over dataclasses, with dotted overrides and clear errors.
 
-jsonargparse checks types and writes the files; here stands what it does not do: unknown keys that
-name the near miss and where they were given, one sentence for every error, groups that may also be
-written as one word, and recipes that are looked up by name.
+jsonargparse checks types. This file does the rest: errors about unknown keys that name the nearest
+key and where it was given, one sentence for every error, groups that may also be written as one
+word, and recipes that are found by name.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _RECIPES = {
     **{"detect": "train.dense_recipe", "segment": "train.dense_recipe"},
 }
 _NAMED = [["method"], ["backbone"], ["head"]]  # groups of a name and its options
-_METHOD = "method"  # of the groups, the one that is also written as one word
-_TERSE = ("method", "backbone", "head", "data.augment")  # their errors name the last key alone
+_METHOD = "method"  # the group that may also be written as one word
+_TERSE = ("method", "backbone", "head", "data.augment")  # their errors name only the last key
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -77,21 +77,21 @@ def parse(
     """Make a dataclass from nested mappings.
 
     Args:
-        cls: of the result.
+        cls: class of the result.
         tree: nested mappings.
         overrides: changes of it, ``key=value``.
-        where: the tree comes from, for messages.
-        given: where the overrides come from.
+        where: place that the tree comes from, for messages.
+        given: place that the overrides come from, for messages; None is the same place.
     """
     if not isinstance(tree, Mapping):
         raise ValueError(f"{where} must hold keys and values, got {type(tree).__name__}")
     tree, given = _copied(tree), given or where
     _check_keys(cls, tree, "", where)
-    # Presets first: they begin their groups anew.
+    # Apply presets first, because they clear their groups.
     for text in sorted(overrides, key=lambda text: not text.partition("=")[0].endswith(".preset")):
         _override(tree, text)
     _check_keys(cls, tree, "", given)
-    parser = _parser(cls)  # type: ignore[arg-type]  # mypy takes no class as hashable
+    parser = _parser(cls)  # type: ignore[arg-type]  # to mypy, classes are not hashable
     from jsonargparse import ArgumentError
 
     try:
@@ -100,13 +100,13 @@ def parse(
     except ArgumentError as error:
         said = _sentence(error)
         raise ValueError(f"{_origin(said, overrides, given, where)}: {said}") from None
-    except ValueError as error:  # of the dataclass itself
+    except ValueError as error:  # raised by the dataclass itself
         said = _sentence(error)
         raise ValueError(f"{_origin(said, overrides, given, where)}: {said}") from error
 
 
 def dump(settings: Any) -> str:
-    """Write a dataclass as YAML that ``read`` gives back."""
+    """Write a dataclass as YAML from which ``read`` makes it again."""
     import yaml
 
     return yaml.safe_dump(_plain(settings), sort_keys=False, default_flow_style=None, width=100)
@@ -125,7 +125,7 @@ def meanings(cls: type) -> dict[str, str]:
 
 
 def explain(cls: type, width: int = 96) -> str:
-    """Say what every setting of a dataclass means: its type, its default and one line."""
+    """Describe every setting of a dataclass: its type, its default and what it means."""
     lines: list[str] = []
 
     def group(kind: type, prefix: str) -> None:
@@ -141,7 +141,7 @@ def explain(cls: type, width: int = 96) -> str:
             value = _shown(field)
             head = f"{key} (needed)" if value is None else f"{key}={value}"
             if preset and value == "null":
-                head = f"{key} (as the preset has it)"
+                head = f"{key} (set by the preset)"
             lines.append(f"  {head}   ({_type_words(hints[field.name])})")
             indent = " " * 6
             lines.extend(
@@ -156,7 +156,7 @@ def explain(cls: type, width: int = 96) -> str:
 
 
 def recipe_class(job: str) -> type:
-    """Return the class whose fields are the settings of a job; the rooms above have it."""
+    """Return the class whose fields are the settings of a job, from the package that has it."""
     room = _RECIPES.get(job, "train.recipe")
     found: type = getattr(import_module(f"foveate.{room}"), job.capitalize())
     return found
@@ -178,7 +178,7 @@ def find_recipe(job: str, name: str) -> Path:
 
 
 def headers(job: str) -> dict[str, str]:
-    """Return the first line of the comment on top of each recipe that ships."""
+    """Return the first comment line of each recipe that ships for a job, by its name."""
     found = {}
     for name in list_recipes(job):
         first = find_recipe(job, name).read_text(encoding="utf-8").split("\n", 1)[0]
@@ -186,7 +186,7 @@ def headers(job: str) -> dict[str, str]:
     return found
 
 
-@cache  # to make one takes three times as long as to parse with it
+@cache  # making a parser takes three times as long as parsing with it
 def _parser(cls: type) -> Any:
     try:
         from jsonargparse import ArgumentParser
@@ -217,7 +217,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
         tree = tree[step]
         if not isinstance(tree, dict):
             raise ValueError(f"{text!r}: {step} is a single value, not a group of settings")
-    # What the file says of a whole group belongs to another preset, or to what had another name.
+    # The settings of the group in the file belong to its former preset or name.
     if last == "preset" or (last == "name" and path[-1:] in _NAMED):
         tree.clear()
     try:
@@ -231,7 +231,7 @@ def _spread(text: str, key: str) -> dict[str, Any]:
     """Turn a method that is written as one word into a group of its name and options."""
     reducer = parse_method(text)
     if len(reducer.members) > 1:
-        raise ValueError(f"{key}: {text} is a chain; its options stand in method=... itself")
+        raise ValueError(f"{key}: {text} is a chain; give its options inside method=... itself")
     changed = {
         field.name: getattr(reducer, field.name)
         for field in dataclasses.fields(reducer)
@@ -286,10 +286,10 @@ _EXPECTED = {
 
 
 def _sentence(error: Exception) -> str:
-    """Shorten jsonargparse's message of several lines."""
+    """Turn jsonargparse's message of several lines into one sentence."""
     text = " ".join(str(error).split())
     text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
-    if "Union subtypes" in text:  # of what may also be null: what is wrong beside that it is not
+    if "Union subtypes" in text:  # may be null too: keep what else is wrong
         text = re.sub(r"Does not validate against any of the Union \S+ Subtypes: .*? - ", "", text)
         text = re.sub(r"Problem with given class_path '\S+': ", "", text)
         text = re.split(" - Expected a NoneType| Given value type", text)[0]
@@ -329,7 +329,7 @@ def _needed(field: dataclasses.Field[Any]) -> bool:
 
 
 def _shown(field: dataclasses.Field[Any]) -> str | None:
-    """Return a default as it would be typed; None where there is none."""
+    """Return a default as a user would type it; None if the setting has none."""
     if field.default_factory is not dataclasses.MISSING:
         value: Any = field.default_factory()
     elif field.default is not dataclasses.MISSING:

@@ -1,4 +1,4 @@
-"""What a model costs and how it runs: counted, not measured."""
+"""Count what a model costs, and describe how it runs; nothing here is timed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ class Count:
         how: "exact", "expected" (the method's target rates, or an upper bound) or "measured".
         parts: multiply-adds of a dense model by part: "vit" with its method, "maps" (adapter or
             pyramid) and "heads"; empty for a ViT.
-        left_out: what of a dense model is not counted, because it depends on what is found.
+        left_out: parts of a dense model that are not counted, because their cost depends on what
+            the model finds.
     """
 
     macs: float
@@ -70,29 +71,29 @@ def count(
     images: Tensor | Sequence[Tensor] | None = None,
     trace: Trace | None = None,
 ) -> Count:
-    """Count multiply-adds, parameters and tokens as evaluation would have them.
+    """Count multiply-adds, parameters and tokens as they are in evaluation.
 
-    Nothing is computed unless ``images`` are given; it works on the meta device too. Dense models
-    (backbones with maps, detectors, segmenters) are counted for an image that is alone, which is
-    padded to the size that their maps divide. Not counted are norms, activations, interpolation,
-    the weighted sums that read points in deformable attention, and what ``left_out`` names.
+    Nothing is computed unless ``images`` are given, so models on the meta device can be counted
+    too. Dense models (backbones with maps, detectors, segmenters) are counted for a single image,
+    padded to a size that their maps divide. Norms, activations, interpolation, the weighted sums
+    that read points in deformable attention, and what ``left_out`` names are not counted.
 
     Args:
         model: a model from ``foveate.apply``, or a plain ViT that it takes; or a dense model.
-        image_size: size to count for, if not the model's own. That of a dense model is the size of
-            the image after it was resized.
+        image_size: size to count for, if not the model's own. For a dense model it is the size of
+            the image after resizing.
         images: measure the counts on these instead of expecting them, for methods with a count
             per image. A dense model takes a list of images of any sizes.
-        trace: the same from a trace that was made already.
+        trace: measure the counts on this trace instead.
     """
     if sum(given is not None for given in (image_size, images, trace)) > 1:
         raise ValueError("give only one of image_size, images and trace")
     if hasattr(model, "fixed") and not isinstance(model, ReducedViT):
         return _of_host(model, image_size, images, trace)
     if images is not None and not isinstance(images, Tensor):
-        raise ValueError("a list of images is measured on a dense model only; give a batch")
+        raise ValueError("only a dense model takes a list of images; give a batch")
     if images is not None and not isinstance(model, ReducedViT):
-        raise ValueError("images are measured on a model from foveate.apply only")
+        raise ValueError("a plain ViT costs the same for all images: leave images= out")
     backbone = backbone_of(model)
     reducer = model.reducer if isinstance(model, ReducedViT) else None
     spec = backbone.spec
@@ -127,7 +128,7 @@ def count(
 
 
 def _expected(spec: BackboneSpec, reducer: Reducer, grid: tuple[int, int]) -> tuple[str, Cost]:
-    """Work out what an image costs before it is seen, and say how."""
+    """Return "exact" or "expected", and the cost of an image that is not known yet."""
     if reducer.fixed_count:
         return "exact", _by_running(spec, reducer, grid)
     if has_formula(reducer):
@@ -156,7 +157,7 @@ def _by_running(spec: BackboneSpec, reducer: Reducer, grid: tuple[int, int]) -> 
 
 
 def _measured(model: ReducedViT, images: Tensor, grid: tuple[int, int]) -> list[Cost]:
-    """Count every image as in evaluation: from the tokens it had, or by running it alone."""
+    """Count every image as in evaluation: from its tokens, or by running it alone."""
     reducer = model.reducer
     with evaluating(model):
         if reducer.fixed_count:  # what holds for one image holds for all
@@ -182,7 +183,7 @@ def _mean_tokens(costs: list[Cost]) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class _Around:
-    """What a dense model costs at one image size, without a method.
+    """Cost of a dense model at one image size, without a method.
 
     Attributes:
         spec: facts of its ViT as it is used: without a head, perhaps without prefix tokens.
@@ -203,13 +204,13 @@ def _of_host(
     images: Tensor | Sequence[Tensor] | None,
     trace: Trace | None,
 ) -> Count:
-    """Count a dense model (``foveate.dense.Hosting``, which this file stands below).
+    """Count a dense model (``foveate.dense.Hosting``, which this file must not import).
 
-    Its parts are counted on the meta device without the method, and the method as that of a ViT.
+    Its parts are counted on the meta device without the method; the method is counted as on a ViT.
     """
     reducer, plain = model.reduced.reducer, _Plain(model)
     if trace is not None and not (reducer.fixed_count or has_formula(reducer)):
-        raise ValueError(f"{reducer!r} does not work out its cost from a trace: give images=")
+        raise ValueError(f"the cost of {reducer!r} cannot be computed from a trace: give images=")
     how, pairs, without = "measured", [], []
     if images is None and trace is None:
         around = plain.at(_pixels(model.input_size if image_size is None else image_size))
@@ -227,7 +228,7 @@ def _of_host(
                 else:
                     one = cost(around.spec, reducer, grid, tokens)
             pairs.append((around, one))
-    # Windows are no method: what they cost is what the parts were counted with.
+    # Windows are not a method: the parts were counted with them.
     windows = model.reduced.windows is not None
     for around, one in pairs:
         plainly = cost(around.spec, reducer, around.grid, one.tokens, own=False).total
@@ -252,7 +253,7 @@ def _of_host(
 
 @contextmanager
 def _used_as(reducer: Reducer, spec: BackboneSpec) -> Iterator[None]:
-    """Let a method work out its cost for a ViT that is used otherwise: without prefix tokens."""
+    """Let a method compute its cost for another use of its ViT, such as without prefix tokens."""
     before = [(part, part.spec) for part in reducer.members]
     for part, _ in before:
         part.spec = spec
@@ -264,7 +265,7 @@ def _used_as(reducer: Reducer, spec: BackboneSpec) -> Iterator[None]:
 
 
 class _Plain:
-    """A dense model without its method, on the meta device: one pass for each image size."""
+    """Counts a dense model without its method on the meta device, once for each image size."""
 
     def __init__(self, model: Any) -> None:
         reduced = model.reduced
@@ -302,7 +303,7 @@ class _Plain:
 
 
 def _meter(module: nn.Module, names: Sequence[str], spent: Callable[[], float]) -> list[float]:
-    """Note what each call of some methods of a module costs from here on."""
+    """Record the cost of every later call of some methods of a module."""
     found: list[float] = []
 
     def metered(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -315,14 +316,14 @@ def _meter(module: nn.Module, names: Sequence[str], spent: Callable[[], float]) 
         return called
 
     for name in names:
-        vars(module)[name] = metered(getattr(module, name))  # in front of that of the class
+        vars(module)[name] = metered(getattr(module, name))  # hides the method of the class
     return found
 
 
 def _seen(
     model: Any, images: Tensor | Sequence[Tensor] | None, trace: Trace | None
 ) -> list[tuple[tuple[int, int], list[BlockTokens], float | None]]:
-    """Return each image's own grid and tokens; its total too where only running it tells."""
+    """Return each image's grid and tokens, and its total cost if only running it gives that."""
     if trace is not None:
         pairs = zip(trace.grids, measured(trace), strict=True)
         return [(grid, tokens, None) for grid, tokens in pairs]
@@ -342,15 +343,15 @@ def _seen(
 
 
 def _pixels(image_size: int | tuple[int, int]) -> tuple[int, int]:
-    """Return height and width of an image of any size; ValueError for what is none."""
+    """Return height and width of an image of any size; raise ValueError if it is not a size."""
     sizes = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size,) * 2
     if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise ValueError(f"image_size must be one or two whole numbers from 1, got {image_size!r}")
+        raise ValueError(f"image_size must be one or two whole numbers above 0, got {image_size!r}")
     return sizes[0], sizes[1]
 
 
 def describe(model: ReducedViT, image_size: int | tuple[int, int] | None = None) -> str:
-    """Say on one screen: the method, tokens per block, multiply-adds, how it trains.
+    """Describe on one screen the method, tokens per block, multiply-adds and how it trains.
 
     Args:
         model: a model from ``apply``.
@@ -365,23 +366,23 @@ def describe(model: ReducedViT, image_size: int | tuple[int, int] | None = None)
     fixed = reducer.fixed_count
     attention = "fused"
     if "full_map" in reducer.reads or ("cls_row" in reducer.reads and not spec.class_token):
-        attention = "fused, and the whole map beside it where scores are read"
+        attention = "fused, plus the whole map in blocks that read scores"
     elif "cls_row" in reducer.reads:
-        attention = "fused, and one row beside it where scores are read"
+        attention = "fused, plus one row of the map in blocks that read scores"
     losses = _losses(reducer)
     lines = [
         f"{reducer!r} on {spec.family}, width {spec.width}, depth {spec.depth}"
         + (f" after {spec.early} in the embedding, " if spec.early else ", ")
         + f"{grid[0]} x {grid[1]} patches, {spec.prefix} prefix token{'s' * (spec.prefix != 1)}",
         f"tokens per block: {' '.join(str(n) for n in counted.tokens)}"
-        + ("" if fixed else "  (expected or at most: each image has its own count)"),
+        + ("" if fixed else "  (expected, or an upper bound: each image has its own count)"),
         f"GMACs: {reduced:.{_digits(reduced)}f} of {dense:.{_digits(dense)}f} "
         f"({counted.ratio:.0%}){'' if fixed else ', at those counts'}; "
-        f"{own:.{_digits(own)}f} are the method's own",
+        f"the method itself takes {own:.{_digits(own)}f}",
         *([] if image_size else _times(model, counted)),
         f"attention: {attention}",
         f"training: {reducer.training_need}"
-        + (f" (losses beside the task: {', '.join(losses)})" if losses else ""),
+        + (f" (losses besides the task's: {', '.join(losses)})" if losses else ""),
         f"parameters: {counted.parameters:,}, {counted.new_parameters:,} of them new",
         f"modes: {', '.join(_modes(reducer))}",
     ]
@@ -389,7 +390,7 @@ def describe(model: ReducedViT, image_size: int | tuple[int, int] | None = None)
 
 
 def _times(model: ReducedViT, counted: Count) -> list[str]:
-    """Say what a kept latency table foresees; nothing where there is none."""
+    """Return a line with the time that a saved latency table predicts, if there is a table."""
     backbone = model.backbone
     if next(model.parameters()).is_meta:
         return []
@@ -398,8 +399,8 @@ def _times(model: ReducedViT, counted: Count) -> list[str]:
         return []
     whole = table.whole(backbone.spec.depth)
     return [
-        f"time: about {table.predict(counted.tokens):.3g} of {whole:.3g} ms, as blocks with so "
-        f"many tokens took here ({table.setting}); the method's own work comes on top"
+        f"time: about {table.predict(counted.tokens):.3g} of {whole:.3g} ms, predicted from block "
+        f"times measured here ({table.setting}), without the method's own work"
     ]
 
 
@@ -423,7 +424,7 @@ def _modes(reducer: Reducer) -> list[str]:
 
 
 def image_grid(image_size: int | tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
-    """Return patch rows and columns of an image size; ValueError if the patch does not fit."""
+    """Return patch rows and columns of an image size; raise ValueError if it does not fit."""
     sizes = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size,) * 2
     if len(sizes) != 2 or not all(isinstance(size, int) for size in sizes):
         raise ValueError(f"image_size must be one or two whole numbers, got {image_size!r}")

@@ -13,13 +13,13 @@ __all__ = ["FreeNames", "made_folder", "read_json", "write_text", "write_whole"]
 
 
 def write_whole(path: Path, write: Callable[[str], object]) -> None:
-    """Write to a neighbour and rename, so that a killed run leaves no half file."""
+    """Write to a temporary file beside it and rename, so that a killed run leaves no half file."""
     partial = path.with_name(path.name + ".partial")
     try:
         partial.touch()
         mode = partial.stat().st_mode
         write(str(partial))
-        partial.chmod(mode)  # as other new files: safetensors writes for its owner alone
+        partial.chmod(mode)  # as for other new files; safetensors allows only the owner
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -58,7 +58,7 @@ def made_folder(folder: Path | None) -> Iterator[None]:
 
 
 def read_json(path: Path, absent: str) -> Any:
-    """Read JSON; ValueError with the sentence ``absent`` where there is no such file."""
+    """Read JSON; raise ValueError with the sentence ``absent`` if the file does not exist."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -68,7 +68,7 @@ def read_json(path: Path, absent: str) -> Any:
 
 
 class FreeNames:
-    """Names of files that were not given yet: folders may hold files of one name."""
+    """Gives out file names once each, because several folders may hold files of the same name."""
 
     def __init__(self) -> None:
         self._taken: set[str] = set()
@@ -77,7 +77,7 @@ class FreeNames:
         return len(self._taken)
 
     def free(self, stem: str) -> str:
-        """Return the name, with a number behind it where it is taken."""
+        """Return the stem, with a number added if the name is taken."""
         name, number = stem, 1
         while name in self._taken:
             number += 1

@@ -1,8 +1,8 @@
 """The jobs of the command line as plain functions, for programs and notebooks.
 
-Each takes a model (a name of timm, a path, or your own module), images (a data set by its name, or
-your own data set) and groups of settings, as dictionaries or as the classes of
-``foveate.train.recipe``. The recipe comes first; a dictionary changes some of its keys, while a
+Each takes a model (a timm model name, a path, or your own module), images (the name of a data set,
+or your own data set) and groups of settings, as dictionaries or as the classes of
+``foveate.train.recipe``. A recipe comes first. A dictionary changes some of its keys, while a
 class, or a model that is named or given, replaces a whole group.
 """
 
@@ -70,7 +70,7 @@ def finetune(
     """Fine-tune a plain ViT, on whole images or with random patches hidden.
 
     Args:
-        model: a name of timm, with its pretrained weights; a path to weights; your own module,
+        model: a timm model name, for its pretrained weights; a path to weights; your own module,
             which is trained in place; or the group "model" of a recipe.
         data: what ``foveate.data.open_source`` takes; your own labelled data set; or the group
             "data", whose train, val and test may be data sets too.
@@ -83,7 +83,7 @@ def finetune(
         out: folder of the run; None takes runs/finetune, or the next free name.
         resume: resume the run in ``out``.
         progress: show a progress bar.
-        say: called, before training, with a summary of what is trained on what.
+        say: called before training with a summary of the model, the data and the settings.
     """
     groups = {"mix": mix, "optim": optim, "loop": loop, "masking": masking, "distill": distill}
     made = _recipe(recipes.Finetune, "finetune", recipe, model, data, groups)
@@ -113,23 +113,24 @@ def reduce(
 
     Args:
         model: as in ``finetune``; or a model from ``foveate.apply`` with its method.
-        method: method, such as "dynamicvit(keep=0.7)"; or its name and options in a dictionary.
+        method: reduction method, such as "dynamicvit(keep=0.7)"; or a dictionary with its name and
+            options.
         data: as in ``finetune``.
         mix: the group "mix" of a recipe, as a dictionary or its class; the next two likewise.
         optim: the group "optim".
         loop: the group "loop".
         teacher: weights or a model that losses compare with; None is the model before training.
-        weights: factors of losses that replace the method's own.
-        token_loss: how final tokens are compared with the teacher's: "mse" or "kl".
+        weights: weights of losses, which replace the method's own.
+        token_loss: loss between final tokens and the teacher's: "mse" or "kl".
         recipe: name of a recipe that ships, or a YAML file.
         out: folder of the run; None takes runs/reduce, or the next free name.
         resume: resume the run in ``out``.
         progress: show a progress bar.
-        say: called, before training, with a summary of what is trained on what.
+        say: called before training with a summary of the model, the data and the settings.
     """
     if isinstance(model, ReducedViT):
         if method is not None:
-            raise ValueError(f"the model has its method {model.reducer!r}: name no other")
+            raise ValueError(f"the model already has the method {model.reducer!r}: name no other")
         method, model = model.reducer, model.vit
     groups = {
         **{"mix": mix, "optim": optim, "loop": loop, "method": method},
@@ -156,7 +157,7 @@ def adapt(
     progress: bool = True,
     say: Say = print,
 ) -> Result:
-    """Train a model with a method to answer as it does without it, on images without labels.
+    """Train a model with a method, on images without labels, to answer as it does without it.
 
     Args:
         model: as in ``finetune``; or one with a method: a model from ``foveate.apply``, or a folder
@@ -164,15 +165,15 @@ def adapt(
         method: method, such as "evit(keep=0.7)"; None takes the method of the given model, or else
             the recipe's.
         data: as in ``finetune``; labels are not used.
-        train: what is trained: "method", "blocks:N" (the last N too) or "all".
-        weights: factors of losses, such as {"kl": 0.5, "ratio": 4.0}.
+        train: parts to train: "method", "blocks:N" (the method and the last N blocks) or "all".
+        weights: weights of losses, such as {"kl": 0.5, "ratio": 4.0}.
         optim: the group "optim" of a recipe, as a dictionary or its class.
         loop: the group "loop".
         recipe: name of a recipe that ships, or a YAML file; the groups change it.
         out: folder of the run; None takes runs/adapt, or the next free name.
         resume: resume the run in ``out``.
         progress: show a progress bar.
-        say: called, before training, with a summary of what is trained on what.
+        say: called before training with a summary of the model, the data and the settings.
     """
     groups = {"method": method, "train": train, "weights": weights, "optim": optim, "loop": loop}
     own = ("method",) if isinstance(model, (str, Path, nn.Module)) else ()
@@ -209,12 +210,12 @@ def detect(
         method: method, such as "svit(keep=0.7)"; None computes all tokens.
         optim: the group "optim" of a recipe, as a dictionary or its class.
         loop: the group "loop".
-        weights: factors of losses, such as {"mask": 2.0, "ratio": 4.0}.
+        weights: weights of losses, such as {"mask": 2.0, "ratio": 4.0}.
         recipe: name of a recipe that ships, or a YAML file; the groups change it.
         out: folder of the run; None takes runs/detect, or the next free name.
         resume: resume the run in ``out``.
         progress: show a progress bar.
-        say: called, before training, with a summary of what is trained on what.
+        say: called before training with a summary of the model, the data and the settings.
     """
     parts = {"backbone": backbone, "head": head, "method": method, "weights": weights}
     made = _recipe(Detect, "detect", recipe, model, data, {**parts, "optim": optim, "loop": loop})
@@ -249,12 +250,12 @@ def segment(
         method: method, such as "svit(keep=0.7)"; None computes all tokens.
         optim: the group "optim" of a recipe, as a dictionary or its class.
         loop: the group "loop".
-        weights: factors of losses, such as {"ratio": 4.0}.
+        weights: weights of losses, such as {"ratio": 4.0}.
         recipe: name of a recipe that ships, or a YAML file; the groups change it.
         out: folder of the run; None takes runs/segment, or the next free name.
         resume: resume the run in ``out``.
         progress: show a progress bar.
-        say: called, before training, with a summary of what is trained on what.
+        say: called before training with a summary of the model, the data and the settings.
     """
     parts = {"backbone": backbone, "head": head, "method": method, "weights": weights}
     made = _recipe(Segment, "segment", recipe, model, data, {**parts, "optim": optim, "loop": loop})
@@ -284,13 +285,13 @@ def pretrain(
     """Pre-train a ViT on images without labels.
 
     Args:
-        model: a name of timm, with new weights; your own module; a path to weights to start from;
-            or the group "model".
+        model: a timm model name, for new weights; your own module; a path to weights to start
+            from; or the group "model".
         data: as in ``finetune``; labels are not used.
         method: "mae", "simmim", "bootmae" or "conmim".
         options: options of the method, such as {"decoder_depth": 4}.
         mask: the group "mask" of a recipe, as a dictionary or its class; the next three likewise.
-        mto: the group "mto"; {} is masked token optimisation with its default settings, None none.
+        mto: the group "mto"; {} turns masked token optimisation on with its default settings.
         optim: the group "optim".
         loop: the group "loop".
         watch: the group "probe" of a recipe: a labelled set on which the backbone is measured
@@ -302,7 +303,7 @@ def pretrain(
         out: folder of the run; None takes runs/pretrain, or the next free name.
         resume: resume the run in ``out``.
         progress: show a progress bar.
-        say: called, before training, with a summary of what is trained on what.
+        say: called before training with a summary of the model, the data and the settings.
     """
     groups = {
         **{"method": method, "options": options, "mask": mask, "mto": mto, "optim": optim},
@@ -343,8 +344,8 @@ def evaluate(
     """Measure accuracy (or AP, or mIoU) and multiply-adds of models, and of methods on them.
 
     Args:
-        model: a name of timm, a path, or a module; or a dictionary of several, by the names that
-            tables give them.
+        model: a timm model name, a path, or a module; or a dictionary of several, by the names
+            that they have in tables.
         data: what ``foveate.data.open_source`` takes, or your own data set; None is the part of
             Fashion-MNIST that ships.
         methods: methods to put on the models, such as "evit(keep=0.7)".
@@ -352,7 +353,7 @@ def evaluate(
             occlusion=(0.5, 0.9), speed=(1, 32), device="cpu".
 
     Returns:
-        A table of numbers (``table``), and how they came about (``about``).
+        A table of numbers (``table``), and how they were measured (``about``).
     """
     given = model if isinstance(model, Mapping) else {_label(model): model}
     models = {
@@ -367,7 +368,9 @@ def evaluate(
     spec = "fashion-mnist" if data is None else data
     dense = {name: one for name, one in models.items() if isinstance(one, DenseModel)}
     if dense and len(dense) < len(models):
-        raise ValueError(f"{', '.join(dense)} and the other models do not answer the same question")
+        raise ValueError(
+            f"dense models ({', '.join(dense)}) and classifiers cannot be evaluated together"
+        )
     with evaluating(*models.values()):
         if dense:
             return evaluate_dense(dense, Plan(data=spec, methods=names, **{"batch": 1, **asked}))
@@ -392,22 +395,22 @@ def pipeline(
     Args:
         recipe: name of a recipe that ships, or a YAML file; the other arguments change it.
         data: what ``foveate.data.open_source`` takes, for all stages; or settings of the group
-            "data". Your own data sets are for the single jobs, because another process may resume a
-            stage, and finds its images by their spec.
+            "data". Only single jobs take your own data sets: another process may resume a stage,
+            and it finds its images by their spec.
         stages: stages by name, in order, as in a recipe.
         loop: settings of the group "loop" for all stages.
-        evaluate: what is measured at the end.
+        evaluate: settings of what is measured at the end.
         out: folder of all stages; None takes runs/pipeline, or the next free name.
         progress: show progress bars.
         say: called with progress messages and results.
 
     Returns:
-        A table of numbers (``table``), and how they came about (``about``).
+        A table of numbers (``table``), and how they were measured (``about``).
     """
     tree = {} if recipe is None else config.load(config.find_recipe("pipeline", str(recipe)))
     if not (data is None or isinstance(data, (str, Path, Mapping))):
         raise ValueError(
-            f"foveate.pipeline takes images by their spec, such as folder:photos, and got "
+            "foveate.pipeline takes images by their spec, such as folder:photos, got "
             f"{config.described(data)}"
         )
     given = {"stages": stages, "data": _data(data), "loop": loop, "evaluate": evaluate}
@@ -418,7 +421,7 @@ def pipeline(
     folder = _folder("pipeline", out, config.parse(recipes.Loop, made.loop))
     found = run_stages(made, folder, progress=progress, say=say)
     if found is None:
-        raise ValueError("foveate.pipeline has its table in the first of several processes alone")
+        raise ValueError("only the first of several processes gets the table of foveate.pipeline")
     return found[0]
 
 
@@ -440,17 +443,17 @@ def _recipe(
     scratch: bool = False,
     without: Sequence[str] = (),
 ) -> _R:
-    """Make a recipe changed by the given groups; objects are put in at the end.
+    """Make a recipe and change it by the given groups; objects are put in at the end.
 
     Args:
-        cls: of the recipe.
-        job: its name.
-        recipe: one that ships, or a file.
-        model: what was given for the group of that name.
-        data: likewise.
-        groups: what was given for the others; None leaves the recipe's.
+        cls: class of the recipe.
+        job: name of the job.
+        recipe: name of a recipe that ships, or a file.
+        model: argument for the group "model".
+        data: argument for the group "data".
+        groups: arguments for the other groups; None leaves the recipe's.
         scratch: see ``model_group``.
-        without: keys of the recipe that what was given takes the place of.
+        without: keys of the recipe to leave out, because the arguments replace them.
     """
     tree: dict[str, Any] = {}
     if recipe is not None:
@@ -469,7 +472,7 @@ def _recipe(
         place: Any = made
         for step in path:
             place = place[step] if isinstance(place, dict) else getattr(place, step)
-        if isinstance(place, dict):  # options are for whoever takes them
+        if isinstance(place, dict):  # options are a dictionary
             place[last] = value
         else:
             setattr(place, last, value)
@@ -480,8 +483,8 @@ def model_group(given: Any, scratch: bool = False) -> Any:
     """Return the group "model" of a recipe for a name, a path or a module.
 
     Args:
-        given: a group is returned as it is.
-        scratch: begin with new weights where a name of timm is given.
+        given: name, path or module; anything else, such as a group, is returned as it is.
+        scratch: begin with new weights if a timm model name is given.
     """
     if isinstance(given, nn.Module):
         return {"start": given}
@@ -510,10 +513,10 @@ def _laid_over(before: Any, value: Any) -> Any:
 
 
 def _leaves(value: Any, path: tuple[str, ...], objects: dict[tuple[str, ...], Any]) -> Any:
-    """Return plain data; note objects that no file could hold, and put words in their place."""
+    """Return plain data; collect objects that no file could hold, and replace them by words."""
     dataset = path[0] == "data" and path[-1] in ("train", "val", "test")
     if dataset and not (value is None or isinstance(value, (str, Path))):
-        objects[path] = value  # whatever it is made of
+        objects[path] = value  # a data set may be of any type
         return config.described(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, Reducer):
         fields = dataclasses.fields(value)
@@ -537,11 +540,11 @@ def _folder(job: str, out: str | Path | None, loop: recipes.Loop, resume: bool =
     if out is not None:
         return Path(out)
     if resume:
-        raise ValueError("resume=True goes on with the run in out: name its folder")
+        raise ValueError("resume=True continues the run in the folder out: name that folder")
     if math.prod(processes(loop, device_of(loop))) > 1:
         raise ValueError(
-            f"several processes train together and would choose a folder each: name one, such as "
-            f"out='runs/{job}'"
+            "several processes train together, and each would choose its own folder: name one, "
+            f"such as out='runs/{job}'"
         )
     found, number = Path("runs", job), 1
     while found.exists():

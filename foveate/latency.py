@@ -1,8 +1,8 @@
-"""Time as a budget: what blocks cost by number of tokens on this machine.
+"""Budgets in time, from how long blocks take by number of tokens on this machine.
 
-A table is measured once for a model, a batch, a number format and a machine, and kept in a file. A
-method's time is predicted from its tokens per block. The rate that meets a time is solved from the
-table; then the model is timed beside the dense one and the rate corrected until the time is met.
+A table is measured once for a model, a batch, a number format and a machine, and kept in a file. It
+predicts a method's time from its tokens per block, and so the rate that meets a time. Then the
+model is timed beside the dense one, and the rate is corrected until the time is met.
 """
 
 from __future__ import annotations
@@ -35,20 +35,11 @@ __all__ = [
     *("meet", "own_work", "setting_of", "time_calls"),
 ]
 
-_SHARES = (
-    1.0,
-    0.85,
-    0.7,
-    0.55,
-    0.4,
-    0.3,
-    0.2,
-    0.1,
-    0.05,
-)  # of the patches, at which blocks are timed
+# Shares of the patches with which blocks are timed.
+_SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.1, 0.05)
 _ROUNDS, _WARMUP, _SAMPLE_MS = 15, 2, 20.0
 _ATTEMPTS, _NEAR, _PROMISE = 6, 0.015, 0.05
-_SOLVED = 0.03  # how near the table's prediction must come: numbers of tokens are whole
+_SOLVED = 0.03  # how near predictions must come; not nearer, since numbers of tokens are whole
 _FASTER = re.compile(r"(\d*\.?\d+)\s*(?:x|times)\s+(?:as\s+fast|faster)", re.IGNORECASE)
 _ABSOLUTE = re.compile(r"(\d*\.?\d+)\s*(ms|s)", re.IGNORECASE)
 _FORMAT = 1
@@ -56,12 +47,12 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Setting:
-    """What a time is of.
+    """The conditions that a time holds for.
 
     Attributes:
         batch: number of images in a pass.
         dtype: "fp32", "bf16" or "fp16".
-        device: of the model.
+        device: device of the model.
         threads: CPU threads; 0 on a GPU.
     """
 
@@ -82,7 +73,7 @@ class TimeBudget:
 
     Attributes:
         value: milliseconds, or how many times as fast as the dense model.
-        relative: whether it is the latter.
+        relative: whether ``value`` is the latter.
         batch: number of images in a pass.
         dtype: number format; None for the model's own.
     """
@@ -124,11 +115,11 @@ class TimeBudget:
         return f"{self.value:g}x faster" if self.relative else f"{self.value:g} ms"
 
     def goal(self, dense_ms: float) -> float:
-        """Return the milliseconds that it allows where a dense pass takes so many."""
+        """Return the milliseconds that it allows if a dense pass takes ``dense_ms``."""
         return dense_ms / self.value if self.relative else self.value
 
     def needless(self, dense_ms: float, where: str) -> ValueError:
-        """Make the error for a model that needs no method to be within it."""
+        """Make the error for a model that is within it without a method."""
         return ValueError(
             f"the model takes {dense_ms:.3g} ms ({where}) without a method, which is within {self}"
         )
@@ -145,10 +136,10 @@ class LatencyTable:
     """Times of a model on this machine.
 
     Attributes:
-        setting: what the times are of.
-        tokens: numbers of tokens of an image, rising.
-        block_ms: the time of a block with so many of them, in milliseconds.
-        rest_ms: the time of all that is not in a block: embedding, norm, head.
+        setting: conditions of the times.
+        tokens: numbers of tokens of an image, in rising order.
+        block_ms: milliseconds that a block takes with each of these numbers.
+        rest_ms: milliseconds of everything outside the blocks: embedding, norm, head.
         machine: name of the processor.
     """
 
@@ -159,15 +150,15 @@ class LatencyTable:
     machine: str
 
     def predict(self, tokens: Sequence[float]) -> float:
-        """Return the milliseconds of a pass, the method's own work left out.
+        """Return the milliseconds of a pass, without the method's own work.
 
         Args:
-            tokens: of each block.
+            tokens: number of tokens in each block.
         """
         return float(np.interp(tokens, self.tokens, self.block_ms).sum()) + self.rest_ms
 
     def whole(self, depth: int) -> float:
-        """Return the milliseconds of a pass without a method through so many blocks."""
+        """Return the milliseconds of a pass without a method through ``depth`` blocks."""
         return self.predict([self.tokens[-1]] * depth)
 
     def predict_pass(self, blocks: Sequence[BlockTokens], own_ms: float = 0.0) -> float:
@@ -195,8 +186,8 @@ class LatencyTable:
 
         Args:
             backbone: parts of the model.
-            setting: what the times shall be of.
-            fresh: measure again even if a table is there.
+            setting: conditions of the times.
+            fresh: measure again even if a table exists.
         """
         path = _path(backbone, setting)
         if not fresh and path.exists():
@@ -227,7 +218,7 @@ class LatencyTable:
 
 
 def _path(backbone: Backbone, setting: Setting) -> Path:
-    """Return the file of a table, whose name holds all that its numbers depend on."""
+    """Return the file of a table; its name is a hash of all that its numbers depend on."""
     facts = machine.facts(setting.device)
     versions = {name: facts.get(name) for name in ("cpu", "gpu", "torch", "foveate", "system")}
     tuned = facts["malloc_tuned"]
@@ -242,7 +233,7 @@ def setting_of(backbone: Backbone, batch: int = 1, dtype: str | None = None) -> 
     like = next(backbone.model.parameters())
     names = {kind: name for name, kind in DTYPES.items()}
     if dtype is None and like.dtype not in names:
-        raise ValueError(f"times are measured in {', '.join(DTYPES)}, the model has {like.dtype}")
+        raise ValueError(f"times are measured in {', '.join(DTYPES)}; the model has {like.dtype}")
     device = like.device.type
     threads = torch.get_num_threads() if device == "cpu" else 0
     return Setting(batch, dtype or names[like.dtype], device, threads)
@@ -265,7 +256,7 @@ def _measured(backbone: Backbone, setting: Setting) -> LatencyTable:
     with torch.inference_mode():
         timings = time_calls(calls, setting.device)
     blocks = [timings.ms(str(count)).median / spec.depth for count in counts]
-    blocks = np.maximum.accumulate(blocks).tolist()  # noise alone makes more tokens faster
+    blocks = np.maximum.accumulate(blocks).tolist()  # only noise makes more tokens faster
     return LatencyTable(
         setting,
         tuple(spec.prefix + count for count in counts),
@@ -297,7 +288,7 @@ def time_calls(
     rounds: int = _ROUNDS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Timings:
-    """Time calls together, as long as a budget in time needs."""
+    """Time calls together, by default in as many rounds as a budget in time needs."""
     return measure(
         calls,
         rounds=rounds,
@@ -324,22 +315,25 @@ def meet(budget: str, backbone: Backbone, make: Callable[[Mapping[str, Any]], Re
     """
     wanted = TimeBudget.parse(budget)
     if next(backbone.model.parameters()).is_meta:
-        raise ValueError("a model on the meta device has no time; give multiply-adds")
+        raise ValueError("a model on the meta device cannot be timed: give multiply-adds")
     setting = setting_of(backbone, wanted.batch, wanted.dtype)
     template = make({})
     counted = not template.fixed_count and hasattr(template, "gate")
     timed: dict[str, Any] = {"gate": "topk"} if counted else {}
     if not make(timed).fixed_count:
         raise ValueError(
-            f"how long {template.name} takes depends on the images, for it keeps another number of "
-            "tokens in each: give a budget in multiply-adds"
+            f"the time of {template.name} depends on the images, because it keeps a different "
+            "number of tokens in each: give a budget in multiply-adds"
         )
     return make(_met(wanted, setting, backbone, lambda options: make({**timed, **options})))
 
 
 def goal_of(wanted: TimeBudget, setting: Setting, backbone: Backbone) -> tuple[LatencyTable, float]:
-    """Return a model's table and the milliseconds that a budget allows; ValueError if all are."""
-    for fresh in (False, True):  # a kept table may be of a day when the machine was faster
+    """Return a model's table and the goal of a budget in milliseconds.
+
+    Raise ValueError if the model meets the budget without a method.
+    """
+    for fresh in (False, True):  # a kept table may come from a day when the machine was faster
         table = LatencyTable.of(backbone, setting, fresh=fresh)
         whole = table.whole(backbone.spec.depth)
         goal = wanted.goal(whole)
@@ -382,12 +376,13 @@ def approach(
 
     Args:
         wanted: the time.
-        where: what it is of, in words.
-        whole: milliseconds of a pass without a method, as predictions have them.
+        where: its conditions in words.
+        whole: predicted milliseconds of a pass without a method.
         backbone: parts of the model.
         make: builds the method from options that override the user's; called many times.
-        predicted: milliseconds with a method, its own work left out.
-        timed: milliseconds of a pass with these options, and without a method, measured together.
+        predicted: gives the milliseconds of a pass with a method, without its own work.
+        timed: gives the milliseconds of a pass with these options and without a method, measured
+            together.
     """
     best: Mapping[str, Any] = {}
     # ``extra`` is the method's own work, which no prediction knows. ``scale`` is how much slower
@@ -442,7 +437,7 @@ def beside_dense(
         reducers: the methods by name, built for the model.
         setting: how the model runs.
         rounds: rounds that count.
-        progress: told, between rounds, how many of all rounds are done.
+        progress: called between rounds with the number of rounds that are done, and of all rounds.
     """
     bare, images = _ready(dense(backbone), setting)
     shared = bare.backbone  # one copy of the weights for all
@@ -462,16 +457,16 @@ def own_work(
     reducers: Mapping[str, Reducer],
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
-    """Return what methods do besides the blocks, in milliseconds for a block where they act.
+    """Return the milliseconds of each method's own work, for a block where it acts.
 
-    It is what a pass takes longer than the table says. It is timed once for a method and kept in a
-    file beside the table.
+    The own work is the time of a pass beyond the table's prediction. It is timed once for a method
+    and kept in a file beside the table.
 
     Args:
         backbone: parts of the model.
-        table: that of the model.
-        reducers: the methods, built for the model, by names that tell all their options.
-        progress: told how far the timing is.
+        table: table of the model.
+        reducers: the methods, built for the model, by names that contain all their options.
+        progress: called between rounds with the number of rounds that are done, and of all rounds.
     """
     path = _path(backbone, table.setting).with_suffix(".own.json")
     known: dict[str, float] = read_json(path, "") if path.exists() else {}

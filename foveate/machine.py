@@ -1,4 +1,4 @@
-"""What the numbers depend on besides the code: malloc, threads, versions, names of processors."""
+"""Facts about the machine that numbers depend on: malloc, threads, versions, processors."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ _ROOT = Path(__file__).resolve().parents[1]
 
 
 def malloc_untuned(device: str) -> dict[str, str]:
-    """Return the settings of malloc that this process should have been started with.
+    """Return the settings of malloc that this process should have been started with but was not.
 
-    None are missing on CUDA, with another C library than glibc, or under a preloaded malloc.
+    None are missing on CUDA, with a C library other than glibc, or under a preloaded malloc.
     """
     if device != "cpu" or platform.libc_ver()[0] != "glibc" or os.environ.get("LD_PRELOAD"):
         return {}
@@ -48,7 +48,7 @@ def malloc_untuned(device: str) -> dict[str, str]:
 
 
 def tune_malloc(device: str, program: str = "foveate") -> None:
-    """Start this program anew with malloc tuned, unless it is already.
+    """Restart this program with malloc tuned, unless it is tuned already.
 
     Nothing happens in a process that is another program, such as one that imports this one.
     """
@@ -72,7 +72,7 @@ def device_of(name: str) -> str:
     except RuntimeError:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name} was asked for, and torch does not find it")
+        raise ValueError(f"torch finds no device {name}")
     return name
 
 
@@ -96,7 +96,7 @@ def physical_cores() -> int:
 def commit() -> str | None:
     """Return the commit that is measured, marked if the working tree differs; None if unknown.
 
-    FOVEATE_COMMIT says it where git cannot tell, or not rightly: the code may be a copy.
+    The variable FOVEATE_COMMIT replaces what git says, because the code may be a copy.
     """
     if said := os.environ.get("FOVEATE_COMMIT"):
         return said
@@ -131,7 +131,7 @@ def _without_folder(word: str) -> str:
 
 
 def facts(device: str) -> dict[str, Any]:
-    """Return versions and names: what somebody needs to judge a number, and nothing private."""
+    """Return the versions and names that readers need to judge a number, and nothing private."""
     import timm
     import torch
 
@@ -159,7 +159,7 @@ def facts(device: str) -> dict[str, Any]:
 
 
 def name(found: Mapping[str, Any]) -> str:
-    """Return the processor of ``facts`` in a few words."""
+    """Return the processor that ``facts`` found, in a few words."""
     return str(found.get("gpu") or f"{found['cpu']}, {found['threads']} threads")
 
 
@@ -172,7 +172,7 @@ def version_of(package: str) -> str | None:
 
 
 def has_int8() -> bool:
-    """Tell whether the processor has instructions for products of 8 bits, as far as it says."""
+    """Tell whether the processor has 8-bit product instructions; assume so if it is unknown."""
     text = _cpuinfo()
     return not text or any(flag in text for flag in _INT8)
 
@@ -185,7 +185,7 @@ def _cpu_name() -> str:
 
 
 def _cpuinfo() -> str:
-    """Return what Linux says of the processor; "" on another system."""
+    """Return what Linux says about the processor; "" on other systems."""
     try:
         return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -18,8 +18,8 @@ _R = TypeVar("_R", bound=type[Reducer])
 
 
 def _methods() -> dict[str, type[Reducer]]:
-    """The table, with everything that ships in it."""
-    # The rooms below import nothing of foveate.methods, so whoever asks first has it filled.
+    """Return the table of methods, with all that ship."""
+    # Methods import this file, so it cannot import them at its top. The first call fills the table.
     importlib.import_module("foveate.methods")
     return _METHODS
 
@@ -42,19 +42,19 @@ def register(name: str) -> Callable[[_R], _R]:
 
 
 def list_methods() -> list[str]:
-    """Names of all methods, sorted."""
+    """Return the names of all methods, sorted."""
     return sorted(_methods())
 
 
 def method_class(name: str) -> type[Reducer]:
-    """The class of a method; ValueError with the near miss and all names for an unknown one."""
+    """Return the class of a method; raise ValueError that lists the names if it is unknown."""
     if name not in _methods():
         raise ValueError(suggest("method", name, list_methods()))
     return _methods()[name]
 
 
 def suggest(kind: str, given: str, legal: Iterable[str]) -> str:
-    """Word an error about an unknown name: the near miss, if any, and what is legal."""
+    """Write an error about an unknown name: the nearest name, if any, and all legal names."""
     legal = list(legal)
     by_lower = {name.lower(): name for name in legal}
     near = difflib.get_close_matches(given.lower(), by_lower, n=1)
@@ -73,7 +73,7 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Reducer:
 
 
 def remake(reducer: Reducer, options: Mapping[str, Any]) -> Reducer:
-    """Build a method anew for the model that it was built for: other options, the same weights."""
+    """Build a method again for the same model, with other options and the same weights."""
     spec = reducer.spec
     assert spec is not None
     found = make(reducer.name, {**reducer.config(), **options})

@@ -1,4 +1,4 @@
-"""One interleaved run: every variant once a round, in random order; paired ratios of the rounds."""
+"""Time variants in one interleaved run, each once per round in random order; pair the ratios."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Call = Callable[[], Any]
 DENSE, AGAIN, UNFUSED = "dense", "dense again", "dense un-fused"
 _REST = 0.02  # seconds; idle threads of onnxruntime and OpenMP spin for a few milliseconds
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LEAST_ROUNDS = 30  # of a result; fewer are a trial
+LEAST_ROUNDS = 30  # a result needs as many; fewer are a trial
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Interval:
     level: float
 
     def rounded(self, digits: int = 4) -> dict[str, float]:
-        """Return the numbers by name, as a JSON file has them."""
+        """Return the rounded numbers by name, for a JSON file."""
         return {name: round(value, digits) for name, value in vars(self).items()}
 
     def beyond(self, spread: float) -> str:
-        """Say what a ratio means beside the noise: "faster", "slower" or "no difference".
+        """Say what a ratio means, given the noise: "faster", "slower" or "no difference".
 
         The whole interval must lie outside 1 +- spread; anything else was not measured.
         """
@@ -65,7 +65,7 @@ def median_of(values: Sequence[float]) -> Interval:
     """Return the median with the narrowest symmetric order statistics that cover 95 %.
 
     With fewer than six values no pair does; the answer is then the range, and ``level`` says what
-    it covers. Nothing is assumed of the distribution except independent rounds.
+    it covers. Nothing is assumed about the distribution except independent rounds.
     """
     ordered, n = sorted(values), len(values)
     rank = 0  # drop this many values at each end
@@ -89,7 +89,7 @@ def paired_ratio(own: Sequence[float], reference: Sequence[float]) -> Interval:
 
 @dataclass
 class Timings:
-    """Milliseconds per call of every variant, one number a round."""
+    """Milliseconds per call of every variant, one number per round."""
 
     samples: dict[str, list[float]]
     repeats: int
@@ -124,14 +124,14 @@ def measure(
     Args:
         calls: what to time, by name.
         rounds: rounds that count.
-        warmup: rounds before them that do not.
+        warmup: rounds before them that do not count.
         sample_ms: one sample repeats its call until the fastest variant takes about this long;
             the number of repeats is the same for all variants.
         device: on CUDA the device is synchronised around every sample.
-        seed: of the order within rounds.
-        settle: let the threads of another runtime come to rest before each sample, and wake up
-            those of its own by a call that does not count.
-        progress: told, between rounds, how many of all rounds are done.
+        seed: seed of the order within rounds.
+        settle: before each sample, let the threads of another runtime come to rest, and wake up the
+            variant's own threads by a call that does not count.
+        progress: called between rounds with the number of rounds that are done, and of all rounds.
     """
     sync = torch.cuda.synchronize if device == "cuda" else _nothing
     probe = min(min(_sample(call, 1, sync) for _ in range(3)) for call in calls.values())

@@ -99,7 +99,7 @@ def test_methods_of_ones_own_run_or_are_refused_but_are_never_another(
         (5, {}, "a name, a class or an instance, got 5"),
         (None, {}, "got None"),
         (nn.Linear, {}, "a name, a class or an instance"),
-        (EViT(), {"keep": 0.5}, "go into the method's own constructor"),
+        (EViT(), {"keep": 0.5}, "to the method's own constructor"),
         ("evit(keep=0.7)", {"keep": 0.5}, "not both"),
         ("evit + tome", {"keep": 0.5}, "not both"),
         ("evit", {"kept": 0.5}, "did you mean 'keep'"),
@@ -116,7 +116,7 @@ def test_refusals(model: nn.Module, method: object, options: dict, message: str)
 
 
 def test_a_reduced_model_is_not_reduced_again(model: nn.Module) -> None:
-    with pytest.raises(ValueError, match="reduced already; foveate.unwrap"):
+    with pytest.raises(ValueError, match=r"has a method already: call foveate.unwrap"):
         foveate.apply(foveate.apply(model, "evit"), "tome")
     with pytest.raises(ValueError, match="got VisionTransformer"):
         foveate.unwrap(model)

@@ -155,7 +155,7 @@ def test_only_one_source_of_counts(model: nn.Module) -> None:
     reduced = foveate.apply(model, "evit")
     with pytest.raises(ValueError, match="only one of image_size, images and trace"):
         foveate.count(reduced, 64, images=images())
-    with pytest.raises(ValueError, match=r"on a model from foveate\.apply only"):
+    with pytest.raises(ValueError, match="a plain ViT costs the same for all images"):
         foveate.count(model, images=images())
     with pytest.raises(ValueError, match="cannot be driven"):
         foveate.count(nn.Linear(2, 2))
@@ -235,8 +235,8 @@ def test_describe_says_what_is_true(model: nn.Module) -> None:
     counts = " ".join(str(c[0]) for c in reduced.trace(images()).counts())
     assert f"tokens per block: {counts}\n" in text and counts == "37 20 20 12"
     assert "training: recommended\n" in text and ", 0 of them new\n" in text
-    assert "attention: fused, and one row beside it" in text
-    assert "modes: gathered, packed" in text and "at most" not in text
+    assert "attention: fused, plus one row of the map" in text
+    assert "modes: gathered, packed" in text and "upper bound" not in text
 
 
 def test_describe_counts_multiply_adds() -> None:
@@ -245,20 +245,20 @@ def test_describe_counts_multiply_adds() -> None:
     with torch.device("meta"):
         small = vit(num_classes=1000, **options)
     text = foveate.describe(foveate.apply(small, "evit(keep=0.7)"))
-    assert "GMACs: 3.03 of 4.60 (66%); 0.0012 are the method's own" in text
+    assert "GMACs: 3.03 of 4.60 (66%); the method itself takes 0.0012" in text
 
 
 def test_describe_of_gated_and_variable_methods(model: nn.Module) -> None:
     text = foveate.describe(foveate.apply(model, "dynamicvit"))
     new = sum(p.numel() for p in foveate.apply(model, "dynamicvit").reducer.parameters())
     assert f", {new:,} of them new\n" in text and new > 1000
-    assert "required (losses beside the task: ratio x 2, kl x 0.5, token x 0.5)" in text
+    assert "required (losses besides the task's: ratio x 2, kl x 0.5, token x 0.5)" in text
     assert text.endswith("modes: gathered, packed, masked")
     text = foveate.describe(foveate.apply(model, "ats", K=9))
-    assert "(expected or at most: each image has its own count)" in text
+    assert "(expected, or an upper bound: each image has its own count)" in text
     assert text.endswith("modes: packed, masked")
     text = foveate.describe(foveate.apply(model, "tokenmergence(similarity='attention')"))
-    assert "the whole map beside it" in text
+    assert "plus the whole map" in text
 
 
 def test_describe_at_another_size(model: nn.Module) -> None:

@@ -130,7 +130,7 @@ def test_describe_says_the_time_where_a_table_is_there(clock: Clock) -> None:
     assert "time:" not in foveate.describe(foveate.apply(model, "evit"))
     reduced = foveate.apply(model, "evit", budget="1.2x faster")
     said = foveate.describe(reduced)
-    assert "of 16.8 ms, as blocks with so many tokens took here" in said
+    assert "of 16.8 ms, predicted from block times measured here" in said
     assert f"({setting_of(backbone_for(model))})" in said
     assert "time:" not in foveate.describe(reduced, 64)
 
@@ -152,7 +152,7 @@ def test_what_a_time_is() -> None:
         ("evit", "2x faster, batch 0", "the batch of a budget must be at least 1"),
         ("evit", "2x faster, loud", "'loud' in the budget .* is neither a batch"),
         ("evit", "9x faster", "evit cannot meet .* ms within 3%: it reaches from"),
-        ("ats", "1.5x faster", "how long ats takes depends on the images"),
+        ("ats", "1.5x faster", "the time of ats depends on the images"),
         ("evit(keep=0.5)", "1.5x faster", "give keep or a budget, not both"),
     ],
 )
@@ -171,7 +171,7 @@ def test_a_machine_that_cannot_be_timed(clock: Clock, monkeypatch: pytest.Monkey
 def test_a_model_without_memory_has_no_time() -> None:
     with torch.device("meta"):
         model = vit()
-    with pytest.raises(ValueError, match="on the meta device has no time"):
+    with pytest.raises(ValueError, match="on the meta device cannot be timed"):
         foveate.apply(model, "evit", budget="1.5x faster")
 
 

@@ -1,4 +1,4 @@
-"""The softmax of every family and every mode, and what methods read off attention.
+"""Attention for every family and every mode, and what methods may read from it.
 
 Attention stays fused: a backbone hands over q, k and v, and one of four paths runs.
 
@@ -8,7 +8,7 @@ Attention stays fused: a backbone hands over q, k and v, and one of four paths r
 * soft: the differentiable softmax with a self-loop that trains token gates;
 * packed: images of different lengths in a few buckets, or one variable-length kernel on CUDA.
 
-Scores that papers read off the N x N map need one row of it, so only that row is computed.
+Papers read scores off the N x N map but need only one row of it, so only that row is computed.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ READABLE = ("cls_row", "key_mean", "value_norm", "full_map")
 
 _BUCKETS = 4  # the number hardly matters between 2 and 8; more buckets pad less
 _QUERY_CHUNK = 64  # queries at a time where the whole map is read
-_CAP = 30.0  # of logits above the highest that is seen, in soft attention
-_CAPPED = math.exp(_CAP) * (1 - 1e-6)  # an exponential at least so large was capped
-# Soft attention holds several float32 maps of N x N for the backward pass. Above so many tokens it
-# goes through the queries in chunks and computes each chunk's maps again in the backward pass.
+_CAP = 30.0  # soft attention caps logits at this much above the highest visible one
+_CAPPED = math.exp(_CAP) * (1 - 1e-6)  # exponentials from here on were capped
+# Soft attention holds several float32 maps of N x N for the backward pass. Above ``_SOFT_WHOLE``
+# tokens it works in chunks of queries and computes each chunk's maps again in the backward pass.
 _SOFT_WHOLE = 1024
 _SOFT_CHUNK = 256
 
 
 @dataclass(eq=False)
 class Heads:
-    """What a backbone hands over for one block's attention.
+    """Queries, keys and values of one block's attention, as a backbone hands them over.
 
     Attributes:
         q, k, v: ``[T, H, d]`` each.
@@ -84,7 +84,7 @@ def attend(
 
 def _hidden(bias: Tensor | None, live: Tensor) -> Tensor:
     """Hide dead keys ``[B, N]`` on top of an additive mask."""
-    # Where an image has no live key all are shown: its softmax would be NaN, and nobody reads it.
+    # An image without a live key shows all keys: its softmax would be NaN, and nobody reads it.
     live = (live | ~live.any(1, keepdim=True))[:, None, None, :]
     return live if bias is None else bias.masked_fill(~live, float("-inf"))
 
@@ -152,10 +152,10 @@ def _soft(heads: Heads, alive: Tensor, layout: Layout, bias: Tensor | None, eps:
 
 
 class _SoftInChunks(torch.autograd.Function):
-    """The same soft attention for many tokens: chunks of queries, and a gradient by hand.
+    """Computes soft attention for many tokens in chunks of queries, with its gradient by hand.
 
-    The maps of a chunk live in buffers that the next chunk uses again. Autograd would hold about
-    ten maps, and fresh ones in every chunk leave holes that the allocator of a CPU never closes.
+    All chunks use the same buffers for their maps. Autograd would hold about ten maps, and new maps
+    in every chunk would leave gaps that a CPU's allocator never closes.
     """
 
     @staticmethod
@@ -214,7 +214,7 @@ class _SoftInChunks(torch.autograd.Function):
 
 
 class _Maps:
-    """Exponentials of the logits of one chunk of queries after another, in buffers used again."""
+    """Computes exponentials of logits, chunk by chunk of queries, in buffers that chunks share."""
 
     def __init__(
         self, q: Tensor, k: Tensor, alive: Tensor, keys: Tensor | None, scale: float
@@ -229,7 +229,7 @@ class _Maps:
         self.second = torch.empty_like(self.first)
 
     def exponentials(self, part: slice) -> tuple[Tensor, Tensor]:
-        """Return ``exp`` of the logits less the highest that is seen, and the factors on it.
+        """Return ``exp`` of the logits minus the highest visible one, and the factors on it.
 
         They are ``[B, H, queries, N]`` and ``[B, 1, queries, N]``; every query sees itself.
         """
@@ -250,7 +250,7 @@ class _Maps:
 
 
 def _view(buffer: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Use the front of a buffer, so that a short last chunk lies in one piece too."""
+    """View the front of a buffer, so that a short last chunk is contiguous too."""
     return buffer.flatten()[: math.prod(shape)].view(shape)
 
 
@@ -310,7 +310,7 @@ def _bucket(
 
 
 def _varlen_kernel() -> Callable[[Heads, Layout], Tensor] | None:
-    """Return the variable-length flash kernel of recent torch, or None where there is none."""
+    """Return the variable-length flash kernel of recent torch, or None if torch has none."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -323,17 +323,17 @@ def _varlen_kernel() -> Callable[[Heads, Layout], Tensor] | None:
         out = varlen_attn(
             heads.q, heads.k, heads.v, ends, ends, longest, longest, scale=heads.scale
         )
-        assert isinstance(out, Tensor)  # with the log-sum-exp only when asked for
+        assert isinstance(out, Tensor)  # a tuple comes only when the log-sum-exp is asked for
         return out
 
     return run
 
 
 class AttentionReader:
-    """What a method may read off one block's attention: computed on demand, by name.
+    """Gives a method what it reads from one block's attention, computed on demand.
 
-    A method declares the names in ``reads``; others are refused, so that a declared fact about a
-    method cannot be wrong.
+    A method declares the names in ``reads``. Other names are refused, so the declaration is always
+    right.
     """
 
     def __init__(
@@ -356,12 +356,12 @@ class AttentionReader:
     def cls_row(self) -> Tensor:
         """Return the class token's attention to every token, head mean, ``[B, N]`` float32.
 
-        Without a class token: the attention each token receives, averaged over all queries.
+        Without a class token it is the attention that each token receives, averaged over queries.
         """
         return self.cls_row_heads().mean(1)
 
     def cls_row_heads(self) -> Tensor:
-        """Return the same before the mean over heads, ``[B, H, N]`` float32."""
+        """Return ``cls_row`` before the mean over heads, ``[B, H, N]`` float32."""
         self._check("cls_row")
         return self._first_row() if self._class_token else self._received()
 
@@ -378,7 +378,7 @@ class AttentionReader:
         return self._layout.rect(norm).transpose(1, 2)
 
     def full_map(self) -> Tensor:
-        """Return the whole map, head mean, ``[B, N, N]`` float32. Costly: un-fused."""
+        """Return the whole map, head mean, ``[B, N, N]`` float32; it is costly, since un-fused."""
         self._check("full_map")
         return torch.cat([a.mean(1) for a in self._maps()], 1)
 
@@ -387,7 +387,7 @@ class AttentionReader:
             raise RuntimeError(f"{name!r} is not among the declared reads {sorted(self._reads)}")
 
     def _received(self) -> Tensor:
-        """Attention that each token receives, mean over live queries."""
+        """Return the attention that each token receives, averaged over live queries."""
         total: Tensor | None = None
         done = 0
         for part in self._maps():
@@ -419,17 +419,17 @@ class AttentionReader:
         return self._softmax(logits.float() * heads.scale)
 
     def _softmax(self, logits: Tensor) -> Tensor:
-        """Softmax over live keys of logits whose last axis is the keys, with the image first."""
+        """Compute the softmax over live keys; the first axis is the image, the last one the key."""
         shape = [logits.shape[0]] + [1] * (logits.ndim - 2) + [logits.shape[-1]]
         if self._size is not None:
             logits = logits + self._layout.rect(self._size.clamp_min(1.0).log()).view(shape)
         if self._live is None:
             return logits.softmax(-1)
         logits = logits.masked_fill(~self._live.view(shape), float("-inf"))
-        return logits.softmax(-1).nan_to_num(0.0)  # an image without tokens has no row
+        return logits.softmax(-1).nan_to_num(0.0)  # an image without tokens gives NaN
 
     def _maps(self) -> Iterable[Tensor]:
-        """The attention map in chunks of queries, each ``[B, H, chunk, N]`` float32."""
+        """Yield the attention map in chunks of queries, each ``[B, H, chunk, N]`` float32."""
         q = self._layout.rect(self._heads.q).transpose(1, 2)
         k = self._layout.rect(self._heads.k).transpose(1, 2)
         for part in q.split(_QUERY_CHUNK, 2):

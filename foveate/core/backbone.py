@@ -1,7 +1,7 @@
-"""What the core asks of a model family: parts, not a forward pass.
+"""Backbone: the parts that the core needs from a model family, in place of a forward pass.
 
 A family file in ``foveate.backbones`` subclasses Backbone. It is the only place that knows a
-model class. The core owns the softmax, the tokens and the order of things.
+model class. The core owns the softmax, the tokens and the order of the steps.
 """
 
 from __future__ import annotations
@@ -25,19 +25,22 @@ class BackboneSpec:
 
     Attributes:
         family: name of the family, as errors and ``describe`` print it.
-        width, depth, heads: token width, number of blocks, attention heads.
+        width, depth, heads: token width, number of blocks, number of attention heads.
+        head_dim: width of an attention head.
         prefix: tokens in front of the patches.
         class_token: whether the first prefix token is a class token.
         patch: patch height and width in pixels.
         grid: patch rows and columns at the model's own input size.
         classes: outputs of the head; 0 for a headless model.
-        rotary: positions enter through rotary embeddings, so tokens must carry their place.
-        pools_patches: the head reads patch tokens, not only prefix tokens.
-        qkv_cost, mlp_cost: multiply-adds per token of a block's linear layers, per block.
+        rotary: whether positions enter through rotary embeddings, so that tokens must carry their
+            place.
+        pools_patches: whether the head reads patch tokens, not only prefix tokens.
+        qkv_cost, mlp_cost: multiply-adds per token of the linear layers in the attention and in the
+            MLP of each block.
         embed_cost: multiply-adds per patch of the embedding.
         embed_image_cost: multiply-adds of the embedding per image.
-        embed_pair_cost: multiply-adds of the embedding per pair of patches: of attention in it.
-        early: blocks that the embedding holds; they are not among ``depth``.
+        embed_pair_cost: multiply-adds per pair of patches of the attention inside the embedding.
+        early: number of blocks inside the embedding, which ``depth`` does not count.
         head_cost: multiply-adds of the head per image.
         pool_cost: multiply-adds of the head per patch token that is left at the end.
     """
@@ -68,8 +71,8 @@ class BackboneSpec:
 class Embedded:
     """Embedded images: tokens ``[B, N, C]``, their grid, and a rotary table or None.
 
-    The rotary table is ``[H*W + 1, 1, 2d]`` or, one a block, ``[depth, H*W + 1, heads, 2d]``. Its
-    last row turns nothing and serves tokens without a place.
+    The rotary table is ``[H*W + 1, 1, 2d]`` or, with one table per block,
+    ``[depth, H*W + 1, heads, 2d]``. Its last row rotates nothing, for tokens without a place.
     """
 
     x: Tensor
@@ -82,16 +85,16 @@ class Backbone:
 
     Attributes:
         family: the name that errors, ``describe`` and saved folders use.
-        driver: the class that runs models of the family where its interface is not that of
-            ReducedViT (images in, logits out).
-        needs_every_token: why no token of the family's models may be left out, if that is so. No
-            method runs on such a family, and ``whole`` takes the place of the parts of a block.
-        needs_whole_images: why no patch may be left out from the start, if that is so. Methods run
-            on such a family, keep masks do not.
+        driver: class that drives models of the family, if their interface is not that of ReducedViT
+            (images in, logits out).
+        needs_every_token: reason why no token may be left out, or "". No method runs on such a
+            family, and ``whole`` replaces the parts of a block.
+        needs_whole_images: reason why no patch may be left out from the start, or "". Methods run
+            on such a family, but keep masks do not.
     """
 
     family: ClassVar[str] = ""
-    driver: ClassVar[Any] = None  # a kind of ReducedViT, which is built on this file
+    driver: ClassVar[Any] = None  # a subclass of ReducedViT, which imports this file
     needs_every_token: ClassVar[str] = ""
     needs_whole_images: ClassVar[str] = ""
 
@@ -101,7 +104,7 @@ class Backbone:
 
     def bind(self, model: nn.Module) -> None:
         """Take the parts from this model: the given one, or a replica of it."""
-        # Any: what a family reads off its model is known to the family file alone.
+        # Any, because only the family file knows what it reads from its model.
         self.model: Any = model
 
     def undrivable(self) -> ValueError:
@@ -117,7 +120,7 @@ class Backbone:
             raise ValueError(f"{self.family} models take no keep_mask: {self.needs_whole_images}")
 
     def current(self) -> bool:
-        """Tell whether the model still is what ``spec`` and the parts were read from."""
+        """Tell whether the model is unchanged since ``spec`` and the parts were read from it."""
         return True
 
     @classmethod
@@ -148,25 +151,25 @@ class Backbone:
         raise NotImplementedError
 
     def native(self, images: Tensor) -> Tensor:
-        """Return the model's own answer to images, in the form in which ``head`` gives it."""
+        """Return the model's own answer to images, in the form that ``head`` returns."""
         return self.model(images)
 
     def recipe(self) -> dict[str, Any] | None:
         """Return plain data from which ``rebuild`` makes the model again, without its weights.
 
-        None if the model cannot be made again from plain data.
+        Return None if the model cannot be made from plain data.
         """
         return None
 
     @classmethod
     def rebuild(cls, recipe: Mapping[str, Any]) -> nn.Module:
-        """Make a model from what ``recipe`` gave; ValueError says what does not fit."""
+        """Make a model from what ``recipe`` returned; raise ValueError if it does not fit."""
         raise NotImplementedError
 
     # The model in parts ------------------------------------------------------------------------
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
-        """Return patch rows and columns of images; ValueError when the patch does not fit."""
+        """Return patch rows and columns of images; raise ValueError if the patch does not fit."""
         raise NotImplementedError
 
     def embed(self, images: Tensor) -> Embedded:
@@ -176,7 +179,7 @@ class Backbone:
     def whole(self, images: Tensor) -> TokenState:
         """Run the model's own blocks on whole images and return the final, normed tokens.
 
-        Only families that need every token have it.
+        Only families that need every token implement it.
         """
         raise NotImplementedError
 
@@ -201,11 +204,11 @@ class Backbone:
         raise NotImplementedError
 
     def scale(self, block: int, out: Tensor) -> Tensor:
-        """Apply what lies between the attention module and the residual sum, but for DropPath."""
+        """Apply what lies between the attention module and the residual sum, except DropPath."""
         return out
 
     def feedforward(self, block: int, x: Tensor) -> Tensor:
-        """Apply second norm and MLP: what is added to the residual stream, but for DropPath."""
+        """Apply second norm and MLP; return what the residual sum adds, before DropPath."""
         raise NotImplementedError
 
     def drop_path(self, block: int, branch: int) -> nn.Module | None:
@@ -227,15 +230,15 @@ class Backbone:
 
     @property
     def fixed_size(self) -> tuple[int, int] | None:
-        """Image size that the model insists on, or None when it takes any."""
+        """Image size that the model requires, or None if it takes any."""
         return None
 
 
 def pool_tokens(state: TokenState, how: str, include_prefix: bool = False) -> Tensor:
     """Pool the tokens of each image, ``[B, C]``, whatever the layout.
 
-    Merged tokens weigh as many patches as they stand for; dead, fused and padding tokens do not
-    count. ``how`` is "avg", "max" or "avgmax".
+    The mean weighs a merged token by the number of its patches; dead, fused and padding tokens do
+    not count. ``how`` is "avg", "max" or "avgmax".
     """
     skip = 0 if include_prefix else state.prefix
     x = state.tokens()[:, skip:]

@@ -15,7 +15,7 @@ from foveate.core.reducer import Reducer
 __all__ = ["parse_budget", "rate_for", "solve_budget"]
 
 _TOLERANCE = 0.01  # of the budget
-_GOOD = 0.0025  # as near as this, a rate with fewer digits is as good
+_GOOD = 0.0025  # of the budget: within it, the rate with the fewest digits is chosen
 _STEPS = 40
 _UNITS = {"M": 1e6, "G": 1e9, "T": 1e12}
 _ABSOLUTE = re.compile(r"(\d+(?:\.\d+)?)\s*([MGT])\s*(?:MACs?|FLOPs)?", re.IGNORECASE)
@@ -82,8 +82,8 @@ def rate_for(
         target: what it should cost.
         backbone: parts of the model.
         make: builds the method from options that override the user's; called many times.
-        price: what a method costs that is built without memory for its weights.
-        said: says a cost in words.
+        price: gives the cost of a method, whose weights are on the meta device.
+        said: puts a cost into words.
         tolerance: how far the cost may be from the target, as a share of it.
     """
     template = make({})
@@ -96,15 +96,15 @@ def rate_for(
         key = repr(sorted(options.items()))
         if key not in prices:
             reducer = make(options)
-            with torch.device("meta"):  # only the sizes of a method's layers are asked for
+            with torch.device("meta"):  # only the sizes of a method's layers are needed
                 reducer.build(backbone.spec)
             prices[key] = price(reducer)
         return prices[key]
 
-    low, high = 0.0, 1.0  # few tokens are dropped at the low level, and the price is high
+    low, high = 0.0, 1.0  # a low level drops few tokens, so its price is high
     for step in range(_STEPS):
         dear, cheap = (cost_of(template.at_level(level)) for level in (low, high))
-        # The price falls almost in a straight line; halving now and then makes sure of the end.
+        # The price falls almost in a straight line; halving at every third step ensures an end.
         share = (dear - target) / max(dear - cheap, 1e-9 * dear) if step % 3 < 2 else 0.5
         middle = low + (high - low) * min(max(share, 0.01), 0.99)
         now = cost_of(template.at_level(middle))
@@ -115,7 +115,8 @@ def rate_for(
     best = min(nearest[::-1], key=lambda options: abs(cost_of(options) - target))
     if abs(cost_of(best) - target) > tolerance * target:
         least, most = (cost_of(template.at_level(level)) for level in (1.0, 0.0))
-        inside = f", and nearest to the budget {' and '.join(said(cost_of(o)) for o in nearest)}"
+        around = " and ".join(said(cost_of(options)) for options in nearest)
+        inside = f"; the costs nearest to the budget are {around}"
         raise ValueError(
             f"{template.name} cannot meet {said(target)} within {tolerance:.0%}: it reaches from "
             f"{said(least)} to {said(most)}" + (inside if least < target < most else "")

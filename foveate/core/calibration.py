@@ -1,9 +1,9 @@
 """Calibration: make the gates of a trained method keep their target shares by arg-max too.
 
-The ratio loss holds the share that *sampled* gates keep. A gate whose odds lie on one side of even
-for almost every token samples the right share and decides for all or none. ``calibrate`` shifts
-each gate's odds so that, over some training images, arg-max keeps the share that the schedule asks
-for. Counts still differ from image to image, and evaluation stays deterministic.
+The ratio loss controls the share that *sampled* gates keep. If almost all odds of a gate lie on one
+side of even, it can sample the right share, but arg-max keeps all tokens or none. ``calibrate``
+shifts each gate's odds so that, over some training images, arg-max keeps the share that the
+schedule asks for. Counts still differ from image to image, and evaluation stays deterministic.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _log = logging.getLogger(__name__)
 
 
 class _Reached(Exception):
-    """The gate that is looked at has said everything; the rest of the pass is not needed."""
+    """Signals that the gate in question has answered, so the rest of the pass is not needed."""
 
 
 @torch.no_grad()
 def calibrate(model: nn.Module, images: Iterable[Any]) -> dict[int, float]:
     """Shift the gates of a model in place so that arg-max keeps the target shares on average.
 
-    The gates are taken one after another, because each sees what the earlier ones left: the images
-    run as often as there are gates, up to the gate in question.
+    The gates are shifted one after another, because each sees what the earlier ones kept. The
+    images run once for every gate, up to that gate.
 
     Args:
-        model: a model with a gated method inside: from ``foveate.apply``, or a dense one.
-        images: batches of training images as the model takes them, without targets.
+        model: a model from ``foveate.apply`` with a gated method, or a dense model around one.
+        images: batches of training images in the form that the model takes, without targets.
 
     Returns:
         What was added to the log-odds of keeping, by block.
@@ -86,14 +86,14 @@ def _calibrate_gate(
             raise _Reached
         return logits
 
-    vars(reducer)["logits"] = listen  # in front of the method of the class
+    vars(reducer)["logits"] = listen  # hides the method of the class
     try:
         for batch in batches:
             try:
                 model(batch)
             except _Reached:
                 continue
-            raise RuntimeError(f"the model never asked gate {stage} of {reducer.name}")
+            raise RuntimeError(f"the model never ran gate {stage} of {reducer.name}")
     finally:
         del vars(reducer)["logits"]
     shift = _shift(torch.cat(odds), round(wanted))
@@ -102,7 +102,7 @@ def _calibrate_gate(
 
 
 def _shift(odds: Tensor, keep: int) -> float:
-    """Return what makes so many of some log-odds positive: minus the middle between two of them."""
+    """Return the shift after which ``keep`` of the log-odds are positive."""
     ordered = odds.sort(descending=True).values
     if len(ordered) == 0:
         return 0.0

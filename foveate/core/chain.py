@@ -18,9 +18,9 @@ __all__ = ["Chain"]
 class Chain(Reducer):
     """Runs methods one after another, each in its own blocks.
 
-    Two methods in the same block are refused: what the second one would read off attention belongs
-    to tokens that the first one has changed. A method that changes the token set while another one
-    has tokens parked is refused too, unless it parks tokens itself.
+    Two methods in the same block are refused, because the second one would read attention of tokens
+    that the first one has changed. A method that changes the token set while another one has tokens
+    parked is refused too, unless it parks tokens itself.
     """
 
     name = "chain"
@@ -47,7 +47,7 @@ class Chain(Reducer):
             reads=frozenset().union(*(part.reads for part in parts)),
             training_need=max((part.training_need for part in parts), key=needs.index),
             maskable=all(part.maskable for part in parts),
-            needs_place=True,  # sizes may begin after tokens were fused: only their places tell
+            needs_place=True,  # sizes may start after a fusion; places show which are fused
             softmax_eps=max(eps) if eps else None,
             **{
                 fact: any(getattr(part, fact) for part in parts)
@@ -57,7 +57,7 @@ class Chain(Reducer):
 
     @property
     def settled(self) -> bool:
-        """Whether all parts work as they are deployed."""
+        """Whether all parts work as they will be deployed."""
         return all(part.settled for part in self.members)
 
     @property
@@ -84,7 +84,7 @@ class Chain(Reducer):
                 _check_apart(other, part, spec.depth)
 
     def for_pixels(self, classes: int) -> None:
-        """Tell every part."""
+        """Pass the number of classes on to every part."""
         for part in self.members:
             part.for_pixels(classes)
         self.pixel_classes = max(part.pixel_classes for part in self.members)
@@ -146,11 +146,11 @@ class Chain(Reducer):
         return state
 
     def own_macs(self, block: int, hook: str, tokens: int, left: int) -> int:
-        """Count the products of the part that acts here, if all parts can."""
+        """Sum the products of all parts, of which at most one acts here."""
         return sum(part.own_macs(block, hook, tokens, left) for part in self.members)
 
     def expected_count(self, block: int, hook: str, current: int, grid: tuple[int, int]) -> int:
-        """Expect what the part that acts here expects."""
+        """Return the count that the part that acts here expects."""
         for part in self.members:
             current = part.expected_count(block, hook, current, grid)
         return current
@@ -158,7 +158,7 @@ class Chain(Reducer):
     def losses(
         self, outcome: Outcome, targets: Tensor | None = None, teacher: Outcome | None = None
     ) -> dict[str, Tensor]:
-        """Compute the losses of all parts; those of one part alone carry its name."""
+        """Compute the losses of all parts; a part's own losses carry its name."""
         return {
             chained_name(part, key): value
             for part in self.members
@@ -166,7 +166,7 @@ class Chain(Reducer):
         }
 
 
-# What compares the whole model's answer with labels or a teacher is the same from every part.
+# These compare the whole model's answer with labels or a teacher, so every part gives the same.
 _SHARED = ("class", "kl", "token")
 
 
@@ -176,7 +176,7 @@ def chained_name(part: Reducer, loss: str) -> str:
 
 
 def _working(part: Reducer, depth: int) -> set[int]:
-    """Blocks in which a method changes tokens, or reads attention for it."""
+    """Return the blocks in which a method changes tokens or reads attention."""
     return {b for b in range(depth) if b in part.active_blocks or part.acts_between(b)}
 
 
@@ -185,7 +185,7 @@ def _check_apart(first: Reducer, second: Reducer, depth: int) -> None:
     if both:
         raise ValueError(
             f"{first.name} and {second.name} both act in block {both[0]}: give each its own "
-            "blocks, say with blocks=[...]"
+            "blocks, for example with blocks=[...]"
         )
     for part, other in ((first, second), (second, first)):
         changed = set(part.active_blocks) | part.recall_blocks

@@ -21,12 +21,12 @@ class Context:
         grid: rows and columns of the patch grid.
         mode: "masked", "gathered" or "packed".
         training: whether the reduced model was in training mode.
-        mask: patches that take part at all, ``[B, H*W]`` bool; None means all of them.
-        original: how many patches each image starts with; None means the whole grid.
+        mask: patches that take part, ``[B, H*W]`` bool; None means all of them.
+        original: number of patches that each image starts with; None means the whole grid.
         rotary: table of rotary positions (see ``Embedded``), or None. Where images differ in size
             it holds a table for each of them, one after another.
-        grids: rows and columns of each image's own grid, which is all that takes part of it; None
-            where all fill the common grid or a keep mask chose the patches.
+        grids: rows and columns of each image's own grid, if exactly its patches take part; None if
+            every image fills the common grid or a keep mask chose the patches.
     """
 
     prefix: int
@@ -39,9 +39,10 @@ class Context:
     grids: tuple[tuple[int, int], ...] | None = None
 
     def removed(self, r: int | float) -> int | list[int]:
-        """Return how many patches ``r`` stands for: a number, or a share of those at the beginning.
+        """Return ``r`` as a number of patches; a float is a share of the patches at the start.
 
-        One number, unless images that begin with different numbers of patches make it several.
+        The result is a list if images start with different numbers of patches and their shares
+        differ.
         """
         if isinstance(r, int):
             return r

@@ -1,12 +1,12 @@
 """Multiply-adds of a forward pass.
 
-A linear layer counts once per token, attention as its two products of N x N, and a method's own
-products as what they are; norms, activations, sorting and gathering do not count. The papers call
-that FLOPs. torch's FlopCounterMode counts two for each.
+A linear layer counts once per token, attention counts as its two products of N x N, and a method's
+own products count in full. Norms, activations, sorting and gathering do not count. The papers call
+this number FLOPs; torch's FlopCounterMode counts two FLOPs for each multiply-add.
 
-What the model costs at given token counts is worked out from the facts of the backbone. What a
-method with the same count for every image costs itself, and which counts it leaves, is found by
-running it: on the meta device nothing is computed, and torch's counter sees every product.
+The facts of the backbone give the model's cost at given token counts. A method with the same count
+for every image is run to find its own cost and its token counts. It runs on the meta device, where
+nothing is computed and torch's counter sees every product.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def linear_cost(*modules: nn.Module | None) -> int:
 
 def on_meta(module: nn.Module) -> nn.Module:
     """Copy a module onto the meta device, in evaluation mode, without touching its weights."""
-    # The copy is told beforehand what stands for each tensor, so none is copied.
+    # The memo names a stand-in for each tensor, so ``deepcopy`` copies none of them.
     memo: dict[int, object] = {}
     for p in module.parameters():
         memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
@@ -91,8 +91,8 @@ def on_meta(module: nn.Module) -> nn.Module:
 def run_on_meta(spec: BackboneSpec, reducer: Reducer, grid: tuple[int, int]) -> Cost:
     """Count a method with fixed counts, built on the meta device, without any model.
 
-    The method runs between blocks that compute nothing. torch counts its own products, and what is
-    left of the model is worked out from the token counts.
+    The method runs between blocks that compute nothing. torch counts the method's own products, and
+    the cost of the model follows from the token counts.
     """
     model = _Hollow(_Shell(spec, grid), reducer).eval()
     like = next(reducer.parameters(), None)
@@ -105,7 +105,8 @@ def run_on_meta(spec: BackboneSpec, reducer: Reducer, grid: tuple[int, int]) -> 
 def tokens_of(spec: BackboneSpec, reducer: Reducer) -> tuple[BlockTokens, ...]:
     """Return the tokens of every block of a method with fixed counts, for the model's own size.
 
-    It runs on the CPU and counts no products, which takes a tenth of the time of ``run_on_meta``.
+    The method runs on the CPU and its products are not counted, so this takes a tenth of the time
+    of ``run_on_meta``.
     """
     model, watched = _Hollow(_Shell(spec, spec.grid), reducer).eval(), []
     with torch.inference_mode():
@@ -118,12 +119,12 @@ def tokens_of(spec: BackboneSpec, reducer: Reducer) -> tuple[BlockTokens, ...]:
 
 
 def _noting(seen: dict[str, int]) -> Callable[[str, TokenState], None]:
-    """Return what notes the number of tokens under the name of the place."""
+    """Return a watcher that stores the number of tokens under the name of the place."""
     return lambda name, now: seen.__setitem__(name, now.layout.longest)
 
 
 class _Shell(Backbone):
-    """The facts of a backbone in place of its parts, which do nothing."""
+    """A backbone that has the facts of a model but parts that compute nothing."""
 
     def __init__(self, spec: BackboneSpec, grid: tuple[int, int]) -> None:
         super().__init__(nn.Module(), spec)
@@ -167,7 +168,7 @@ class _Shell(Backbone):
 
 
 class _Hollow(ReducedViT):
-    """Drives a shell; tokens go through attention as they are."""
+    """Drives a shell; its attention computes nothing."""
 
     def attend(self, block: int, heads: Heads, state: TokenState) -> Tensor:
         return heads.v
@@ -175,17 +176,17 @@ class _Hollow(ReducedViT):
 
 @contextmanager
 def counting(model: nn.Module) -> Iterator[Callable[[], float]]:
-    """Count multiply-adds by torch's own counter; give a function that says how many so far.
+    """Count multiply-adds with torch's counter; yield a function that returns the count so far.
 
     Args:
-        model: the module whose parameters are used meanwhile, without gradients.
+        model: the module that is counted; its parameters take no gradient meanwhile.
     """
-    # The counter asks views of trainable parameters for a gradient that they have not.
+    # The counter asks views of trainable parameters for a gradient that they do not have.
     trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained:
         p.requires_grad_(False)
     try:
-        # As two products attention is counted by every torch, on every device.
+        # As two products, attention is counted by every version of torch on every device.
         flops, products = FlopCounterMode(display=False), sdpa_kernel(SDPBackend.MATH)
         with torch.no_grad(), flops, products:
             yield lambda: flops.get_total_flops() / 2
@@ -195,7 +196,7 @@ def counting(model: nn.Module) -> Iterator[Callable[[], float]]:
 
 
 def run(model: ReducedViT, images: Tensor) -> Cost:
-    """Count one pass over one image, by torch's own counter."""
+    """Count one pass over one image with torch's counter."""
     watched: list[BlockTokens] = []
     with counting(model) as spent:
         state = model.begin(images)
@@ -209,7 +210,7 @@ def run(model: ReducedViT, images: Tensor) -> Cost:
 
 
 def has_formula(reducer: Reducer) -> bool:
-    """Tell whether a method with a count per image works its own cost out from token counts."""
+    """Tell whether counts differ by image and the method computes its own cost from them."""
     return not reducer.fixed_count and all(
         type(part).own_macs is not Reducer.own_macs for part in reducer.members
     )
@@ -221,7 +222,7 @@ def has_formula(reducer: Reducer) -> bool:
 def expected(
     spec: BackboneSpec, reducer: Reducer | None, grid: tuple[int, int]
 ) -> list[BlockTokens]:
-    """Expect the tokens of every block: the method's target counts, or upper bounds."""
+    """Return the expected tokens of every block: the method's target counts, or upper bounds."""
     current, blocks = grid[0] * grid[1], []
     for block in range(spec.depth):
         counts = []
@@ -236,7 +237,7 @@ def expected(
 
 
 def measured(trace: Trace) -> list[list[BlockTokens]]:
-    """Read the tokens of every block off a trace, for each of its images."""
+    """Return the tokens of every block of a trace, for each of its images."""
     counts = [
         [s.layout.lengths for s in (b.attention, b.mlp, b.output)] for b in trace.blocks
     ]  # [block][place][image]
@@ -256,10 +257,10 @@ def cost(
 
     Args:
         spec: facts of the backbone.
-        reducer: a method bound to it whose counts depend on the image; None for the dense model.
+        reducer: a method built for it; None for the dense model.
         grid: patch rows and columns.
         tokens: tokens of every block; None takes the expected ones.
-        own: count what the method computes itself, besides what it leaves of the model.
+        own: count the method's own products too, which takes a method with ``own_macs``.
     """
     blocks = tuple(expected(spec, reducer, grid) if tokens is None else tokens)
     patches = grid[0] * grid[1]

@@ -1,4 +1,4 @@
-"""What becomes of the tokens that a method does not keep; any of it goes with any score."""
+"""Ways to dispose of the tokens that a method does not keep; each works with any score."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def fuse(state: TokenState, kept: Selection, weight: Tensor) -> TokenState:
 
 
 def fused(state: TokenState, kept: Selection, weight: Tensor, mean: bool = False) -> Tensor:
-    """Sum all tokens but those kept, each times its weight ``[B, N]``, to ``[B, C]``.
+    """Return the weighted sum of all tokens that are not kept, ``[B, C]``; weights are ``[B, N]``.
 
     ``mean`` divides by the sum of the weights.
     """
     if kept.lengths is None:
         weight = weight.scatter(1, kept.index, 0.0)
     else:
-        spare = weight.shape[1]  # one more cell takes the entries that do not count
+        spare = weight.shape[1]  # an extra cell takes the entries that do not count
         padded = torch.cat([weight, weight.new_zeros(weight.shape[0], 1)], 1)
         weight = padded.scatter(1, kept.slots(spare), 0.0)[:, :-1]
     if mean:
@@ -55,7 +55,8 @@ def merge(
         state: the tokens.
         kept: those that stay.
         weight: weight of every token in the average, ``[B, N]``.
-        similarity: of merged tokens to kept ones, ``[B, R, K]``; None is the cosine of the tokens.
+        similarity: gives the similarity of merged tokens to kept ones, ``[B, R, K]``; None takes
+            the cosine of the tokens.
     """
     merged = kept.complement(weight.shape[1], state.present())
     with torch.no_grad():
@@ -68,7 +69,7 @@ def merge(
 
 
 def tokens_of(state: TokenState, selection: Selection) -> Tensor:
-    """Lay the selected tokens out as ``[B, K, C]``; padding repeats any token."""
+    """Return the selected tokens as ``[B, K, C]``; padding holds arbitrary tokens."""
     rows = state.layout.rows(Selection(selection.index + state.prefix))
     if not state.layout.is_even:
         rows = rows.clamp_max(len(state.x) - 1)

@@ -2,9 +2,9 @@
 
     images -> begin -> step(0) -> step(1) -> ... -> end -> head
 
-``begin``, ``step`` and ``end`` are public. Whoever wants to look at the tokens between two blocks,
-or to write to them, uses these, and everything here is built on them. Nothing of the model is
-patched, subclassed or copied; its weights are shared.
+``begin``, ``step`` and ``end`` are public. Use them to read or to change the tokens between two
+blocks; everything here is built on them. Nothing of the model is patched, subclassed or copied; its
+weights are shared.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ Watch = Callable[[str, TokenState], None]
 class ReducedViT(HostedModel):
     """A vision transformer that runs with few tokens.
 
-    Attributes that it does not have itself (``pretrained_cfg``, ``num_classes``, ...) are those of
-    the model inside. What carries a name of timm's has timm's contract.
+    Attributes that it does not have itself (``pretrained_cfg``, ``num_classes``, ...) come from the
+    model inside. Methods with a name from timm behave as in timm.
 
     Attributes:
-        vit: the model as it was given; the weights are its own.
-        reducer: the method, with whatever parameters it adds.
-        mode: "auto", "masked", "gathered" or "packed"; "auto" takes masked while a gated method
-            trains, gathered when all images have one count, packed otherwise.
-        gate: how gates decide: "sample", "argmax", "topk", or None for the method's own way:
-            sampling while it trains masked, its deterministic rule otherwise.
-        windows: attention inside windows, for the dense model alone; None is global attention.
+        vit: the given model, whose weights are used.
+        reducer: the method, with the parameters that it adds.
+        mode: "auto", "masked", "gathered" or "packed"; "auto" means masked while a gated method
+            trains, gathered if all images have the same count, and packed otherwise.
+        gate: how gates decide: "sample", "argmax" or "topk"; None samples while the method trains
+            masked, and otherwise uses its own deterministic rule.
+        windows: attention inside windows, for the dense model only; None is global attention.
     """
 
     windows: Windows | None = None
@@ -63,12 +63,12 @@ class ReducedViT(HostedModel):
         self.reducer = reducer
         self._backbone = backbone
         self._mode = "auto"
-        self.training = self.vit.training  # its modules stay as they are
+        self.training = self.vit.training  # the modules keep their own modes
         self.reducer.train(self.training)
 
     @property
     def backbone(self) -> Backbone:  # type: ignore[override]
-        """The parts of ``vit``; read anew where the model has changed since."""
+        """The parts of ``vit``, read again if the model has changed."""
         backbone = self._backbone
         if backbone.model is not self.vit:  # a replica of this module has its own
             backbone = self._backbone = copy.copy(backbone)
@@ -81,7 +81,7 @@ class ReducedViT(HostedModel):
 
     @property
     def mode(self) -> str:
-        """How the next forward pass runs."""
+        """Mode that was set for the next forward pass."""
         return self._mode
 
     @mode.setter
@@ -97,7 +97,7 @@ class ReducedViT(HostedModel):
 
     @property
     def gate(self) -> str | None:
-        """How gates decide; None is each method's own way."""
+        """How gates decide; None means each method's own way."""
         gates = {getattr(part, "gate", None) for part in self.reducer.members}
         return gates.pop() if len(gates) == 1 else None
 
@@ -125,8 +125,8 @@ class ReducedViT(HostedModel):
         if self.training and self.reducer.gated:
             if not self.reducer.maskable:
                 raise ValueError(
-                    f"gates train masked, which not all of {self.reducer!r} can do: train the "
-                    "gated method alone, or set a mode yourself"
+                    f"gates train masked, but not every method in {self.reducer!r} has a masked "
+                    "mode: train the gated method alone, or set a mode yourself"
                 )
             return "masked"
         return "gathered" if self.reducer.fixed_count and not with_mask else "packed"
@@ -145,12 +145,13 @@ class ReducedViT(HostedModel):
 
         Args:
             images: preprocessed images ``[B, channels, H, W]`` of any size that the patch divides;
-                or a list of images ``[channels, H, W]`` that may differ in size. Each of these has
-                the positions of its own grid, in the top left corner of the batch's common grid.
-            keep_mask: patches that take part at all, ``[B, rows, columns]`` or ``[B, patches]``
-                bool: padding and regions of no interest stay out from the start.
+                or a list of images ``[channels, H, W]`` that may differ in size. Images of a list
+                get the positions of their own grids and lie in the top left corner of the batch's
+                common grid.
+            keep_mask: patches that take part, ``[B, rows, columns]`` or ``[B, patches]`` bool; the
+                others (padding, regions of no interest) are left out from the start.
             track: follow every patch through the network, for ``restore`` and ``add``.
-            prefix: False leaves out the class token and whatever else stands before the patches.
+            prefix: False leaves out the class token and all other tokens before the patches.
         """
         backbone, reducer = self.backbone, self.reducer
         spec = backbone.spec
@@ -163,8 +164,8 @@ class ReducedViT(HostedModel):
         mode = self.resolved_mode(keep_mask is not None or grids is not None)
         if keep_mask is not None or grids is not None:
             if mode == "gathered":
-                what = "with a keep_mask images" if grids is None else "images of different sizes"
-                raise ValueError(f"{what} differ in count: use mode 'packed'")
+                what = "images with a keep_mask" if grids is None else "images of different sizes"
+                raise ValueError(f"{what} differ in their token count: use mode 'packed'")
             backbone.check_takes_masks()
             if grids is not None:
                 mask = own_patches(grids, grid, embedded.x.device)
@@ -207,13 +208,13 @@ class ReducedViT(HostedModel):
     def step(self, block: int, state: TokenState, watch: Watch | None = None) -> TokenState:
         """Take the tokens through one block, and let the method act in it.
 
-        Blocks come in their order; between two of them the caller may look at the tokens and give
+        Blocks must run in order. Between two of them the caller may look at the tokens and give
         them new values (``state.add``, ``state.with_tokens``).
 
         Args:
             block: number of the block.
-            state: tokens that ``begin`` or the step before returned.
-            watch: is shown the tokens at "attention", "mlp" and "output".
+            state: tokens that ``begin`` or the previous step returned.
+            watch: called with the tokens at "attention", "mlp" and "output".
         """
         backbone = self._backbone  # as ``begin`` read it: looking again in every block costs time
         if block != state.block or not 0 <= block < backbone.spec.depth:
@@ -223,12 +224,12 @@ class ReducedViT(HostedModel):
         return self._block(backbone, block, state, watch)
 
     def end(self, state: TokenState) -> TokenState:
-        """Bring back what the method recalls before the head and apply the final norm."""
+        """Bring back patches that the method recalls before the head, and apply the final norm."""
         backbone = self._backbone
         if state.block != backbone.spec.depth:
             raise ValueError(
-                f"end comes after block {backbone.spec.depth - 1}, and these tokens have block "
-                f"{state.block} before them"
+                f"end comes after block {backbone.spec.depth - 1}, but for these tokens block "
+                f"{state.block} comes next"
             )
         state = self.reducer.finish(state.recalled())
         if backbone.spec.depth in self.reducer.recall_blocks:
@@ -270,8 +271,8 @@ class ReducedViT(HostedModel):
     def _attention(self, backbone: Backbone, block: int, state: TokenState) -> TokenState:
         """Attend, and let the method act on the tokens after it.
 
-        A function of its own so that queries, keys and values are freed before the feed forward,
-        where memory peaks.
+        This is a function of its own so that queries, keys and values are freed before the feed
+        forward, where memory peaks.
         """
         reducer, spec = self.reducer, backbone.spec
         made: list[Heads] = []
@@ -310,7 +311,7 @@ class ReducedViT(HostedModel):
 
     def forward(self, images: Tensor | Sequence[Tensor], keep_mask: Tensor | None = None) -> Tensor:
         """Return logits for ``images [B, 3, H, W]``; the arguments are those of ``begin``."""
-        # Not through ``run``: where weights are sharded, both gather and release them.
+        # Does not call ``run``: with sharded weights, each of the two gathers and releases them.
         return self.backbone.head(self.tokens(images, keep_mask, track=False))
 
     def run(
@@ -334,7 +335,7 @@ class ReducedViT(HostedModel):
     ) -> TokenState:
         """Return the final, normed tokens; ``restore`` puts them back on the grid.
 
-        ``visit`` is shown the embedded tokens and those that every block leaves.
+        ``visit`` is called with the embedded tokens and with the tokens after every block.
         """
         state = self.begin(images, keep_mask, track=track)
         if visit is not None:
@@ -360,11 +361,11 @@ class ReducedViT(HostedModel):
     ) -> list[tuple[int, ...]]:
         """Run and prove that every block computes the tokens that the method decided, no more.
 
-        They are counted in the matrix products that torch runs. A block that computes others is a
-        RuntimeError, and so is masked mode, which computes all of them.
+        The tokens are counted in the matrix products that torch runs. Raise RuntimeError if a block
+        computes more or fewer, or in masked mode, which computes all tokens.
 
         Returns:
-            what ``Trace.counts`` gives: tokens in each block, one number an image.
+            Tokens in each block, one number per image, as ``Trace.counts`` gives them.
         """
         if self.resolved_mode(keep_mask is not None) == "masked":
             raise RuntimeError(
@@ -388,17 +389,17 @@ class ReducedViT(HostedModel):
 
 
 class _Dense(Reducer):
-    """No method at all, so that a keep mask alone decides which patches are computed."""
+    """Changes nothing, so that only a keep mask decides which patches are computed."""
 
     name = "dense"
     maskable = True
 
 
 def dense(backbone: Backbone, windows: Windows | None = None) -> ReducedViT:
-    """Drive a backbone with all tokens: for keep masks, final tokens and traces without a method.
+    """Drive a backbone with all tokens, for keep masks, final tokens and traces without a method.
 
-    With a keep mask its mode "packed" computes only the patches that are kept, and "masked" all of
-    them, hidden from each other by a key mask.
+    With a keep mask, mode "packed" computes only the patches that are kept. Mode "masked" computes
+    all patches, and a key mask hides those that are not kept.
 
     Args:
         backbone: the parts of the model.
@@ -438,19 +439,19 @@ def _out_of_order(block: int, following: int, depth: int) -> str:
 
 
 def _rotary(block: int, state: TokenState) -> Tensor | None:
-    """Rotary rows of the tokens that are here now: positions follow their tokens."""
+    """Return the rotary rows of the tokens that are left: positions follow their tokens."""
     table = state.context.rotary
     if table is None:
         return None
     assert state.place is not None
     table, rows = table[block] if table.ndim == 4 else table, state.place
-    if table.shape[0] > state.patches + 1:  # one table an image: their grids differ
+    if table.shape[0] > state.patches + 1:  # one table per image, because grids differ
         rows = rows + state.layout.image(rows.device) * (state.patches + 1)
     return table.index_select(0, rows)
 
 
 def _dropped(module: nn.Module | None, values: Tensor, state: TokenState) -> Tensor:
-    """Apply stochastic depth: a branch is dropped for whole images, also when tokens are flat."""
+    """Apply stochastic depth, which drops a branch for whole images, to flat tokens."""
     if module is None or not module.training:
         return values
     scale = module(values.new_ones(state.batch, 1))

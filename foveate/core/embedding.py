@@ -1,8 +1,8 @@
-"""Embedding a batch: images of one size at once, images of different sizes each on its own grid.
+"""Embed a batch: images of one size at once, images of different sizes each on its own grid.
 
-Positions are what makes an image in a padded batch differ from the same image alone: a model that
-resizes them to the batch's common grid gives every smaller image the positions of a corner of it.
-So images are embedded by size, before they are laid out on the common grid.
+An image in a padded batch must get the same positions as the same image alone. A model that resizes
+its positions to the batch's common grid would give a smaller image the positions of a corner of
+that grid. So images are embedded by size first, and then placed on the common grid.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Grids = tuple[tuple[int, int], ...]
 def embed_images(
     backbone: Backbone, images: Tensor | Sequence[Tensor]
 ) -> tuple[Embedded, Grids | None]:
-    """Embed images, and return each one's own grid where the grids differ, else None.
+    """Embed images; return each image's own grid too if the grids differ, else None.
 
     Args:
         backbone: the model's parts.
@@ -40,7 +40,7 @@ def embed_images(
 
 
 def own_patches(grids: Grids, grid: tuple[int, int], device: torch.device) -> Tensor:
-    """Mark the patches of the common grid that are an image's own, ``[B, H*W]`` bool."""
+    """Mark the patches of the common grid that belong to each image, ``[B, H*W]`` bool."""
     rows, columns = torch.tensor(grids, device=device).T[..., None]
     mask_rows = torch.arange(grid[0], device=device) < rows  # [B, H]
     mask_columns = torch.arange(grid[1], device=device) < columns
@@ -88,7 +88,7 @@ def _embed_each(backbone: Backbone, images: list[Tensor]) -> tuple[Embedded, Gri
 
 
 def _laid_out(values: Tensor, grid: tuple[int, int], common: tuple[int, int], front: int) -> Tensor:
-    """Lay one image's rows ``[front + h*w + rest, ...]`` out on the common grid, zeros between."""
+    """Place an image's rows ``[front + h*w + rest, ...]`` on the common grid, zeros elsewhere."""
     if grid == common:
         return values
     patches = grid[0] * grid[1]

@@ -1,4 +1,4 @@
-"""Models under evaluation: their mode, and their answers."""
+"""Run models in evaluation mode, and read logits from their answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PRECISIONS = ("fp32", "bf16")
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put models in evaluation mode; afterwards every module is in the mode it was in."""
+    """Put models in evaluation mode; restore the mode of every module afterwards."""
     before = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:
@@ -31,22 +31,22 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def answering(*models: nn.Module, precision: str = "fp32") -> Iterator[None]:
-    """Set evaluation mode without gradients, and afterwards every module's mode as it was.
+    """Set evaluation mode without gradients; restore the mode of every module afterwards.
 
     Args:
-        models: on one device.
+        models: models on one device.
         precision: "fp32", or "bf16" for automatic mixed precision.
     """
     check_choice("precision", precision, PRECISIONS)
     kind = next(models[0].parameters()).device.type
-    # Not inference_mode: what a model caches in it could not be used by a training that goes on.
+    # Not inference_mode: a training that goes on could not use what a model caches in it.
     half = torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16")
     with evaluating(*models), torch.no_grad(), half:
         yield
 
 
 def logits_of(answer: Any) -> Tensor:
-    """The logits of a model's answer: the tensor itself, a field of that name, or the first."""
+    """Return the logits of a model's answer: itself, its field ``logits`` or its first item."""
     found = getattr(answer, "logits", answer)
     if isinstance(found, (tuple, list)) and found:
         found = found[0]

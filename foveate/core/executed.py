@@ -1,4 +1,4 @@
-"""Tokens as torch really computes them, read off its matrix products: proof that a method acts."""
+"""Count the tokens in torch's matrix products, to prove that a method is in effect."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ _PRODUCTS = frozenset({"addmm", "linear", "matmul", "mm"})
 
 
 def watched_weights(backbone: Backbone) -> list[nn.Parameter]:
-    """Return for each block the weight of its last linear layer but one, in the feed forward.
+    """Return the weight of the second-last linear layer of each block, in the feed forward.
 
-    Not the last one: runtimes melt it together with the scale of the layer behind it.
+    The last one would not do: runtimes merge its weight with a scale that follows it.
     """
     return [[p for p in block.parameters() if p.ndim == 2][-2] for block in backbone.blocks]
 
 
 def executed_tokens(backbone: Backbone, call: Callable[[], Any]) -> tuple[int, ...]:
-    """Run something and count the tokens, of all images, that each block really fed forward.
+    """Run ``call`` and count the tokens, of all images, that each block really fed forward.
 
     Args:
-        backbone: whose blocks are watched.
-        call: runs them, as often as it likes. What ``torch.compile`` or a graph runs is not seen.
+        backbone: parts of the model whose blocks are watched.
+        call: runs the blocks, any number of times. What ``torch.compile`` or a graph runs is not
+            seen.
     """
     with _Products(watched_weights(backbone)) as products, torch.no_grad():
         call()
@@ -37,32 +38,32 @@ def executed_tokens(backbone: Backbone, call: Callable[[], Any]) -> tuple[int, .
 
 
 def check_executed(backbone: Backbone, call: Callable[[], Any], wanted: Sequence[int]) -> None:
-    """Refuse a run in which a block computed other numbers of tokens than a method decided.
+    """Refuse a run in which a block computed more or fewer tokens than a method decided.
 
     Args:
         backbone: as for ``executed_tokens``.
-        call: as there; runs each block once.
-        wanted: tokens of all images in each block.
+        call: runs each block once.
+        wanted: number of tokens, of all images, in each block.
     """
     found = executed_tokens(backbone, call)
     if not any(found):
         raise RuntimeError(
-            "no product with a weight of the blocks was seen, so nothing can be said of tokens: "
+            "no matrix product with a block's weight was seen, so its tokens cannot be counted: "
             "run without autocast, quantisation and compilation"
         )
     for block, (one, other) in enumerate(zip(found, wanted, strict=True)):
         if one != other:
             raise RuntimeError(
-                f"the method is not in effect: block {block} computed {one} tokens, and {other} "
-                "are what it decided"
+                f"the method is not in effect: block {block} computed {one} tokens, and the method "
+                f"decided on {other}"
             )
 
 
 class _Products(TorchDispatchMode):
-    """Counts the rows that are multiplied with some weights, not with copies of them.
+    """Counts the rows that are multiplied with some weights; copies of a weight do not count.
 
     Attributes:
-        rows: a number for each weight.
+        rows: number of rows for each weight.
     """
 
     def __init__(self, weights: Sequence[Tensor]) -> None:

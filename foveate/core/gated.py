@@ -1,8 +1,8 @@
-"""GatedReducer: methods that learn gates, one before each of some blocks.
+"""GatedReducer: the base of methods that learn gates, one before each of some blocks.
 
-Written once here: the decision (sampled, arg-max or top-k), its masked form for training, its
-gathered and packed forms, and the losses. A method overrides ``logits``; ``dispose`` and ``hide``
-say what becomes of the tokens that a gate closes on.
+The decision (sampled, arg-max or top-k), its masked form for training, its gathered and packed
+forms, and the losses are written once here. A method overrides ``logits``; ``dispose`` and ``hide``
+determine what becomes of the tokens that a gate does not keep.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ __all__ = ["GatedReducer"]
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class GatedReducer(ScoreReducer):
-    """Closes learned gates on tokens before its blocks.
+    """Decides by learned gates which tokens its blocks get.
 
     Attributes:
-        gate: how gates decide: "sample", "argmax", "topk"; None samples while training masked
-            and otherwise takes the method's own deterministic rule (``rule``).
+        gate: how gates decide: "sample", "argmax" or "topk"; None samples while training in masked
+            mode, and otherwise uses the method's own deterministic rule (``rule``).
     """
 
     gate: str | None = None
@@ -42,18 +42,18 @@ class GatedReducer(ScoreReducer):
     maskable: ClassVar[bool] = True
     rule: ClassVar[str] = "topk"
     ratio_per_image: ClassVar[bool] = True
-    lasting: ClassVar[bool] = True  # what a gate closes on is out for good
+    lasting: ClassVar[bool] = True  # tokens that a gate does not keep never come back
     softmax_eps: ClassVar[float | None] = 0.0
     identity: ClassVar[Mapping[str, Any] | None] = {"keep": 1.0, "gate": "topk"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.token_loss = "mse"  # how the "token" loss compares tokens: "mse" or "kl"
-        # Another disposal than the method's own has no masked form to train in.
+        # Only the method's own disposal has a masked form to train in.
         vars(self)["maskable"] = self.rest == type(self).rest
 
     def validate(self) -> None:
-        """Check the gate's rule besides the schedule."""
+        """Check the schedule and how gates decide."""
         super().validate()
         check_choice("gate", self.gate, (None, *DECISIONS))
 
@@ -65,11 +65,11 @@ class GatedReducer(ScoreReducer):
     # To override ---------------------------------------------------------------------------------
 
     def logits(self, stage: int, state: TokenState) -> Tensor:
-        """Score keeping and dropping each gated token, ``[B, N, 2]``; the odds alone count."""
+        """Score keeping and dropping each gated token, ``[B, N, 2]``; only their odds count."""
         raise NotImplementedError
 
     def exempt(self, state: TokenState) -> Tensor | None:
-        """Mark the gated tokens that no gate may close on, ``[B, N]`` bool; None means none."""
+        """Mark the gated tokens that gates must keep, ``[B, N]`` bool; None means none."""
         return None
 
     def usable(self, stage: int, state: TokenState) -> Tensor | None:
@@ -77,23 +77,23 @@ class GatedReducer(ScoreReducer):
         return None
 
     def front(self, stage: int, state: TokenState) -> int:
-        """Return the first token of an image that the gate decides about."""
+        """Return the position of the first token that the gate decides about."""
         return state.prefix
 
     def hide(self, stage: int, state: TokenState, keep: Tensor) -> TokenState:
-        """Carry out decisions in the masked mode, where they carry the gates' gradient."""
+        """Apply decisions in masked mode, where they carry the gates' gradient."""
         return state.mask_out(keep)
 
     def shift(self, stage: int, amount: float) -> None:
-        """Add a number to a gate's log-odds of keeping, for good: calibration does."""
+        """Add a number to a gate's log-odds of keeping, permanently; calibration calls this."""
         raise ValueError(f"the gates of {self.name} have no bias of their own to calibrate")
 
     # Deciding ------------------------------------------------------------------------------------
 
     def candidates(self, stage: int, state: TokenState, odds: Tensor) -> tuple[Tensor, int]:
-        """Return the odds of the tokens that a gate may keep, ``[M]``, and the count for its share.
+        """Return the odds of tokens that a gate may keep, ``[M]``, and the base of its share.
 
-        A gate should keep its share of the patches (and prefix tokens) that images began with.
+        The base is the number of patches, and gated prefix tokens, that the images began with.
         """
         exempt = self.exempt(state)
         free = None if exempt is None else ~exempt
@@ -117,7 +117,7 @@ class GatedReducer(ScoreReducer):
         stage, masked = self.active_blocks.index(block), state.alive is not None
         how = self.gate or ("sample" if masked and state.context.training else self.rule)
         if how == "topk" and not masked and state.layout.is_even:
-            return self._stage(stage, state, None)  # static sizes: the deployed form
+            return self._stage(stage, state, None)  # the deployed form has static sizes
         logits = self.logits(stage, state)
         keep = self.decide(stage, state, logits, how)
         return self.close(stage, self._note(stage, state, keep), keep, logits)
@@ -137,8 +137,8 @@ class GatedReducer(ScoreReducer):
         if exempt is not None:
             candidates = ~exempt if candidates is None else candidates & ~exempt
         if self.lasting and state.alive is not None and present is not None:
-            # Patches that an earlier stage dropped are gated like the others: what they are worth
-            # later is what the earlier gate has to learn.
+            # Patches that an earlier stage dropped get a decision too: the earlier gate learns from
+            # it what they would be worth later.
             gone = ~present
         else:
             candidates = _both(candidates, present)
@@ -165,7 +165,7 @@ class GatedReducer(ScoreReducer):
         ]
 
     def _present(self, stage: int, state: TokenState) -> Tensor | None:
-        """Gated tokens that take part at all, ``[B, N]``; None means all."""
+        """Mark the gated tokens that take part, ``[B, N]``; None means all."""
         present = state.layout.valid(state.x.device)
         if state.alive is not None:
             present = state.alive.detach() > 0
@@ -174,7 +174,7 @@ class GatedReducer(ScoreReducer):
     # Training ------------------------------------------------------------------------------------
 
     def _note(self, stage: int, state: TokenState, keep: Tensor) -> TokenState:
-        """Record which share of an image's tokens this stage left, for the ratio loss."""
+        """Record the share of each image's tokens that this stage kept, for the ratio loss."""
         front, live, exempt = self.front(stage, state), keep, self.exempt(state)
         if state.alive is not None:
             live = live * state.alive[:, front:]
@@ -184,7 +184,7 @@ class GatedReducer(ScoreReducer):
         if present is not None:
             live = live * present[:, front:]
         original = state.context.original or (state.patches,)
-        alike = len(set(original)) == 1  # a number does not have to travel to a GPU
+        alike = len(set(original)) == 1  # a plain number need not be copied to a GPU
         count = original[0] if alike else live.new_tensor(original)
         share = live.sum(1) / (count + state.prefix - front)
         return state.note(self._key, {**state.notes.get(self._key, {}), stage: share})
@@ -222,17 +222,17 @@ class GatedReducer(ScoreReducer):
     # Counts that depend on the image -------------------------------------------------------------
 
     def gate_macs(self, stage: int, tokens: int) -> int:
-        """Count the multiply-adds of ``logits`` for so many tokens, prefix included."""
+        """Count the multiply-adds of ``logits`` on this number of tokens, prefix included."""
         return 0
 
     def own_macs(self, block: int, hook: str, tokens: int, left: int) -> int:
-        """Every gate scores all tokens that reach it."""
+        """Count the block's gate on all tokens that reach it."""
         if hook != "before" or block not in self.active_blocks:
             return 0
         return self.gate_macs(self.active_blocks.index(block), tokens)
 
     def expected_count(self, block: int, hook: str, current: int, grid: tuple[int, int]) -> int:
-        """Gates are expected to keep their target shares."""
+        """Expect gates to keep their target shares."""
         if hook != "before" or block not in self.active_blocks:
             return current
         stage = self.active_blocks.index(block)

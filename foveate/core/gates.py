@@ -1,10 +1,10 @@
-"""Gates: from two scores a token to a hard, differentiable decision.
+"""Gates: turn two scores per token into a hard, differentiable decision.
 
 How a gate decides is a switch of its own and does not depend on ``.training``:
 
 * ``sample``: draw from the gate (Gumbel noise), as in training;
-* ``argmax``: keep a token where keeping is the more likely;
-* ``topk``: keep exactly k tokens, those with the best odds; the same count for every image.
+* ``argmax``: keep a token if keeping is at least as likely as dropping;
+* ``topk``: keep exactly the k tokens with the best odds.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def decide(
     Args:
         logits: ``[B, N, 2]``; index 0 is "keep".
         how: one of ``DECISIONS``.
-        k: how many to keep for "topk", for all images or one number an image.
+        k: number of tokens to keep for "topk", one for all images or one per image.
         candidates: tokens that may be kept, ``[B, N]`` bool; None means all.
         gone: tokens that an earlier gate dropped, ``[B, N]`` bool. They get a decision like any
-            other, because the earlier gate learns from it, but they take no place among the k.
-        at_least_one: keep the likeliest candidate where an image would keep none.
+            other, because the earlier gate learns from it, but they do not count among the k.
+        at_least_one: keep the likeliest candidate if an image would keep none.
     """
     logits = logits.float()
     if how == "sample":
@@ -59,7 +59,7 @@ def decide(
         if best.valid is not None:
             picked = best.valid.to(keep.dtype)
         hard = torch.zeros_like(keep).scatter(1, best.index, picked)
-        if gone is not None:  # would it have been picked?
+        if gone is not None:  # they are kept if their score would have been picked
             worst = standing.masked_fill(hard == 0, float("inf")).amin(1, keepdim=True)
             hard = torch.where(gone, (score >= worst).to(hard.dtype), hard)
     else:
@@ -78,6 +78,6 @@ def decide(
 
 @torch.no_grad()
 def shift_odds(last: nn.Module, amount: float) -> None:
-    """Add a number to the log-odds that a gate's last layer gives: keep is its first output."""
+    """Add a number to the log-odds of a gate's last layer, whose first output is "keep"."""
     assert isinstance(last, nn.Linear) and last.bias is not None
     last.bias.add_(last.bias.new_tensor([amount / 2, -amount / 2]))

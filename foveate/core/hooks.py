@@ -1,8 +1,8 @@
-"""Hooks of the model's own modules, which run although their forward does not.
+"""Run the hooks of the model's own modules, although their forward is not called.
 
-A block is driven by its parts, so its ``forward`` is never called. What people hang on it must run
-all the same: forward and backward hooks, and those of ``fully_shard``, which gather a block's
-weights and release them.
+A block is driven by its parts, so its ``forward`` is never called. Hooks on it must run all the
+same: forward and backward hooks, and those of ``fully_shard``, which gather a block's weights and
+release them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Tell whether anything hangs on a module itself; warn once about what would be bypassed."""
+    """Tell whether a module itself has hooks; warn once if it was compiled on its own."""
     if not torch.compiler.is_compiling() and module._compiled_call_impl is not None:
         _warn_compiled(module)
     return bool(
@@ -46,16 +46,16 @@ def call_with_hooks(
     forward: Callable[[TokenState], TokenState],
     wrap: Callable[[Tensor], Any] | None = None,
 ) -> TokenState:
-    """Run ``forward`` in place of the module's own, with everything that hangs on the module.
+    """Run ``forward`` in place of the module's own, with all hooks of the module.
 
     Hooks see tokens ``[B, N, C]``, or ``[1, T, C]`` where images differ in count, and may change
-    them. The module that they are given has all attributes of the real one.
+    them. The module that they get has all attributes of the real one.
 
     Args:
         module: a block or its attention.
         state: the tokens that enter.
         forward: computes the tokens that leave, which may be fewer.
-        wrap: puts the output into the form that the module's own has.
+        wrap: puts the output into the form of the module's own output.
     """
     result: list[TokenState] = []
 
@@ -75,9 +75,9 @@ def _batched(state: TokenState) -> Tensor:
 
 
 class _StandIn(nn.Module):
-    """Shares everything with a module, its hooks too, but its forward."""
+    """Shares everything with a module, its hooks too, except its forward."""
 
-    __slots__ = ("_run",)  # not in the dictionary that it shares
+    __slots__ = ("_run",)  # kept out of the shared dictionary
     _run: Callable[[Tensor], Any]
 
     def __init__(self, module: nn.Module, run: Callable[[Tensor], Any]) -> None:
@@ -89,7 +89,7 @@ class _StandIn(nn.Module):
 
     @property
     def forward(self) -> Callable[[Tensor], Any]:  # type: ignore[override]
-        """What runs in place of the module's own."""
+        """Function that runs in place of the module's own forward."""
         return self._run
 
 
@@ -111,7 +111,7 @@ def _warn_compiled(module: nn.Module) -> None:
     if module not in _warned:
         _warned.add(module)
         _log.warning(
-            "a %s was compiled by itself, and that is bypassed: its parts are driven one by one; "
+            "a %s was compiled on its own, which has no effect: its parts are called one by one; "
             "compile the whole reduced model instead",
             type(module).__name__,
         )

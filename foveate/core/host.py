@@ -1,7 +1,7 @@
 """The interface that other libraries expect of a model, on a model that runs with few tokens.
 
-Whatever a ReducedViT does not have itself it takes from the model inside. What carries a name of
-timm's keeps timm's contract; what would run the model without its method is refused.
+A ReducedViT takes attributes that it does not have itself from the model inside. Methods with a
+name from timm behave as in timm. Calls that would ignore the reduction method are refused.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class HostedModel(nn.Module):
             if name.startswith("__") or "vit" not in self.__dict__.get("_modules", {}):
                 raise
         if name in _REFUSED:
-            raise AttributeError(f"{name} would not know the method: {_REFUSED[name]}")
+            raise AttributeError(f"{name} would ignore the method: {_REFUSED[name]}")
         try:
             return getattr(self.vit, name)
         except AttributeError:
@@ -58,8 +58,9 @@ class HostedModel(nn.Module):
     def forward_features(self, images: Tensor, keep_mask: Tensor | None = None) -> Tensor:
         """Return final, normed features ``[B, prefix + H*W, C]``, whatever the method did.
 
-        Prefix tokens come first, then every patch in its place: a merged one has its merged
-        token's value, one that is gone its last value. ``tokens`` returns the tokens themselves.
+        Prefix tokens come first, then every patch in its place. A merged patch has the value of its
+        merged token, and a patch that is gone has its last value. ``tokens`` returns the tokens
+        themselves.
         """
         return on_grid(self.tokens(images, keep_mask))
 
@@ -85,12 +86,12 @@ class HostedModel(nn.Module):
                 in the order of the blocks.
             return_prefix_tokens: pair each feature with its prefix tokens.
             norm: apply the final norm.
-            stop_early: run no block after the last one that is wanted.
+            stop_early: stop after the last block in ``indices``.
             output_fmt: "NCHW" for ``[B, C, H, W]`` or "NLC" for ``[B, H*W, C]``.
             intermediates_only: leave out the final features, which otherwise come first.
             output_dict: return a dictionary.
             keep_mask: as in ``begin``.
-            gone: what a patch whose token is gone shows, as in ``TokenState.restore``.
+            gone: value of a patch whose token is gone, as in ``TokenState.restore``.
         """
         check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
         backbone, depth = self.backbone, self.backbone.spec.depth
@@ -150,7 +151,7 @@ class HostedModel(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Group parameters by layer as the model inside does.
 
-        No rule names those of the method, so that timm counts them to the last layer, the head.
+        No rule matches the method's own parameters, so timm puts them in the last layer, the head.
         """
         groups = dict(self.vit.group_matcher(coarse=coarse))
         for key, rules in groups.items():
@@ -162,7 +163,7 @@ class HostedModel(nn.Module):
 
 
 def _inside(pattern: str) -> str:
-    """Let a pattern for names of the model match them with its prefix."""
+    """Make a pattern for the model's names match them behind the prefix ``vit.``."""
     bare = re.sub(r"(^|[|])[\^]", r"\1", pattern)
     return rf"^vit\.(?:{bare})"
 

@@ -61,7 +61,7 @@ class Layout:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Token counts on the host, one an image."""
+        """Token count of each image, on the host."""
         if self.lens is not None:
             return self.lens
         assert self.count is not None
@@ -130,7 +130,7 @@ class Layout:
     # Between flat and rectangle --------------------------------------------------------------
 
     def rect(self, values: Tensor, fill: float = 0.0) -> Tensor:
-        """Lay flat values ``[T, ...]`` out as ``[B, longest, ...]``, padding with ``fill``."""
+        """Arrange flat values ``[T, ...]`` as ``[B, longest, ...]``, padding with ``fill``."""
         if self.count is not None:
             return values.view(self.batch, self.count, *values.shape[1:])
         cells = self._cached("cells", values.device, self._cells)
@@ -138,15 +138,15 @@ class Layout:
         return out.index_copy(0, cells, values).view(self.batch, self.longest, *values.shape[1:])
 
     def flat(self, rect: Tensor) -> Tensor:
-        """Read the values of a rectangle ``[B, longest, ...]`` back in token order."""
+        """Turn a rectangle ``[B, longest, ...]`` back into flat values ``[T, ...]``."""
         if self.count is not None:
             return rect.reshape(self.batch * self.count, *rect.shape[2:])
         cells = self._cached("cells", rect.device, self._cells)
         return rect.reshape(self.batch * self.longest, *rect.shape[2:]).index_select(0, cells)
 
     def rows(self, selection: Selection) -> Tensor:
-        """Turn the positions that a selection has inside the images into rows of the tensor."""
-        # One image is common where every call counts; a compiled graph serves all batch sizes.
+        """Turn a selection's positions inside the images into rows of the flat tensor."""
+        # A batch of one is common where every call counts. A graph must serve all batch sizes.
         if self.batch == 1 and self.count is not None and not torch.compiler.is_compiling():
             return selection.index.flatten()
         rows = selection.index + self.start(selection.index.device)[:, None]
@@ -154,7 +154,7 @@ class Layout:
         return rows.flatten() if valid is None else rows[valid]
 
     def spread(self, per_image: Tensor) -> Tensor:
-        """Repeat one value an image ``[B, ...]`` for each of its tokens, ``[T, ...]``."""
+        """Repeat each image's value ``[B, ...]`` for all of its tokens, ``[T, ...]``."""
         if self.count is not None:
             shape = (self.batch, self.count, *per_image.shape[1:])
             return per_image[:, None].expand(shape).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Losses between logits, labels, a teacher and final tokens; each a mean over images."""
+"""Losses between logits, labels, a teacher and final tokens; each is a mean over images."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def token_distillation(tokens: Tensor, teacher: Tensor, kept: Tensor, how: str =
     else:
         student, wanted = tokens.float().log_softmax(-1), teacher.float().log_softmax(-1)
         each = F.kl_div(student, wanted, log_target=True, reduction="none").sum(-1)
-    # Where no token at all was kept there is nothing to compare, and no division by zero.
+    # If no token was kept, the sum is zero and must not be divided by zero.
     return (each * weight).sum() / _of_a_process(weight.sum()).clamp_min(_TINY)
 
 
@@ -57,7 +57,7 @@ def feature_distance(features: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _of_a_process(count: Tensor) -> Tensor:
-    """Average a count over all processes, so that they average to the mean over all tokens."""
+    """Average a count over all processes, so that losses average to the mean over all tokens."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return count
     whole = count.clone()
@@ -84,10 +84,10 @@ def ratio_loss(
 
 
 def _over_ranks(mean: Tensor) -> Tensor:
-    """Average over all processes, with the gradient that data-parallel training averages right.
+    """Average over all processes; data-parallel training averages the gradient correctly.
 
     Each process takes the outer factor of the square from the whole batch and the inner derivative
-    from its own images. Averaging these gives the gradient of one process.
+    from its own images. Their average is the gradient that a single process would compute.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return mean

@@ -1,4 +1,4 @@
-"""Options of methods are checked against the types their fields declare."""
+"""Check the options of methods against the types that their fields declare."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 __all__ = ["check_types"]
 
 _WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
-# By class: reading them takes longer than all else that makes a method.
+# Type hints by class: reading them takes longer than everything else that makes a method.
 _HINTS: dict[type, dict[str, Any]] = {}
 
 
 def check_types(config: Any) -> None:
     """Refuse field values of a dataclass that are not of the declared type; lists become tuples.
 
-    Options come from strings and JSON too, where nobody checked them before.
+    Options may come from strings and JSON, where nothing has checked them yet.
     """
     hints = _hints(type(config))
     for f in fields(config):

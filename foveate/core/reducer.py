@@ -1,7 +1,7 @@
 """Base classes of the reduction methods.
 
 A method is a keyword-only dataclass: its fields are its config. It declares the hooks it acts at,
-what it reads off attention and how it trains. The driver and ``describe`` use those facts, and the
+what it reads from attention and how it trains. The driver and ``describe`` use those facts, and the
 contract tests hold the method to them. State of a forward pass lives in the TokenState, never here.
 """
 
@@ -41,16 +41,16 @@ class Reducer(nn.Module):
 
     * ``paper``: authors, title and where it appeared; ``summary``: one line;
     * ``hooks``: any of "before" (a block), "between" (its attention and its feed forward), "after";
-    * ``reads``: what it reads off attention: "cls_row", "key_mean", "value_norm", "full_map";
+    * ``reads``: what it reads from attention: "cls_row", "key_mean", "value_norm", "full_map";
     * ``training_need``: "none" (works as it is), "recommended" or "required";
     * ``gated``: it learns gates, so it trains masked;
     * ``maskable``: it can run masked: all tokens are computed and decisions applied as a mask;
     * ``drops``: tokens may disappear; ``merges``: tokens are averaged into others;
     * ``parks``: tokens are set aside and come back;
-    * ``needs_place``: it asks where in the grid a token stands;
+    * ``needs_place``: it needs each token's place in the grid;
     * ``identity``: options under which the method changes nothing, or None if there are none;
     * ``rate``: the option that says how much is reduced, "" if there is none;
-    * ``default_loss_weights``: what training minimises besides the task, and how strongly;
+    * ``default_loss_weights``: losses that training minimises besides the task's, with weights;
     * ``softmax_eps``: smoothing of the soft softmax that trains gates through attention; None for
       methods whose gates do not need it.
 
@@ -58,9 +58,9 @@ class Reducer(nn.Module):
         recall_before: block before which dropped and merged patches come back, so that it works
             on all of them; "head" brings them back after the last block.
         active_blocks: blocks at which the method changes the token set.
-        loss_weights: the losses to minimise besides the task's and their weights.
-        pixel_classes: number of classes of a pixel that the method learns under a dense head, else
-            0; where it is not, ``losses`` gets the classes of all patches as targets.
+        loss_weights: weights of the losses that training minimises besides the task's.
+        pixel_classes: number of pixel classes that the method learns in a segmenter or detector,
+            else 0. If it is above 0, ``losses`` gets the classes of all patches as targets.
     """
 
     recall_before: int | str | None = None
@@ -96,19 +96,21 @@ class Reducer(nn.Module):
     # Config ------------------------------------------------------------------------------------
 
     def validate(self) -> None:
-        """Refuse option values that are wrong whatever the model."""
+        """Refuse option values that are wrong for every model."""
 
     def build(self, spec: BackboneSpec) -> None:
         """Bind to a backbone: resolve blocks, check against it, make new parameters.
 
-        A method that extends it sets ``active_blocks``.
+        A method that overrides it sets ``active_blocks``.
         """
         self.spec = spec
         recall = self.recall_before
         if recall is None:
             return
         if not (self.drops or self.merges):
-            raise ValueError(f"recall_before: {self.name} keeps every token, so none comes back")
+            raise ValueError(
+                f"recall_before={recall!r} has no effect: {self.name} keeps every token"
+            )
         if recall != "head" and not (isinstance(recall, int) and 1 <= recall < spec.depth):
             raise ValueError(
                 f"recall_before must be a block in 1..{spec.depth - 1} or 'head', got {recall!r}"
@@ -127,12 +129,12 @@ class Reducer(nn.Module):
         return f"{self.name}({', '.join(text for _, text in sorted(options, key=lambda o: o[0]))})"
 
     def advance(self, progress: float) -> None:
-        """Follow the training, of which so much is done, 0 to 1; 1 is the method as deployed."""
+        """Set the training progress, from 0 to 1; 1 is the method as deployed."""
         self.progress = progress
 
     @property
     def settled(self) -> bool:
-        """Whether it works as it is deployed by now: no rate is still sinking."""
+        """Whether it works as it will be deployed: no rate is still falling."""
         return True
 
     @property
@@ -187,10 +189,10 @@ class Reducer(nn.Module):
     # Training ----------------------------------------------------------------------------------
 
     def for_pixels(self, classes: int) -> None:
-        """Learn that the model is a segmenter or detector, whose pixels have so many classes.
+        """Prepare for a segmenter or detector, whose pixels have this number of classes.
 
-        It is told after ``build``. A method that learns them makes its heads anew and sets
-        ``pixel_classes``.
+        It is called after ``build``. A method that learns the classes makes its heads again and
+        sets ``pixel_classes``.
         """
 
     def losses(
@@ -199,27 +201,27 @@ class Reducer(nn.Module):
         """Compute the method's own losses, un-weighted; those without a weight may be left out.
 
         Args:
-            outcome: what the forward pass gave.
-            targets: labels ``[B]`` or class probabilities ``[B, classes]``; of a segmenter or
+            outcome: result of the forward pass.
+            targets: labels ``[B]`` or class probabilities ``[B, classes]``; for a segmenter or
                 detector the classes of all patches ``[B, H, W]``, -100 where there is none.
-            teacher: what a dense teacher made of the same images; "kl" compares logits with its.
+            teacher: result of a dense teacher on the same images; "kl" compares the logits.
         """
         if teacher is None or not self.loss_weights.get("kl"):
             return {}
         return {"kl": distillation(outcome.logits, teacher.logits)}
 
     def weighted_losses(self, outcome: Outcome, targets: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the method's own losses that have a weight, times it, for whoever adds them up."""
+        """Return the method's own losses that have a weight, multiplied by it."""
         found, weights = self.losses(outcome, targets), self.loss_weights
         return {name: weights[name] * value for name, value in found.items() if weights.get(name)}
 
     # Counts that depend on the image -----------------------------------------------------------
 
     def expected_count(self, block: int, hook: str, current: int, grid: tuple[int, int]) -> int:
-        """Expect a count of tokens after the prefix once a hook has run.
+        """Return the count of tokens after the prefix that is expected once a hook has run.
 
-        Only methods whose count depends on the image need it: the expected count, or its upper
-        bound, from the count before the hook. All others are counted by running them.
+        ``current`` is the count before the hook. Only methods whose count depends on the image need
+        this; it may be an upper bound. All others are counted by running them.
         """
         return current
 
@@ -227,25 +229,26 @@ class Reducer(nn.Module):
         """Count the multiply-adds of the method's own products for one image at a hook.
 
         ``tokens`` enter and ``left`` leave, prefix included. Only methods whose count depends on
-        the image need it, with everything they read off attention.
+        the image need this; it includes what they read from attention.
         """
         raise NotImplementedError
 
     def at_level(self, level: float) -> dict[str, Any]:
-        """Set the rate from level 0, nothing reduced, to 1, as few tokens as possible.
+        """Return the rate for a level from 0 (nothing reduced) to 1 (as few tokens as possible).
 
-        Budgets use it, on a method that is built. A share kept is the common case; methods that
-        count tokens instead override it.
+        Budgets call it on a method that is built. Here the rate is the share that is kept; methods
+        with another rate override it.
         """
         return {self.rate: max(1.0 - level, 1e-6)}
 
     def at_counts(self, left: Sequence[int]) -> dict[str, Any] | None:
-        """Set the schedule so that about so many patches are left after each block.
+        """Return options that leave about these numbers of patches after each block.
 
-        Searches use it, on a method that is built. A method without a schedule by block gives None.
+        Searches call it on a method that is built. A method without a schedule by block returns
+        None.
 
         Args:
-            left: one number a block, at least 1 and never rising.
+            left: number of patches after each block, at least 1 and never rising.
         """
         return None
 
@@ -254,16 +257,17 @@ class Reducer(nn.Module):
 class ScoreReducer(Reducer):
     """Scores patch tokens at a few blocks, keeps the best and disposes of the rest.
 
-    A method overrides ``score``. What becomes of the tokens that are not kept is an option.
+    A method overrides ``score``. The option ``rest`` says what becomes of the other tokens.
 
     Attributes:
-        keep: fraction kept at each stage, or one fraction a stage.
-        blocks: where; None means a quarter, a half and three quarters of the depth.
-        relative: rates are of the "original" count (keep, keep**2, ...) or of the "current" one.
+        keep: fraction kept at each stage, or one fraction per stage.
+        blocks: blocks that reduce; None means a quarter, a half and three quarters of the depth.
+        relative: whether rates refer to the "original" count (keep, keep**2, ...) or to the
+            "current" one.
         rounding: "floor", "ceil" or "nearest".
         rest: what becomes of the others: "drop", "fuse" (into one token, their weighted sum),
             "merge" (each into the most similar kept token) or "park" (they skip this block).
-        warmup: training progress between which the rate sinks from 1 to ``keep``.
+        warmup: two points of training progress, between which the rate falls from 1 to ``keep``.
         warmup_steps: number of equal steps of the warm-up; None is continuous.
     """
 
@@ -311,7 +315,7 @@ class ScoreReducer(Reducer):
         )
 
     def rates(self, stages: int) -> float | tuple[float, ...]:
-        """Return the rate of so many stages, or one for each."""
+        """Return one rate for all of these stages, or one for each."""
         return self.keep
 
     @property
@@ -323,7 +327,7 @@ class ScoreReducer(Reducer):
         """Resolve the schedule for the backbone's depth."""
         super().build(spec)
         blocks = self.blocks
-        if blocks is None:  # a share of the whole depth, also where the embedding holds blocks
+        if blocks is None:  # shares of the whole depth, which includes blocks in the embedding
             whole = self.default_blocks(spec.early + spec.depth)
             blocks = tuple(sorted({max(0, block - spec.early) for block in whole}))
         self.active_blocks = check_blocks(blocks, spec.depth)
@@ -334,9 +338,9 @@ class ScoreReducer(Reducer):
         return stage_blocks(depth)
 
     def at_counts(self, left: Sequence[int]) -> dict[str, Any] | None:
-        """Give every block where the count falls a rate of its own.
+        """Return a rate for every block where the count falls.
 
-        Parts that the method learns belong to their blocks, so those stay.
+        Learned parts of a method belong to their blocks, so such a method keeps its blocks.
         """
         assert self.spec is not None
         patches = self.spec.grid[0] * self.spec.grid[1]
@@ -408,7 +412,7 @@ class ScoreReducer(Reducer):
         return state.recall() if parked_here and state.parked is not None else state
 
     def parked_blocks(self) -> frozenset[int]:
-        """Tokens wait during each active block if the rest is parked."""
+        """Return the active blocks if the rest is parked, because tokens wait during them."""
         return frozenset(self.active_blocks) if self.rest == "park" else frozenset()
 
     def _stage(
@@ -431,7 +435,7 @@ class ScoreReducer(Reducer):
 
 @dataclass(eq=False)
 class Match:
-    """Who merges into whom; fields as TokenState.merge takes them."""
+    """Which tokens merge into which others; the fields are arguments of ``TokenState.merge``."""
 
     kept: Selection
     merged: Selection
@@ -441,7 +445,7 @@ class Match:
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class MatchReducer(Reducer):
-    """Merges tokens into others between attention and feed forward; override only ``match``."""
+    """Merges tokens between attention and feed forward; a method overrides only ``match``."""
 
     hooks: ClassVar[tuple[str, ...]] = ("between",)
     merges: ClassVar[bool] = True
@@ -450,7 +454,7 @@ class MatchReducer(Reducer):
     def match(
         self, block: int, state: TokenState, attention: AttentionReader | None
     ) -> Match | None:
-        """Say which tokens stay and which are merged into them; None to leave all alone."""
+        """Return which tokens stay and which merge into them, or None to leave all unchanged."""
         raise NotImplementedError
 
     def between(self, block: int, state: TokenState, attention: AttentionReader) -> TokenState:

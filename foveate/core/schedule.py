@@ -38,7 +38,7 @@ def check_keep(keep: float | Sequence[float], name: str = "keep") -> None:
 def check_blocks(blocks: Sequence[int], depth: int | None = None) -> tuple[int, ...]:
     """Refuse block numbers that are out of range, unsorted or repeated.
 
-    Without a depth, before the model is known, only what no model could have is refused.
+    Without a depth, when the model is not known yet, refuse only what no model could have.
     """
     for block in blocks:
         if isinstance(block, bool) or not isinstance(block, int):
@@ -73,7 +73,7 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
 
 
 def nearest_share(count: int, original: int) -> float:
-    """Return a share with few digits of which rounding to the nearest gives the count again."""
+    """Return a share with few digits that gives the count again, rounded to the nearest."""
     for digits in range(1, 7):
         share = round(count / original, digits)
         if 0 < share <= 1 and round(original * share) == count:
@@ -82,7 +82,7 @@ def nearest_share(count: int, original: int) -> float:
 
 
 def stage_blocks(depth: int, parts: int = 4) -> tuple[int, ...]:
-    """Return the blocks that start every part but the first: 3, 6, 9 of 12; 4, 8, 12 of 16."""
+    """Return the first block of every part except the first: 3, 6, 9 of 12; 4, 8, 12 of 16."""
     return tuple(sorted({max(1, depth * part // parts) for part in range(1, parts)} - {depth}))
 
 
@@ -93,13 +93,13 @@ class Schedule:
     Attributes:
         blocks: the blocks that reduce.
         keep: one rate for all of them, or one for each.
-        relative: rate of the "original" count (one rate then means keep, keep**2, ...) or of the
-            "current" one.
+        relative: whether rates refer to the "original" count (one rate then means keep, keep**2,
+            ...) or to the "current" one.
         rounding: "floor", "ceil" or "nearest".
         warmup: the rate sinks from 1 to its value on a cosine between these two points of
             training progress; None holds it constant.
         warmup_steps: number of equal steps that the warm-up takes; None changes it continuously.
-            A few steps change shapes rarely, so a compiled model is rarely compiled anew.
+            A few steps change shapes rarely, so a compiled model is rarely recompiled.
     """
 
     blocks: tuple[int, ...]
@@ -157,11 +157,11 @@ class Schedule:
         base = original if self.relative == "original" else current
         exact = base * self.rate(stage, progress)
         if self.rounding == "nearest":
-            count = round(round(exact, 9))  # half a token is half a token, whatever the float
+            count = round(round(exact, 9))  # an exact half must not depend on float errors
         elif self.rounding == "floor":
             count = math.floor(exact + _SLACK)
         else:
             count = math.ceil(exact - _SLACK)
-        # An index is a plain number while a graph is made too: where all numbers of a model are to
-        # be dynamic, counts would otherwise be formulas of rates, nested a stage deeper each time.
+        # ``index`` gives a plain number even while a graph is made. If all numbers are dynamic,
+        # counts would otherwise become formulas of rates, nested one level deeper at every stage.
         return min(current, max(1, operator.index(count)))

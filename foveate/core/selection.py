@@ -1,8 +1,8 @@
-"""Selection: which tokens of each image are meant, in which order.
+"""Selection: which tokens of each image are selected, and in which order.
 
 A selection is a rectangle of positions ``[B, K]``. Where images select different numbers of
 tokens, the entries that count stand on the left of each row and the rest is padding. Only this
-file packs entries to the left, so nobody else can leave a hole between them.
+file packs entries to the left, so no other code can leave a hole between them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Selection:
 
     Attributes:
         index: positions ``[B, K]`` in their new order.
-        lengths: how many entries of each row count; None when all of them do.
+        lengths: number of entries that count in each row; None when all of them do.
     """
 
     index: Tensor
@@ -35,7 +35,7 @@ class Selection:
     def checked(cls, index: Tensor, valid: Tensor | None = None) -> Selection:
         """Make a selection from positions and a mask ``[B, K]`` of the entries that count.
 
-        ValueError where an entry that counts stands behind one that does not.
+        Raise ValueError if an entry that counts follows one that does not.
         """
         if valid is None:
             return cls(index)
@@ -65,9 +65,9 @@ class Selection:
     def split(
         cls, score: Tensor, k: int | Sequence[int], present: Tensor | None = None
     ) -> tuple[Selection, Selection]:
-        """Split each row of ``score [B, N]`` into its ``k`` highest and the rest in their order.
+        """Split each row of ``score [B, N]`` into its ``k`` highest and the rest, in order.
 
-        ``present [B, N]`` says which positions hold a token at all; the others score lowest.
+        ``present [B, N]`` marks the positions that hold a token; the others must score lowest.
         """
         if isinstance(k, Sequence) or present is not None:
             best = cls.best(score, k)
@@ -77,8 +77,8 @@ class Selection:
 
     @classmethod
     def where(cls, mask: Tensor) -> Selection:
-        """Select the true cells of ``mask [B, N]`` in order; images may differ in number."""
-        if len(mask) == 1:  # no other image to be brought to the same length as
+        """Select the true cells of ``mask [B, N]`` in order, any number in each image."""
+        if len(mask) == 1:  # a single image needs no padding
             index = mask[0].nonzero().mT
             return cls(index, (index.shape[1],))
         counts = mask.sum(1).tolist()
@@ -87,27 +87,27 @@ class Selection:
     def complement(self, count: int, present: Tensor | None = None) -> Selection:
         """Select what this selection leaves out of ``range(count)``, in ascending order.
 
-        ``present [B, count]`` says which positions hold a token at all.
+        ``present [B, count]`` marks the positions that hold a token.
         """
         free = self.index.new_ones((self.index.shape[0], count), dtype=torch.bool)
         if self.lengths is None and present is None:
             free = free.scatter(1, self.index, False)
             return Selection(_first(free, count - self.index.shape[1]))
-        # One more cell takes the writes of entries that do not count.
+        # An extra cell takes the writes of entries that do not count.
         free = torch.cat([free, free[:, :1]], 1)
         free = free.scatter(1, self.slots(count), False)[:, :count]
         return Selection.where(free if present is None else free & present)
 
     @property
     def valid(self) -> Tensor | None:
-        """Which entries count, ``[B, K]`` bool; None when all of them do."""
+        """Mask of the entries that count, ``[B, K]`` bool; None when all of them do."""
         if self.lengths is None:
             return None
         return self._columns() < self._lengths_tensor()
 
     @property
     def size(self) -> int | Tensor:
-        """How many tokens are selected: a number, or ``[B, 1]`` where images differ."""
+        """Number of selected tokens: an int, or ``[B, 1]`` where images differ."""
         return self.index.shape[1] if self.lengths is None else self._lengths_tensor()
 
     def fewer_than(self, counts: Sequence[int]) -> Tensor | None:
@@ -118,21 +118,21 @@ class Selection:
         return torch.tensor(fewer, device=self.index.device)
 
     def slots(self, spare: int) -> Tensor:
-        """The positions, with ``spare`` in place of the entries that do not count."""
+        """Return the positions, with ``spare`` in place of the entries that do not count."""
         valid = self.valid
         return self.index if valid is None else torch.where(valid, self.index, spare)
 
     def of(self, positions: Tensor) -> Selection:
-        """Read this selection as columns of ``positions [B, N]`` and select those positions."""
+        """Select the positions found in the selected columns of ``positions [B, N]``."""
         return Selection(positions.gather(1, self.index), self.lengths)
 
     def spread(self, part: slice) -> Selection:
-        """Read this selection as one of the positions in ``part``, and select those."""
+        """Translate positions counted within ``part`` into positions in the whole."""
         start, step = part.start or 0, part.step or 1
         return Selection(self.index * step + start, self.lengths)
 
     def then(self, other: Selection) -> Selection:
-        """Select this selection's tokens and behind them the other's."""
+        """Select this selection's tokens, followed by the other's."""
         index = torch.cat([self.index, other.index], 1)
         if self.lengths is None and other.lengths is None:
             return Selection(index)
@@ -144,7 +144,7 @@ class Selection:
         return found.of(index)
 
     def behind(self, prefix: int) -> Selection:
-        """Select the first ``prefix`` tokens and behind them these, counted after the prefix."""
+        """Select the first ``prefix`` tokens, followed by these, which are counted after them."""
         if prefix == 0:
             return self
         index = self.index + prefix
@@ -164,6 +164,6 @@ class Selection:
 
 
 def _first(mask: Tensor, count: int) -> Tensor:
-    """Positions of the true cells of each row in order, ``[B, count]``; padding after them."""
-    # A sort puts them first at a size that does not depend on the values.
+    """Return the positions of the true cells of each row, ``[B, count]``, then padding."""
+    # A sort gives a result whose size does not depend on the values.
     return marked_first(mask)[:, :count]

@@ -1,12 +1,13 @@
 """TokenState: the tokens of a batch on their way through the network.
 
-Every change of the token set is one verb here. So the place where each patch went (``source``),
-the number of patches that a token stands for (``size``), the last known value of every patch
-(``canvas``) and everything that travels with a token (``place``, ``extras``) stay right in one
-place. Methods decide; the verbs move. A verb returns a new state and never changes the old one.
+Every change of the token set is one method of TokenState, called a verb. The verbs keep everything
+that belongs to the tokens up to date: where each patch went (``source``), how many patches a token
+stands for (``size``), the last known value of every patch (``canvas``) and what travels with a
+token (``place``, ``extras``). A reduction method decides what to change, and a verb changes it. A
+verb returns a new state and never changes the old one.
 
-Positions that methods hand to the verbs count the tokens of an image *after* its prefix tokens: 0
-is the first patch token. Prefix tokens stay in front.
+Positions passed to the verbs count the tokens of an image *after* its prefix tokens: 0 is the first
+patch token. Prefix tokens stay in front.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ __all__ = ["Parked", "TokenState"]
 
 @dataclass(frozen=True, eq=False)
 class Parked:
-    """Tokens that wait while a method works on some of them.
+    """Tokens that are set aside while a method works on some of them.
 
     Attributes:
-        state: all tokens as they were when the others were set aside. It may hold parked tokens
-            itself.
-        rows: for each token that is worked on its row in ``state``, ``[T]``; -1 for tokens that
+        state: all tokens, as they were before some were set aside. This state may hold parked
+            tokens itself.
+        rows: row in ``state`` of each token that is still worked on, ``[T]``; -1 for tokens that
             were appended since.
     """
 
@@ -49,20 +50,21 @@ class TokenState:
         x: token values, ``[T, C]``, image after image.
         layout: how the rows of ``x`` divide into images.
         context: facts about the whole pass: prefix, grid, mode.
-        block: the block that comes next.
-        place: patch index whose position each token has, ``[T]``; ``H*W`` for tokens without a
-            place (prefix, fused, package, representative). None while nobody needs it.
-        source: for each patch the token that carries it, counted within its image including the
-            prefix, ``[B, H*W]``; -1 when the patch is gone. None unless tracked.
+        block: number of the next block.
+        place: index of the patch whose position each token has, ``[T]``; ``H*W`` for tokens
+            without a position (prefix, fused, package, representative). None if nothing needs it.
+        source: the token that carries each patch, ``[B, H*W]``, counted within its image with the
+            prefix; -1 when the patch is gone. None unless tracked.
         canvas: last value of every patch that is gone, ``[B, H*W, C]``. None unless tracked.
-        size: patches that each token stands for, ``[T]`` float32. None until something merged.
-        alive: 1 = takes part, ``[B, N]`` float, with gradient where gates are trained. Masked
-            mode only.
+        size: number of patches that each token stands for, ``[T]`` float32. None until tokens
+            have merged.
+        alive: 1 for tokens that take part and 0 for the others, ``[B, N]`` float, with a gradient
+            where gates are trained. None except in masked mode.
         extras: further values that follow their tokens, each ``[T, ...]``.
-        parked: tokens that wait meanwhile, or None.
-        notes: what methods leave behind, for later blocks, losses and traces.
-        intact: every patch still has a token of its own, in the order of the grid, right after the
-            prefix; then the full grid can be read without looking patches up.
+        parked: tokens that are set aside, or None.
+        notes: values that methods leave for later blocks, losses and traces.
+        intact: whether every patch still has a token of its own, in the order of the grid, right
+            after the prefix. If so, the full grid can be read without looking patches up.
     """
 
     x: Tensor
@@ -100,8 +102,8 @@ class TokenState:
 
     def replace(self, **changes: Any) -> TokenState:
         """Copy the state with some fields changed."""
-        # Spelled out because several copies are made in every block: this is the fastest way that
-        # the compiler of the oldest torch follows.
+        # Every block makes several copies. Writing all fields out is the fastest way that the
+        # compiler of the oldest supported torch can follow.
         state = TokenState(
             self.x,
             self.layout,
@@ -129,7 +131,8 @@ class TokenState:
             x = x.flatten(0, 1)
         if x.shape != self.x.shape:
             raise ValueError(
-                f"the tokens are {list(self.x.shape)} (all images in one), got {list(x.shape)}"
+                f"new values must be {list(self.x.shape)}, the tokens of all images in one tensor, "
+                f"got {list(x.shape)}"
             )
         return self.replace(x=x)
 
@@ -169,15 +172,15 @@ class TokenState:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Tokens after the prefix, one number an image."""
+        """Number of tokens after the prefix in each image."""
         return tuple(n - self.prefix for n in self.layout.lengths)
 
     def leaving(self, r: int | float, most: Callable[[int], int]) -> int | list[int]:
-        """Return how many tokens should leave, one number if all images have as many of them.
+        """Return how many tokens should leave: one number in an even layout, else one per image.
 
         Args:
-            r: the number, or the share of the patches that an image began with.
-            most: how many may leave of so many tokens after the prefix.
+            r: number of tokens, or share of the patches that an image began with.
+            most: gives the most tokens that may leave, from the number of tokens after the prefix.
         """
         wanted = self.context.removed(r)
         if self.layout.is_even:
@@ -199,7 +202,7 @@ class TokenState:
         return self.x.index_select(0, rows.flatten()).view(self.batch, self.prefix, self.x.shape[1])
 
     def after_prefix(self, values: Tensor, fill: float = 0.0) -> Tensor:
-        """Lay flat values ``[T, ...]`` out as ``[B, longest - prefix, ...]``."""
+        """Arrange flat values ``[T, ...]`` as ``[B, longest - prefix, ...]``, prefix left out."""
         return self.layout.rect(values, fill)[:, self.prefix :]
 
     def mean(self, values: Tensor) -> Tensor:
@@ -223,9 +226,9 @@ class TokenState:
         return None if valid is None else valid[:, self.prefix :]
 
     def is_patch(self) -> Tensor:
-        """Mark the tokens that stand for a patch of the grid, ``[T]``: no prefix, no fused ones."""
+        """Mark the tokens with a place on the grid, ``[T]``; prefix and fused ones have none."""
         if self.place is None:
-            raise RuntimeError("this pass does not carry token places; ask with needs_place")
+            raise RuntimeError("tokens carry no places in this pass: set needs_place on the method")
         return self.place < self.patches
 
     def patch_counts(self) -> Tensor:
@@ -238,9 +241,9 @@ class TokenState:
         return self.layout.flat(counted).float()
 
     def merge_weight(self) -> Tensor:
-        """Weigh every token by the patches it stands for, ``[T]`` float32.
+        """Return each token's weight, the number of patches it stands for, ``[T]`` float32.
 
-        A fused token stands for no patch but has a value, so it weighs as one.
+        A fused token stands for no patch but has a value, so its weight is 1.
         """
         if self.size is None:
             return self.x.new_ones(self.x.shape[0], dtype=torch.float32)
@@ -253,7 +256,7 @@ class TokenState:
         return self._moved(kept.behind(self.prefix))
 
     def keep_where(self, mask: Tensor) -> TokenState:
-        """Keep the tokens marked in ``mask [B, longest - prefix]``; images may differ."""
+        """Keep the tokens marked in ``mask [B, longest - prefix]``, any number in each image."""
         present = self.layout.valid(self.x.device)
         if present is not None:
             mask = mask & present[:, self.prefix :]
@@ -268,14 +271,14 @@ class TokenState:
         *,
         track_size: bool = True,
     ) -> TokenState:
-        """Average some tokens into kept ones, weighted.
+        """Merge some tokens into kept ones by a weighted average.
 
         Args:
             kept: tokens that stay, in their new order.
             merged: tokens that are merged away, ``[B, R]``.
-            into: for each of them the entry of ``kept`` that takes it up, ``[B, R]``.
-            weight: weight of every token after the prefix, ``[B, N]`` float32; None weighs by
-                the patches that a token stands for.
+            into: entry of ``kept`` that each of them merges into, ``[B, R]``.
+            weight: weight of every token after the prefix, ``[B, N]`` float32; None takes the
+                number of patches that a token stands for.
             track_size: count merged patches in ``size`` from here on.
         """
         # Everything is done on rows of the flat tensor: on a CPU the two-dimensional gather and
@@ -342,7 +345,7 @@ class TokenState:
         def constant(values: Tensor, fill: float = 0) -> Tensor:
             return values.new_full((batch, *values.shape[1:]), fill)
 
-        token = token.to(self.x.dtype)  # products under autocast come in half precision
+        token = token.to(self.x.dtype)  # autocast computes products in half precision
         changes: dict[str, Any] = {"x": put(self.x, token), "layout": layout}
         if self.place is not None:
             changes["place"] = put(self.place, constant(self.place, self.patches))
@@ -358,7 +361,7 @@ class TokenState:
         return self.replace(**changes)
 
     def discard_last(self, mask: Tensor | None = None) -> TokenState:
-        """Take the last token of each image (or of those in ``mask [B]``) away again."""
+        """Remove the last token of each image, or of the images in ``mask [B]``."""
         device = self.x.device
         if self.layout.is_even and mask is None:
             assert self.layout.count is not None
@@ -371,10 +374,10 @@ class TokenState:
         return self._moved(Selection.where(stays if present is None else stays & present))
 
     def park(self, kept: Selection, *, with_prefix: bool = True) -> TokenState:
-        """Set everything but the selected tokens aside, unchanged, until ``recall``.
+        """Set all tokens except the selected ones aside, unchanged, until ``recall``.
 
         Without ``with_prefix``, positions count the whole image, and a prefix token that is not
-        selected is parked too. What is parked already stays parked until a later recall.
+        selected is parked too. Tokens that are parked already stay parked until a later recall.
         """
         if with_prefix:
             kept = kept.behind(self.prefix)
@@ -382,7 +385,7 @@ class TokenState:
         return inner.replace(parked=Parked(self, self.layout.rows(kept)))
 
     def recall(self, change: Tensor | None = None) -> TokenState:
-        """Bring the tokens parked last back to where they stood; the others have new values.
+        """Bring the tokens parked last back to their rows; the others keep their new values.
 
         ``change [B, C]`` is added to the parked tokens of each image.
         """
@@ -399,9 +402,9 @@ class TokenState:
         )
 
     def mask_out(self, alive: Tensor) -> TokenState:
-        """Masked mode: let ``alive [B, N - prefix]`` decide which live tokens stay alive."""
+        """Switch off the tokens after the prefix that ``alive [B, N - prefix]`` does not keep."""
         if self.alive is None:
-            raise RuntimeError("only the masked mode switches tokens off without removing them")
+            raise RuntimeError("only masked mode switches tokens off; other modes remove them")
         now = torch.cat([self.alive[:, : self.prefix], self.alive[:, self.prefix :] * alive], 1)
         canvas = self.canvas
         if canvas is not None and self.source is not None:
@@ -413,7 +416,7 @@ class TokenState:
     # The full grid -----------------------------------------------------------------------------
 
     def recalled(self) -> TokenState:
-        """Return the state with nothing parked, for a look at a pass from outside."""
+        """Return the state with all parked tokens brought back, for callers outside the pass."""
         state = self
         while state.parked is not None:
             guests = state.layout.rect(state.parked.rows, 0) < 0
@@ -449,13 +452,13 @@ class TokenState:
         """Add ``values [B, H*W, C]`` to the patches, wherever each of them is.
 
         A token takes the mean of what is added to the patches that it carries. Patches that are
-        parked or gone take theirs too.
+        parked or gone get theirs too.
         """
         source = self._tracked()
         shape = (self.batch, self.patches, self.x.shape[1])
         if tuple(values.shape) != shape:
             raise ValueError(
-                f"what is added must be {list(shape)}, a value for every patch of the grid, got "
+                f"values to add must be {list(shape)}, one for every patch of the grid, got "
                 f"{list(values.shape)}"
             )
         assert self.canvas is not None
@@ -477,7 +480,7 @@ class TokenState:
         return self.replace(x=self.x + change, canvas=self.canvas + values, parked=parked)
 
     def refill(self) -> TokenState:
-        """Bring every patch back at its last value: prefix, then the whole grid in order."""
+        """Bring every patch back with its last value: the prefix, then the whole grid in order."""
         x = torch.cat([self.prefix_tokens(), self.restore("last")], 1)
         full = TokenState.begin(x, self.context, place=self.place is not None, track=True)
         full = full.replace(notes=self.notes, block=self.block)
@@ -497,12 +500,12 @@ class TokenState:
         return self.source
 
     def _whole(self) -> Tensor | None:
-        """View the tokens as ``[B, N, C]`` where every patch stands in its place, else None."""
+        """View the tokens as ``[B, N, C]`` if every patch is in its place; else return None."""
         if not self.intact:
             return None
         if self.layout.count is not None:
             return self.tokens()
-        if len(set(self.layout.lengths)) > 1:  # something was appended to some images alone
+        if len(set(self.layout.lengths)) > 1:  # tokens were appended to some images only
             return None
         return self.x.view(self.batch, -1, self.x.shape[1])
 
@@ -511,7 +514,7 @@ class TokenState:
         return self.layout.flat(F.pad(values, (self.prefix, 0)))
 
     def _initial_size(self) -> Tensor:
-        """Sizes before anything merged: 1, and 0 for fused tokens where they can be told."""
+        """Return the sizes before any merge: 1, or 0 for fused tokens if their places are known."""
         size = torch.ones(self.layout.total, device=self.x.device)
         if self.place is None:
             return size
@@ -520,7 +523,7 @@ class TokenState:
         return self.layout.flat(torch.where(front, torch.ones_like(rect), rect))
 
     def _inverse(self, kept: Selection) -> Tensor:
-        """New position of each old one, ``[B, longest + 1]``, -1 = gone; the last slot is spare."""
+        """Return each token's new position, -1 = gone: ``[B, longest + 1]``, the last is spare."""
         new = torch.arange(kept.index.shape[1], device=kept.index.device).expand_as(kept.index)
         empty = kept.index.new_full((kept.index.shape[0], self.layout.longest + 1), -1)
         return _close(empty.scatter(1, kept.slots(self.layout.longest), new))
@@ -532,10 +535,11 @@ class TokenState:
         remember: bool = True,
         rows: Tensor | None = None,
     ) -> TokenState:
-        """Select tokens of the whole image and carry everything that belongs to them along.
+        """Select tokens of the whole image, with everything that belongs to them.
 
-        ``inverse`` says where every old token's patches go, if not simply along with it. ``rows``
-        are those of ``kept`` if they are known.
+        ``inverse`` gives the token that each old token's patches go to; None means that they stay
+        with their own token. ``remember`` keeps the last values of lost patches in ``canvas``.
+        ``rows`` are the rows of ``kept`` if the caller knows them.
         """
         rows = self.layout.rows(kept) if rows is None else rows
         if kept.lengths is None:
@@ -569,7 +573,7 @@ class TokenState:
         return self.replace(**changes)
 
     def _carried(self, source: Tensor) -> Tensor:
-        """Value of the token that carries each patch, ``[B, H*W, C]``; arbitrary where gone."""
+        """Return the value of each patch's token, ``[B, H*W, C]``; arbitrary if it is gone."""
         if self.x.shape[0] == 0:
             return self.x.new_zeros(self.batch, self.patches, self.x.shape[1])
         rows = self.layout.rows(Selection(source.clamp_min(0)))

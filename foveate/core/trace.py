@@ -1,4 +1,4 @@
-"""What a forward pass gives besides logits, and what a trace records of it."""
+"""The result of a forward pass, and the trace that records every block of it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["BlockTrace", "Outcome", "Recorder", "Trace"]
 
 @dataclass(eq=False)
 class Outcome:
-    """What one forward pass gives: logits and final, normed tokens."""
+    """Logits and final, normed tokens of one forward pass."""
 
     logits: Tensor
     state: TokenState
 
     @property
     def notes(self) -> Mapping[str, Any]:
-        """What the method left for losses and traces."""
+        """Values that the method left for losses and traces."""
         return self.state.notes
 
 
@@ -53,7 +53,7 @@ class BlockTrace:
 
 
 class Recorder:
-    """Collects what ``step`` shows of every block.
+    """Collects the tokens that ``step`` shows to its watcher.
 
     Attributes:
         blocks: one record for each block that was watched to its end.
@@ -64,7 +64,7 @@ class Recorder:
         self._seen: dict[str, TokenState] = {}
 
     def watch(self, name: str, state: TokenState) -> None:
-        """Take the tokens at "attention", "mlp" and "output" of a block."""
+        """Record the tokens at "attention", "mlp" and "output" of a block."""
         self._seen[name] = state
         if name == "output":
             self.blocks.append(BlockTrace(**self._seen))
@@ -73,7 +73,7 @@ class Recorder:
 
 @dataclass(eq=False)
 class Trace:
-    """Everything that a picture, a statistic or a test may want to know of one forward pass."""
+    """Record of one forward pass, for pictures, statistics and tests."""
 
     logits: Tensor
     grid: tuple[int, int]
@@ -82,7 +82,7 @@ class Trace:
 
     @property
     def notes(self) -> Mapping[str, Any]:
-        """What the method left for losses and traces."""
+        """Values that the method left for losses and traces."""
         return {} if self.final is None else self.final.notes
 
     def __repr__(self) -> str:
@@ -103,7 +103,7 @@ class Trace:
         return torch.stack([block.active() for block in self.blocks])
 
     def brought_back(self) -> Tensor:
-        """Mark what a block leaves out and a later one uses, ``[blocks, B, H*W]`` bool."""
+        """Mark patches that a block leaves out and a later one uses, ``[blocks, B, H*W]`` bool."""
         used = self.used()
         later = torch.zeros_like(used)
         for block in range(len(used) - 2, -1, -1):
@@ -115,5 +115,5 @@ class Trace:
         return self.used().sum(0)
 
     def counts(self) -> list[tuple[int, ...]]:
-        """Count the tokens that each block fed forward, one number an image, prefix included."""
+        """Return the number of tokens in each block's feed forward, per image, prefix included."""
         return [block.mlp.layout.lengths for block in self.blocks]

@@ -1,11 +1,11 @@
-"""Attention inside windows, with a few global blocks: the dense model as detectors often run it.
+"""Windows: attention inside windows with a few global blocks, as detectors often run dense models.
 
 Papers: Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection" (ViTDet),
 ECCV 2022; Chen et al., "Vision Transformer Adapter for Dense Predictions", ICLR 2023.
 
-Windows concern attention alone: tokens keep their order, and nothing is padded. Windows at the
-right and lower border are as small as the image leaves them. Prefix tokens belong to every window
-as keys, and their own queries see the whole image.
+Windows affect only attention: tokens keep their order, and nothing is padded. Windows at the right
+and lower border are smaller if the image ends there. Prefix tokens are keys in every window, and
+their own queries see the whole image.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ __all__ = ["Windows"]
 
 
 class Windows:
-    """Which blocks attend inside windows, and how large these are.
+    """The size of the windows, and the blocks that attend inside them.
 
     Attributes:
         size: side of a window, in patches.
-        every: each so many-th block is global, the last of every group.
+        every: number of blocks in a group; the last block of each group is global.
         global_blocks: the blocks with global attention.
     """
 
@@ -43,7 +43,7 @@ class Windows:
         self.global_blocks: frozenset[int] = frozenset(global_blocks or ())
 
     def build(self, depth: int) -> None:
-        """Resolve the global blocks for a model of so many blocks."""
+        """Resolve the global blocks for a model of this depth."""
         if self._given is None:
             self.global_blocks = frozenset(range(self.every - 1, depth, self.every))
         wrong = sorted(block for block in self.global_blocks if not 0 <= block < depth)
@@ -63,7 +63,7 @@ class Windows:
     def attend(self, heads: Heads, state: TokenState) -> Tensor:
         """Compute the attention output ``[T, H * d]`` of a block with windows."""
         context, layout, prefix = state.context, state.layout, state.prefix
-        if context.grids is None:  # all images have one grid, so their windows go together
+        if context.grids is None:  # all images have the same grid, so they run together
             groups = [(0, state.batch, context.grid)]
         else:
             groups = [(n, 1, grid) for n, grid in enumerate(context.grids)]

@@ -1,4 +1,4 @@
-"""Class attention as a score: what the class token attends to stays."""
+"""Class attention as a score: keep the patches that the class token attends to."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["ClassAttention"]
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class ClassAttention(ScoreReducer):
-    """Scores a patch by the class token's attention to it, mean over heads, in the block itself."""
+    """Scores a patch by the class token's attention to it in the block itself, mean over heads."""
 
     hook: ClassVar[str] = "between"
     hooks: ClassVar[tuple[str, ...]] = ("between",)

@@ -50,7 +50,7 @@ from foveate.registry import register
 __all__ = ["ATM", "calibrate"]
 
 _STEPS = 20  # halvings of an interval of thresholds that is at most 4 long
-_GOOD = 0.0025  # of the budget: near enough to stop
+_GOOD = 0.0025  # of the budget: the search stops this near to it
 _TOLERANCE = 0.01
 _AT_ONCE = 16  # images traced at a time
 
@@ -67,7 +67,7 @@ class ATM(MatchReducer):
         beta: how fast the rule falls with depth.
         theta_min: lowest threshold of the rule.
         split: first block that matches small tokens with large ones; None is two thirds of the
-            depth, the depth is never.
+            depth, and the depth itself means never.
         blocks: where to merge; None is every block.
         prop_attn: weigh keys by the patches they stand for.
     """
@@ -87,7 +87,7 @@ class ATM(MatchReducer):
     identity: ClassVar[Mapping[str, Any] | None] = {"threshold": 1.0}
 
     def validate(self) -> None:
-        """Refuse thresholds that are no cosine."""
+        """Refuse thresholds outside [-1, 1], and a beta that is negative or infinite."""
         given = self.threshold if isinstance(self.threshold, Sequence) else (self.threshold,)
         named = [("threshold", t) for t in given if t is not None]
         for name, value in [*named, ("alpha", self.alpha), ("theta_min", self.theta_min)]:
@@ -105,7 +105,7 @@ class ATM(MatchReducer):
 
     @property
     def proportional(self) -> bool:
-        """Proportional attention, unless switched off."""
+        """Whether attention is proportional: yes, unless the user switched it off."""
         return self.prop_attn
 
     def build(self, spec: BackboneSpec) -> None:
@@ -132,7 +132,7 @@ class ATM(MatchReducer):
         return max(self.alpha - math.expm1(min(self.beta * block, 2.0)), self.theta_min)
 
     def acts_between(self, block: int) -> bool:
-        """Keys are read only where anything can merge."""
+        """Tell whether anything can merge here; keys are read only then."""
         return super().acts_between(block) and self.thresholds[block] < 1
 
     def match(
@@ -150,7 +150,7 @@ class ATM(MatchReducer):
         best = Selection.where(merges if there is None else merges & there)
         stay = best.complement(merges.shape[1], there).of(sources.index)
         into = stay.size + partner.gather(1, best.index)
-        # Images where nothing merges are reordered too, or the next split would depend on others.
+        # Reorder images where nothing merges too: the next split must not depend on other images.
         return Match(stay.then(targets), best.of(sources.index), into)
 
     def _split(self, block: int, state: TokenState) -> tuple[Selection, Selection]:
@@ -164,7 +164,7 @@ class ATM(MatchReducer):
                 for part in alternate
             )
             return sources, targets
-        # A stable sort of the alternating order: tokens of one size are split as before.
+        # A stable sort of the alternating order splits tokens of equal size as before.
         order = torch.cat([positions[:, part] for part in alternate], 1)
         size = state.after_prefix(state.merge_weight())
         if present is not None:
@@ -180,7 +180,7 @@ class ATM(MatchReducer):
         )
 
     def own_macs(self, block: int, hook: str, tokens: int, left: int) -> int:
-        """Compare every token of one set with every token of the other."""
+        """Count the comparisons of every token of one set with every token of the other."""
         assert self.spec is not None
         if hook != "between" or not self.acts_between(block):
             return 0
@@ -189,7 +189,7 @@ class ATM(MatchReducer):
 
 
 def _of(values: Tensor, selection: Selection) -> Tensor:
-    """Values ``[B, N, d]`` of the selected tokens, ``[B, K, d]``."""
+    """Return the values of the selected tokens, ``[B, K, d]``, from ``values [B, N, d]``."""
     return values.gather(1, selection.index[..., None].expand(-1, -1, values.shape[2]))
 
 
@@ -197,7 +197,7 @@ def calibrate(model: ReducedViT, images: Tensor, budget: str) -> str:
     """Shift atm's thresholds until the given images cost a budget on average.
 
     The thresholds become the ``threshold`` option of the model's method, so they are saved with it.
-    Other images of the same kind then cost nearly as much; a few dozen are enough.
+    Other images of the same kind then cost nearly as much. A few dozen images are enough.
 
     Args:
         model: a model from ``foveate.apply`` with the method atm; its thresholds are the start.
@@ -226,7 +226,7 @@ def calibrate(model: ReducedViT, images: Tensor, budget: str) -> str:
         return fmean(cost(spec, trial, grid, blocks).total for blocks in tokens)
 
     with evaluating(model):
-        ends = low, high = min(start) - 1, max(start) + 1  # nothing merges, half in every block
+        ends = low, high = min(start) - 1, max(start) + 1  # nothing merges; half of the tokens do
         tried: dict[tuple[float, ...], float] = {}
         for _ in range(_STEPS):
             middle = (low + high) / 2
@@ -239,8 +239,8 @@ def calibrate(model: ReducedViT, images: Tensor, budget: str) -> str:
             most, least = (macs(shifted(end)) / 1e9 for end in ends)
             raise ValueError(
                 f"atm cannot meet {target / 1e9:.4g} GMACs within {_TOLERANCE:.0%} on these "
-                f"images: it reaches from {least:.4g} to {most:.4g}, and nearest to the budget "
-                f"{tried[best] / 1e9:.4g}"
+                f"images: it reaches from {least:.4g} to {most:.4g}; the cost nearest to the "
+                f"budget is {tried[best] / 1e9:.4g}"
             )
     reducer.threshold = best
     reducer.build(spec)

@@ -43,10 +43,10 @@ class ATS(Reducer):
     """Inverse-transform sampling of tokens.
 
     Attributes:
-        K: most tokens an image keeps, for all stages or one number for each; None is as many as
-            it has patches, so that only repeated picks reduce.
-        blocks: where; None is every block from a quarter of the depth on (multi-stage). One block
-            alone is the paper's single-stage form.
+        K: largest number of tokens that an image keeps, for all stages or one number for each; None
+            is its number of patches, so that only repeated picks reduce.
+        blocks: blocks that sample; None is every block from a quarter of the depth on
+            (multi-stage). One block alone is the paper's single-stage form.
         variant: "paper" or "release".
     """
 
@@ -90,7 +90,7 @@ class ATS(Reducer):
         return patches if k is None else k
 
     def between(self, block: int, state: TokenState, attention: AttentionReader) -> TokenState:
-        """Sample once."""
+        """Sample the tokens to keep."""
         score = self._score(state, attention)
         most, present = self._most(block, state.patches), state.present()
         if self.variant == "release":
@@ -103,7 +103,7 @@ class ATS(Reducer):
         return state.keep_where(marks)
 
     def _score(self, state: TokenState, attention: AttentionReader) -> Tensor:
-        """Significance of each token after the prefix, ``[B, N]``."""
+        """Return the significance of each token after the prefix, ``[B, N]``."""
         row, length = attention.cls_row_heads().detach(), attention.value_norm().detach()
         if self.variant == "release":
             score = row.sum(1) * length.square().sum(1).sqrt()
@@ -113,7 +113,7 @@ class ATS(Reducer):
 
     @staticmethod
     def _release(score: Tensor, most: int, present: Tensor | None) -> Tensor:
-        """The released sampler: sorted scores, stretched distribution, grid from its minimum."""
+        """Sample as the release: sorted scores, stretched distribution, grid from its minimum."""
         score = score.double()
         if present is not None:  # padding and dead tokens sort to the front
             score = score.masked_fill(~present, -1.0)
@@ -130,13 +130,13 @@ class ATS(Reducer):
         return torch.zeros_like(marks).scatter(1, order, marks)
 
     def at_level(self, level: float) -> dict[str, Any]:
-        """Set the most tokens that any image may keep."""
+        """Return the largest number of tokens that any image may keep."""
         assert self.spec is not None
         patches = self.spec.grid[0] * self.spec.grid[1]
         return {"K": max(1, round((1 - level) * patches))}
 
     def own_macs(self, block: int, hook: str, tokens: int, left: int) -> int:
-        """Read the class token's attention, or without one the whole map."""
+        """Count the class token's attention, or the whole map if there is no class token."""
         assert self.spec is not None
         if hook != "between" or block not in self.active_blocks:
             return 0

@@ -10,10 +10,11 @@ Training: required. After each scored block the queries attend to all tokens, an
 classifies what they gather. Its loss trains the queries and nothing else: they see detached tokens,
 and scores do not multiply tokens. Deployed, a module is the sum of its queries.
 
-In a segmenter each place of the grid has a query of its own, which says the class of that place, as
-in the released code for segmentation. In a detector the classes are those of the objects and
-background, which is ours: the released code has no detector. A map of labels is read at the middle
-of each patch, and queries are resized to other grids (both ours; the release has one image size).
+In a segmenter each place of the grid has a query of its own, which predicts the class of that
+place, as in the released code for segmentation. In a detector the classes are those of the objects
+and background. That is our choice, because the released code has no detector. A map of labels is
+read at the middle of each patch, and queries are resized to other grids. Both are our choices too;
+the release has one image size.
 
 Here all prefix tokens are protected, not the class token alone. Patches come back in the order of
 the grid, not in that of their scores, which attention does not notice. A model without classes has
@@ -52,7 +53,7 @@ class Scorer(nn.Module):
 
     Attributes:
         places: rows and columns of the grid that has a query for each place, or None where all
-            queries say the class of the whole image.
+            queries predict the class of the whole image.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class Scorer(nn.Module):
     def logits(self, state: TokenState) -> Tensor:
         """Classify what the queries gather from all tokens.
 
-        Gives ``[B, classes]``, the mean over queries, or ``[B, classes, H, W]`` of all places.
+        Return ``[B, classes]``, the mean over queries, or ``[B, classes, H, W]`` for all places.
         """
         x = state.layout.rect(self.norm(state.x.detach()))  # [B, N, C]
         queries: Tensor = self.queries
@@ -120,7 +121,7 @@ class Scorer(nn.Module):
 
 
 def _resized(queries: Tensor, grid: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Resize the queries of a grid's places to another grid."""
+    """Resize the queries of all places of a grid to another grid."""
     if grid == new:
         return queries
     map_ = queries.t().unflatten(1, grid)[None]
@@ -137,17 +138,17 @@ class Cropr(Reducer):
         r: patches that each module removes, or one number for each module in turn. The paper's 8
             is for 24 blocks. A number below 1 is a share of the patches that an image begins with,
             for images of any size.
-        extra_first: how many more than a single r the first module removes. The paper's 1 makes
-            counts round where there is a class token.
-        blocks: blocks after which a module acts. None is every block, without the last one and
-            the one just before patches come back.
+        extra_first: number of patches that the first module removes in addition to a single r. The
+            paper's 1 makes counts round if there is a class token.
+        blocks: blocks after which a module acts. None is every block before patches come back,
+            except the one just before that; if they never do, every block but the last.
         queries: learned queries of each module; the logits of several are averaged.
         norm: apply a LayerNorm to the tokens that a module sees.
         proj: project queries, keys and values.
         heads: heads of the cross-attention, which matter to the auxiliary loss alone.
         mlp_ratio: hidden width of the auxiliary head's MLP as a multiple of the model's.
-        recall_before: block before which dropped patches come back; "last" is the last block,
-            "head" after it, None never.
+        recall_before: block before which dropped patches come back: "last" is the last block,
+            "head" means after it, and None means never.
     """
 
     r: int | float | tuple[int | float, ...] = 8
@@ -185,7 +186,7 @@ class Cropr(Reducer):
     def build(self, spec: BackboneSpec) -> None:
         """Make one module for each block that the method acts after."""
         if self.recall_before == "last":
-            self.spec = spec  # the base class has only numbers to check
+            self.spec = spec  # the base class checks block numbers only
         else:
             super().build(spec)
         if spec.width % self.heads:
@@ -203,9 +204,9 @@ class Cropr(Reducer):
         self._make_scorers(spec.classes, None)
 
     def for_pixels(self, classes: int) -> None:
-        """Give each place of the grid a query, which says its class."""
+        """Give each place of the grid a query that predicts its class."""
         assert self.spec is not None
-        if self.pixel_classes != classes:  # else the weights that are there stay
+        if self.pixel_classes != classes:  # else the present weights stay
             self._make_scorers(classes, self.spec.grid)
             self.pixel_classes = classes
 
@@ -235,13 +236,13 @@ class Cropr(Reducer):
             raise ValueError(
                 f"r={self.r!r} removes {sum(r)} of {patches} patches in {modules} modules, and one "
                 f"must be left: r may be {(patches - 1) // modules} on average; a share such as "
-                "r=0.05 is for any size"
+                "r=0.05 works for any size"
             )
         return dict(zip(self.active_blocks, r, strict=True))
 
     @property
     def recall_blocks(self) -> frozenset[int]:
-        """Resolve "last" too."""
+        """Blocks before which all patches come back; "last" is the last block."""
         where = self.recall_before
         if where is None or self.spec is None:
             return frozenset()
@@ -279,14 +280,14 @@ class Cropr(Reducer):
         return found
 
     def at_level(self, level: float) -> dict[str, Any]:
-        """Set a number for each module; the first ones take one more if it does not divide."""
+        """Return r for each module; the first ones remove one more if the total does not divide."""
         assert self.spec is not None
         goal = round(level * (self.spec.grid[0] * self.spec.grid[1] - 1))
         each, more = divmod(goal, len(self.active_blocks))
         return {"r": tuple(each + (i < more) for i in range(len(self.active_blocks)))}
 
     def at_counts(self, left: Sequence[int]) -> dict[str, Any] | None:
-        """Remove after each block that has a module what should have left by then."""
+        """Return r for each module: the patches that should have left by then and have not."""
         assert self.spec is not None
         wanted = [self.spec.grid[0] * self.spec.grid[1], *(left[b] for b in self.active_blocks)]
         pairs = zip(wanted[:-1], wanted[1:], strict=True)

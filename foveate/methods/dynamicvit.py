@@ -27,11 +27,11 @@ __all__ = ["DynamicViT", "Predictor"]
 
 
 class Predictor(nn.Module):
-    """Scores of keeping and dropping, from local and global features.
+    """Scores keeping and dropping, from local and global features.
 
     The paper's layers from C to C and from C to C / 2 channels are split in two: one half for a
     token's own features, one for their mean. The mean is the same for all tokens of an image, so
-    its part of the second layer runs once an image instead of once a token.
+    its part of the second layer runs once per image instead of once per token.
     """
 
     def __init__(self, width: int) -> None:
@@ -56,7 +56,7 @@ class Predictor(nn.Module):
         shift_odds(self.out[-1], amount)
 
     def macs(self, tokens: int) -> int:
-        """Count multiply-adds: all layers once a token, but for the mean's part of the second."""
+        """Count multiply-adds: all layers once per token, except the mean's part of the second."""
         return tokens * linear_cost(self) - (tokens - 1) * linear_cost(self.global_out)
 
     def forward(self, state: TokenState) -> Tensor:
@@ -78,12 +78,12 @@ class DynamicViT(GatedReducer):
     softmax_eps: ClassVar[float | None] = 1e-6
 
     def build(self, spec: BackboneSpec) -> None:
-        """Make one predictor a stage."""
+        """Make one predictor per stage."""
         super().build(spec)
         self.predictors = nn.ModuleList(Predictor(spec.width) for _ in self.active_blocks)
 
     def logits(self, stage: int, state: TokenState) -> Tensor:
-        """Ask the predictor of this stage about the live patches."""
+        """Score the patches with the predictor of this stage."""
         return state.after_prefix(self.predictors[stage](state))
 
     def shift(self, stage: int, amount: float) -> None:
@@ -93,7 +93,7 @@ class DynamicViT(GatedReducer):
         predictor.shift(amount)
 
     def gate_macs(self, stage: int, tokens: int) -> int:
-        """Run this stage's predictor."""
+        """Count the predictor of this stage."""
         predictor = self.predictors[stage]
         assert isinstance(predictor, Predictor)
         return predictor.macs(tokens)

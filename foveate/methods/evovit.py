@@ -54,7 +54,7 @@ class EvoViT(Reducer):
         keep: share of all patches that a stage processes.
         starts: first block of each stage; a stage lasts until the next. None is a third and two
             thirds of the depth.
-        layerwise: select anew in every block from the first start on; a number is the share of
+        layerwise: select again in every block from the first start on; a number is the share of
             training, from its beginning, during which this holds (the paper's: 2 / 3).
         tradeoff: weight of the newest attention in the running score from the first stage on.
         variant: "paper", or "deit" for the released DeiT models.
@@ -80,7 +80,7 @@ class EvoViT(Reducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.aux:  # without the head the class loss stands alone
+        if not self.aux:  # without the head the class loss is the only one
             self.loss_weights = {}
 
     def validate(self) -> None:
@@ -123,16 +123,16 @@ class EvoViT(Reducer):
 
     @property
     def settled(self) -> bool:
-        """Whether stages are all that is left of the selection in every block."""
+        """Whether the selection in every block is over, or never ends."""
         return self.layerwise == 1 or self.progress >= self.layerwise
 
     def parked_blocks(self) -> frozenset[int]:
-        """Patches wait from the first stage to the end."""
+        """Return the blocks from the first stage on, because patches wait during them."""
         assert self.spec is not None
         return frozenset(range(self.active_blocks[0], self.spec.depth))
 
     def acts_between(self, block: int) -> bool:
-        """Scores are read from the block before the first stage on."""
+        """Tell whether scores are read here: from the block before the first stage on."""
         return block >= self.active_blocks[0] - 1
 
     def between(self, block: int, state: TokenState, attention: AttentionReader) -> TokenState:
@@ -144,7 +144,7 @@ class EvoViT(Reducer):
         return state.replace(extras={**state.extras, _SCORE: score})
 
     def before(self, block: int, state: TokenState) -> TokenState:
-        """Start a stage: park what is not selected, with one token to stand for it."""
+        """Start a stage: park the patches that are not selected; one token represents them."""
         if block not in self.active_blocks:
             return state
         count, original = state.layout.count, state.context.original
@@ -171,7 +171,7 @@ class EvoViT(Reducer):
         return inner.append(token, exists).note(_STAND_IN, (token, exists))
 
     def after(self, block: int, state: TokenState) -> TokenState:
-        """End a stage: what the blocks added to the representative goes to the parked ones."""
+        """End a stage: add to the parked patches what the blocks added to the representative."""
         if block not in self.ends or state.parked is None:
             return state
         if self.variant == "deit":

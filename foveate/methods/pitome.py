@@ -21,8 +21,9 @@ the k most similar pairs of all tokens merge. These settings were read off copie
 It is not known which version made the paper's tables or at which rates, and no accuracy was
 reproduced here. Deviation: the release protects the class token alone, here every prefix token.
 
-Who merges with whom depends on ranks of energies, and where two nearly tie the last bit decides:
-logits may differ by some 1e-3 between devices or batch sizes, where other methods agree to 1e-6.
+Which tokens merge depends on ranks of energies, and rounding decides where two energies nearly tie.
+Logits may therefore differ by about 1e-3 between devices or batch sizes, while those of other
+methods agree to 1e-6.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class PiToMe(MatchReducer):
 
     @property
     def proportional(self) -> bool:
-        """Proportional attention, unless switched off."""
+        """Whether attention is proportional: yes, unless the user switched it off."""
         return self.prop_attn
 
     def build(self, spec: BackboneSpec) -> None:
@@ -114,7 +115,7 @@ class PiToMe(MatchReducer):
                 )
 
     def acts_between(self, block: int) -> bool:
-        """Keys are read only where anything is merged."""
+        """Tell whether anything is merged here; keys are read only then."""
         return super().acts_between(block) and self.schedule.rate(self._stage(block)) < 1
 
     def _stage(self, block: int) -> int:
@@ -123,7 +124,7 @@ class PiToMe(MatchReducer):
     def match(
         self, block: int, state: TokenState, attention: AttentionReader | None
     ) -> Match | None:
-        """Rank tokens by energy, protect the low ranks and pair up the high ones."""
+        """Rank tokens by energy, protect those of low energy and pair up those of high energy."""
         assert attention is not None
         removed, mergeable = self._counts(block, state)
         if removed == 0 or (isinstance(removed, list) and not any(removed)):
@@ -160,7 +161,7 @@ class PiToMe(MatchReducer):
         return list(removed), list(mergeable)
 
     def _energy(self, block: int, similarity: Tensor, present: Tensor | None) -> Tensor:
-        """Energy of every token, ``[B, P]``; lowest where there is none.
+        """Return the energy of every token, ``[B, P]``; it is -inf where there is no token.
 
         The paper divides by the number of tokens, which does not change the ranking in an image.
         """
@@ -174,11 +175,11 @@ class PiToMe(MatchReducer):
         return (felt * present[:, None]).sum(2).masked_fill(~present, float("-inf"))
 
     def at_level(self, level: float) -> dict[str, Any]:
-        """Keep everything at level 0 and half of the tokens in every block at level 1."""
+        """Return 1 at level 0, and 0.5, the most that pairs can merge, at level 1."""
         return {"keep": 1 - level / 2}
 
     def at_counts(self, left: Sequence[int]) -> dict[str, Any] | None:
-        """Keep in each block the share that leaves so many, at least half."""
+        """Return for each block the share that leaves this number of patches, at least half."""
         assert self.spec is not None
         now, shares = self.spec.grid[0] * self.spec.grid[1], []
         for count in left:

@@ -1,10 +1,10 @@
-"""Random: drop patches at random. The control that every scoring method must beat.
+"""Random: drop patches at random. This is the control that every scoring method must beat.
 
 Paper: a baseline of Rao et al., "DynamicViT", NeurIPS 2021.
 
 Scored: a random number for every position. In evaluation the numbers follow from ``seed`` alone,
 the same for all images, so that results repeat and do not depend on the batch. In training they
-are drawn anew for every image. The others are dropped.
+are drawn again for every image. The others are dropped.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Random(ScoreReducer):
     """Random top-k.
 
     Attributes:
-        seed: of the numbers used in evaluation.
+        seed: seed of the numbers used in evaluation.
     """
 
     seed: int = 0

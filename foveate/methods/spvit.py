@@ -39,11 +39,11 @@ from foveate.registry import register
 
 __all__ = ["SPViT", "Selector"]
 
-_PACKAGES = "spvit.packages"  # how many package tokens each image has, where all have as many
+_PACKAGES = "spvit.packages"  # number of package tokens per image, if it is the same for all
 
 
 class Grouped(nn.Module):
-    """One linear layer a head, all in one batched product."""
+    """One linear layer per head, computed as one batched product."""
 
     def __init__(self, heads: int, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -53,12 +53,12 @@ class Grouped(nn.Module):
         self.bias = nn.Parameter(torch.zeros(heads, 1, outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        """From ``[heads, T, inputs]`` to ``[heads, T, outputs]``."""
+        """Map ``[heads, T, inputs]`` to ``[heads, T, outputs]``."""
         return torch.baddbmm(self.bias, x, self.weight)
 
 
 class HeadPredictors(nn.Module):
-    """DynamicViT's predictor on every head's own channels."""
+    """Applies DynamicViT's predictor to every head's own channels."""
 
     def __init__(self, heads: int, dim: int) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class HeadPredictors(nn.Module):
         )
 
     def forward(self, x: Tensor, state: TokenState) -> Tensor:
-        """Un-normalised keep and drop scores ``[H, T, 2]`` of channels ``[T, H, d]``."""
+        """Return un-normalised keep and drop scores ``[H, T, 2]`` of channels ``[T, H, d]``."""
         tokens, heads, dim = x.shape
         half = self.first.weight.shape[-1]
         # The norm's gain and shift go into the next layer's weights, which are small.
@@ -83,7 +83,7 @@ class HeadPredictors(nn.Module):
             x = x.reshape(1, heads * tokens, dim)
         u = F.gelu(torch.baddbmm(bias, x, weight)).view(heads, tokens, dim)
         # The mean is the same for all tokens of an image, so its half of the next layer runs
-        # once an image instead of once a token.
+        # once per image instead of once per token.
         mean = state.mean(u[..., half:].transpose(0, 1)).transpose(0, 1)  # [H, B, d - half]
         own = u[..., :half] @ self.first.weight[:, :half]
         common = mean @ self.first.weight[:, half:] + self.first.bias  # [H, B, half]
@@ -92,7 +92,7 @@ class HeadPredictors(nn.Module):
 
 
 class Selector(nn.Module):
-    """Scores of all heads, and how much each head counts for each token."""
+    """Combines the scores of all heads by weights of the heads for each token."""
 
     def __init__(self, heads: int, dim: int, shared: bool) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class Selector(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, state: TokenState) -> tuple[Tensor, Tensor]:
-        """Aggregated log-probabilities ``[T, 2]`` and keep probabilities ``[T]``."""
+        """Return aggregated log-probabilities ``[T, 2]`` and keep probabilities ``[T]``."""
         parts = state.x.view(-1, self.heads, self.dim)
         importance = self.weigh(parts.mean(-1)).float()  # [T, H]
         importance = (importance / importance.sum(1, keepdim=True)).T  # [H, T]
@@ -127,7 +127,7 @@ class SPViT(GatedReducer):
 
     Attributes:
         keep: absolute share of the original patches after each stage.
-        package: "mean" is the paper's score-weighted mean; "sum" the release's plain weighted sum.
+        package: "mean" for the paper's score-weighted mean, "sum" for the release's weighted sum.
         accumulate: add later packages to the first one instead of appending another.
         shared_heads: all heads of a selector share one predictor, as in the release.
     """
@@ -145,13 +145,13 @@ class SPViT(GatedReducer):
     ratio_per_image: ClassVar[bool] = False
 
     def validate(self) -> None:
-        """Check the package's kind."""
+        """Check the schedule and the kind of package."""
         super().validate()
         check_choice("rest", self.rest, ("drop",))
         check_choice("package", self.package, ("mean", "sum"))
 
     def build(self, spec: BackboneSpec) -> None:
-        """Make one selector a stage."""
+        """Make one selector per stage."""
         super().build(spec)
         dim = spec.width // spec.heads
         self.selectors = nn.ModuleList(
@@ -159,7 +159,7 @@ class SPViT(GatedReducer):
         )
 
     def exempt(self, state: TokenState) -> Tensor | None:
-        """Packages are never dropped."""
+        """Mark the package tokens, which are never dropped."""
         return ~state.after_prefix(state.is_patch(), True)
 
     def logits(self, stage: int, state: TokenState) -> Tensor:
@@ -171,7 +171,7 @@ class SPViT(GatedReducer):
     # Top-k at a static size: packages stay, and another one comes --------------------------------
 
     def counts(self, stage: int, state: TokenState) -> int | list[int]:
-        """Count the scheduled patches and the packages that are there."""
+        """Count the scheduled patches and the packages so far."""
         assert state.layout.count is not None
         packages = state.notes.get(_PACKAGES, 0)
         now = state.layout.count - state.prefix - packages
@@ -198,7 +198,7 @@ class SPViT(GatedReducer):
     # A count per image, and training -------------------------------------------------------------
 
     def close(self, stage: int, state: TokenState, keep: Tensor, logits: Tensor) -> TokenState:
-        """Pack what is dropped into one more token, or into the one there is already."""
+        """Pack dropped tokens into one more token, or into the package that exists."""
         if state.alive is not None:
             dropped = state.alive[:, state.prefix :] * (1 - keep)
             after = state.mask_out(keep)
@@ -215,7 +215,7 @@ class SPViT(GatedReducer):
         return after.append(package, exists)
 
     def _package(self, state: TokenState, dropped: Tensor, logits: Tensor) -> Tensor:
-        """Score-weighted mean (or sum) of the tokens ``dropped [B, N]``: ``[B, C]``."""
+        """Return the score-weighted mean (or sum) of the tokens ``dropped [B, N]``, ``[B, C]``."""
         weight = logits[..., 2] * dropped
         if self.package == "mean":
             weight = weight / weight.sum(1, keepdim=True).clamp_min(1e-12)
@@ -225,7 +225,7 @@ class SPViT(GatedReducer):
     def _added(
         self, state: TokenState, package: Tensor, exists: Tensor
     ) -> tuple[TokenState, Tensor]:
-        """Add to packages that exist; images still without one are left in ``exists``."""
+        """Add to packages that exist; return which images with a new package had none yet."""
         front = torch.arange(state.layout.longest, device=package.device) < state.prefix
         old = ~state.layout.rect(state.is_patch(), True) & ~front  # [B, N]
         if state.alive is not None:
@@ -244,7 +244,7 @@ class SPViT(GatedReducer):
     # Counts that depend on the image -------------------------------------------------------------
 
     def gate_macs(self, stage: int, tokens: int) -> int:
-        """Run all heads' predictors, the weights of the heads, and make the package."""
+        """Count the predictors of all heads, the weights of the heads and the package."""
         assert self.spec is not None
         selector = self.selectors[stage]
         assert isinstance(selector, Selector)

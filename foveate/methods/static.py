@@ -1,4 +1,4 @@
-"""Static: one learned mask for all images, the control for input-dependent selection.
+"""Static: one learned mask for all images. The control for methods that select by image.
 
 Paper: a baseline of Rao et al., "DynamicViT", NeurIPS 2021 (its ablation of pruning strategies).
 
@@ -35,10 +35,10 @@ class Static(GatedReducer):
     needs_place: ClassVar[bool] = True
 
     def build(self, spec: BackboneSpec) -> None:
-        """Make one score map a stage."""
+        """Make one score map per stage."""
         super().build(spec)
         self.maps = nn.Parameter(torch.empty(len(self.active_blocks), *spec.grid))
-        # Spread far enough that no two positions tie.
+        # The scores are spread far enough that no two positions tie.
         nn.init.trunc_normal_(self.maps, std=0.02)
 
     def logits(self, stage: int, state: TokenState) -> Tensor:

@@ -1,4 +1,4 @@
-"""Structural: average 2 x 2 neighbouring patches once. The control without any content.
+"""Structural: average 2 x 2 neighbouring patches once. A control that ignores content.
 
 Paper: a baseline of Rao et al., "DynamicViT", NeurIPS 2021 (structural downsampling after the
 sixth block).
@@ -53,13 +53,13 @@ class Structural(MatchReducer):
         self.active_blocks = (block,)
 
     def after(self, block: int, state: TokenState) -> TokenState:
-        """Pool once."""
+        """Pool after the chosen block."""
         return self.merge(block, state, None) if block in self.active_blocks else state
 
     def match(
         self, block: int, state: TokenState, attention: AttentionReader | None
     ) -> Match | None:
-        """The first token of a cell stays and takes up the others."""
+        """Keep the first token of each cell and merge the others into it."""
         assert state.place is not None
         columns = state.grid[1]
         place = state.after_prefix(state.place, state.patches)  # [B, N]
@@ -69,7 +69,7 @@ class Structural(MatchReducer):
         patch = place < state.patches
         cell = (place // columns // 2) * width + place % columns // 2
         cell = torch.where(patch, cell, cells)
-        # The first token of every cell, and one spare cell for tokens that are no patches.
+        # Find the first token of every cell; a spare cell takes the tokens that are not patches.
         first = position.new_full((place.shape[0], cells + 1), place.shape[1])
         first = first.scatter_reduce(1, cell, position, "amin")[:, :cells]
         if state.layout.is_even and place.shape[1] == state.patches:
@@ -84,7 +84,7 @@ class Structural(MatchReducer):
             first = first.clamp_max(place.shape[1] - 1)  # cells without a token are not read
             kept = Selection.where(occupied).of(first).then(Selection.where(others))
             merged = kept.complement(place.shape[1], patch)
-            number = occupied.cumsum(1) - 1  # of each cell among the occupied ones
+            number = occupied.cumsum(1) - 1  # number of each cell among the occupied ones
             into = number.gather(1, cell.gather(1, merged.index).clamp_max(cells - 1))
         weight = torch.ones(place.shape, device=place.device)
         return Match(kept, merged, into, weight)

@@ -3,8 +3,8 @@
 Paper: Liu et al., "Revisiting Token Pruning for Object Detection and Instance Segmentation",
 WACV 2024.
 
-Scored: every token by a two-layer MLP, anew before each block, so a token left out once may be
-used again. Nothing is dropped: what a block skips keeps its value. Each image uses as many tokens
+Scored: every token by a two-layer MLP, again before each block, so a token left out once may be
+used later. Nothing is dropped: what a block skips keeps its value. Each image uses as many tokens
 as its gates say.
 
 Training: required for the gates. All tokens are computed; ``x = m * block(x) + (1 - m) * x`` with
@@ -50,7 +50,7 @@ class Gate(nn.Sequential):
     """Norm and a two-layer MLP with two outputs: keep and drop."""
 
     def __init__(self, width: int) -> None:
-        out = nn.Linear(width // 4, 2)  # made first, so that a seed gives the same gates as ever
+        out = nn.Linear(width // 4, 2)  # made first, so that a seed still gives the same gates
         super().__init__(nn.LayerNorm(width), nn.Linear(width, width // 4), nn.GELU(), out)
 
     def shift(self, amount: float) -> None:
@@ -64,13 +64,13 @@ class SViT(GatedReducer):
     """Per-block gates over all tokens, with skipped tokens preserved.
 
     One rate means keep, keep**2 and keep**3 in the first, second and last third of the gated
-    blocks, which are all from a quarter of the depth on unless they are named.
+    blocks. Unless ``blocks`` names them, these are all blocks from a quarter of the depth on.
 
     Attributes:
         reactivate: tokens left out may be used again; False keeps them out.
-        span: blocks that one decision holds for.
+        span: number of blocks that one decision holds for.
         network: "mlp" decides by a token alone, "predictor" by the mean of all tokens too.
-        ratio: "dynamic" holds the batch to the target, "fixed" each image.
+        ratio: "dynamic" holds the batch to the target, "fixed" holds each image to it.
         gate_prefix_last: the last gate decides about prefix tokens too.
         keep_bias: initial bias of the gates towards keeping; the release has none.
     """
@@ -94,7 +94,7 @@ class SViT(GatedReducer):
     default_loss_weights: ClassVar[Mapping[str, float]] = {"ratio": 4.0}
 
     def validate(self) -> None:
-        """Check the switches besides rate and gate."""
+        """Check rate, gate and switches."""
         super().validate()
         check_choice("rest", self.rest, ("park",))
         check_choice("ratio", self.ratio, ("dynamic", "fixed"))
@@ -108,13 +108,13 @@ class SViT(GatedReducer):
         return tuple(range(depth // 4, depth, self.span))
 
     def rates(self, stages: int) -> float | tuple[float, ...]:
-        """One rate falls in thirds of the gated blocks."""
+        """Let a single rate fall in thirds of the gated blocks."""
         if isinstance(self.keep, Sequence):
             return self.keep
         return tuple(self.keep ** (1 + 3 * stage // stages) for stage in range(stages))
 
     def build(self, spec: BackboneSpec) -> None:
-        """Make one gate a block."""
+        """Make one gate per gated block."""
         super().build(spec)
         following = (*self.active_blocks[1:], spec.depth)
         self._ends = tuple(
@@ -135,7 +135,7 @@ class SViT(GatedReducer):
         return 0 if self.gate_prefix_last and last else state.prefix
 
     def logits(self, stage: int, state: TokenState) -> Tensor:
-        """Ask the gate about every token."""
+        """Score every gated token with the gate of this stage."""
         gate = self.gates[stage]
         odds = gate(state) if isinstance(gate, Predictor) else gate(state.x)
         return state.layout.rect(odds)[:, self.front(stage, state) :]
@@ -147,7 +147,7 @@ class SViT(GatedReducer):
         gate.shift(amount)
 
     def usable(self, stage: int, state: TokenState) -> Tensor | None:
-        """Bar the tokens that an earlier gate left out, unless they may be used again."""
+        """Mark the tokens that no earlier gate left out; None if all may be used."""
         if _USABLE not in state.extras:
             return None
         return state.layout.rect(state.extras[_USABLE])[:, self.front(stage, state) :] > 0
@@ -171,9 +171,9 @@ class SViT(GatedReducer):
         return [self._count(stage, n, prefix) if n else 0 for n in there]
 
     def _count(self, stage: int, tokens: int, prefix: int) -> int:
-        """Tokens that "topk" takes of so many, of which ``prefix`` are prefix tokens."""
+        """Return how many of ``tokens``, ``prefix`` of them prefix tokens, "topk" keeps."""
         count = self.schedule.count(stage, tokens, tokens, self.progress)
-        if not self.reactivate:  # no more than every earlier gate left
+        if not self.reactivate:  # no more than any earlier gate kept
             patches = tokens - prefix
             earlier = (self.schedule.count(s, patches, patches) for s in range(stage))
             count = min([count, *(n + prefix for n in earlier)])
@@ -196,7 +196,7 @@ class SViT(GatedReducer):
         return state.park(kept, with_prefix=score.shape[1] < state.layout.longest)
 
     def hide(self, stage: int, state: TokenState, keep: Tensor) -> TokenState:
-        """Training: hide the keys of closed gates; all tokens are computed, and mixed later."""
+        """Hide the keys of closed gates in training; all tokens are computed and mixed later."""
         if not self.reactivate:
             state = self._bar(state, keep)
         alive = state.alive
@@ -231,14 +231,14 @@ class SViT(GatedReducer):
         return state.replace(x=x, alive=alive, extras=extras)
 
     def parked_blocks(self) -> frozenset[int]:
-        """Tokens wait during all blocks of a span."""
+        """Return the blocks of all spans, because tokens wait during them."""
         spans = zip(self.active_blocks, self._ends, strict=True)
         return frozenset(block for first, last in spans for block in range(first, last + 1))
 
     # Counts that depend on the image -------------------------------------------------------------
 
     def gate_macs(self, stage: int, tokens: int) -> int:
-        """Run the gate on every token."""
+        """Count the gate on every token."""
         gate = self.gates[stage]
         return gate.macs(tokens) if isinstance(gate, Predictor) else tokens * linear_cost(gate)
 

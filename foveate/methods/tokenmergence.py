@@ -8,7 +8,7 @@ merged into its most similar kept token, an average weighted with those scores. 
 
 Training: recommended (the paper trains for 300 epochs with the rate warmed up from 1). The paper
 leaves open which features are compared: here the tokens after the attention residual. Prefix
-tokens are no merge targets, because they have no score. The paper's multi-scale features are a
+tokens are not merge targets, because they have no score. The paper's multi-scale features are a
 backbone, ``foveate.backbones.multiscale``, on which every method runs.
 """
 
@@ -55,7 +55,7 @@ class TokenMergence(ClassAttention):
             vars(self)["reads"] = frozenset({"cls_row", "full_map"})
 
     def validate(self) -> None:
-        """Check the similarity besides the schedule."""
+        """Check the schedule and the similarity."""
         super().validate()
         check_choice("similarity", self.similarity, _SIMILARITIES)
 

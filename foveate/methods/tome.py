@@ -61,18 +61,18 @@ class ToMe(MatchReducer):
     identity: ClassVar[Mapping[str, Any] | None] = {"r": 0}
 
     def validate(self) -> None:
-        """Refuse negative counts and inflections beyond a straight line through zero."""
+        """Refuse negative counts, and inflections that would make some counts negative."""
         if self.blocks is not None:
             check_blocks(self.blocks)
         check_removed(self.r)
         if not -1 <= self.inflection <= 1:
             raise ValueError(f"inflection must lie in [-1, 1], got {self.inflection!r}")
         if self.inflection and isinstance(self.r, Sequence):
-            raise ValueError("inflection spreads a single r; a list of r says it all already")
+            raise ValueError("inflection spreads a single r over blocks: a list of r takes none")
 
     @property
     def proportional(self) -> bool:
-        """Proportional attention, unless switched off."""
+        """Whether attention is proportional: yes, unless the user switched it off."""
         return self.prop_attn
 
     def build(self, spec: BackboneSpec) -> None:
@@ -90,7 +90,7 @@ class ToMe(MatchReducer):
             if r > most:
                 raise ValueError(
                     f"r must lie in 0..{most} (half of the {spec.grid[0] * spec.grid[1]} patches "
-                    f"at the model's own size), got {r}; a share such as r=0.05 is for any size"
+                    f"at the model's own size), got {r}; a share such as r=0.05 works for any size"
                 )
 
     def _per_block(self, blocks: int) -> list[int | float]:
@@ -104,7 +104,7 @@ class ToMe(MatchReducer):
         return [*each] if isinstance(self.r, float) else [int(r) for r in each]
 
     def acts_between(self, block: int) -> bool:
-        """Keys are read only where anything is merged."""
+        """Tell whether anything is merged here; keys are read only then."""
         return super().acts_between(block) and self.removed[block] > 0
 
     def match(
@@ -137,7 +137,7 @@ class ToMe(MatchReducer):
         return Match(kept, merged.spread(sources), into)
 
     def at_level(self, level: float) -> dict[str, Any]:
-        """Set a number for each block; the first blocks take one more if it does not divide."""
+        """Return r for each block; the first ones remove one more if the total does not divide."""
         assert self.spec is not None
         blocks, patches = len(self.active_blocks), self.spec.grid[0] * self.spec.grid[1]
         each, more = divmod(round(level * min(patches, blocks * (patches // 2))), blocks)
@@ -146,7 +146,7 @@ class ToMe(MatchReducer):
         return {"r": tuple(each + (i < more) for i in range(blocks))}
 
     def at_counts(self, left: Sequence[int]) -> dict[str, Any] | None:
-        """Merge in each block as many as should leave there, at most half; the next takes more."""
+        """Return r for each block, at most half of its tokens; later blocks remove the rest."""
         assert self.spec is not None
         now, removed = self.spec.grid[0] * self.spec.grid[1], []
         for count in left:

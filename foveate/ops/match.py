@@ -1,4 +1,4 @@
-"""Who is like whom: pairings between two sets of tokens."""
+"""Find similar pairs between two sets of tokens."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def unit(values: Tensor) -> Tensor:
 
 
 def pairwise(a: Tensor, b: Tensor, how: str) -> Tensor:
-    """Similarity ``[B, Na, Nb]`` of ``a [B, Na, d]`` to ``b [B, Nb, d]``; higher is more alike.
+    """Return the similarity ``[B, Na, Nb]`` of ``a [B, Na, d]`` to ``b [B, Nb, d]``.
 
-    ``how`` is "cosine", "l1" or "l2"; the distances are negated.
+    ``how`` is "cosine", "l1" or "l2"; distances are negated, so that higher means more similar.
     """
     if how == "cosine":
         return unit(a) @ unit(b).transpose(1, 2)
@@ -31,7 +31,7 @@ def pairwise(a: Tensor, b: Tensor, how: str) -> Tensor:
 
 
 def best_partner(similarity: Tensor, target_valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """For each source, its best value and target: ``similarity [B, Na, Nb] -> [B, Na]`` twice."""
+    """Return each source's best value and target, ``[B, Na]``, of ``similarity [B, Na, Nb]``."""
     if target_valid is not None:
         similarity = similarity.masked_fill(~target_valid[:, None, :], float("-inf"))
     best = similarity.max(dim=-1)

@@ -1,4 +1,4 @@
-"""Numbers that look random but follow from whole numbers alone."""
+"""Pseudo-random numbers that depend on whole numbers alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["hashed"]
 
 
 def hashed(index: Tensor, key: int) -> Tensor:
-    """Scatter whole numbers over [0, 1) by integer mixing, float32.
+    """Map whole numbers to pseudo-random float32 numbers in [0, 1) by integer mixing.
 
     No generator is involved, so the numbers are the same in every batch, on every device and
     under compilation.

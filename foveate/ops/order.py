@@ -1,4 +1,4 @@
-"""Orders of tokens in which equal ones stay as they stand, also in an exported graph."""
+"""Sort tokens so that equal ones keep their order, also in an exported graph."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 __all__ = ["highest_first", "marked_first"]
 
-# Torch's exporter to ONNX has no stable sort. So a graph sorts without that flag: scores hardly
-# ever tie, and ONNX keeps equal values in their order anyway; marks tie all the time and are told
-# apart by their place.
+# Torch's ONNX exporter has no stable sort, so a graph sorts without that flag. Scores hardly ever
+# tie, and ONNX keeps the order of equal values anyway. Marks tie all the time, so ``marked_first``
+# sorts by position too.
 
 
 def highest_first(score: Tensor) -> Tensor:

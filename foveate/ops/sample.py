@@ -13,14 +13,14 @@ def inverse_transform(score: Tensor, points: Tensor, alive: Tensor | None = None
 
     ``score [B, N]`` is non-negative. Its running sum, scaled to end at 1, is the distribution.
     Each of ``points [K]`` in (0, 1] takes the token whose cumulative value is nearest; tokens hit
-    more than once count once. ``alive [B, N]`` bars padding and dead tokens.
+    more than once count once. ``alive [B, N]`` excludes padding and dead tokens.
 
     The running sum is taken in float64: with float32, neighbours of a flat distribution tie.
     """
     weight = score.to(_wide(score.device))
     even = torch.ones_like(weight) if alive is None else alive.to(weight.dtype)
     weight = weight * even
-    # An image without any mass (all scores zero) is spread evenly over its live tokens.
+    # If all scores of an image are zero, its live tokens get equal weights.
     weight = torch.where(weight.sum(1, keepdim=True) > 0, weight, even)
     cdf = weight.cumsum(1)
     cdf = cdf / cdf[:, -1:].clamp_min(torch.finfo(cdf.dtype).tiny)
@@ -35,9 +35,9 @@ def nearest(cdf: Tensor, points: Tensor, alive: Tensor | None = None) -> Tensor:
     left = (right - 1).clamp_min(0)
     to_left = (grid - cdf.gather(1, left)).abs()
     to_right = (cdf.gather(1, right) - grid).abs()
-    # Of two at one distance the later is taken: with equal scores and as many points as tokens
-    # every point lies halfway between two, and every token is then hit once. Rounding must not
-    # decide that.
+    # Of two tokens at the same distance, take the later one. With equal scores and as many points
+    # as tokens, every point lies halfway between two tokens; this rule then hits every token once,
+    # and rounding must not change that.
     slack = 1e-9 if cdf.dtype == torch.float64 else 1e-6
     nearer_left = to_left < to_right - slack
     hit = torch.where(nearer_left, left, right)

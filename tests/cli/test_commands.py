@@ -49,7 +49,7 @@ def test_the_help_of_a_job(command: str, capsys: pytest.CaptureFixture[str]) -> 
     assert (f"foveate {command} --resume FOLDER; with a larger loop.epochs" in text) is (
         command != "probe"
     )
-    assert ("mto.spa (as the preset has it) (number or null)" in text) is (command == "pretrain")
+    assert ("mto.spa (set by the preset) (number or null)" in text) is (command == "pretrain")
     settings = re.findall(r"^  (\S+).*\n((?: {6}.*\n?)+)", explain(recipe_class(command)), re.M)
     assert len(settings) > 30
     for key, words in settings:

@@ -200,7 +200,7 @@ def test_steps_out_of_order() -> None:
     state = model.step(0, state)
     with pytest.raises(ValueError, match=r"step\(0\) is out of order: block 1 of 0..3 comes next"):
         model.step(0, state)
-    with pytest.raises(ValueError, match="end comes after block 3, and these tokens have block 1"):
+    with pytest.raises(ValueError, match="end comes after block 3, but for these tokens block 1 "):
         model.end(state)
     for block in (1, 2, 3):
         state = model.step(block, state)
@@ -239,7 +239,7 @@ def test_masks_that_do_not_fit(mask: torch.Tensor, message: str) -> None:
 def test_a_mask_in_the_gathered_mode_is_refused() -> None:
     model = made()
     model.mode = "gathered"
-    with pytest.raises(ValueError, match="with a keep_mask images differ in count"):
+    with pytest.raises(ValueError, match="images with a keep_mask differ in their token count"):
         model.begin(images(), keep_masks(3, (6, 6)))
 
 
@@ -323,7 +323,7 @@ def test_blocks_that_recall_nothing(block: str) -> None:
 @pytest.mark.parametrize("name", ["svit", "evovit"])
 @pytest.mark.parametrize("block", ["2", "'head'"])
 def test_a_method_that_keeps_every_token_recalls_none(name: str, block: str) -> None:
-    sentence = f"recall_before: {name} keeps every token, so none comes back"
+    sentence = f"recall_before={block} has no effect: {name} keeps every token"
     with pytest.raises(ValueError, match=sentence):
         made(f"{name}(recall_before={block})")
 
@@ -504,11 +504,11 @@ def test_a_model_that_runs_dense_is_found_out(monkeypatch: pytest.MonkeyPatch) -
     assert model.check_in_effect(images(2))[-1][0] < 37
     with monkeypatch.context() as patch:
         patch.setattr(model, "run", lambda x, keep_mask: model.vit(x))
-        with pytest.raises(RuntimeError, match=r"not in effect: block \d computed 74 tokens, and"):
+        with pytest.raises(RuntimeError, match=r"not in effect: block \d computed 74 tokens"):
             model.check_in_effect(images(2))
     with (
         torch.autocast("cpu", torch.bfloat16),
-        pytest.raises(RuntimeError, match="nothing can be said of tokens: run without autocast"),
+        pytest.raises(RuntimeError, match="its tokens cannot be counted: run without autocast"),
     ):
         model.check_in_effect(images(2))
 

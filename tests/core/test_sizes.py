@@ -67,5 +67,5 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="image width 50 is not a multiple of the patch's 8"):
         model([noise(3, 48, 48), noise(3, 48, 50)])
     model.mode = "gathered"
-    with pytest.raises(ValueError, match="images of different sizes differ in count"):
+    with pytest.raises(ValueError, match="images of different sizes differ in their token count"):
         model(batch())

@@ -58,7 +58,10 @@ def test_new_values_for_the_same_tokens(counts: list[int] | int) -> None:
     wrong = (x[:, :3], x[1:], x[None, :, :3], x[:, :, None, None])
     for values in wrong:
         given = values.flatten(0, 1) if values.ndim == 3 else values
-        message = f"the tokens are [{total}, 4] (all images in one), got {list(given.shape)}"
+        message = (
+            f"new values must be [{total}, 4], the tokens of all images in one tensor, got "
+            f"{list(given.shape)}"
+        )
         with pytest.raises(ValueError, match=re.escape(message)):
             state.with_tokens(values)
 
@@ -463,9 +466,7 @@ def test_add_keeps_the_dtype() -> None:
 
 @pytest.mark.parametrize("shape", [(3, 8, 3), (3, 9, 4), (1, 8, 4), (3, 2, 4, 4), (8, 4)])
 def test_add_refuses_values_of_another_shape(shape: tuple[int, ...]) -> None:
-    message = (
-        f"what is added must be [3, 8, 4], a value for every patch of the grid, got {list(shape)}"
-    )
+    message = f"values to add must be [3, 8, 4], one for every patch of the grid, got {list(shape)}"
     with pytest.raises(ValueError, match=re.escape(message)):
         start(None)[0].add(torch.zeros(shape))
 

@@ -203,7 +203,7 @@ def test_a_model_with_its_method_and_a_method_in_parts() -> None:
     result = foveate.reduce(model, data=DATA, loop=loop, weights={"kl": 0.0}, **QUIET)
     assert result.model.vit is model.vit and repr(result.model.reducer) == repr(model.reducer)
     assert yaml.safe_load((result.path / "recipe.yaml").read_text())["method"] == "svit(keep=0.5)"
-    with pytest.raises(ValueError, match=r"the model has its method svit\(keep=0.5\): name no oth"):
+    with pytest.raises(ValueError, match=r"already has the method svit\(keep=0.5\): name no other"):
         foveate.reduce(model, "evit", DATA, **QUIET)
     parts = {"name": "tome", "r": 2}
     found = foveate.reduce(small_model(), parts, DATA, loop=loop, out="tome", **QUIET)
@@ -290,19 +290,19 @@ def test_folders_are_not_written_over() -> None:
     loop = {**LOOP, "max_steps": 1}
     paths = [foveate.finetune(small_model(), DATA, loop=loop, **QUIET).path for _ in range(2)]
     assert paths == [Path("runs/finetune"), Path("runs/finetune-2")]
-    with pytest.raises(ValueError, match="resume=True goes on with the run in out: name its fold"):
+    with pytest.raises(ValueError, match="resume=True continues the run in the folder out: name"):
         foveate.finetune(small_model(), DATA, loop=loop, resume=True, **QUIET)
 
 
 def test_several_processes_need_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    with pytest.raises(ValueError, match="would choose a folder each: name one, such as out='run"):
+    with pytest.raises(ValueError, match="would choose its own folder: name one, such as out='run"):
         foveate.finetune(small_model(), DATA, loop={**LOOP, "devices": 2}, **QUIET)
     with pytest.raises(ValueError, match="this machine has no GPU that torch can use"):
         foveate.finetune(small_model(), DATA, loop={**LOOP, "device": "cuda"}, **QUIET)
     for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2"), ("RANK", "1")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="would choose a folder each: name one, such as out='run"):
+    with pytest.raises(ValueError, match="would choose its own folder: name one, such as out='run"):
         foveate.probe(small_model(), DATA)
     assert not Path("runs").exists()
 
