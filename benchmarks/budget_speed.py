@@ -1,26 +1,35 @@
 """Check budgets in time: solve a rate for each, then time the model that it gives anew.
 
     python benchmarks/budget_speed.py --out budget_speed.json
+    python benchmarks/budget_speed.py --exported --out budget_exported.json
 
-The model is DeiT-S with random weights. A budget promises the time within 5 %; foveate.bench
-measures the time that is reached in a separate interleaved run.
+The model is DeiT-S with random weights. A budget promises the time within 5 %; the time that is
+reached is measured in a separate interleaved run. With --exported, models run in onnxruntime and
+OpenVINO, in float32 and 8 bits, beside the dense model exported alike; 8 bits are fitted to synthetic
+images.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+from torch import nn
 
 import foveate
 from foveate import machine
 from foveate.bench import speed
+from foveate.bench.images import natural_images
 from foveate.latency import TimeBudget
 from foveate.measure import Results, frame
 from foveate.measure.table import rows
-from foveate.timing import DENSE, LEAST_ROUNDS
+from foveate.timing import AGAIN, DENSE, LEAST_ROUNDS, Timings, measure
 
 CASES = (
     *(("evit", "1.2x faster"), ("evit", "1.4x faster"), ("evit", "70 ms")),
@@ -30,20 +39,58 @@ CASES = (
 )
 
 
+# Format, 8 bits or not, method, budget.
+EXPORTED = (
+    *(("openvino", False, "evit", "1.5x faster"), ("openvino", False, "tome", "1.2x faster")),
+    *(("onnx", False, "evit", "1.5x faster"), ("onnx", False, "dynamicvit", "1.3x faster")),
+    ("onnx", False, "tokenmergence", "1.4x faster, batch 8"),
+    *(("openvino", True, "evit", "1.3x faster"), ("onnx", True, "evit", "1.3x faster")),
+)
+RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}
+IT = "it"
+
+Reached = tuple[str, TimeBudget, Timings]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--model", default="deit_small_patch16_224", help="name of a timm model")
+    add("--exported", action="store_true", help="time exported models in their runtimes")
     add("--rounds", type=int, default=LEAST_ROUNDS, help="number of timed rounds")
     add("--threads", type=int, help="number of CPU threads (default: physical cores)")
     add("--out", type=Path, help="JSON file for the result, with its table beside it")
     args = parser.parse_args()
     machine.tune_malloc("cpu", Path(__file__).name)
-    torch.set_num_threads(args.threads or machine.physical_cores())
-    vit = timm.create_model(args.model).eval()
-    found, facts = [], machine.facts("cpu")
+    threads = args.threads or machine.physical_cores()
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    vit = timm.create_model(args.model).eval().requires_grad_(False)
+    facts, settings = machine.facts("cpu"), {"model": args.model, "weights": "random"}
+    if args.exported:
+        cases = in_runtimes(vit, args.rounds, threads)
+        versions = {name: machine.version_of(name) for name in (*RUNTIMES.values(), "nncf")}
+        settings["runtimes"] = versions
+    else:
+        cases = in_torch(vit, args.rounds)
+    found: list[dict[str, Any]] = []
+    for name, wanted, timings in cases:
+        found += judged(name, wanted, timings, args.model)
+        if args.out is None:
+            continue
+        where = {"commit": machine.commit(), "machine": machine.name(facts)}
+        about = {
+            "command": machine.command(f"python benchmarks/{Path(__file__).name}"),
+            "machine": facts,
+            "settings": {**settings, "rounds": args.rounds},
+        }
+        Results(frame(found, **where), about).save(args.out)
+
+
+def in_torch(vit: nn.Module, rounds: int) -> Iterator[Reached]:
+    """Solve and time the budgets of models in torch."""
     for method, budget in CASES:
         wanted = TimeBudget.parse(budget)
         try:
@@ -51,38 +98,57 @@ def main() -> None:
         except ValueError as error:
             print(f"{method}, {budget}: {error}", flush=True)
             continue
-        cell = speed(
-            vit,
-            {"it": model},
-            batches=[wanted.batch],
-            rounds=args.rounds,
-            quick=args.rounds < LEAST_ROUNDS,
-        ).cells[0]
-        ratio, ms = cell.timings.ratio("it", DENSE), cell.timings.ms("it")
-        reached = ratio.median if wanted.relative else ms.median
-        off = reached / wanted.value - 1
-        print(f"{model.reducer}, {budget}: {reached:.3g}, {off:+.1%} off; {ratio}", flush=True)
-        values = {
-            "promised": wanted.value,
-            "reached": reached,
-            "off": off,
-            "times": ratio.median,
-            "low": ratio.low,
-            "high": ratio.high,
-            "ms": ms.median,
-            "spread": cell.spread,
-        }
-        name = f"{model.reducer}, {budget}"
-        found += rows("speed", values, run=args.model, method=name, at=wanted.batch)
-        if args.out is None:
-            continue
-        where = {"commit": machine.commit(), "machine": machine.name(facts)}
-        about = {
-            "command": machine.command(f"python benchmarks/{Path(__file__).name}"),
-            "machine": facts,
-            "settings": {"model": args.model, "weights": "random", "rounds": args.rounds},
-        }
-        Results(frame(found, **where), about).save(args.out)
+        quick = rounds < LEAST_ROUNDS
+        cells = speed(vit, {IT: model}, batches=[wanted.batch], rounds=rounds, quick=quick).cells
+        yield f"{model.reducer}, {budget}", wanted, cells[0].timings
+
+
+def in_runtimes(vit: nn.Module, rounds: int, threads: int) -> Iterator[Reached]:
+    """Export models to budgets, and time them beside the dense model exported alike."""
+    size = vit.patch_embed.img_size
+    for format, int8, method, budget in EXPORTED:
+        wanted = TimeBudget.parse(budget)
+        how = {"format": format, "int8": int8, "threads": threads}
+        if int8:
+            how["calibrate"] = natural_images(32, size, 1)
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder)
+            dense = foveate.export(vit, place / "dense", **how)
+            try:
+                model = foveate.apply(vit, method)
+                found = foveate.export(model, place / "it", budget=budget, **how)
+            except ValueError as error:
+                print(f"{format}, {method}, {budget}: {error}", flush=True)
+                continue
+            pixels = natural_images(wanted.batch, size, 0).numpy()
+            opened = {DENSE: dense, AGAIN: dense, IT: found}
+            calls = {
+                name: partial(one.open(threads, wanted.batch), pixels)
+                for name, one in opened.items()
+            }
+            timings = measure(
+                calls, rounds=rounds, warmup=3, sample_ms=20.0, device="cpu", settle=True
+            )
+        bits = "8 bits" if int8 else "fp32"
+        yield f"{RUNTIMES[format]}, {bits}: {found.about['method']}, {budget}", wanted, timings
+
+
+def judged(name: str, wanted: TimeBudget, timings: Timings, model: str) -> list[dict[str, Any]]:
+    """Say how far a model is off its budget, and return that as rows."""
+    ratio, ms, again = timings.ratio(IT, DENSE), timings.ms(IT), timings.ratio(AGAIN, DENSE)
+    reached = ratio.median if wanted.relative else ms.median
+    values = {
+        "promised": wanted.value,
+        "reached": reached,
+        "off": reached / wanted.value - 1,
+        "times": ratio.median,
+        "low": ratio.low,
+        "high": ratio.high,
+        "ms": ms.median,
+        "spread": max(again.high - 1, 1 - again.low),
+    }
+    print(f"{name}: {reached:.3g}, {values['off']:+.1%} off; {ratio}", flush=True)
+    return rows("speed", values, run=model, method=name, at=wanted.batch)
 
 
 if __name__ == "__main__":

@@ -282,8 +282,10 @@ def _check_data(stages: Sequence[Planned]) -> None:
                     f"{one.stage.where} has data.{name}={mine} and {first.stage.where} {its}: one "
                     "pipeline has the same labelled images in all stages, said once in data"
                 )
-    open_images(first.recipe.data.train)  # which refuses images without labels
+    images = {first.recipe.data.train: len(open_images(first.recipe.data.train))}
     for one in stages:
+        if one.stage.job != "probe":
+            _check_batch(one, images.get(one.recipe.data.train))
         if one.stage.job == "pretrain":
             seen, judged = one.recipe.data, first.recipe.data
             check_unseen(seen, one.stage.where, judged, first.stage.where)
@@ -295,6 +297,22 @@ def _check_data(stages: Sequence[Planned]) -> None:
                     f"{one.stage.where} has data.{name}={list(mine)} and {one.start.stage.where}, "
                     f"which it starts from, {list(its)}: they must be the same"
                 )
+
+
+def _check_batch(one: Planned, images: int | None) -> None:
+    """Refuse a batch that the training images cannot fill; the run would, but hours later.
+
+    Args:
+        one: the stage.
+        images: number of images before some are held out; None if it is not known yet.
+    """
+    data = one.recipe.data
+    there = [count for count in (images, data.limit) if count is not None]
+    if there and data.batch > min(there):
+        raise ValueError(
+            f"{one.stage.where}: a batch of {data.batch} is larger than the training data, which "
+            f"have {min(there)} images; take a smaller batch"
+        )
 
 
 # The end ------------------------------------------------------------------------------------------

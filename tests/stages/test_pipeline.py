@@ -368,6 +368,12 @@ def test_pretraining_alone_and_after_classes_is_refused() -> None:
     assert found[1].start is found[0]
 
 
+def test_a_batch_that_a_later_stage_cannot_fill_is_refused() -> None:
+    stages = {**TREE["stages"], "reduce": {**TREE["stages"]["reduce"], "data": {"batch": 33}}}
+    with pytest.raises(ValueError, match=r"stages.reduce: a batch of 33 is larger .* have 32 im"):
+        plan(config.parse(Pipeline, {**TREE, "stages": stages}), Path("nowhere"))
+
+
 def test_a_first_stage_without_a_start_is_refused() -> None:
     stages = {"finetune": {"model": {"start": "runs/nowhere"}}}
     with pytest.raises(ValueError, match=r"stages\.finetune: model\.start must name .*'runs/nowh"):
