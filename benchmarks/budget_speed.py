@@ -5,8 +5,8 @@
 
 The model is DeiT-S with random weights. A budget promises the time within 5 %; the time that is
 reached is measured in a separate interleaved run. With --exported, models run in onnxruntime and
-OpenVINO, in float32 and 8 bits, beside the dense model exported alike; 8 bits are fitted to synthetic
-images.
+OpenVINO, in float32 and 8 bits, beside the dense model exported alike; 8 bits are fitted to
+synthetic images.
 """
 
 from __future__ import annotations
