@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from runs import DATA, LOOP, MODEL
 
 import foveate
-from foveate.data import open_images
+from foveate.data import device_batches, eval_transform, limited, open_images
+from foveate.data.loader import Loader
 
 QUIET: dict[str, Any] = {"progress": False, "say": lambda _: None}
 IMAGES = {**DATA, "batch": 50, "val_batch": 250, "limit": 500, "val_limit": 250}
@@ -29,6 +31,17 @@ def test_finetune(base: Any) -> None:
     assert base["accuracy"] > CHANCE + 25
     losses = base.history["train/loss"].dropna()
     assert losses.iloc[-10:].mean() < 0.85 * losses.iloc[:10].mean()
+    # What was exported is as good, counted here.
+    batches = Loader(
+        limited(open_images("fashion-mnist", "val"), 250, balanced=False),
+        eval_transform((28, 28), 1),
+        **{"batch": 250, "train": False},
+    )
+    model, right = foveate.load(base.path).eval(), 0
+    with torch.no_grad():
+        for images, labels, _ in device_batches(batches, (0.286,), (0.353,), "cpu"):
+            right += int((model(images).argmax(1) == labels).sum())
+    assert base["accuracy"] == pytest.approx(right / 2.5, abs=0.01)
 
 
 def test_masked_finetuning(base: Any, tmp_path: Path) -> None:
