@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import logging
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 # Workers share the cores, and small tensors gain nothing from threads.
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Undo what a command that ran in this process did: the bits depend on the number of threads."""
+    torch.set_num_threads(1)
+
 
 # torch writes every step of a capture down where anybody listens, and pytest listens to all.
 logging.getLogger("torch.__trace").disabled = True

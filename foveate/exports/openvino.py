@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,8 @@ def quantise(path: Path, graph: Graph, images: np.ndarray) -> None:
     import nncf
     import openvino
 
-    nncf.set_log_level(logging.ERROR)
     model, calls = openvino.Core().read_model(str(path)), graph.calls(images)
-    with contextlib.redirect_stdout(io.StringIO()):  # progress bars
+    with _quiet():
         made = nncf.quantize(
             model,
             nncf.Dataset(calls),
@@ -48,6 +47,22 @@ def quantise(path: Path, graph: Graph, images: np.ndarray) -> None:
             ignored_scope=nncf.IgnoredScope(names=_products(model, graph.deciding)),
         )
     _save(made, path)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep NNCF's messages and progress bars off the terminal; its logger stays as it was.
+
+    NNCF's own function would also set the level of whatever handlers the logger has been given.
+    """
+    log = logging.getLogger("nncf")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        log.setLevel(before)
 
 
 def tokens(path: Path, layers: Sequence[str], images: np.ndarray) -> tuple[int, ...]:

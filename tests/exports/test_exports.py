@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -173,7 +174,13 @@ def test_pictures_are_prepared_as_in_evaluation(size: tuple[int, int], crop_pct:
         ("onnx", METHOD, 3),  # which does not divide the images
     ],
 )
-def test_eight_bits(format: str, method: str, batch: int | None, tmp_path: Path) -> None:
+def test_eight_bits(
+    format: str,
+    method: str,
+    batch: int | None,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     needs(format)
     found = foveate.export(
         with_method(method),
@@ -193,6 +200,10 @@ def test_eight_bits(format: str, method: str, batch: int | None, tmp_path: Path)
     assert found.check.agreement is not None and found.check.agreement > 0.5
     assert found.check.divergence is not None and 0 < found.check.divergence < 0.1
     assert "in 8 bits" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    # Whoever listens to the log hears as much as before.
+    assert caplog.handler.level == logging.NOTSET
+    logging.getLogger("foveate").warning("as before")
+    assert caplog.messages[-1] == "as before"
 
 
 @pytest.mark.slow
