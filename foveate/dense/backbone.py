@@ -168,6 +168,11 @@ class DenseModel(Hosting):
     settings: Mapping[str, Any] = MappingProxyType({})
 
     @property
+    def display_names(self) -> tuple[str, ...]:
+        """Names of the classes to show; "class N" if none were given."""
+        return self.class_names or tuple(f"class {n}" for n in range(self.num_classes))
+
+    @property
     def pixel_classes(self) -> int:
         """Number of classes that a pixel may have."""
         return self.num_classes
