@@ -124,8 +124,7 @@ def predict_dense(
     """
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ValueError(f"batch must be a whole number from 1, got {batch!r}")
-    if not 0 <= least <= 1:
-        raise ValueError(f"least must lie in [0, 1], got {least}")
+    _check_least(least)
     named, count = named_images(images, strict)
     found, title, place = opened(model, device)
     if not isinstance(found, DenseModel):
@@ -175,11 +174,17 @@ def predict_and_draw(
         name: name of the image, for the prediction and the title of the picture.
         least: lowest score of an object that is drawn.
     """
+    _check_least(least)
     with answering(model):
         (answer,) = model([model.pixels(image)])
         seen = _seen(model, image)
         record = _record(name, image, answer, seen, 1)
         return record, _picture(model, image, record, answer, seen, least)
+
+
+def _check_least(least: float) -> None:
+    if not 0 <= least <= 1:
+        raise ValueError(f"least must lie in [0, 1], got {least}")
 
 
 def _seen(model: DenseModel, image: Image.Image) -> tuple[Trace, Box] | None:
