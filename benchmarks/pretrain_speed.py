@@ -86,8 +86,8 @@ def make_step(
     return step
 
 
-def peak_memory(step: Callable[[], Tensor], device: str) -> float:
-    """Return the memory of a step in MiB, as described above."""
+def peak_or_saved_memory(step: Callable[[], Tensor], device: str) -> float:
+    """Return the MiB at the peak of a step on a GPU, or those saved for its gradients on a CPU."""
     if device == "cuda":
         step()
         torch.cuda.reset_peak_memory_stats()
@@ -134,7 +134,7 @@ def cell(options: argparse.Namespace, dtype: str, batch: int) -> dict:
             else f"  goal {goal:.2f}: {'met' if ratio.median <= goal else 'MISSED'}"
         )
         print(f"  {key:28} {ratio}{said}")
-    held = {name: peak_memory(step, options.device) for name, step in variants.items()}
+    held = {name: peak_or_saved_memory(step, options.device) for name, step in variants.items()}
     for name in METHODS:
         ratio = held[f"{name} + mto"] / held[name]
         found["memory"][f"{name} + mto / {name}"] = round(ratio, 4)

@@ -5,7 +5,8 @@
 
 "steps" times the forward pass, losses, backward pass and update of one batch that is on the device
 already. All variants of a batch size run interleaved in random order; ratios are medians of rounds,
-over the dense model in the same precision. Memory is the peak of a step as CUDA counts it.
+over the dense model in the same precision. Memory is the peak of a step as CUDA counts it,
+beyond what was there before: weights, and the moments of the optimiser.
 
 "run" trains by a recipe of ImageNet on JPEG images of 500 x 375 pixels that it makes, in shards.
 They are gratings of random colours and phases under noise; the class is their direction and width,
@@ -33,6 +34,7 @@ from torch import Tensor
 
 import foveate
 from foveate import config, machine
+from foveate.bench.memory import peak_memory
 from foveate.timing import measure
 from foveate.train import recipe as recipes
 from foveate.train.build import make_finetune, make_reduce
@@ -93,15 +95,6 @@ def make_step(
     return step
 
 
-def peak_memory(step: Callable[[], Tensor]) -> float:
-    """Return the peak MiB of a step, without weights and moments of any variant."""
-    step()
-    held = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    return (torch.cuda.max_memory_allocated() - held) / 2**20
-
-
 def steps(options: argparse.Namespace) -> dict[str, Any]:
     """Measure all variants at each batch size."""
     cells = []
@@ -132,7 +125,7 @@ def steps(options: argparse.Namespace) -> dict[str, Any]:
             cell["ratio"][name] = ratio.rounded()
             line = f"  {name:30} {rate:8.0f}   {ratio}"
             if options.device == "cuda":
-                cell["memory"][name] = round(peak_memory(step))
+                cell["memory"][name] = round(peak_memory(step, "cuda") / 2**20)
                 line += f"   {cell['memory'][name]}"
             print(line, flush=True)
         cells.append(cell)

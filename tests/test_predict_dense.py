@@ -16,7 +16,7 @@ from small import randomise, vit
 import foveate
 from foveate import cli
 from foveate.dense import DenseModel, make_dense
-from foveate.predictions import predict_dense
+from foveate.predictions.dense import predict_and_draw, predict_dense
 
 NAMES = ("cat", "dog", "car")
 HEADS: dict[str, Any] = {
@@ -88,6 +88,35 @@ def test_label_maps(photos: Path, tmp_path: Path) -> None:
         assert set(np.unique(labels)) == set(record.classes) <= {0, 1, 2}
         assert sum(record.scores) == pytest.approx(1, abs=1e-5)
     assert len(list((tmp_path / "pictures").iterdir())) == 2
+
+
+def test_a_detector_has_no_label_maps(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a detector, which gives no label maps"):
+        predict_dense(dense("detect"), photos, maps=tmp_path / "maps")
+    assert not (tmp_path / "maps").exists()
+
+
+def test_a_model_without_class_names(photos: Path, tmp_path: Path) -> None:
+    """Its classes are called by their numbers, in the file too."""
+    sizes = dict(channels=16, box_channels=16, detections=5, box_score_thresh=0.0)
+    model = foveate.dense.faster_rcnn(randomise(vit()), 3, image_size=(48, 64), **sizes).eval()
+    found = predict_dense(model, photos)
+    assert found.class_names == model.display_names == ("class 0", "class 1", "class 2")
+    found.coco(tmp_path / "found.json")
+    content = json.loads((tmp_path / "found.json").read_text())
+    named = {one["id"]: one["name"] for one in content["categories"]}
+    assert named == {1: "class 0", 2: "class 1", 3: "class 2"}
+    assert {one["category_id"] for one in content["annotations"]} <= set(named)
+    assert len(content["annotations"]) == 10
+
+
+def test_one_image_and_its_picture(photos: Path, tmp_path: Path) -> None:
+    """They are those that ``predict_dense`` gives."""
+    model, path = dense("segment", "svit(keep=0.7)"), photos / "one.png"
+    (wanted,) = predict_dense(model, path, pictures=tmp_path / "pictures")
+    with Image.open(path) as image, Image.open(tmp_path / "pictures/one.png") as drawn:
+        record, picture = predict_and_draw(model, image.convert("RGB"), str(path))
+        assert record == wanted and picture.tobytes() == drawn.convert(picture.mode).tobytes()
 
 
 def test_the_command(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

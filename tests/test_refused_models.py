@@ -16,6 +16,7 @@ from timm.models.vision_transformer import (
 from torch import nn
 
 import foveate
+from foveate.backbones import FAMILIES, rebuild
 
 SUPPORTED = "Supported are plain pre-norm vision transformers with global attention"
 
@@ -194,3 +195,9 @@ def test_matching_follows_adapters_on_the_keys() -> None:
         for model in (plain, folded)
     )
     assert torch.equal(first, second)
+
+
+def test_an_unknown_family_is_named_with_those_that_exist() -> None:
+    with pytest.raises(ValueError, match="did you mean 'timm Eva'.* Legal: .*timm Beit") as raised:
+        rebuild("timm Evaa", {})
+    assert all(family.family in str(raised.value) for family in FAMILIES)

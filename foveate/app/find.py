@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -15,7 +13,7 @@ from foveate.dense import DenseModel, Segmenter
 from foveate.facts import count
 from foveate.latency import setting_of
 from foveate.measure import DENSE
-from foveate.predictions import DensePrediction, predict_dense
+from foveate.predictions.dense import predict_and_draw
 
 __all__ = ["Finding", "Findings", "find"]
 
@@ -93,8 +91,8 @@ def find(
     times = timed(models, pixels, rounds, progress)
     each = []
     for name, one in models.items():
-        record, picture = _predicted(one, image, least)
-        labels = one.class_names or tuple(f"class {n}" for n in range(one.num_classes))
+        record, picture = predict_and_draw(one, image, "photograph", least=least)
+        labels = one.display_names
         pairs = zip(record.classes, record.scores, strict=True)
         found = [(labels[n], score) for n, score in pairs if score >= least or _areas(one)]
         counted = count(one, images=pixels)
@@ -108,16 +106,3 @@ def find(
 def _areas(model: DenseModel) -> bool:
     """Tell a segmenter, whose scores are shares of the pixels, from a detector."""
     return isinstance(model, Segmenter)
-
-
-def _predicted(
-    model: DenseModel, image: Image.Image, least: float
-) -> tuple[DensePrediction, Image.Image]:
-    """Return what was found and the picture that ``foveate predict`` draws of it."""
-    with tempfile.TemporaryDirectory() as folder:
-        given, drawn = Path(folder, "photograph"), Path(folder, "drawn")
-        image.save(given, "PNG", compress_level=1)
-        (record,) = predict_dense(model, given, pictures=drawn, least=least)
-        (path,) = drawn.iterdir()
-        with Image.open(path) as file:
-            return record, file.copy()

@@ -74,8 +74,7 @@ def _add_run(found: Report, folder: Path) -> None:
     found.recipe = (folder / RECIPE).read_text(encoding="utf-8", errors="replace")
     content: dict[str, Any] = {}
     if (folder / "result.json").is_file():
-        content = read_json(folder / "result.json", "")
-        found.facts |= _facts(content)
+        content = _result(found, folder / "result.json")
     else:
         found.notes.append("This run has not finished: it has no result.json.")
     if not (folder / "metrics.csv").is_file():
@@ -86,6 +85,19 @@ def _add_run(found: Report, folder: Path) -> None:
         found.pictures["losses and scores"] = _drawn(result.plot())
     except (KeyError, TypeError, ValueError) as error:
         found.notes.append(f"metrics.csv cannot be drawn: {error}")
+
+
+def _result(found: Report, path: Path) -> dict[str, Any]:
+    """Read result.json and add its facts; a file that does not hold any gets a note instead."""
+    try:
+        content = read_json(path, f"{path} does not exist")
+        if not isinstance(content, dict):
+            raise ValueError(f"{path.name} holds no object with results: the file is damaged")
+    except ValueError as error:
+        found.notes.append(f"{error}.")
+        return {}
+    found.facts |= _facts(content)
+    return content
 
 
 def _facts(content: dict[str, Any]) -> dict[str, str]:

@@ -30,6 +30,7 @@ from foveate.backbones.timm_beit import (
 from foveate.backbones.timm_eva import TimmEva
 from foveate.backbones.timm_vit import TimmViT, plain_vit
 from foveate.core import Backbone, ReducedViT
+from foveate.registry import suggest
 
 __all__ = [
     "FAMILIES",
@@ -87,7 +88,7 @@ def rebuild(family: str, recipe: Mapping[str, Any]) -> nn.Module:
     for known in FAMILIES:
         if known.family == family:
             return known.rebuild(recipe)
-    raise ValueError(f"no model family is called {family!r}")
+    raise ValueError(suggest("model family", family, [known.family for known in FAMILIES]))
 
 
 def class_names(model: nn.Module) -> tuple[str, ...] | None:

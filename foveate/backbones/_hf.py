@@ -91,7 +91,7 @@ class ReducedHf(ReducedViT):
             keep_mask: patches that take part, as in ``ReducedViT.begin``.
             labels: labels of the images, as the model itself takes them.
             output_hidden_states: True returns the tokens after the embedding and after each block;
-                numbers select some of them.
+                numbers select some of them, 0 those after the embedding.
             return_dict: False returns a tuple.
             gone: value of a patch whose token is gone, as in ``TokenState.restore``.
             interpolate_pos_encoding: ignored; positions are resized if the image needs it.
@@ -127,21 +127,20 @@ class ReducedHf(ReducedViT):
         hidden: list[Tensor | None] = []
 
         def visit(state: TokenState) -> None:
-            take = wanted is None or len(hidden) in wanted
-            hidden.append(on_grid(state, gone) if take else None)
+            hidden.append(on_grid(state, gone) if len(hidden) in wanted else None)
 
         state = self.tokens(
             pixel_values,
             keep_mask,
-            track=form.tokens or bool(output_hidden_states),
-            visit=visit if output_hidden_states else None,
+            track=form.tokens or bool(wanted),
+            visit=visit if wanted else None,
         )
         fields: dict[str, Any] = dict(backbone.answers(state))
         if form.tokens:
             fields["last_hidden_state"] = on_grid(state, gone)
         if labels is not None:
             fields["loss"] = self._loss(labels, fields["logits"], state)
-        if output_hidden_states:
+        if wanted:
             fields["hidden_states"] = tuple(hidden)
         output = backbone.output(**fields)
         return output if return_dict else output.to_tuple()
@@ -161,10 +160,10 @@ class ReducedHf(ReducedViT):
         return False
 
 
-def _selected(which: bool | int | Sequence[int] | None, count: int) -> frozenset[int] | None:
-    """Return which of ``count`` hidden states are wanted; None means all."""
+def _selected(which: bool | int | Sequence[int] | None, count: int) -> frozenset[int]:
+    """Return which of ``count`` hidden states are wanted."""
     if which is None or isinstance(which, bool):
-        return None
+        return frozenset(range(count) if which else ())
     numbers = [which] if isinstance(which, int) else which
     for number in numbers:
         if not -count <= number < count:

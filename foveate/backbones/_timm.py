@@ -12,7 +12,7 @@ import torch
 from timm.layers import PatchEmbed, resample_abs_pos_embed
 from torch import Tensor, nn
 
-from foveate.backbones._shared import patch_grid, refuse, same_modules
+from foveate.backbones._shared import patch_grid, plain_class, refuse, same_modules
 from foveate.core import (
     Backbone,
     BackboneSpec,
@@ -22,7 +22,7 @@ from foveate.core import (
     pool_tokens,
 )
 
-__all__ = ["SizedPatches", "TimmBackbone", "spec_of"]
+__all__ = ["SizedPatches", "TimmBackbone", "check_blocks", "spec_of"]
 
 _log = logging.getLogger(__name__)
 # Arguments of ``timm.create_model`` that make it fetch weights or read them from a path.
@@ -31,6 +31,13 @@ _READS = {
     *("checkpoint_path", "cache_dir"),
 }
 _POOLS = ("", "avg", "avgmax", "max", "token", "map")
+_OTHER_BLOCKS = {
+    "ResPostBlock": "post-norm blocks",
+    "EvaBlockPostNorm": "post-norm blocks",
+    "ParallelScalingBlock": "parallel blocks",
+    "DiffParallelScalingBlock": "parallel blocks",
+    "ParallelThingsBlock": "parallel blocks",
+}
 
 
 class TimmBackbone(Backbone):
@@ -209,6 +216,16 @@ class SizedPatches(PatchEmbed):
                 f"{images.shape[-2]} x {images.shape[-1]}; call set_input_size first"
             )
         return self.patches(images)
+
+
+def check_blocks(model: Any, block: type[nn.Module], *attention: type[nn.Module]) -> None:
+    """Refuse a model unless its blocks and their attention have these classes of timm."""
+    for one in model.blocks:
+        if plain_class(one) is not block:
+            kind = type(one).__name__
+            raise refuse(model, _OTHER_BLOCKS.get(kind, f"{kind} blocks"))
+        if plain_class(one.attn) not in attention:
+            raise refuse(model, f"{type(one.attn).__name__} attention")
 
 
 def spec_of(

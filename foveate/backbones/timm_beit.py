@@ -15,8 +15,8 @@ from timm.models.beit import Attention, Beit, Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from foveate.backbones._shared import check_class, refuse
-from foveate.backbones._timm import TimmBackbone, spec_of
+from foveate.backbones._shared import check_class
+from foveate.backbones._timm import TimmBackbone, check_blocks, spec_of
 from foveate.core import Context, Embedded, TokenState
 
 __all__ = ["SHARED_BIAS", "TABLE", "TimmBeit", "expand_position_bias", "shared_position_bias"]
@@ -40,11 +40,7 @@ class TimmBeit(TimmBackbone):
 
     def __init__(self, model: Any) -> None:
         check_class(model, Beit)
-        for block in model.blocks:
-            if type(block) is not Block:
-                raise refuse(model, f"{type(block).__name__} blocks")
-            if type(block.attn) is not Attention:
-                raise refuse(model, f"{type(block.attn).__name__} attention")
+        check_blocks(model, Block, Attention)
         spec = spec_of(self.family, model, class_token=True, rotary=False, pools_prefix=False)
         super().__init__(model, spec)
 

@@ -11,8 +11,8 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveate.backbones._shared import check_class, plain_class, refuse
-from foveate.backbones._timm import TimmBackbone, spec_of
+from foveate.backbones._shared import check_class
+from foveate.backbones._timm import TimmBackbone, check_blocks, spec_of
 from foveate.core import Embedded, Heads
 
 __all__ = ["TimmEva"]
@@ -30,12 +30,7 @@ class TimmEva(TimmBackbone):
 
     def __init__(self, model: Any) -> None:
         check_class(model, Eva)
-        for block in model.blocks:
-            if plain_class(block) is not EvaBlock:
-                kind = type(block).__name__
-                raise refuse(model, "post-norm blocks" if "PostNorm" in kind else f"{kind} blocks")
-            if plain_class(block.attn) not in (EvaAttention, AttentionRope):
-                raise refuse(model, f"{type(block.attn).__name__} attention")
+        check_blocks(model, EvaBlock, EvaAttention, AttentionRope)
         spec = spec_of(
             self.family,
             model,

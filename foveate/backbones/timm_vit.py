@@ -13,8 +13,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from foveate.backbones._shared import check_class, plain_class, refuse, same_modules
-from foveate.backbones._timm import TimmBackbone, spec_of
+from foveate.backbones._shared import check_class, same_modules
+from foveate.backbones._timm import TimmBackbone, check_blocks, spec_of
 from foveate.core import BackboneSpec, Embedded, Heads
 
 __all__ = ["TimmViT", "plain_vit", "set_block_eps", "vit_arguments"]
@@ -41,7 +41,7 @@ class TimmViT(TimmBackbone):
 
     def __init__(self, model: Any) -> None:
         check_class(model, *self.stock)
-        _check_blocks_plain(model)
+        check_blocks(model, Block, Attention)
         super().__init__(model, self.read_spec(model))
 
     def read_spec(self, model: Any) -> BackboneSpec:
@@ -125,22 +125,6 @@ class TimmViT(TimmBackbone):
         """Apply norm, MLP and LayerScale."""
         stock = self._blocks[block]
         return stock.ls2(stock.mlp(stock.norm2(x)))
-
-
-def _check_blocks_plain(model: Any) -> None:
-    """Refuse any block that is not timm's plain pre-norm one."""
-    for block in model.blocks:
-        if plain_class(block) is not Block:
-            kind = type(block).__name__
-            named = {
-                "ResPostBlock": "post-norm blocks",
-                "ParallelScalingBlock": "parallel blocks",
-                "DiffParallelScalingBlock": "parallel blocks",
-                "ParallelThingsBlock": "parallel blocks",
-            }
-            raise refuse(model, named.get(kind, f"{kind} blocks"))
-        if plain_class(block.attn) is not Attention:
-            raise refuse(model, f"{type(block.attn).__name__} attention")
 
 
 def plain_vit(

@@ -63,7 +63,6 @@ class Counts:
             "fed_mean_per_block": [round(sum(n) / len(n), 1) for n in self.mlp],
             "fed_last_block_min": min(last),
             "fed_last_block_max": max(last),
-            "parked_blocks": [block for block, parked in enumerate(self.parked) if parked],
         }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 
@@ -13,17 +12,17 @@ from foveate.api import apply
 from foveate.backbones import image_settings, rebuild, set_image_settings
 from foveate.convert.about import about
 from foveate.convert.card import write_card
-from foveate.convert.parts import listed, made, read_tensors, version
+from foveate.convert.parts import Fields, listed, made, read_config, read_tensors, version
 from foveate.convert.record import drop_record
 from foveate.dense import DenseModel, make_dense
-from foveate.files import read_json, write_text, write_whole
+from foveate.files import write_text, write_whole
 
 __all__ = ["DENSE", "DENSE_WEIGHTS", "open_dense", "save_dense"]
 
 DENSE = "dense.json"  # its presence tells such a folder from others
 DENSE_WEIGHTS = "dense.safetensors"
 _FORMAT = 1
-_FIELDS: dict[str, type | tuple[type, ...]] = {
+_FIELDS: Fields = {
     **{"methods": list, "mode": str, "family": str, "vit": dict, "images": dict},
     **{"class_names": list, "backbone": dict, "head": dict, "image_size": (list, type(None))},
 }
@@ -70,8 +69,8 @@ def save_dense(
 def open_dense(folder: Path) -> DenseModel:
     """Open what ``save_dense`` wrote, in evaluation mode."""
     path = folder / DENSE
-    config = read_json(path, f"{folder} holds no {DENSE}: not a detector or segmenter of foveate")
-    _check(path, config)
+    absent = f"{folder} holds no {DENSE}: not a detector or segmenter of foveate"
+    config = read_config(path, absent, _FORMAT, _FIELDS)
     size = config["image_size"]
     try:
         vit = rebuild(config["family"], config["vit"])
@@ -99,12 +98,3 @@ def open_dense(folder: Path) -> DenseModel:
             f"{folder / DENSE_WEIGHTS} does not fit {path}: {' '.join(str(error).split())}"
         ) from None
     return model.eval()
-
-
-def _check(path: Path, config: Any) -> None:
-    if not isinstance(config, dict) or config.get("format") != _FORMAT:
-        found = config.get("format") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{path} has format {found!r}; this version reads {_FORMAT}")
-    for key, kind in _FIELDS.items():
-        if key not in config or not isinstance(config[key], kind):
-            raise ValueError(f"{path} is not what foveate.save writes: see its field {key!r}")

@@ -23,7 +23,7 @@ from foveate.backbones import (
 from foveate.convert.about import about
 from foveate.convert.card import model_name, with_facts, write_card
 from foveate.convert.dense import DENSE, save_dense
-from foveate.convert.parts import listed, made, read_tensors, version
+from foveate.convert.parts import Fields, listed, made, read_config, read_tensors, version
 from foveate.convert.record import add_measured, drop_record, write_record
 from foveate.convert.results import read_results
 from foveate.core import ReducedViT
@@ -32,11 +32,15 @@ from foveate.dense import DenseModel
 from foveate.files import read_json, write_text, write_whole
 from foveate.registry import method_class
 
-__all__ = ["CONFIG", "WEIGHTS", "note_results", "note_run", "open_folder", "save"]
+__all__ = ["CONFIG", "WEIGHTS", "config_path", "note_results", "note_run", "open_folder", "save"]
 
 CONFIG = "foveate.json"  # its presence tells such a folder from others
 WEIGHTS = "foveate.safetensors"
 _FORMAT = 1
+_FIELDS: Fields = {
+    **{"methods": list, "mode": str, "backbone": dict, "everything": bool},
+    "model": (dict, type(None)),
+}
 
 
 def save(
@@ -99,6 +103,11 @@ def save(
     write_card(folder, config)
 
 
+def config_path(folder: Path) -> Path:
+    """Return the file that describes a saved model; it is missing if the folder holds none."""
+    return folder / (DENSE if (folder / DENSE).is_file() else CONFIG)
+
+
 def note_run(
     folder: Path,
     recipe: Mapping[str, Any],
@@ -111,8 +120,8 @@ def note_run(
 
     A folder that ``save`` did not write stays as it is. Arguments are those of ``write_record``.
     """
-    path = next((folder / name for name in (DENSE, CONFIG) if (folder / name).is_file()), None)
-    if path is not None:
+    path = config_path(folder)
+    if path.is_file():
         write_record(folder, recipe, result, scores, weights=weights)
         write_card(folder, read_json(path, f"{path} does not exist"))
 
@@ -124,8 +133,8 @@ def note_results(folder: Path, results: Path) -> None:
         folder: the model's folder.
         results: the folder that ``foveate eval --out`` wrote.
     """
-    kind = DENSE if (folder / DENSE).is_file() else CONFIG
-    config = read_json(folder / kind, f"{folder} holds no {CONFIG}: not what foveate.save wrote")
+    absent = f"{folder} holds no {CONFIG}: not what foveate.save wrote"
+    config = read_json(config_path(folder), absent)
     about = with_facts(folder, config)["about"]
     add_measured(folder, read_results(results, about["method"], model_name(folder)))
     write_card(folder, config)
@@ -188,27 +197,10 @@ def _rebuild(folder: Path, config: Mapping[str, Any]) -> nn.Module:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
+    """Read what ``save`` wrote about a model; ValueError if it cannot have written it."""
     path = folder / CONFIG
-    config = read_json(path, f"{folder} holds no {CONFIG}: not a folder that foveate.save wrote")
-    if not isinstance(config, dict) or config.get("format") != _FORMAT:
-        found = config.get("format") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{path} has format {found!r}; this version reads {_FORMAT}")
-    _check_config(path, config)
-    return config
-
-
-def _check_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuse a file whose fields are not those that ``save`` writes."""
-    fields: dict[str, type | tuple[type, ...]] = {
-        "methods": list,
-        "mode": str,
-        "backbone": dict,
-        "everything": bool,
-        "model": (dict, type(None)),
-    }
-    for key, kind in fields.items():
-        if key not in config or not isinstance(config[key], kind):
-            raise ValueError(f"{path} is not what foveate.save writes: see its field {key!r}")
+    absent = f"{folder} holds no {CONFIG}: not a folder that foveate.save wrote"
+    config = read_config(path, absent, _FORMAT, _FIELDS)
     unknown = set(config["backbone"]) - {f.name for f in dataclasses.fields(BackboneSpec)}
     if unknown:
         raise ValueError(f"{path} names unknown facts of a backbone: {sorted(unknown)}")
@@ -222,3 +214,4 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         raise ValueError(f"{path} is not what foveate.save writes: see its field 'class_names'")
     if not config["methods"]:
         raise ValueError(f"{path} names no method")
+    return config

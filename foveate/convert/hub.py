@@ -33,7 +33,7 @@ from torch import nn
 from foveate.backbones import check_folder
 from foveate.convert.card import CARD, HUB, card_text, is_generated, with_facts
 from foveate.convert.dense import DENSE, DENSE_WEIGHTS
-from foveate.convert.folders import CONFIG, WEIGHTS, note_results, save
+from foveate.convert.folders import CONFIG, WEIGHTS, config_path, note_results, save
 from foveate.convert.parts import read_tensors, run_model, version
 from foveate.convert.record import RECORD
 from foveate.convert.timm_folder import check_timm_folder, is_timm_folder
@@ -241,7 +241,7 @@ def shared_files(folder: Path) -> list[Path]:
             f"{folder} is a plain model, which timm loads without foveate: put it on the hub with "
             "timm.models.push_to_hf_hub"
         )
-    if not any((folder / kind).is_file() for kind in (CONFIG, DENSE)):
+    if not config_path(folder).is_file():
         raise ValueError(
             f"{folder} is not a folder that foveate.save wrote: it has neither {CONFIG} nor {DENSE}"
         )
@@ -258,7 +258,7 @@ def _push(
     """Check a folder, and put its files on the hub."""
     shared_files(folder)
     folder = run_model(folder)
-    for weights in _WEIGHTS[_kind(folder)]:
+    for weights in _WEIGHTS[config_path(folder).name]:
         read_tensors(folder / weights)  # so that no damaged file is uploaded
     if results is not None:
         note_results(folder, Path(results))
@@ -293,10 +293,6 @@ def _push(
     return str(done.pr_url or done.commit_url)
 
 
-def _kind(folder: Path) -> str:
-    return DENSE if (folder / DENSE).is_file() else CONFIG
-
-
 def _card(folder: Path, repository: str, license: str | None) -> tuple[str, bool]:
     """Return a folder's card as it goes to the hub, and whether foveate wrote it."""
     path = folder / CARD
@@ -305,7 +301,7 @@ def _card(folder: Path, repository: str, license: str | None) -> tuple[str, bool
         if license is not None:
             raise ValueError(f"{path} was changed by hand, so write its license there")
         return text.replace(HUB, PREFIX + repository), False
-    config = with_facts(folder, read_json(folder / _kind(folder), f"{folder} holds no model"))
+    config = with_facts(folder, read_json(config_path(folder), f"{folder} holds no model"))
     if license is not None:
         config["about"]["license"] = license
     return card_text(folder, config, repository), True

@@ -27,7 +27,7 @@ from foveate.backbones import (
 )
 from foveate.convert.beit_geometry import BeitGeometry
 from foveate.convert.dense import DENSE, open_dense
-from foveate.convert.folders import CONFIG, open_folder
+from foveate.convert.folders import config_path, open_folder
 from foveate.convert.geometry import (
     CLASSES,
     GRID,
@@ -171,8 +171,8 @@ def open_model(
     path = download(str(path)) if is_hub_name(path) else run_model(Path(path))
     if not path.is_dir():
         return _from_file(path, model, method, options, settings)
-    ours = any((path / name).is_file() for name in (CONFIG, DENSE))
-    foreign = (path / "config.json").is_file() and not ours
+    config = config_path(path)
+    foreign = (path / "config.json").is_file() and not config.is_file()
     for name in settings.changed():
         if not foreign or name not in _RESIZING:
             files = "checkpoint files" + " and Hugging Face folders" * (name in _RESIZING)
@@ -188,7 +188,7 @@ def open_model(
     if method is not None or options:
         given = shorten([*["method"] * (method is not None), *options])
         raise ValueError(f"{path} was saved with its method; leave {given} out")
-    if (path / DENSE).is_file():
+    if config.name == DENSE:
         if model is not None:
             raise ValueError(
                 f"{path} holds a detector or segmenter with its own ViT; leave model out"

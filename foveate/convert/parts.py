@@ -11,9 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from foveate.core import Chain, Reducer
+from foveate.files import read_json
 from foveate.registry import make
 
-__all__ = ["listed", "made", "read_tensors", "run_model", "version"]
+__all__ = ["Fields", "listed", "made", "read_config", "read_tensors", "run_model", "version"]
+
+Fields = Mapping[str, type | tuple[type, ...]]
 
 
 def version() -> str:
@@ -39,6 +42,25 @@ def made(methods: Sequence[Mapping[str, Any]]) -> Reducer:
     """Make the methods that ``listed`` wrote: one method, or the chain of several."""
     parts = [make(one["name"], one["options"]) for one in methods]
     return parts[0] if len(parts) == 1 else Chain(*parts)
+
+
+def read_config(path: Path, absent: str, format: int, fields: Fields) -> dict[str, Any]:
+    """Read the JSON file that describes a saved model; ValueError if it is not what we write.
+
+    Args:
+        path: the file.
+        absent: message if it does not exist.
+        format: number of the format that this version reads.
+        fields: fields that it must have, with their types.
+    """
+    config = read_json(path, absent)
+    found = config.get("format") if isinstance(config, dict) else type(config).__name__
+    if found != format:
+        raise ValueError(f"{path} has format {found!r}; this version reads {format}")
+    for key, kind in fields.items():
+        if key not in config or not isinstance(config[key], kind):
+            raise ValueError(f"{path} is not what foveate.save writes: see its field {key!r}")
+    return config
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

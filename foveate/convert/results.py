@@ -9,9 +9,9 @@ from typing import Any
 
 from foveate.files import read_json
 
-__all__ = ["read_results"]
+__all__ = ["TABLE_FORMAT", "read_results"]
 
-_FORMAT = 2  # as in foveate.measure.table
+TABLE_FORMAT = 2  # of foveate.measure's tables; format 1 was only JSON, by an earlier package
 _QUALITY, _SPEED = ("accuracy", "dense"), ("speed", "dense speed")  # parts of the table
 _NAMES = {"top1": "accuracy", "top5": "top5", "box_ap": "box_ap", "mask_ap": "mask_ap"}
 _NAMES |= {"miou": "miou"}
@@ -29,7 +29,7 @@ def read_results(folder: Path, method: str, label: str) -> list[dict[str, Any]]:
     about = read_json(
         folder / "eval.json", f"{folder} has no eval.json: not what foveate eval --out wrote"
     )
-    if not isinstance(about, dict) or about.get("format") != _FORMAT:
+    if not isinstance(about, dict) or about.get("format") != TABLE_FORMAT:
         raise ValueError(f"{folder / 'eval.json'} is not what this version of foveate eval writes")
     path = folder / "eval.csv"
     try:

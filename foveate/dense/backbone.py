@@ -8,6 +8,7 @@ ViT and its method do not know about it. A patch that a block skips keeps its va
 from __future__ import annotations
 
 import copy
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -167,6 +168,11 @@ class DenseModel(Hosting):
     settings: Mapping[str, Any] = MappingProxyType({})
 
     @property
+    def display_names(self) -> tuple[str, ...]:
+        """Names of the classes to show; "class N" if none were given."""
+        return self.class_names or tuple(f"class {n}" for n in range(self.num_classes))
+
+    @property
     def pixel_classes(self) -> int:
         """Number of classes that a pixel may have."""
         return self.num_classes
@@ -219,7 +225,7 @@ class DenseBackbone(Hosting):
         self.scales, self.gone = tuple(float(scale) for scale in scales), gone
         self.out_channels = spec.width if out_channels is None else out_channels
         self.multiple = round(max(1.0, 1 / min(self.scales)))
-        self.size_divisible = self.multiple * max(spec.patch)
+        self.size_divisible = self.multiple * math.lcm(*spec.patch)
         info: list[dict[str, Any]] = [
             {
                 "num_chs": self.out_channels,

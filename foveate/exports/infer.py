@@ -5,7 +5,8 @@ or torch), and nothing else.
 
     python infer.py photo.jpg photos/*.png
     python infer.py photo.jpg --top 1 --json answers.json
-    python infer.py photo.jpg --npy outputs.npy        # the first output, as it is
+    python infer.py photo.jpg --npy output.npy         # the output, as it is
+    python infer.py photo.jpg --npz outputs.npz        # all outputs, by their names
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,28 @@ def answer(logits: np.ndarray, labels: list[str] | None, top: int) -> list[dict[
     ]
 
 
+def batches(
+    paths: Sequence[Path], about: Mapping[str, Any]
+) -> Iterator[tuple[Sequence[Path], np.ndarray]]:
+    """Read images in batches of the model's size, or one by one if it takes any size.
+
+    The last batch is filled up with its last image.
+    """
+    size = about["batch"] or 1
+    for first in range(0, len(paths), size):
+        some = paths[first : first + size]
+        pixels = [_read(path, about) for path in some]
+        yield some, np.stack(pixels + pixels[-1:] * (size - len(some)))
+
+
+def _read(path: Path, about: Mapping[str, Any]) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            return prepare(image, about)
+    except OSError as error:
+        sys.exit(f"{path} cannot be read: {error}")
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(
@@ -126,32 +149,37 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=5, help="number of classes to show (default: 5)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="file to write the answers to")
-    parser.add_argument("--npy", type=Path, metavar="FILE", help="file for the first output")
+    parser.add_argument("--npy", type=Path, metavar="FILE", help="file for the model's one output")
+    parser.add_argument("--npz", type=Path, metavar="FILE", help="file for all outputs, by name")
     args = parser.parse_args()
     folder = Path(__file__).resolve().parent
-    fixed = json.loads((folder / "model.json").read_text(encoding="utf-8"))["batch"]
-    run, about = open_model(folder, args.threads, fixed or 1)
-    found, raw = {}, []
-    for path in args.images:
-        try:
-            with Image.open(path) as image:
-                pixels = prepare(image, about)
-        except OSError as error:
-            sys.exit(f"{path} cannot be read: {error}")
-        values = run(np.repeat(pixels[None], fixed or 1, axis=0))
-        raw.append(values[0][0])
-        if about["outputs"] == ["logits"]:
-            found[str(path)] = answer(values[0][0], about["labels"], args.top)
-            words = (f"{one['label']} {one['confidence']:.1%}" for one in found[str(path)])
+    about = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    names, classes = about["outputs"], about["outputs"] == ["logits"]
+    if args.json is not None and not classes:
+        parser.error("--json is for classes, which this model does not give: use --npz FILE")
+    if args.npy is not None and len(names) > 1:
+        parser.error(f"--npy is for one output, this model has {len(names)}: use --npz FILE")
+    run, _ = open_model(folder, args.threads, about["batch"] or 1)
+    found: dict[str, Any] = {}
+    raw: list[list[np.ndarray]] = []
+    for some, images in batches(args.images, about):
+        values = [value[: len(some)] for value in run(images)]
+        raw.append(values)
+        for number, path in enumerate(some):
+            if classes:
+                found[str(path)] = answer(values[0][number], about["labels"], args.top)
+                words = [f"{one['label']} {one['confidence']:.1%}" for one in found[str(path)]]
+            else:
+                pairs = zip(names, values, strict=True)
+                words = [f"{name} {list(value.shape[1:])}" for name, value in pairs]
             print(f"{path}: {', '.join(words)}")
-        else:
-            named = zip(about["outputs"], values, strict=True)
-            shapes = (f"{name} {list(value.shape[1:])}" for name, value in named)
-            print(f"{path}: {', '.join(shapes)}")
     if args.json is not None:
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    outputs = dict(zip(names, map(np.concatenate, zip(*raw, strict=True)), strict=True))
     if args.npy is not None:
-        np.save(args.npy, np.stack(raw))
+        np.save(args.npy, outputs[names[0]])
+    if args.npz is not None:
+        np.savez(args.npz, **outputs)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from foveate.exports.folder import write_about, write_readme, write_script
 from foveate.exports.graph import Graph, answers, capture, fixed, input_size, reduced_of
 from foveate.exports.infer import Run, open_model
 from foveate.exports.onnx import LEAST_OPSET
-from foveate.exports.pictures import Paths, for_calibration, for_check, preparation
+from foveate.exports.pictures import SEED, Paths, for_calibration, for_check, preparation
 from foveate.facts import count
 from foveate.files import made_folder
 from foveate.latency import TimeBudget
@@ -42,7 +42,6 @@ __all__ = ["FORMATS", "Exported", "export"]
 
 FORMATS = ("onnx", "openvino", "pt2")
 _FORMAT = 1
-_SEED = 4321
 Progress = Callable[[str, int, int], None]
 
 
@@ -244,7 +243,7 @@ class _Writer:
     def tokens(self, graph: Graph, path: Path) -> tuple[int, ...]:
         """Run a file and return its blocks' tokens; raise ValueError if the graph has others."""
         self.say("counting tokens")
-        noise = torch.Generator().manual_seed(_SEED)
+        noise = torch.Generator().manual_seed(SEED)
         images = torch.randn(graph.batch or 2, graph.channels, *graph.size, generator=noise)
         found: tuple[int, ...] = self._made.tokens(path, graph.layers, images.numpy())
         if found != graph.tokens:

@@ -17,12 +17,12 @@ from foveate.data import ImageFiles, Inputs, fashion_mnist_mini, normalise
 from foveate.dense import DenseModel, Hosting
 from foveate.exports.infer import prepare
 
-__all__ = ["Paths", "for_calibration", "for_check", "preparation"]
+__all__ = ["SEED", "Paths", "for_calibration", "for_check", "preparation"]
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 _CALIBRATION, _CHECKED = 128, 64  # the most images that are used
 _FASHION = (1, 28, 28)
-_SEED = 4321
+SEED = 4321  # of the images that an export draws
 
 
 def preparation(model: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def for_check(about: Mapping[str, Any], given: Tensor | Paths | None) -> tuple[T
     if given is not None:
         return _read(about, given, _CHECKED)
     channels, *size = _shape(about)
-    made = images_for(channels, (size[0], size[1]), _CHECKED, _SEED, None)
+    made = images_for(channels, (size[0], size[1]), _CHECKED, SEED, None)
     return made.take(_CHECKED), made.source
 
 
@@ -80,7 +80,7 @@ def _read(about: Mapping[str, Any], given: Tensor | Paths, most: int) -> tuple[T
     """Read images, prepared as by the program beside the exported model."""
     if isinstance(given, Tensor):
         channels, *size = _shape(about)
-        pixels = images_for(channels, (size[0], size[1]), 1, _SEED, given).pixels
+        pixels = images_for(channels, (size[0], size[1]), 1, SEED, given).pixels
         return pixels[:most].detach().float().cpu(), "given by the caller"
     read = [prepare(image, about) for _, image in islice(ImageFiles(given), most)]
     return torch.from_numpy(np.stack(read)), "from files"

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from foveate.convert.results import TABLE_FORMAT
 from foveate.files import read_json, write_text
 
 try:
@@ -34,7 +35,6 @@ __all__ = [
     *("said", "select"),
 ]
 
-FORMAT = 2  # format 1 was only JSON, by an earlier package foveate.evaluate
 _WORDS = ("run", "part", "method", "metric", "commit", "machine")
 _REAL, _WHOLE = ("rate", "at", "value"), ("seed", "draw")
 COLUMNS = (
@@ -169,7 +169,7 @@ class Results:
         # The JSON says how many rows there are and is written last: it stands for a whole table.
         path.unlink(missing_ok=True)
         write_text(beside, self.table.to_csv(index=False, lineterminator="\n"))
-        content = {"format": FORMAT, **self.about, "rows": len(self.table)}
+        content = {"format": TABLE_FORMAT, **self.about, "rows": len(self.table)}
         write_text(path, json.dumps(content, indent=1) + "\n")
         return [path, beside]
 
@@ -181,8 +181,8 @@ class Results:
         if not isinstance(about, dict) or not isinstance(about.get("format"), int):
             raise ValueError(f"{wrong}: it has no number 'format'")
         number = about.pop("format")
-        if number != FORMAT:
-            age = "a newer" if number > FORMAT else "an earlier"
+        if number != TABLE_FORMAT:
+            age = "a newer" if number > TABLE_FORMAT else "an earlier"
             raise ValueError(f"{path} is of {age} version of foveate: measure again with this one")
         beside = path.with_suffix(".csv")
         try:

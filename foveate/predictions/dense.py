@@ -18,7 +18,7 @@ from torch import Tensor
 from foveate.core import Trace
 from foveate.core.evaluation import answering
 from foveate.data import ImageFiles
-from foveate.dense import DenseModel
+from foveate.dense import DenseModel, Segmenter
 from foveate.dense.metrics import coco_predictions
 from foveate.files import FreeNames, write_text, write_whole
 from foveate.predictions.classify import Images, named_images, opened
@@ -26,7 +26,7 @@ from foveate.viz import found_objects, found_pixels
 from foveate.viz.dense import trace_dense
 from foveate.viz.grid import Box
 
-__all__ = ["DensePrediction", "DensePredictions", "predict_dense"]
+__all__ = ["DensePrediction", "DensePredictions", "predict_and_draw", "predict_dense"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class DensePredictions(Sequence[DensePrediction]):
 
     Attributes:
         model: name of the model, or its class.
-        class_names: names of its classes.
+        class_names: names of its classes; "class N" where the model has none.
         records: one prediction for each image.
         unreadable: files that were skipped, with the reasons.
     """
@@ -124,12 +124,16 @@ def predict_dense(
     """
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ValueError(f"batch must be a whole number from 1, got {batch!r}")
-    if not 0 <= least <= 1:
-        raise ValueError(f"least must lie in [0, 1], got {least}")
+    _check_least(least)
     named, count = named_images(images, strict)
     found, title, place = opened(model, device)
     if not isinstance(found, DenseModel):
         raise ValueError(f"{title} is neither a detector nor a segmenter: use foveate.predict")
+    if maps is not None and not isinstance(found, Segmenter):
+        raise ValueError(
+            f"{title} is a detector, which gives no label maps: leave maps out; the result's coco "
+            "method writes the objects"
+        )
     model = found if place is None else found.to(place)
     folders = [None if one is None else Path(one) for one in (pictures, maps)]
     for folder in filter(None, folders):
@@ -141,32 +145,59 @@ def predict_dense(
         while some := list(islice(stream, batch)):
             answers = model([model.pixels(image) for _, image in some])
             for (name, image), answer in zip(some, answers, strict=True):
-                trace, box = None, None
-                if model.reducer.name != "dense":
-                    trace, box = trace_dense(model, image)
-                number = len(records) + 1
-                record = _record(str(name), image, answer, trace, number)
+                seen = _seen(model, image)
+                record = _record(str(name), image, answer, seen, len(records) + 1)
                 records.append(record)
                 file = names.free(Path(str(name)).stem)
                 if folders[0] is not None:
-                    drawn = _picture(model, image, record, answer, least, trace, box)
+                    drawn = _picture(model, image, record, answer, seen, least)
                     _save(drawn, folders[0] / f"{file}.png")
-                if folders[1] is not None and isinstance(answer, Tensor):
-                    kind = np.uint8 if len(model.class_names) <= 256 else np.uint16
+                if folders[1] is not None:
+                    kind = np.uint8 if model.num_classes <= 256 else np.uint16
                     drawn = Image.fromarray(answer.cpu().numpy().astype(kind))
                     _save(drawn, folders[1] / f"{file}.png")
             if progress is not None:
                 progress(len(records), count)
     broken = named.broken if isinstance(named, ImageFiles) else {}
     unreadable = {str(path): why for path, why in broken.items()}
-    return DensePredictions(title, model.class_names, tuple(records), unreadable)
+    return DensePredictions(title, model.display_names, tuple(records), unreadable)
+
+
+def predict_and_draw(
+    model: DenseModel, image: Image.Image, name: str, *, least: float = 0.5
+) -> tuple[DensePrediction, Image.Image]:
+    """Do what ``predict_dense`` does for one RGB image; return the prediction and its picture.
+
+    Args:
+        model: a detector or a segmenter.
+        image: the image.
+        name: name of the image, for the prediction and the title of the picture.
+        least: lowest score of an object that is drawn.
+    """
+    _check_least(least)
+    with answering(model):
+        (answer,) = model([model.pixels(image)])
+        seen = _seen(model, image)
+        record = _record(name, image, answer, seen, 1)
+        return record, _picture(model, image, record, answer, seen, least)
+
+
+def _check_least(least: float) -> None:
+    if not 0 <= least <= 1:
+        raise ValueError(f"least must lie in [0, 1], got {least}")
+
+
+def _seen(model: DenseModel, image: Image.Image) -> tuple[Trace, Box] | None:
+    """Return the trace of an image and the part of it that the model saw; None without a method."""
+    return None if model.reducer.name == "dense" else trace_dense(model, image)
 
 
 def _record(
-    name: str, image: Image.Image, answer: Any, trace: Trace | None, number: int
+    name: str, image: Image.Image, answer: Any, seen: tuple[Trace, Box] | None, number: int
 ) -> DensePrediction:
     size, usage = (image.height, image.width), None
-    if trace is not None:
+    if seen is not None:
+        trace, _ = seen
         usage = float(trace.depth().float().mean()) / len(trace.blocks)
     if isinstance(answer, Tensor):
         found, counts = answer.unique(return_counts=True)
@@ -193,12 +224,12 @@ def _picture(
     image: Image.Image,
     record: DensePrediction,
     answer: Any,
+    seen: tuple[Trace, Box] | None,
     least: float,
-    trace: Trace | None,
-    box: Box | None,
 ) -> Image.Image:
+    trace, box = seen or (None, None)
     title = [Path(record.image).name, *([] if trace is None else [repr(model.reducer)])]
-    names = model.class_names or tuple(f"class {n}" for n in range(model.num_classes))
+    names = model.display_names
     given: dict[str, Any] = {"title": title, "trace": trace, "box": box}
     if isinstance(answer, Tensor):
         return found_pixels(image, answer.cpu(), names, **given)

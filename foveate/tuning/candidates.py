@@ -389,9 +389,8 @@ def solve(
     if best is None or best.price > goal * (1 + _NEAR):
         return None
     known = {best.method: best}
-    for turn in itertools.count():
-        if high - low <= 1 or best.price >= goal * (1 - _NEAR):
-            return best
+    turn = 0
+    while high - low > 1 and best.price < goal * (1 - _NEAR):
         # The price falls almost in a straight line; every third turn halves, so that it ends.
         share = (before - goal) / max(before - best.price, 1e-9 * goal) if turn % 3 < 2 else 0.5
         middle = low + round((high - low) * share)
@@ -402,7 +401,8 @@ def solve(
             low, before = middle, now.price
         else:
             high, best = middle, now
-    raise AssertionError("the loop ends by itself")
+        turn += 1
+    return best
 
 
 def cheapest(templates: Sequence[Template], price: Price) -> Candidate:

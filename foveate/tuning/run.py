@@ -18,7 +18,7 @@ from foveate.core import Backbone, ReducedViT, Reducer
 from foveate.dense import Hosting
 from foveate.facts import count as count_costs
 from foveate.files import made_folder
-from foveate.latency import Setting, beside_dense, setting_of
+from foveate.latency import Setting, beside_dense, is_time, setting_of
 from foveate.measure.table import pd
 from foveate.timing import DENSE, LEAST_ROUNDS, Timings
 from foveate.tuning.agreement import Judge, Paths, kind_of, read_pictures
@@ -100,7 +100,7 @@ def tune(
     folder = _folder(out, name)
     with made_folder(folder):
         check_driven(backbone)
-        told("timing blocks", 0, 1)
+        told("timing blocks" if is_time(target) else "counting", 0, 1)
         price = price_of(target, backbone)
         if not _learn(price, backbone, found, told):
             _check_reachable(target, found, price)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from foveate.core import Trace
-from foveate.viz.colours import OKABE_ITO, matplotlib
+from foveate.viz.colours import OKABE_ITO
 from foveate.viz.grid import Box, as_image, laid
-from foveate.viz.layout import Bar, Cell, Key, page
+from foveate.viz.layout import Bar, Cell, Key, font_of, page
 from foveate.viz.tokens import depth_bar, with_depth
 
 __all__ = ["found_objects", "found_pixels"]
@@ -77,9 +76,7 @@ def _name(
     colours: Sequence[tuple[int, int, int]],
 ) -> None:
     """Write each object's name on its colour, at the upper left corner of its box."""
-    draw = ImageDraw.Draw(drawn)
-    file = Path(matplotlib().get_data_path(), "fonts/ttf/DejaVuSans.ttf")
-    font = ImageFont.truetype(str(file), 13)
+    draw, font = ImageDraw.Draw(drawn), font_of(13)
     for (left, top, _, _), text, colour in zip(boxes, words, colours, strict=True):
         wide, high = draw.textlength(text, font) + 6, 17
         # The name stands above the box, or inside it if there is no room above.

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from foveate.viz.colours import matplotlib, overlay
 
-__all__ = ["Bar", "Cell", "Key", "chart", "page", "stacked"]
+__all__ = ["Bar", "Cell", "Key", "chart", "font_of", "page", "stacked"]
 
 _PAPER, _INK, _QUIET = (255, 255, 255), (20, 20, 20), (90, 90, 90)
 _BAR, _TRACK = (168, 208, 236), (242, 244, 246)  # light enough for words to stand on them
@@ -60,7 +60,7 @@ class _Type:
     bold: ImageFont.FreeTypeFont = field(init=False)
 
     def __post_init__(self) -> None:
-        self.plain, self.bold = _font(self.size, False), _font(self.size, True)
+        self.plain, self.bold = font_of(self.size), font_of(self.size, bold=True)
         self.line = round(1.35 * self.size)
         self.gap = max(4, round(0.6 * self.size))
 
@@ -90,7 +90,8 @@ def _type_for(width: int) -> _Type:
 
 
 @lru_cache
-def _font(size: int, bold: bool) -> ImageFont.FreeTypeFont:
+def font_of(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """Load the font of all pictures, which comes with matplotlib, in a size in pixels."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(
         str(Path(matplotlib().get_data_path(), "fonts", "ttf", name)), size=size

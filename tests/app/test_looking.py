@@ -349,6 +349,10 @@ def test_a_run(tmp_path: Path) -> None:
     }
     assert list(found.pictures) == ["losses and scores", "samples/one"] and not found.notes
     assert "epochs: 2" in markup.report(found)
+    for damaged in ("[1, 2]", "{"):
+        (run / "result.json").write_text(damaged)
+        found = report(run)
+        assert not found.facts and "result.json" in found.notes[0] and len(found.pictures) == 2
     assert Places([tmp_path]).reports() == [(f"{tmp_path.name}/runs/finetune", str(run))]
 
 

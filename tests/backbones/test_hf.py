@@ -169,6 +169,11 @@ def test_hidden_states_by_number_and_by_configuration() -> None:
     some = driven(model, x, output_hidden_states=[1, -1]).hidden_states
     assert [state is None for state in some] == [True, False, True, True, False]
     same(some[4], every[4])
+    first = driven(model, x, output_hidden_states=0).hidden_states
+    assert [state is None for state in first] == [False, True, True, True, True]
+    same(first[0], every[0])
+    for nothing in (False, None, []):
+        assert driven(model, x, output_hidden_states=nothing).hidden_states is None
     with pytest.raises(ValueError, match="numbered -5..4, got 5"):
         driven(model, x, output_hidden_states=5)
     told = copy.deepcopy(stock("vit"))

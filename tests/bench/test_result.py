@@ -49,7 +49,6 @@ def cell(
             "fed_mean_per_block": [197.0, 140.0],
             "fed_last_block_min": 70,
             "fed_last_block_max": 72,
-            "parked_blocks": [],
         },
         "macs": 0.65,
         "acting_blocks": 3,

@@ -253,6 +253,11 @@ def test_other_patches_and_scales() -> None:
             (2, 4),
             (1, 2),
         ]
+    oblong = pyramid(vit(patch_size=(8, 12), img_size=48), channels=8, scales=(1, 0.5)).eval()
+    side = oblong.size_divisible  # a multiple of 16 and of 24
+    with torch.no_grad():
+        canvas = oblong.features(torch.zeros(1, 3, side, side)).canvas
+    assert side == 48 and canvas.images.shape == (1, 3, 48, 48)
     for wrong in ((3,), (1, 2), ()):
         with pytest.raises(ValueError, match="scales must"):
             pyramid(vit(), scales=wrong)

@@ -20,7 +20,7 @@ import foveate
 from foveate.cli import main
 from foveate.convert import open_shipped
 from foveate.data import Inputs, fashion_mnist_mini, normalise
-from foveate.exports import Exported, graph
+from foveate.exports import Exported, graph, infer
 from foveate.exports.infer import open_model, prepare
 
 METHOD = "evit(keep=0.7, blocks=(1,))"
@@ -161,6 +161,52 @@ def test_pictures_are_prepared_as_in_evaluation(size: tuple[int, int], crop_pct:
     pixels = inputs.transform()({"image": image})["image"].as_subclass(torch.Tensor).float() / 255
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (inputs.mean, inputs.std))
     assert np.allclose(prepare(image, about), ((pixels - mean) / std).numpy(), atol=1e-6)
+
+
+def test_pictures_fill_a_fixed_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each is computed once, and keeps its own answer; all outputs are written."""
+    about = {"channels": 1, "size": [2, 3], "mean": [0.0], "std": [1.0], "crop_pct": None}
+    about |= {"batch": 2, "outputs": ["map_0", "map_1"], "labels": None}
+    sizes = []
+
+    def run(pixels: np.ndarray) -> list[np.ndarray]:
+        sizes.append(len(pixels))
+        return [pixels, pixels[..., :1]]
+
+    def infer_main(*argv: object) -> None:
+        (tmp_path / "model.json").write_text(json.dumps(about))
+        monkeypatch.setattr(sys, "argv", ["infer.py", *map(str, argv)])
+        infer.main()
+
+    monkeypatch.setattr(infer, "__file__", str(tmp_path / "infer.py"))
+    monkeypatch.setattr(infer, "open_model", lambda folder, threads, batch: (run, about))
+    photos = [tmp_path / f"{level}.png" for level in (0, 51, 102, 153, 204)]
+    for photo in photos:
+        Image.new("L", (3, 2), int(photo.stem)).save(photo)
+    infer_main(*photos, "--npz", tmp_path / "all.npz")
+    assert sizes == [2, 2, 2]  # the last batch is filled up
+    assert f"{photos[4]}: map_0 [1, 2, 3], map_1 [1, 2, 1]" in capsys.readouterr().out
+    with np.load(tmp_path / "all.npz") as found:
+        assert [found[name].shape for name in about["outputs"]] == [(5, 1, 2, 3), (5, 1, 2, 1)]
+        assert np.allclose(found["map_1"][:, 0, 0, 0], [0, 0.2, 0.4, 0.6, 0.8])
+    for words, said in (
+        (["--npy", "one.npy"], "this model has 2"),
+        (["--json", "a"], "for classes"),
+    ):
+        with pytest.raises(SystemExit):
+            infer_main(photos[0], *words)
+        assert said in capsys.readouterr().err
+    about |= {"batch": None, "outputs": ["logits"], "labels": ["a", "b"]}
+    monkeypatch.setattr(
+        infer,
+        "open_model",
+        lambda folder, threads, batch: (lambda x: [x.reshape(1, 6)[:, :2]], about),
+    )
+    infer_main(*photos[:3], "--npy", tmp_path / "one.npy", "--json", tmp_path / "answers.json")
+    assert np.load(tmp_path / "one.npy").shape == (3, 2)
+    assert list(json.loads((tmp_path / "answers.json").read_text())) == list(map(str, photos[:3]))
 
 
 # Eight bits --------------------------------------------------------------------------------------

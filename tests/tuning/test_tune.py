@@ -118,7 +118,17 @@ def test_what_is_written(planted: Tuned) -> None:
 
 def test_a_seed_repeats(planted: Tuned, tmp_path: Path) -> None:
     model, x = late_is_harmless(), images(10)
-    again = foveate.tune(model, x, "70%", methods=["tome"], out=tmp_path / "again", **QUICK)
+    steps: list[str] = []
+    again = foveate.tune(
+        model,
+        x,
+        "70%",
+        methods=["tome"],
+        out=tmp_path / "again",
+        progress=lambda what, done, of: steps.append(what),
+        **QUICK,
+    )
+    assert steps[0] == "counting" and not [step for step in steps if "timing" in step]
     pd.testing.assert_frame_equal(again.table, planted.table)
     assert again.about["images"] == planted.about["images"]
     other = read_pictures(model, x, count=8, seed=1)
@@ -132,7 +142,16 @@ def test_a_time(clock: Clock, tmp_path: Path) -> None:  # noqa: F811
     """The table knows the methods' own work, and what is measured is what was predicted."""
     options = {**QUICK, "rounds": 1, "tries": 1, "methods": ["evit"]}
     model, x = late_is_harmless(), images(4)
-    found = foveate.tune(model, x, "1.3x faster", out=tmp_path / "one", **options)
+    steps: list[str] = []
+    found = foveate.tune(
+        model,
+        x,
+        "1.3x faster",
+        out=tmp_path / "one",
+        progress=lambda what, done, of: steps.append(what),
+        **options,
+    )
+    assert steps[0] == "timing blocks"
     whole, row = REST + TOKEN * 37 * 4, found.row
     assert 0.97 * whole / 1.3 < row["predicted_ms"] < 1.003 * whole / 1.3  # counts are whole
     assert row["measured_ms"] == pytest.approx(whole / 1.3, rel=0.05)
