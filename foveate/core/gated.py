@@ -225,7 +225,7 @@ class GatedReducer(ScoreReducer):
         """Count the multiply-adds of ``logits`` on this number of tokens, prefix included."""
         return 0
 
-    def own_macs(self, block: int, hook: str, tokens: int, left: int) -> int:
+    def own_macs(self, block: int, hook: str, tokens: int) -> int:
         """Count the block's gate on all tokens that reach it."""
         if hook != "before" or block not in self.active_blocks:
             return 0

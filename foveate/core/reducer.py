@@ -225,11 +225,11 @@ class Reducer(nn.Module):
         """
         return current
 
-    def own_macs(self, block: int, hook: str, tokens: int, left: int) -> int:
+    def own_macs(self, block: int, hook: str, tokens: int) -> int:
         """Count the multiply-adds of the method's own products for one image at a hook.
 
-        ``tokens`` enter and ``left`` leave, prefix included. Only methods whose count depends on
-        the image need this; it includes what they read from attention.
+        ``tokens`` is the number that reach the hook, prefix included. Only methods whose count
+        depends on the image need this; it includes what they read from attention.
         """
         raise NotImplementedError
 
@@ -449,7 +449,6 @@ class MatchReducer(Reducer):
 
     hooks: ClassVar[tuple[str, ...]] = ("between",)
     merges: ClassVar[bool] = True
-    track_size: ClassVar[bool] = True
 
     def match(
         self, block: int, state: TokenState, attention: AttentionReader | None
@@ -466,6 +465,4 @@ class MatchReducer(Reducer):
         found = self.match(block, state, attention)
         if found is None:
             return state
-        return state.merge(
-            found.kept, found.merged, found.into, found.weight, track_size=self.track_size
-        )
+        return state.merge(found.kept, found.merged, found.into, found.weight)

@@ -179,7 +179,7 @@ class ATM(MatchReducer):
             "a budget of atm needs images: use foveate.methods.atm.calibrate(model, images, budget)"
         )
 
-    def own_macs(self, block: int, hook: str, tokens: int, left: int) -> int:
+    def own_macs(self, block: int, hook: str, tokens: int) -> int:
         """Count the comparisons of every token of one set with every token of the other."""
         assert self.spec is not None
         if hook != "between" or not self.acts_between(block):

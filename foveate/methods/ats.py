@@ -135,7 +135,7 @@ class ATS(Reducer):
         patches = self.spec.grid[0] * self.spec.grid[1]
         return {"K": max(1, round((1 - level) * patches))}
 
-    def own_macs(self, block: int, hook: str, tokens: int, left: int) -> int:
+    def own_macs(self, block: int, hook: str, tokens: int) -> int:
         """Count the class token's attention, or the whole map if there is no class token."""
         assert self.spec is not None
         if hook != "between" or block not in self.active_blocks:
