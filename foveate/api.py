@@ -14,7 +14,7 @@ from foveate.backbones import backbone_for
 from foveate.core import Backbone, Chain, ReducedViT, Reducer, dense
 from foveate.core.budget import solve_budget
 from foveate.core.evaluation import evaluating
-from foveate.latency import is_time, meet
+from foveate.latency import is_time, solve_time_budget
 from foveate.registry import make, method_class, parse
 
 __all__ = ["TakesMethod", "apply", "check_driven", "unwrap"]
@@ -134,7 +134,7 @@ def _within(budget: str, reducer: Reducer, backbone: Backbone) -> Reducer:
     given = reducer.config()
     if given.get(reducer.rate) != type(reducer)().config().get(reducer.rate):
         raise ValueError(f"give {reducer.rate} or a budget, not both")
-    solve = meet if is_time(budget) else solve_budget
+    solve = solve_time_budget if is_time(budget) else solve_budget
     return solve(budget, backbone, lambda options: make(reducer.name, {**given, **options}))
 
 

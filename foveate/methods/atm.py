@@ -146,9 +146,9 @@ class ATM(MatchReducer):
         sources, targets = self._split(block, state)
         similarity = _of(keys, sources) @ _of(keys, targets).transpose(1, 2)
         value, partner = best_partner(similarity, targets.valid)
-        merges, there = value > self.thresholds[block], sources.valid
-        best = Selection.where(merges if there is None else merges & there)
-        stay = best.complement(merges.shape[1], there).of(sources.index)
+        merges, valid = value > self.thresholds[block], sources.valid
+        best = Selection.where(merges if valid is None else merges & valid)
+        stay = best.complement(merges.shape[1], valid).of(sources.index)
         into = stay.size + partner.gather(1, best.index)
         # Reorder images where nothing merges too: the next split must not depend on other images.
         return Match(stay.then(targets), best.of(sources.index), into)

@@ -260,7 +260,7 @@ class Cropr(Reducer):
             state = state.note(_AUX, (*state.notes.get(_AUX, ()), scorer.logits(state)))
         if self.removed[block] == 0:
             return state
-        gone = state.leaving(self.removed[block], lambda n: max(n - 1, 0))
+        gone = state.to_remove(self.removed[block], lambda n: max(n - 1, 0))
         k: int | list[int]
         if isinstance(gone, int):
             k = state.layout.longest - state.prefix - gone

@@ -140,8 +140,8 @@ class PiToMe(MatchReducer):
         value, partner = best_partner(links, targets.valid)
         merged = sources
         if block in self.unprotected:
-            there = sources.valid
-            value = value if there is None else value.masked_fill(~there, float("-inf"))
+            valid = sources.valid
+            value = value if valid is None else value.masked_fill(~valid, float("-inf"))
             best = Selection.best(value, removed)
             partner, merged = partner.gather(1, best.index), best.of(sources.index)
         stay = merged.then(targets).complement(order.shape[1], present)

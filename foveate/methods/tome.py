@@ -113,26 +113,26 @@ class ToMe(MatchReducer):
         """Pair up tokens and pick the most similar pairs."""
         assert attention is not None
         count = state.layout.longest - state.prefix
-        removed = state.leaving(self.removed[block], lambda n: n // 2)
+        removed = state.to_remove(self.removed[block], lambda n: n // 2)
         present = state.present()
         if removed == 0 or (isinstance(removed, list) and not any(removed)):
             return None
         sources, targets = alternate_split(count, state.prefix % 2 == 0)
         metric = unit(state.after_prefix(attention.key_mean().detach()).float())
         similarity = metric[:, sources] @ metric[:, targets].transpose(1, 2)
-        there = None if present is None else present[:, targets]
-        value, partner = best_partner(similarity, there)
-        here = None
+        sources_present = targets_present = None
         if present is not None:
-            here = present[:, sources]
-            value = value.masked_fill(~here, float("-inf"))
-        merged, stay = Selection.split(value, removed, here)
+            sources_present, targets_present = present[:, sources], present[:, targets]
+        value, partner = best_partner(similarity, targets_present)
+        if sources_present is not None:
+            value = value.masked_fill(~sources_present, float("-inf"))
+        merged, stay = Selection.split(value, removed, sources_present)
         into = stay.size + partner.gather(1, merged.index)
-        if there is None:
+        if targets_present is None:
             every = torch.arange(similarity.shape[2], device=value.device)
             kept_targets = Selection(every.expand(value.shape[0], -1))
         else:
-            kept_targets = Selection.where(there)
+            kept_targets = Selection.where(targets_present)
         kept = stay.spread(sources).then(kept_targets.spread(targets))
         return Match(kept, merged.spread(sources), into)
 
