@@ -445,23 +445,41 @@ class Match:
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class MatchReducer(Reducer):
-    """Merges tokens between attention and feed forward; a method overrides only ``match``."""
+    """Merges tokens between attention and feed forward; a method overrides only ``match``.
+
+    Attributes:
+        blocks: blocks that merge; None means every block.
+        prop_attn: use proportional attention, which weighs keys by the patches they stand for.
+    """
+
+    blocks: tuple[int, ...] | None = None
+    prop_attn: bool = True
 
     hooks: ClassVar[tuple[str, ...]] = ("between",)
     merges: ClassVar[bool] = True
 
-    def match(
-        self, block: int, state: TokenState, attention: AttentionReader | None
-    ) -> Match | None:
+    def validate(self) -> None:
+        """Check the blocks, where they are given."""
+        if self.blocks is not None:
+            check_blocks(self.blocks)
+
+    def build(self, spec: BackboneSpec) -> None:
+        """Resolve the blocks."""
+        super().build(spec)
+        blocks = tuple(range(spec.depth)) if self.blocks is None else self.blocks
+        self.active_blocks = check_blocks(blocks, spec.depth)
+
+    @property
+    def proportional(self) -> bool:
+        """Whether attention weighs keys by the patches they stand for."""
+        return self.prop_attn
+
+    def match(self, block: int, state: TokenState, attention: AttentionReader) -> Match | None:
         """Return which tokens stay and which merge into them, or None to leave all unchanged."""
         raise NotImplementedError
 
     def between(self, block: int, state: TokenState, attention: AttentionReader) -> TokenState:
-        """Merge in the blocks where the method acts."""
-        return self.merge(block, state, attention)
-
-    def merge(self, block: int, state: TokenState, attention: AttentionReader | None) -> TokenState:
-        """Carry out the match, if there is one."""
+        """Merge as ``match`` says."""
         found = self.match(block, state, attention)
         if found is None:
             return state

@@ -26,7 +26,6 @@ from foveate.core import (
     MatchReducer,
     Selection,
     TokenState,
-    check_blocks,
     check_removed,
 )
 from foveate.ops import alternate_split, best_partner, unit
@@ -45,14 +44,10 @@ class ToMe(MatchReducer):
             below 1 is a share of the patches that an image begins with, for images of any size.
         inflection: spreads an r linearly from ``r * (1 - inflection)`` in the first block to
             ``r * (1 + inflection)`` in the last; -1 merges early, 1 late, 0 is constant.
-        blocks: where to merge; None is every block.
-        prop_attn: weigh keys by the patches they stand for.
     """
 
     r: int | float | tuple[int | float, ...] = 13
     inflection: float = 0.0
-    blocks: tuple[int, ...] | None = None
-    prop_attn: bool = True
 
     paper: ClassVar[str] = "Bolya et al., Token Merging, ICLR 2023"
     summary: ClassVar[str] = "merges the most similar pairs of tokens in every block"
@@ -62,24 +57,16 @@ class ToMe(MatchReducer):
 
     def validate(self) -> None:
         """Refuse negative counts, and inflections that would make some counts negative."""
-        if self.blocks is not None:
-            check_blocks(self.blocks)
+        super().validate()
         check_removed(self.r)
         if not -1 <= self.inflection <= 1:
             raise ValueError(f"inflection must lie in [-1, 1], got {self.inflection!r}")
         if self.inflection and isinstance(self.r, Sequence):
             raise ValueError("inflection spreads a single r over blocks: a list of r takes none")
 
-    @property
-    def proportional(self) -> bool:
-        """Whether attention is proportional: yes, unless the user switched it off."""
-        return self.prop_attn
-
     def build(self, spec: BackboneSpec) -> None:
         """Resolve r for every block and refuse more than half of the patches."""
         super().build(spec)
-        blocks = tuple(range(spec.depth)) if self.blocks is None else self.blocks
-        self.active_blocks = check_blocks(blocks, spec.depth)
         self.removed = dict(
             zip(self.active_blocks, self._per_block(len(self.active_blocks)), strict=True)
         )
@@ -107,11 +94,8 @@ class ToMe(MatchReducer):
         """Tell whether anything is merged here; keys are read only then."""
         return super().acts_between(block) and self.removed[block] > 0
 
-    def match(
-        self, block: int, state: TokenState, attention: AttentionReader | None
-    ) -> Match | None:
+    def match(self, block: int, state: TokenState, attention: AttentionReader) -> Match | None:
         """Pair up tokens and pick the most similar pairs."""
-        assert attention is not None
         count = state.layout.longest - state.prefix
         removed = state.to_remove(self.removed[block], lambda n: n // 2)
         present = state.present()
