@@ -425,10 +425,8 @@ def _modes(reducer: Reducer) -> list[str]:
 
 def image_grid(image_size: int | tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
     """Return patch rows and columns of an image size; raise ValueError if it does not fit."""
-    sizes = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size,) * 2
-    if len(sizes) != 2 or not all(isinstance(size, int) for size in sizes):
-        raise ValueError(f"image_size must be one or two whole numbers, got {image_size!r}")
+    sizes = _pixels(image_size)
     for size, side in zip(sizes, patch, strict=True):
-        if size <= 0 or size % side:
+        if size % side:
             raise ValueError(f"image size {size} is not a multiple of the patch's {side}")
     return sizes[0] // patch[0], sizes[1] // patch[1]

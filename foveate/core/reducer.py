@@ -30,7 +30,7 @@ from foveate.core.selection import Selection
 from foveate.core.tokens import TokenState
 from foveate.core.trace import Outcome
 
-__all__ = ["Match", "MatchReducer", "Reducer", "ScoreReducer"]
+__all__ = ["Match", "MatchReducer", "Reducer", "ScoreReducer", "keeps_all", "scheduled_counts"]
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -378,19 +378,7 @@ class ScoreReducer(Reducer):
 
     def counts(self, stage: int, state: TokenState) -> int | list[int]:
         """Return the number of tokens to keep after the prefix; a list where images differ."""
-        original, count = state.context.original, state.layout.count
-        if count is not None and original is None:  # nothing here may depend on the batch
-            now = count - state.prefix
-            return self.schedule.count(stage, state.patches, now, self.progress)
-        counts = [
-            self.schedule.count(stage, n0, n, self.progress)
-            for n0, n in zip(self.original(state), state.counts, strict=True)
-        ]
-        return counts[0] if count is not None else counts
-
-    def original(self, state: TokenState) -> tuple[int, ...]:
-        """Return the number of patches that each image started with."""
-        return state.context.original or (state.patches,) * state.batch
+        return scheduled_counts(self.schedule, stage, state, self.progress)
 
     def before(self, block: int, state: TokenState) -> TokenState:
         """Reduce here if the method's hook is "before"."""
@@ -419,18 +407,32 @@ class ScoreReducer(Reducer):
         self, stage: int, state: TokenState, attention: AttentionReader | None
     ) -> TokenState:
         k = self.counts(stage, state)
-        if isinstance(k, int):
-            assert state.layout.count is not None
-            unchanged = k == state.layout.count - state.prefix
-        else:
-            unchanged = k == list(state.counts)
-        if unchanged:
+        if keeps_all(state, k):
             return state  # nothing to dispose of: the score need not even be computed
         score = self.score(stage, state, attention)
         present = state.present()
         if present is not None:
             score = score.masked_fill(~present, float("-inf"))
         return self.dispose(state, Selection.best(score, k), score, attention)
+
+
+def scheduled_counts(
+    schedule: Schedule, stage: int, state: TokenState, progress: float = 1.0
+) -> int | list[int]:
+    """Return how many tokens after the prefix a stage keeps; a list where images differ."""
+    count = state.layout.count
+    if count is not None and state.context.original is None:  # nothing may depend on the batch
+        return schedule.count(stage, state.patches, count - state.prefix, progress)
+    pairs = zip(state.original, state.counts, strict=True)
+    counts = [schedule.count(stage, n0, n, progress) for n0, n in pairs]
+    return counts[0] if count is not None else counts
+
+
+def keeps_all(state: TokenState, counts: int | list[int]) -> bool:
+    """Tell whether all tokens stay, given counts as ``scheduled_counts`` returns them."""
+    if isinstance(counts, int):
+        return counts == state.layout.longest - state.prefix
+    return counts == list(state.counts)
 
 
 @dataclass(eq=False)

@@ -19,6 +19,7 @@ __all__ = [
     "check_keep",
     "check_removed",
     "nearest_share",
+    "split_evenly",
     "stage_blocks",
 ]
 
@@ -79,6 +80,12 @@ def nearest_share(count: int, original: int) -> float:
         if 0 < share <= 1 and round(original * share) == count:
             return share
     return count / original
+
+
+def split_evenly(total: int, parts: int) -> tuple[int, ...]:
+    """Split a number into parts that differ by at most one, the larger ones first."""
+    each, more = divmod(total, parts)
+    return tuple(each + (part < more) for part in range(parts))
 
 
 def stage_blocks(depth: int, parts: int = 4) -> tuple[int, ...]:

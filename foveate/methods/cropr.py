@@ -40,6 +40,7 @@ from foveate.core import (
     check_blocks,
     check_choice,
     check_removed,
+    split_evenly,
 )
 from foveate.registry import register
 
@@ -283,8 +284,7 @@ class Cropr(Reducer):
         """Return r for each module; the first ones remove one more if the total does not divide."""
         assert self.spec is not None
         goal = round(level * (self.spec.grid[0] * self.spec.grid[1] - 1))
-        each, more = divmod(goal, len(self.active_blocks))
-        return {"r": tuple(each + (i < more) for i in range(len(self.active_blocks)))}
+        return {"r": split_evenly(goal, len(self.active_blocks))}
 
     def at_counts(self, left: Sequence[int]) -> dict[str, Any] | None:
         """Return r for each module: the patches that should have left by then and have not."""

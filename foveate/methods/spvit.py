@@ -34,6 +34,7 @@ from foveate.core import (
     check_choice,
     linear_cost,
 )
+from foveate.core.disposal import weighted_sum
 from foveate.core.gated import log_odds
 from foveate.registry import register
 
@@ -175,7 +176,7 @@ class SPViT(GatedReducer):
         assert state.layout.count is not None
         packages = state.notes.get(_PACKAGES, 0)
         now = state.layout.count - state.prefix - packages
-        original = self.original(state)[0] if state.context.original else state.patches
+        original = state.original[0] if state.context.original else state.patches
         return packages + self.schedule.count(stage, original, now, self.progress)
 
     def _stage(
@@ -216,11 +217,7 @@ class SPViT(GatedReducer):
 
     def _package(self, state: TokenState, dropped: Tensor, logits: Tensor) -> Tensor:
         """Return the score-weighted mean (or sum) of the tokens ``dropped [B, N]``, ``[B, C]``."""
-        weight = logits[..., 2] * dropped
-        if self.package == "mean":
-            weight = weight / weight.sum(1, keepdim=True).clamp_min(1e-12)
-        tokens = state.after_prefix(state.x)
-        return (weight.to(tokens.dtype)[:, None, :] @ tokens).squeeze(1)
+        return weighted_sum(state, logits[..., 2] * dropped, mean=self.package == "mean")
 
     def _added(
         self, state: TokenState, package: Tensor, exists: Tensor

@@ -27,6 +27,7 @@ from foveate.core import (
     Selection,
     TokenState,
     check_removed,
+    split_evenly,
 )
 from foveate.ops import alternate_split, best_partner, unit
 from foveate.registry import register
@@ -124,10 +125,8 @@ class ToMe(MatchReducer):
         """Return r for each block; the first ones remove one more if the total does not divide."""
         assert self.spec is not None
         blocks, patches = len(self.active_blocks), self.spec.grid[0] * self.spec.grid[1]
-        each, more = divmod(round(level * min(patches, blocks * (patches // 2))), blocks)
-        if not more:
-            return {"r": each}
-        return {"r": tuple(each + (i < more) for i in range(blocks))}
+        r = split_evenly(round(level * min(patches, blocks * (patches // 2))), blocks)
+        return {"r": r[0] if r[0] == r[-1] else r}
 
     def at_counts(self, left: Sequence[int]) -> dict[str, Any] | None:
         """Return r for each block, at most half of its tokens; later blocks remove the rest."""
