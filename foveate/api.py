@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import foveate.methods  # noqa: F401  (registers every method)
-from foveate.backbones import backbone_for
+from foveate.backbones import SUPPORTED, backbone_for
 from foveate.core import Backbone, Chain, ReducedViT, Reducer, dense
 from foveate.core.budget import solve_budget
 from foveate.core.evaluation import evaluating
@@ -278,7 +278,6 @@ def _expect(what: str, driven: Tensor, native: Tensor, tolerance: float, family:
     if driven.shape != native.shape or not error <= tolerance:
         raise ValueError(
             f"this {family} cannot be driven: its {what} differs from the model's own by "
-            f"{float(error):.1e} relatively (at most {tolerance:.0e} is rounding). Supported are "
-            "plain pre-norm vision transformers with global attention; a replaced forward or a "
-            "parametrisation that changes a block's output must be removed first"
+            f"{float(error):.1e} relatively (at most {tolerance:.0e} is rounding). {SUPPORTED}; "
+            "remove a replaced forward or a parametrisation that changes a block's output first"
         )

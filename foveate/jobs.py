@@ -131,7 +131,7 @@ def reduce(
     """
     if isinstance(model, ReducedViT):
         if method is not None:
-            raise ValueError(f"the model already has the method {model.reducer!r}: name no other")
+            raise ValueError(f"the model has its own method {model.reducer!r}: give no other")
         method, model = model.reducer, model.vit
     groups = {
         **{"mix": mix, "optim": optim, "loop": loop, "method": method},

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from foveate.backbones._shared import (
+    SUPPORTED,
     image_settings,
     named_classes,
     refuse,
@@ -33,6 +34,7 @@ from foveate.core import Backbone, ReducedViT
 
 __all__ = [
     "FAMILIES",
+    "SUPPORTED",
     "HfClip",
     "HfDinov2",
     "HfSiglip",
