@@ -260,11 +260,12 @@ class ScoreReducer(Reducer):
     A method overrides ``score``. The option ``rest`` says what becomes of the other tokens.
 
     Attributes:
-        keep: fraction kept at each stage, or one fraction per stage.
-        blocks: blocks that reduce; None means a quarter, a half and three quarters of the depth.
-        relative: whether rates refer to the "original" count (keep, keep**2, ...) or to the
-            "current" one.
-        rounding: "floor", "ceil" or "nearest".
+        keep: share of the patches that each stage keeps, or one share for each stage.
+        blocks: numbers of the blocks that reduce, counted from 0. None means three blocks: at a
+            quarter, at a half and at three quarters of the depth.
+        relative: what rates are shares of: the "original" number of patches (a single rate then
+            means keep, keep**2, ...) or the "current" one.
+        rounding: how to round a number of tokens that is not whole: "floor", "ceil" or "nearest".
         rest: what becomes of the others: "drop", "fuse" (into one token, their weighted sum),
             "merge" (each into the most similar kept token) or "park" (they skip this block).
         warmup: two points of training progress, between which the rate falls from 1 to ``keep``.
@@ -450,7 +451,7 @@ class MatchReducer(Reducer):
     """Merges tokens between attention and feed forward; a method overrides only ``match``.
 
     Attributes:
-        blocks: blocks that merge; None means every block.
+        blocks: numbers of the blocks that merge, counted from 0. None means every block.
         prop_attn: use proportional attention, which weighs keys by the patches they stand for.
     """
 

@@ -102,7 +102,7 @@ class Schedule:
         keep: one rate for all of them, or one for each.
         relative: whether rates refer to the "original" count (one rate then means keep, keep**2,
             ...) or to the "current" one.
-        rounding: "floor", "ceil" or "nearest".
+        rounding: how to round a count that is not whole: "floor", "ceil" or "nearest".
         warmup: the rate sinks from 1 to its value on a cosine between these two points of
             training progress; None holds it constant.
         warmup_steps: number of equal steps that the warm-up takes; None changes it continuously.

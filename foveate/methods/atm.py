@@ -63,7 +63,7 @@ class ATM(MatchReducer):
         threshold: pairs more similar than this merge: one number, or one for each block; None
             takes the falling rule.
         alpha: threshold of the rule in block 0.
-        beta: how fast the rule falls with depth.
+        beta: how fast the rule falls with depth; 0 holds it constant.
         theta_min: lowest threshold of the rule.
         split: first block that matches small tokens with large ones; None is two thirds of the
             depth, and the depth itself means never.

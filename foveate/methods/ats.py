@@ -45,9 +45,9 @@ class ATS(Reducer):
     Attributes:
         K: largest number of tokens that an image keeps, for all stages or one number for each; None
             is its number of patches, so that only repeated picks reduce.
-        blocks: blocks that sample; None is every block from a quarter of the depth on
-            (multi-stage). One block alone is the paper's single-stage form.
-        variant: "paper" or "release".
+        blocks: numbers of the blocks that sample, counted from 0. None means every block from a
+            quarter of the depth on (multi-stage); one block alone is the paper's single-stage form.
+        variant: how scores are computed: as in the "paper" or as in the "release".
     """
 
     K: int | tuple[int, ...] | None = None

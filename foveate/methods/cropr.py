@@ -141,8 +141,9 @@ class Cropr(Reducer):
             for images of any size.
         extra_first: number of patches that the first module removes in addition to a single r. The
             paper's 1 makes counts round if there is a class token.
-        blocks: blocks after which a module acts. None is every block before patches come back,
-            except the one just before that; if they never do, every block but the last.
+        blocks: numbers of the blocks after which a module acts, counted from 0. None means every
+            block before patches come back, except the one just before that; if they never come
+            back, every block but the last.
         queries: learned queries of each module; the logits of several are averaged.
         norm: apply a LayerNorm to the tokens that a module sees.
         proj: project queries, keys and values.

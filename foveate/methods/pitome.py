@@ -62,7 +62,8 @@ class PiToMe(MatchReducer):
         margin: similarity from which two tokens count as alike in block 0. It falls linearly, to
             ``margin / depth`` in the last block.
         alpha: weight of the similarities below the margin.
-        energy: "paper", or "elu" as in the release.
+        energy: how similarities from the margin on count: as they are ("paper"), or minus the
+            margin ("elu", as in the release).
         unprotected: blocks in which every token can merge; only the order of energies is used.
     """
 

@@ -128,6 +128,7 @@ class SPViT(GatedReducer):
 
     Attributes:
         keep: absolute share of the original patches after each stage.
+        rest: what becomes of the others: "drop" is the only choice, and a package token follows.
         package: "mean" for the paper's score-weighted mean, "sum" for the release's weighted sum.
         accumulate: add later packages to the first one instead of appending another.
         shared_heads: all heads of a selector share one predictor, as in the release.
