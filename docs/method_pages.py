@@ -142,7 +142,7 @@ def _facts(cls: type[Reducer], model: ReducedViT) -> str:
         "hooks": f"{hooks} ({where})" if where else hooks,
         "reads of attention": reads or "nothing",
         "training": TRAINING[cls.training_need],
-        "losses beside the task": losses or "none",
+        "losses besides the task's": losses or "none",
         "count": "the same for every image" if fixed else "each image has its own",
         "modes": ", ".join(_modes(model)),
         "rate that a budget solves": f"`{cls.rate}`" if cls.rate else "none",

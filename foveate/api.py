@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import foveate.methods  # noqa: F401  (registers every method)
-from foveate.backbones import backbone_for
+from foveate.backbones import SUPPORTED, backbone_for
 from foveate.core import Backbone, Chain, ReducedViT, Reducer, dense
 from foveate.core.budget import solve_budget
 from foveate.core.evaluation import evaluating
-from foveate.latency import is_time, meet
+from foveate.latency import is_time, solve_time_budget
 from foveate.registry import make, method_class, parse
 
 __all__ = ["TakesMethod", "apply", "check_driven", "unwrap"]
@@ -134,7 +134,7 @@ def _within(budget: str, reducer: Reducer, backbone: Backbone) -> Reducer:
     given = reducer.config()
     if given.get(reducer.rate) != type(reducer)().config().get(reducer.rate):
         raise ValueError(f"give {reducer.rate} or a budget, not both")
-    solve = meet if is_time(budget) else solve_budget
+    solve = solve_time_budget if is_time(budget) else solve_budget
     return solve(budget, backbone, lambda options: make(reducer.name, {**given, **options}))
 
 
@@ -278,7 +278,6 @@ def _expect(what: str, driven: Tensor, native: Tensor, tolerance: float, family:
     if driven.shape != native.shape or not error <= tolerance:
         raise ValueError(
             f"this {family} cannot be driven: its {what} differs from the model's own by "
-            f"{float(error):.1e} relatively (at most {tolerance:.0e} is rounding). Supported are "
-            "plain pre-norm vision transformers with global attention; a replaced forward or a "
-            "parametrisation that changes a block's output must be removed first"
+            f"{float(error):.1e} relatively (at most {tolerance:.0e} is rounding). {SUPPORTED}; "
+            "remove a replaced forward or a parametrisation that changes a block's output first"
         )

@@ -211,7 +211,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
     *path, last = key.split(".")
     for step in path:
         if step == _METHOD and isinstance(tree.get(step), str):
-            tree[step] = _spread(tree[step], key)
+            tree[step] = _method_group(tree[step], key)
         if tree.get(step) is None:
             tree[step] = {}
         tree = tree[step]
@@ -227,7 +227,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
         raise ValueError(f"{text!r}: the value cannot be read: {reason}") from error
 
 
-def _spread(text: str, key: str) -> dict[str, Any]:
+def _method_group(text: str, key: str) -> dict[str, Any]:
     """Turn a method that is written as one word into a group of its name and options."""
     reducer = parse_method(text)
     if len(reducer.members) > 1:

@@ -208,18 +208,18 @@ def _of_host(
 
     Its parts are counted on the meta device without the method; the method is counted as on a ViT.
     """
-    reducer, plain = model.reduced.reducer, _Plain(model)
+    reducer, baseline = model.reduced.reducer, _Baseline(model)
     if trace is not None and not (reducer.fixed_count or has_formula(reducer)):
         raise ValueError(f"the cost of {reducer!r} cannot be computed from a trace: give images=")
     how, pairs, without = "measured", [], []
     if images is None and trace is None:
-        around = plain.at(_pixels(model.input_size if image_size is None else image_size))
+        around = baseline.at(_pixels(model.input_size if image_size is None else image_size))
         with _used_as(reducer, around.spec):
             how, one = _expected(around.spec, reducer, around.grid)
         pairs.append((around, one))
     else:
-        for grid, tokens, total in _seen(model, images, trace):
-            around = plain.at((grid[0] * plain.patch[0], grid[1] * plain.patch[1]))
+        for grid, tokens, total in _tokens_per_image(model, images, trace):
+            around = baseline.at((grid[0] * baseline.patch[0], grid[1] * baseline.patch[1]))
             with _used_as(reducer, around.spec):
                 if total is not None:  # counted by running; the rest is the ViT's
                     one = Cost(total - around.maps - around.heads, tuple(tokens))
@@ -264,7 +264,7 @@ def _used_as(reducer: Reducer, spec: BackboneSpec) -> Iterator[None]:
             part.spec = own
 
 
-class _Plain:
+class _Baseline:
     """Counts a dense model without its method on the meta device, once for each image size."""
 
     def __init__(self, model: Any) -> None:
@@ -320,7 +320,7 @@ def _meter(module: nn.Module, names: Sequence[str], spent: Callable[[], float]) 
     return found
 
 
-def _seen(
+def _tokens_per_image(
     model: Any, images: Tensor | Sequence[Tensor] | None, trace: Trace | None
 ) -> list[tuple[tuple[int, int], list[BlockTokens], float | None]]:
     """Return each image's grid and tokens, and its total cost if only running it gives that."""
@@ -333,12 +333,12 @@ def _seen(
     with evaluating(model):
         for image in images:
             prepared = model.prepared([image])
-            seen, total = model.trunk.trace(prepared), None
+            traced, total = model.trunk.trace(prepared), None
             if alone:
                 with counting(model) as spent:
                     model.fixed(prepared)
                     total = spent()
-            found.append((seen.grid, measured(seen)[0], total))
+            found.append((traced.grid, measured(traced)[0], total))
     return found
 
 
@@ -425,10 +425,8 @@ def _modes(reducer: Reducer) -> list[str]:
 
 def image_grid(image_size: int | tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
     """Return patch rows and columns of an image size; raise ValueError if it does not fit."""
-    sizes = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size,) * 2
-    if len(sizes) != 2 or not all(isinstance(size, int) for size in sizes):
-        raise ValueError(f"image_size must be one or two whole numbers, got {image_size!r}")
+    sizes = _pixels(image_size)
     for size, side in zip(sizes, patch, strict=True):
-        if size <= 0 or size % side:
+        if size % side:
             raise ValueError(f"image size {size} is not a multiple of the patch's {side}")
     return sizes[0] // patch[0], sizes[1] // patch[1]

@@ -34,6 +34,7 @@ from foveate.stages import Measured, Pipeline
 from foveate.stages import run as run_stages
 from foveate.train import recipe as recipes
 from foveate.train.adapt import adapt as run_adapt
+from foveate.train.build import LVVIT_MODELS
 from foveate.train.dense_recipe import Detect, Segment
 from foveate.train.detect import detect as run_detect
 from foveate.train.probe import probe as run_probe
@@ -130,7 +131,7 @@ def reduce(
     """
     if isinstance(model, ReducedViT):
         if method is not None:
-            raise ValueError(f"the model already has the method {model.reducer!r}: name no other")
+            raise ValueError(f"the model has its own method {model.reducer!r}: give no other")
         method, model = model.reducer, model.vit
     groups = {
         **{"mix": mix, "optim": optim, "loop": loop, "method": method},
@@ -492,7 +493,7 @@ def model_group(given: Any, scratch: bool = False) -> Any:
         name = str(given)
         if name in SHIPPED or is_hub_name(name) or Path(name).exists():
             return {"start": name}
-        if name not in ("lvvit_s", "lvvit_m"):
+        if name not in LVVIT_MODELS:
             check_name(name)
         return {"name": name} if scratch else {"name": name, "start": "pretrained"}
     return given

@@ -32,7 +32,7 @@ from foveate.timing import DENSE, DTYPES, Timings, measure
 
 __all__ = [
     *("LatencyTable", "Setting", "TimeBudget", "approach", "beside_dense", "goal_of", "is_time"),
-    *("meet", "own_work", "setting_of", "time_calls"),
+    *("solve_time_budget", "own_work", "setting_of", "time_calls"),
 ]
 
 # Shares of the patches with which blocks are timed.
@@ -302,7 +302,9 @@ def time_calls(
 # Meeting a time ----------------------------------------------------------------------------------
 
 
-def meet(budget: str, backbone: Backbone, make: Callable[[Mapping[str, Any]], Reducer]) -> Reducer:
+def solve_time_budget(
+    budget: str, backbone: Backbone, make: Callable[[Mapping[str, Any]], Reducer]
+) -> Reducer:
     """Return the method at the rate at which a pass, timed now, is within 5 % of the budget.
 
     Gates that decide for each image are timed keeping as many tokens as their rates say. Those

@@ -62,15 +62,20 @@ def tune_malloc(device: str, program: str = "foveate") -> None:
 
 
 def device_of(name: str) -> str:
-    """Return the device of that name; "auto" is a GPU if there is one, else the CPU."""
+    """Return the device of that name; "auto" is a GPU if there is one, else the CPU.
+
+    The CPU and CUDA are legal: other devices are not tested, and timing waits for CUDA alone.
+    """
     import torch
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device: torch.device | None = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"torch finds no device {name}")
     return name

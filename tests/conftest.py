@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Undo what a command that ran in this process did: the bits depend on the number of threads."""
+    """Undo what a command set in this process: results to the bit depend on the threads."""
     torch.set_num_threads(1)
 
 

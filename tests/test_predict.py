@@ -250,6 +250,7 @@ def test_a_damaged_image_is_skipped_or_refused(
         ({"batch": 1.5}, "batch must be a whole number from 1, got 1.5"),
         ({"precision": "fp64"}, "precision must be one of"),
         ({"device": "gpu"}, "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
+        ({"device": "meta"}, "device must be auto, cpu, cuda or cuda:N, got 'meta'"),
         ({"device": "cuda:99"}, "torch finds no device cuda:99"),
         ({"images": []}, "no images were given"),
         ({"images": "nowhere"}, "nowhere does not exist"),

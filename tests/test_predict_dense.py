@@ -133,7 +133,7 @@ def test_the_command(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     for command, words in (
         ([detector, *images, "--out", "found.csv"], "objects are written as .json"),
         ([segmenter, *images, "--out", "maps.png"], "written into a folder"),
-        ([detector, "evit", *images], "was saved with its method"),
+        ([detector, "evit", *images], "has its own method"),
     ):
         assert cli.main(["predict", *command]) == 2
         assert words in capsys.readouterr().err

@@ -18,7 +18,7 @@ from torch import nn
 import foveate
 from foveate.backbones import FAMILIES, rebuild
 
-SUPPORTED = "Supported are plain pre-norm vision transformers with global attention"
+SUPPORTED = "foveate supports plain pre-norm vision transformers with global attention"
 
 
 def refused(model: nn.Module, *words: str) -> None:

@@ -81,7 +81,7 @@ def find(
     models: dict[str, DenseModel] = {DENSE: model}
     if model.reducer.name != "dense":
         if method.strip():
-            raise ValueError(f"the model has its own method {model.reducer!r}: leave method empty")
+            raise ValueError(f"the model has its own method {model.reducer!r}: give no other")
         plain: Any = api.unwrap(model)  # a model of the same class
         models = {DENSE: plain, repr(model.reducer): model}
     elif method.strip():

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from foveate.backbones._shared import (
+    SUPPORTED,
     image_settings,
     named_classes,
     refuse,
@@ -34,6 +35,7 @@ from foveate.registry import suggest
 
 __all__ = [
     "FAMILIES",
+    "SUPPORTED",
     "HfClip",
     "HfDinov2",
     "HfSiglip",

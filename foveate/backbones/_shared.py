@@ -15,6 +15,7 @@ from foveate.core.hooks import is_sharded
 from foveate.files import read_json
 
 __all__ = [
+    "SUPPORTED",
     "check_class",
     "folder_settings",
     "image_settings",
@@ -27,15 +28,16 @@ __all__ = [
     "set_named_classes",
 ]
 
+SUPPORTED = "foveate supports plain pre-norm vision transformers with global attention"
+
 
 def refuse(model: nn.Module, what: str) -> ValueError:
     """Make the error for a model that cannot be driven; it says which models can."""
     return ValueError(
-        f"{type(model).__name__} with {what} cannot be driven. Supported are plain pre-norm "
-        "vision transformers with global attention: timm VisionTransformer (ViT, DeiT, DeiT-III, "
-        "DINOv2, CLIP, SigLIP, MAE) and timm Eva (EVA-02, DINOv3, rotary ViTs), LV-ViT, "
-        "multi-scale ViTs, and of Hugging Face transformers ViT, DeiT, DINOv2 (with and without "
-        "registers) and the vision models of CLIP and SigLIP"
+        f"{type(model).__name__} with {what} cannot be driven. {SUPPORTED}: timm "
+        "VisionTransformer (ViT, DeiT, DeiT-III, DINOv2, CLIP, SigLIP, MAE) and Eva (EVA-02, "
+        "DINOv3, rotary ViTs), LV-ViT, multi-scale ViTs, and from Hugging Face transformers ViT, "
+        "DeiT, DINOv2 (with and without registers) and the vision models of CLIP and SigLIP"
     )
 
 

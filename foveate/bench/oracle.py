@@ -212,7 +212,6 @@ class Oracle(ReducedViT):
             )
             now = counts.output[block]
         super().__init__(backbone, _FirstTokens(steps, even))
-        self.steps = steps
 
     @classmethod
     def of(cls, model: ReducedViT, trace: Trace, images: Tensor) -> Oracle:

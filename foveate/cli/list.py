@@ -37,6 +37,8 @@ def run(args: argparse.Namespace) -> None:
         method = method_class(name)
         about[name] = meanings(method)
         options = {f.name: None if f.default is MISSING else f.default for f in fields(method)}
+        if method.rate:  # the option that matters most comes first
+            options = {method.rate: options[method.rate], **options}
         rows.append(
             {
                 "method": name,

@@ -53,5 +53,5 @@ def open_models(
         return [model]
     own = getattr(model, "reducer", None)  # of a reduced ViT, or of a model around one
     if isinstance(own, Reducer) and own.name != "dense":
-        raise ValueError(f"{name} was saved with its method {own!r}; name no other")
+        raise ValueError(f"{name} has its own method {own!r}: give no other")
     return [api.apply(model, method, budget=budget).eval() for method in methods]

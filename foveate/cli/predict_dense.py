@@ -68,7 +68,7 @@ def _table(found: Any, pixels: bool, least: float) -> Any:
     used = any(record.usage is not None for record in found)
     table = Table(box=box.SIMPLE, pad_edge=False)
     table.add_column("image", overflow="fold")
-    table.add_column("pixels of" if pixels else f"objects from {100 * least:.0f} % on")
+    table.add_column("pixels of" if pixels else f"objects that score at least {100 * least:.0f} %")
     if used:
         table.add_column("patches used", justify="right", no_wrap=True)
     for record in found:

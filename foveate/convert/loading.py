@@ -167,7 +167,7 @@ def open_model(
 ) -> Loaded:
     """Do what ``load`` does, and return what was recognised too."""
     if isinstance(model, ReducedViT):
-        raise ValueError("the model is reduced already; foveate.unwrap() it first")
+        raise ValueError("the model has a method already: call foveate.unwrap(model) first")
     path = download(str(path)) if is_hub_name(path) else run_model(Path(path))
     if not path.is_dir():
         return _from_file(path, model, method, options, settings)

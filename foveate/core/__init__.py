@@ -16,6 +16,7 @@ from foveate.core.schedule import (
     check_choice,
     check_keep,
     check_removed,
+    split_evenly,
     stage_blocks,
 )
 from foveate.core.selection import Selection
@@ -57,5 +58,6 @@ __all__ = [
     "pool_mask",
     "pool_tokens",
     "shift_odds",
+    "split_evenly",
     "stage_blocks",
 ]

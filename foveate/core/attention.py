@@ -25,9 +25,7 @@ from torch import Tensor
 from foveate.core.layout import Layout
 from foveate.core.tokens import TokenState
 
-__all__ = ["READABLE", "AttentionReader", "Heads", "attend"]
-
-READABLE = ("cls_row", "key_mean", "value_norm", "full_map")
+__all__ = ["AttentionReader", "Heads", "attend"]
 
 _BUCKETS = 4  # the number hardly matters between 2 and 8; more buckets pad less
 _QUERY_CHUNK = 64  # queries at a time where the whole map is read

@@ -228,11 +228,6 @@ class Backbone:
         """Whether the model asks for gradient checkpointing."""
         return bool(getattr(self.model, "grad_checkpointing", False))
 
-    @property
-    def fixed_size(self) -> tuple[int, int] | None:
-        """Image size that the model requires, or None if it takes any."""
-        return None
-
 
 def pool_tokens(state: TokenState, how: str, include_prefix: bool = False) -> Tensor:
     """Pool the tokens of each image, ``[B, C]``, whatever the layout.

@@ -145,9 +145,9 @@ class Chain(Reducer):
             state = part.finish(state)
         return state
 
-    def own_macs(self, block: int, hook: str, tokens: int, left: int) -> int:
+    def own_macs(self, block: int, hook: str, tokens: int) -> int:
         """Sum the products of all parts, of which at most one acts here."""
-        return sum(part.own_macs(block, hook, tokens, left) for part in self.members)
+        return sum(part.own_macs(block, hook, tokens) for part in self.members)
 
     def expected_count(self, block: int, hook: str, current: int, grid: tuple[int, int]) -> int:
         """Return the count that the part that acts here expects."""

@@ -273,9 +273,8 @@ def cost(
         if reducer is not None:
             if block in reducer.recall_blocks:
                 entering = patches + spec.prefix
-            counts = (entering, now.attention, now.mlp, now.output)
-            for hook, before, after in zip(_HOOKS, counts[:-1], counts[1:], strict=True):
-                total += reducer.own_macs(block, hook, before, after) if own else 0
+            for hook, count in zip(_HOOKS, (entering, now.attention, now.mlp), strict=True):
+                total += reducer.own_macs(block, hook, count) if own else 0
         entering = now.output
     if reducer is not None and spec.depth in reducer.recall_blocks:
         entering = patches + spec.prefix

@@ -11,7 +11,7 @@ from foveate.core.selection import Selection
 from foveate.core.tokens import TokenState
 from foveate.ops import best_partner, unit
 
-__all__ = ["DISPOSALS", "WEIGHING", "drop", "fuse", "fused", "merge", "park"]
+__all__ = ["DISPOSALS", "WEIGHING", "drop", "fuse", "fused", "merge", "park", "weighted_sum"]
 
 Similarity = Callable[[Selection, Selection], Tensor]
 
@@ -40,6 +40,14 @@ def fused(state: TokenState, kept: Selection, weight: Tensor, mean: bool = False
         spare = weight.shape[1]  # an extra cell takes the entries that do not count
         padded = torch.cat([weight, weight.new_zeros(weight.shape[0], 1)], 1)
         weight = padded.scatter(1, kept.slots(spare), 0.0)[:, :-1]
+    return weighted_sum(state, weight, mean)
+
+
+def weighted_sum(state: TokenState, weight: Tensor, mean: bool = False) -> Tensor:
+    """Return the sum of each image's tokens after the prefix, ``[B, C]``, by ``weight [B, N]``.
+
+    ``mean`` divides by the sum of the weights.
+    """
     if mean:
         weight = weight / weight.sum(1, keepdim=True).clamp_min(1e-12)
     tokens = state.after_prefix(state.x)

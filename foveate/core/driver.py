@@ -97,19 +97,22 @@ class ReducedViT(HostedModel):
 
     @property
     def gate(self) -> str | None:
-        """How gates decide; None means each method's own way."""
-        gates = {getattr(part, "gate", None) for part in self.reducer.members}
-        return gates.pop() if len(gates) == 1 else None
+        """How gates decide; None if each method decides its own way or has no gates."""
+        ways = {part.gate for part in self._gated}
+        return ways.pop() if len(ways) == 1 else None
 
     @gate.setter
     def gate(self, how: str | None) -> None:
         if how is not None:
             check_choice("gate", how, DECISIONS)
-        gated: list[Any] = [part for part in self.reducer.members if hasattr(part, "gate")]
-        if not gated:
+        if not self._gated:
             raise ValueError(f"{self.reducer.name} has no gates")
-        for part in gated:
+        for part in self._gated:
             part.gate = how
+
+    @property
+    def _gated(self) -> list[Any]:
+        return [part for part in self.reducer.members if hasattr(part, "gate")]
 
     def set_progress(self, progress: float) -> None:
         """Tell schedules with a warm-up how much of the training is done, 0 to 1."""

@@ -99,7 +99,7 @@ class GatedReducer(ScoreReducer):
         free = None if exempt is None else ~exempt
         free = _both(free, _both(self.usable(stage, state), self._present(stage, state)))
         prefix = state.prefix - self.front(stage, state)
-        count = sum(self.original(state)) + prefix * state.batch
+        count = sum(state.original) + prefix * state.batch
         return (odds.flatten() if free is None else odds[free]), count
 
     def score(self, stage: int, state: TokenState, attention: AttentionReader | None) -> Tensor:
@@ -161,7 +161,7 @@ class GatedReducer(ScoreReducer):
         """Return how many of each image's eligible tokens "topk" keeps."""
         return [
             self.schedule.count(stage, n0, n, self.progress) if n else 0
-            for n0, n in zip(self.original(state), now, strict=True)
+            for n0, n in zip(state.original, now, strict=True)
         ]
 
     def _present(self, stage: int, state: TokenState) -> Tensor | None:
@@ -225,7 +225,7 @@ class GatedReducer(ScoreReducer):
         """Count the multiply-adds of ``logits`` on this number of tokens, prefix included."""
         return 0
 
-    def own_macs(self, block: int, hook: str, tokens: int, left: int) -> int:
+    def own_macs(self, block: int, hook: str, tokens: int) -> int:
         """Count the block's gate on all tokens that reach it."""
         if hook != "before" or block not in self.active_blocks:
             return 0

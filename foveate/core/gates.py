@@ -51,22 +51,22 @@ def decide(
     score = logits[..., 0] - logits[..., 1]
     if candidates is not None:
         score = score.masked_fill(~candidates, float("-inf"))
-    standing = score if gone is None else score.masked_fill(gone, float("-inf"))
+    eligible_score = score if gone is None else score.masked_fill(gone, float("-inf"))
     if how == "topk":
         assert k is not None
-        best = Selection.best(standing, k)
+        best = Selection.best(eligible_score, k)
         picked = torch.ones_like(best.index, dtype=keep.dtype)
         if best.valid is not None:
             picked = best.valid.to(keep.dtype)
         hard = torch.zeros_like(keep).scatter(1, best.index, picked)
         if gone is not None:  # they are kept if their score would have been picked
-            worst = standing.masked_fill(hard == 0, float("inf")).amin(1, keepdim=True)
+            worst = eligible_score.masked_fill(hard == 0, float("inf")).amin(1, keepdim=True)
             hard = torch.where(gone, (score >= worst).to(hard.dtype), hard)
     else:
         hard = (score >= 0).to(keep.dtype)
         if at_least_one and score.shape[1] > 0:
-            first = F.one_hot(standing.argmax(1), score.shape[1]).to(hard.dtype)
-            first = first * (standing > float("-inf"))
+            first = F.one_hot(eligible_score.argmax(1), score.shape[1]).to(hard.dtype)
+            first = first * (eligible_score > float("-inf"))
             kept = hard if gone is None else hard * ~gone
             hard = torch.where(kept.sum(1, keepdim=True) > 0, hard, torch.maximum(hard, first))
     if not keep.requires_grad:

@@ -30,7 +30,7 @@ from foveate.core.selection import Selection
 from foveate.core.tokens import TokenState
 from foveate.core.trace import Outcome
 
-__all__ = ["Match", "MatchReducer", "Reducer", "ScoreReducer"]
+__all__ = ["Match", "MatchReducer", "Reducer", "ScoreReducer", "keeps_all", "scheduled_counts"]
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -225,11 +225,11 @@ class Reducer(nn.Module):
         """
         return current
 
-    def own_macs(self, block: int, hook: str, tokens: int, left: int) -> int:
+    def own_macs(self, block: int, hook: str, tokens: int) -> int:
         """Count the multiply-adds of the method's own products for one image at a hook.
 
-        ``tokens`` enter and ``left`` leave, prefix included. Only methods whose count depends on
-        the image need this; it includes what they read from attention.
+        ``tokens`` is the number that reach the hook, prefix included. Only methods whose count
+        depends on the image need this; it includes what they read from attention.
         """
         raise NotImplementedError
 
@@ -260,11 +260,12 @@ class ScoreReducer(Reducer):
     A method overrides ``score``. The option ``rest`` says what becomes of the other tokens.
 
     Attributes:
-        keep: fraction kept at each stage, or one fraction per stage.
-        blocks: blocks that reduce; None means a quarter, a half and three quarters of the depth.
-        relative: whether rates refer to the "original" count (keep, keep**2, ...) or to the
-            "current" one.
-        rounding: "floor", "ceil" or "nearest".
+        keep: share of the patches that each stage keeps, or one share for each stage.
+        blocks: numbers of the blocks that reduce, counted from 0. None means three blocks: at a
+            quarter, at a half and at three quarters of the depth.
+        relative: what rates are shares of: the "original" number of patches (a single rate then
+            means keep, keep**2, ...) or the "current" one.
+        rounding: how to round a number of tokens that is not whole: "floor", "ceil" or "nearest".
         rest: what becomes of the others: "drop", "fuse" (into one token, their weighted sum),
             "merge" (each into the most similar kept token) or "park" (they skip this block).
         warmup: two points of training progress, between which the rate falls from 1 to ``keep``.
@@ -378,19 +379,7 @@ class ScoreReducer(Reducer):
 
     def counts(self, stage: int, state: TokenState) -> int | list[int]:
         """Return the number of tokens to keep after the prefix; a list where images differ."""
-        original, count = state.context.original, state.layout.count
-        if count is not None and original is None:  # nothing here may depend on the batch
-            now = count - state.prefix
-            return self.schedule.count(stage, state.patches, now, self.progress)
-        counts = [
-            self.schedule.count(stage, n0, n, self.progress)
-            for n0, n in zip(self.original(state), state.counts, strict=True)
-        ]
-        return counts[0] if count is not None else counts
-
-    def original(self, state: TokenState) -> tuple[int, ...]:
-        """Return the number of patches that each image started with."""
-        return state.context.original or (state.patches,) * state.batch
+        return scheduled_counts(self.schedule, stage, state, self.progress)
 
     def before(self, block: int, state: TokenState) -> TokenState:
         """Reduce here if the method's hook is "before"."""
@@ -419,18 +408,32 @@ class ScoreReducer(Reducer):
         self, stage: int, state: TokenState, attention: AttentionReader | None
     ) -> TokenState:
         k = self.counts(stage, state)
-        if isinstance(k, int):
-            assert state.layout.count is not None
-            unchanged = k == state.layout.count - state.prefix
-        else:
-            unchanged = k == list(state.counts)
-        if unchanged:
+        if keeps_all(state, k):
             return state  # nothing to dispose of: the score need not even be computed
         score = self.score(stage, state, attention)
         present = state.present()
         if present is not None:
             score = score.masked_fill(~present, float("-inf"))
         return self.dispose(state, Selection.best(score, k), score, attention)
+
+
+def scheduled_counts(
+    schedule: Schedule, stage: int, state: TokenState, progress: float = 1.0
+) -> int | list[int]:
+    """Return how many tokens after the prefix a stage keeps; a list where images differ."""
+    count = state.layout.count
+    if count is not None and state.context.original is None:  # nothing may depend on the batch
+        return schedule.count(stage, state.patches, count - state.prefix, progress)
+    pairs = zip(state.original, state.counts, strict=True)
+    counts = [schedule.count(stage, n0, n, progress) for n0, n in pairs]
+    return counts[0] if count is not None else counts
+
+
+def keeps_all(state: TokenState, counts: int | list[int]) -> bool:
+    """Tell whether all tokens stay, given counts as ``scheduled_counts`` returns them."""
+    if isinstance(counts, int):
+        return counts == state.layout.longest - state.prefix
+    return counts == list(state.counts)
 
 
 @dataclass(eq=False)
@@ -445,27 +448,42 @@ class Match:
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class MatchReducer(Reducer):
-    """Merges tokens between attention and feed forward; a method overrides only ``match``."""
+    """Merges tokens between attention and feed forward; a method overrides only ``match``.
+
+    Attributes:
+        blocks: numbers of the blocks that merge, counted from 0. None means every block.
+        prop_attn: use proportional attention, which weighs keys by the patches they stand for.
+    """
+
+    blocks: tuple[int, ...] | None = None
+    prop_attn: bool = True
 
     hooks: ClassVar[tuple[str, ...]] = ("between",)
     merges: ClassVar[bool] = True
-    track_size: ClassVar[bool] = True
 
-    def match(
-        self, block: int, state: TokenState, attention: AttentionReader | None
-    ) -> Match | None:
+    def validate(self) -> None:
+        """Check the blocks, where they are given."""
+        if self.blocks is not None:
+            check_blocks(self.blocks)
+
+    def build(self, spec: BackboneSpec) -> None:
+        """Resolve the blocks."""
+        super().build(spec)
+        blocks = tuple(range(spec.depth)) if self.blocks is None else self.blocks
+        self.active_blocks = check_blocks(blocks, spec.depth)
+
+    @property
+    def proportional(self) -> bool:
+        """Whether attention weighs keys by the patches they stand for."""
+        return self.prop_attn
+
+    def match(self, block: int, state: TokenState, attention: AttentionReader) -> Match | None:
         """Return which tokens stay and which merge into them, or None to leave all unchanged."""
         raise NotImplementedError
 
     def between(self, block: int, state: TokenState, attention: AttentionReader) -> TokenState:
-        """Merge in the blocks where the method acts."""
-        return self.merge(block, state, attention)
-
-    def merge(self, block: int, state: TokenState, attention: AttentionReader | None) -> TokenState:
-        """Carry out the match, if there is one."""
+        """Merge as ``match`` says."""
         found = self.match(block, state, attention)
         if found is None:
             return state
-        return state.merge(
-            found.kept, found.merged, found.into, found.weight, track_size=self.track_size
-        )
+        return state.merge(found.kept, found.merged, found.into, found.weight)

@@ -19,6 +19,7 @@ __all__ = [
     "check_keep",
     "check_removed",
     "nearest_share",
+    "split_evenly",
     "stage_blocks",
 ]
 
@@ -81,6 +82,12 @@ def nearest_share(count: int, original: int) -> float:
     return count / original
 
 
+def split_evenly(total: int, parts: int) -> tuple[int, ...]:
+    """Split a number into parts that differ by at most one, the larger ones first."""
+    each, more = divmod(total, parts)
+    return tuple(each + (part < more) for part in range(parts))
+
+
 def stage_blocks(depth: int, parts: int = 4) -> tuple[int, ...]:
     """Return the first block of every part except the first: 3, 6, 9 of 12; 4, 8, 12 of 16."""
     return tuple(sorted({max(1, depth * part // parts) for part in range(1, parts)} - {depth}))
@@ -95,7 +102,7 @@ class Schedule:
         keep: one rate for all of them, or one for each.
         relative: whether rates refer to the "original" count (one rate then means keep, keep**2,
             ...) or to the "current" one.
-        rounding: "floor", "ceil" or "nearest".
+        rounding: how to round a count that is not whole: "floor", "ceil" or "nearest".
         warmup: the rate sinks from 1 to its value on a cosine between these two points of
             training progress; None holds it constant.
         warmup_steps: number of equal steps that the warm-up takes; None changes it continuously.

@@ -175,8 +175,13 @@ class TokenState:
         """Number of tokens after the prefix in each image."""
         return tuple(n - self.prefix for n in self.layout.lengths)
 
-    def leaving(self, r: int | float, most: Callable[[int], int]) -> int | list[int]:
-        """Return how many tokens should leave: one number in an even layout, else one per image.
+    @property
+    def original(self) -> tuple[int, ...]:
+        """Number of patches that each image began with."""
+        return self.context.original or (self.patches,) * self.batch
+
+    def to_remove(self, r: int | float, most: Callable[[int], int]) -> int | list[int]:
+        """Return how many tokens to remove: one number in an even layout, else one per image.
 
         Args:
             r: number of tokens, or share of the patches that an image began with.

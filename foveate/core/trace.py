@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -77,13 +77,13 @@ class Trace:
 
     logits: Tensor
     grid: tuple[int, int]
-    blocks: list[BlockTrace] = field(default_factory=list)
-    final: TokenState | None = None
+    blocks: list[BlockTrace]
+    final: TokenState
 
     @property
     def notes(self) -> Mapping[str, Any]:
         """Values that the method left for losses and traces."""
-        return {} if self.final is None else self.final.notes
+        return self.final.notes
 
     def __repr__(self) -> str:
         return f"Trace(grid={self.grid}, tokens per block: {self.counts()})"

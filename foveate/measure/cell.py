@@ -89,7 +89,9 @@ def judge(work: Work, folder: Path, command: str, progress: Progress | None = No
     models = {label: open_start(model).eval() for label, model in work.models.items()}
     dense = {label: model for label, model in models.items() if isinstance(model, DenseModel)}
     if dense and len(dense) < len(models):
-        raise ValueError(f"{', '.join(dense)} and the other models do not answer the same question")
+        raise ValueError(
+            f"dense models ({', '.join(dense)}) and classifiers cannot be evaluated together"
+        )
     if dense:
         if not any(isinstance(model.reducer, GatedReducer) for model in dense.values()):
             plan = replace(plan, calibration=0)  # a comparison asks it of all alike

@@ -97,9 +97,7 @@ def _put(model: nn.Module, reducer: Reducer) -> ReducedViT:
     if not isinstance(model, ReducedViT):
         return api.apply(model, reducer, check=False).eval()
     if reducer.name != model.reducer.name:
-        raise ValueError(
-            f"the model was saved with its method {model.reducer!r}; name no other than that one"
-        )
+        raise ValueError(f"the model has its own method {model.reducer!r}: give no other")
     reduced = api.apply(api.unwrap(model), reducer, check=False)
     reduced.reducer.load_state_dict(model.reducer.state_dict())
     return reduced.eval()

@@ -39,7 +39,6 @@ from foveate.core import (
     ReducedViT,
     Selection,
     TokenState,
-    check_blocks,
 )
 from foveate.core.budget import parse_budget
 from foveate.core.cost import cost, measured
@@ -64,12 +63,10 @@ class ATM(MatchReducer):
         threshold: pairs more similar than this merge: one number, or one for each block; None
             takes the falling rule.
         alpha: threshold of the rule in block 0.
-        beta: how fast the rule falls with depth.
+        beta: how fast the rule falls with depth; 0 holds it constant.
         theta_min: lowest threshold of the rule.
         split: first block that matches small tokens with large ones; None is two thirds of the
             depth, and the depth itself means never.
-        blocks: where to merge; None is every block.
-        prop_attn: weigh keys by the patches they stand for.
     """
 
     threshold: float | tuple[float, ...] | None = None
@@ -77,8 +74,6 @@ class ATM(MatchReducer):
     beta: float = 0.02
     theta_min: float = 0.7
     split: int | None = None
-    blocks: tuple[int, ...] | None = None
-    prop_attn: bool = True
 
     paper: ClassVar[str] = "Lee and Choi, Lossless Token Merging (ATM), ECAI 2025"
     summary: ClassVar[str] = "merges all pairs of tokens above a similarity threshold"
@@ -88,6 +83,7 @@ class ATM(MatchReducer):
 
     def validate(self) -> None:
         """Refuse thresholds outside [-1, 1], and a beta that is negative or infinite."""
+        super().validate()
         given = self.threshold if isinstance(self.threshold, Sequence) else (self.threshold,)
         named = [("threshold", t) for t in given if t is not None]
         for name, value in [*named, ("alpha", self.alpha), ("theta_min", self.theta_min)]:
@@ -95,24 +91,15 @@ class ATM(MatchReducer):
                 raise ValueError(f"{name} must lie in [-1, 1], got {value!r}")
         if not 0 <= self.beta < math.inf:
             raise ValueError(f"beta must be a finite number of at least 0, got {self.beta!r}")
-        if self.blocks is not None:
-            check_blocks(self.blocks)
 
     @property
     def fixed_count(self) -> bool:
         """Every image has its own count."""
         return False
 
-    @property
-    def proportional(self) -> bool:
-        """Whether attention is proportional: yes, unless the user switched it off."""
-        return self.prop_attn
-
     def build(self, spec: BackboneSpec) -> None:
         """Resolve the blocks and the threshold of each of them."""
         super().build(spec)
-        blocks = tuple(range(spec.depth)) if self.blocks is None else self.blocks
-        self.active_blocks = check_blocks(blocks, spec.depth)
         given = self.threshold
         if isinstance(given, Sequence) and len(given) != len(self.active_blocks):
             raise ValueError(
@@ -135,20 +122,17 @@ class ATM(MatchReducer):
         """Tell whether anything can merge here; keys are read only then."""
         return super().acts_between(block) and self.thresholds[block] < 1
 
-    def match(
-        self, block: int, state: TokenState, attention: AttentionReader | None
-    ) -> Match | None:
+    def match(self, block: int, state: TokenState, attention: AttentionReader) -> Match | None:
         """Pair up tokens and pick all pairs above the threshold."""
-        assert attention is not None
         if state.layout.longest - state.prefix < 2:
             return None
         keys = unit(state.after_prefix(attention.key_mean().detach()).float())
         sources, targets = self._split(block, state)
         similarity = _of(keys, sources) @ _of(keys, targets).transpose(1, 2)
         value, partner = best_partner(similarity, targets.valid)
-        merges, there = value > self.thresholds[block], sources.valid
-        best = Selection.where(merges if there is None else merges & there)
-        stay = best.complement(merges.shape[1], there).of(sources.index)
+        merges, valid = value > self.thresholds[block], sources.valid
+        best = Selection.where(merges if valid is None else merges & valid)
+        stay = best.complement(merges.shape[1], valid).of(sources.index)
         into = stay.size + partner.gather(1, best.index)
         # Reorder images where nothing merges too: the next split must not depend on other images.
         return Match(stay.then(targets), best.of(sources.index), into)
@@ -179,7 +163,7 @@ class ATM(MatchReducer):
             "a budget of atm needs images: use foveate.methods.atm.calibrate(model, images, budget)"
         )
 
-    def own_macs(self, block: int, hook: str, tokens: int, left: int) -> int:
+    def own_macs(self, block: int, hook: str, tokens: int) -> int:
         """Count the comparisons of every token of one set with every token of the other."""
         assert self.spec is not None
         if hook != "between" or not self.acts_between(block):

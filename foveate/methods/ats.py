@@ -45,9 +45,9 @@ class ATS(Reducer):
     Attributes:
         K: largest number of tokens that an image keeps, for all stages or one number for each; None
             is its number of patches, so that only repeated picks reduce.
-        blocks: blocks that sample; None is every block from a quarter of the depth on
-            (multi-stage). One block alone is the paper's single-stage form.
-        variant: "paper" or "release".
+        blocks: numbers of the blocks that sample, counted from 0. None means every block from a
+            quarter of the depth on (multi-stage); one block alone is the paper's single-stage form.
+        variant: how scores are computed: as in the "paper" or as in the "release".
     """
 
     K: int | tuple[int, ...] | None = None
@@ -135,7 +135,7 @@ class ATS(Reducer):
         patches = self.spec.grid[0] * self.spec.grid[1]
         return {"K": max(1, round((1 - level) * patches))}
 
-    def own_macs(self, block: int, hook: str, tokens: int, left: int) -> int:
+    def own_macs(self, block: int, hook: str, tokens: int) -> int:
         """Count the class token's attention, or the whole map if there is no class token."""
         assert self.spec is not None
         if hook != "between" or block not in self.active_blocks:

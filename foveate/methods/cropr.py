@@ -40,6 +40,7 @@ from foveate.core import (
     check_blocks,
     check_choice,
     check_removed,
+    split_evenly,
 )
 from foveate.registry import register
 
@@ -140,8 +141,9 @@ class Cropr(Reducer):
             for images of any size.
         extra_first: number of patches that the first module removes in addition to a single r. The
             paper's 1 makes counts round if there is a class token.
-        blocks: blocks after which a module acts. None is every block before patches come back,
-            except the one just before that; if they never do, every block but the last.
+        blocks: numbers of the blocks after which a module acts, counted from 0. None means every
+            block before patches come back, except the one just before that; if they never come
+            back, every block but the last.
         queries: learned queries of each module; the logits of several are averaged.
         norm: apply a LayerNorm to the tokens that a module sees.
         proj: project queries, keys and values.
@@ -260,7 +262,7 @@ class Cropr(Reducer):
             state = state.note(_AUX, (*state.notes.get(_AUX, ()), scorer.logits(state)))
         if self.removed[block] == 0:
             return state
-        gone = state.leaving(self.removed[block], lambda n: max(n - 1, 0))
+        gone = state.to_remove(self.removed[block], lambda n: max(n - 1, 0))
         k: int | list[int]
         if isinstance(gone, int):
             k = state.layout.longest - state.prefix - gone
@@ -283,8 +285,7 @@ class Cropr(Reducer):
         """Return r for each module; the first ones remove one more if the total does not divide."""
         assert self.spec is not None
         goal = round(level * (self.spec.grid[0] * self.spec.grid[1] - 1))
-        each, more = divmod(goal, len(self.active_blocks))
-        return {"r": tuple(each + (i < more) for i in range(len(self.active_blocks)))}
+        return {"r": split_evenly(goal, len(self.active_blocks))}
 
     def at_counts(self, left: Sequence[int]) -> dict[str, Any] | None:
         """Return r for each module: the patches that should have left by then and have not."""

@@ -38,6 +38,7 @@ from foveate.core import (
     check_keep,
 )
 from foveate.core.disposal import fused
+from foveate.core.reducer import keeps_all, scheduled_counts
 from foveate.registry import register
 
 __all__ = ["EvoViT"]
@@ -147,17 +148,8 @@ class EvoViT(Reducer):
         """Start a stage: park the patches that are not selected; one token represents them."""
         if block not in self.active_blocks:
             return state
-        count, original = state.layout.count, state.context.original
-        if count is not None and original is None:
-            k: int | list[int] = self.schedule.count(0, state.patches, count - state.prefix)
-            unchanged = k == count - state.prefix
-        else:
-            now = state.counts
-            pairs = zip(original or (state.patches,) * state.batch, now, strict=True)
-            k = [self.schedule.count(0, n0, n) for n0, n in pairs]
-            unchanged = k == list(now)
-            k = k if count is None else k[0]
-        if unchanged:
+        k = scheduled_counts(self.schedule, 0, state)
+        if keeps_all(state, k):
             return state
         score = state.after_prefix(state.extras[_SCORE], float("-inf"))
         kept = Selection.best(score, k)
@@ -165,9 +157,7 @@ class EvoViT(Reducer):
         if self.variant == "deit":
             return inner
         token = fused(state, kept, score.clamp_min(0.0), mean=True)
-        exists = None
-        if kept.lengths is not None:
-            exists = kept.fewer_than(now)
+        exists = kept.fewer_than(state.counts) if kept.lengths is not None else None
         return inner.append(token, exists).note(_STAND_IN, (token, exists))
 
     def after(self, block: int, state: TokenState) -> TokenState:

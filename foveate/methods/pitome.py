@@ -44,7 +44,6 @@ from foveate.core import (
     Schedule,
     Selection,
     TokenState,
-    check_blocks,
     check_choice,
 )
 from foveate.ops import best_partner, highest_first, unit
@@ -60,22 +59,19 @@ class PiToMe(MatchReducer):
 
     Attributes:
         keep: share of the current patch tokens that each block leaves, or one share for each block.
-        blocks: where to merge; None is every block.
         margin: similarity from which two tokens count as alike in block 0. It falls linearly, to
             ``margin / depth`` in the last block.
         alpha: weight of the similarities below the margin.
-        energy: "paper", or "elu" as in the release.
+        energy: how similarities from the margin on count: as they are ("paper"), or minus the
+            margin ("elu", as in the release).
         unprotected: blocks in which every token can merge; only the order of energies is used.
-        prop_attn: weigh keys by the patches they stand for.
     """
 
     keep: float | tuple[float, ...] = 0.925
-    blocks: tuple[int, ...] | None = None
     margin: float = 0.9
     alpha: float = 1.0
     energy: str = "paper"
     unprotected: tuple[int, ...] = ()
-    prop_attn: bool = True
 
     paper: ClassVar[str] = "Tran et al., PiToMe, NeurIPS 2024"
     summary: ClassVar[str] = "merges tokens that resemble many others, protects distinctive ones"
@@ -85,27 +81,19 @@ class PiToMe(MatchReducer):
 
     def validate(self) -> None:
         """Refuse rates that pairwise merging cannot reach, and other numbers out of range."""
+        super().validate()
         for keep in self.keep if isinstance(self.keep, Sequence) else (self.keep,):
             if not 0.5 <= keep <= 1:
                 raise ValueError(f"keep must lie in [0.5, 1], since pairs merge; got {keep!r}")
-        if self.blocks is not None:
-            check_blocks(self.blocks)
         if not -1 <= self.margin <= 1:
             raise ValueError(f"margin must lie in [-1, 1], got {self.margin!r}")
         if not 0 <= self.alpha < float("inf"):
             raise ValueError(f"alpha must be a finite number of at least 0, got {self.alpha!r}")
         check_choice("energy", self.energy, ("paper", "elu"))
 
-    @property
-    def proportional(self) -> bool:
-        """Whether attention is proportional: yes, unless the user switched it off."""
-        return self.prop_attn
-
     def build(self, spec: BackboneSpec) -> None:
         """Resolve the blocks and the share that each of them keeps."""
         super().build(spec)
-        blocks = tuple(range(spec.depth)) if self.blocks is None else self.blocks
-        self.active_blocks = check_blocks(blocks, spec.depth)
         self.schedule = Schedule(self.active_blocks, self.keep, "current", "ceil")
         for block in self.unprotected:
             if block not in self.active_blocks:
@@ -121,11 +109,8 @@ class PiToMe(MatchReducer):
     def _stage(self, block: int) -> int:
         return self.active_blocks.index(block)
 
-    def match(
-        self, block: int, state: TokenState, attention: AttentionReader | None
-    ) -> Match | None:
+    def match(self, block: int, state: TokenState, attention: AttentionReader) -> Match | None:
         """Rank tokens by energy, protect those of low energy and pair up those of high energy."""
-        assert attention is not None
         removed, mergeable = self._counts(block, state)
         if removed == 0 or (isinstance(removed, list) and not any(removed)):
             return None
@@ -140,8 +125,8 @@ class PiToMe(MatchReducer):
         value, partner = best_partner(links, targets.valid)
         merged = sources
         if block in self.unprotected:
-            there = sources.valid
-            value = value if there is None else value.masked_fill(~there, float("-inf"))
+            valid = sources.valid
+            value = value if valid is None else value.masked_fill(~valid, float("-inf"))
             best = Selection.best(value, removed)
             partner, merged = partner.gather(1, best.index), best.of(sources.index)
         stay = merged.then(targets).complement(order.shape[1], present)

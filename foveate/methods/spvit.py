@@ -34,6 +34,7 @@ from foveate.core import (
     check_choice,
     linear_cost,
 )
+from foveate.core.disposal import weighted_sum
 from foveate.core.gated import log_odds
 from foveate.registry import register
 
@@ -127,6 +128,7 @@ class SPViT(GatedReducer):
 
     Attributes:
         keep: absolute share of the original patches after each stage.
+        rest: what becomes of the others: "drop" is the only choice, and a package token follows.
         package: "mean" for the paper's score-weighted mean, "sum" for the release's weighted sum.
         accumulate: add later packages to the first one instead of appending another.
         shared_heads: all heads of a selector share one predictor, as in the release.
@@ -175,7 +177,7 @@ class SPViT(GatedReducer):
         assert state.layout.count is not None
         packages = state.notes.get(_PACKAGES, 0)
         now = state.layout.count - state.prefix - packages
-        original = self.original(state)[0] if state.context.original else state.patches
+        original = state.original[0] if state.context.original else state.patches
         return packages + self.schedule.count(stage, original, now, self.progress)
 
     def _stage(
@@ -216,11 +218,7 @@ class SPViT(GatedReducer):
 
     def _package(self, state: TokenState, dropped: Tensor, logits: Tensor) -> Tensor:
         """Return the score-weighted mean (or sum) of the tokens ``dropped [B, N]``, ``[B, C]``."""
-        weight = logits[..., 2] * dropped
-        if self.package == "mean":
-            weight = weight / weight.sum(1, keepdim=True).clamp_min(1e-12)
-        tokens = state.after_prefix(state.x)
-        return (weight.to(tokens.dtype)[:, None, :] @ tokens).squeeze(1)
+        return weighted_sum(state, logits[..., 2] * dropped, mean=self.package == "mean")
 
     def _added(
         self, state: TokenState, package: Tensor, exists: Tensor

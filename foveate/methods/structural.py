@@ -14,14 +14,7 @@ from typing import ClassVar
 
 import torch
 
-from foveate.core import (
-    AttentionReader,
-    BackboneSpec,
-    Match,
-    MatchReducer,
-    Selection,
-    TokenState,
-)
+from foveate.core import BackboneSpec, Reducer, Selection, TokenState
 from foveate.registry import register
 
 __all__ = ["Structural"]
@@ -29,7 +22,7 @@ __all__ = ["Structural"]
 
 @register("structural")
 @dataclass(eq=False, kw_only=True, repr=False)
-class Structural(MatchReducer):
+class Structural(Reducer):
     """Pools the patch grid 2 x 2 after a given block.
 
     Attributes:
@@ -42,6 +35,7 @@ class Structural(MatchReducer):
     summary: ClassVar[str] = "averages 2 x 2 neighbouring patches after one block (control)"
     hooks: ClassVar[tuple[str, ...]] = ("after",)
     training_need: ClassVar[str] = "recommended"
+    merges: ClassVar[bool] = True
     needs_place: ClassVar[bool] = True
 
     def build(self, spec: BackboneSpec) -> None:
@@ -53,13 +47,9 @@ class Structural(MatchReducer):
         self.active_blocks = (block,)
 
     def after(self, block: int, state: TokenState) -> TokenState:
-        """Pool after the chosen block."""
-        return self.merge(block, state, None) if block in self.active_blocks else state
-
-    def match(
-        self, block: int, state: TokenState, attention: AttentionReader | None
-    ) -> Match | None:
         """Keep the first token of each cell and merge the others into it."""
+        if block not in self.active_blocks:
+            return state
         assert state.place is not None
         columns = state.grid[1]
         place = state.after_prefix(state.place, state.patches)  # [B, N]
@@ -86,5 +76,4 @@ class Structural(MatchReducer):
             merged = kept.complement(place.shape[1], patch)
             number = occupied.cumsum(1) - 1  # number of each cell among the occupied ones
             into = number.gather(1, cell.gather(1, merged.index).clamp_max(cells - 1))
-        weight = torch.ones(place.shape, device=place.device)
-        return Match(kept, merged, into, weight)
+        return state.merge(kept, merged, into, torch.ones(place.shape, device=place.device))

@@ -63,10 +63,12 @@ class Gate(nn.Sequential):
 class SViT(GatedReducer):
     """Per-block gates over all tokens, with skipped tokens preserved.
 
-    One rate means keep, keep**2 and keep**3 in the first, second and last third of the gated
-    blocks. Unless ``blocks`` names them, these are all blocks from a quarter of the depth on.
-
     Attributes:
+        keep: share of the tokens that gates keep. One number means keep, keep**2 and keep**3 in the
+            first, second and last third of the gated blocks; else give one for each gate.
+        blocks: numbers of the blocks that have a gate, counted from 0. None means every block from
+            a quarter of the depth on, or the first of each ``span`` of them.
+        rest: what becomes of the others: "park" (they skip this block) is the only choice.
         reactivate: tokens left out may be used again; False keeps them out.
         span: number of blocks that one decision holds for.
         network: "mlp" decides by a token alone, "predictor" by the mean of all tokens too.

@@ -26,8 +26,8 @@ from foveate.core import (
     MatchReducer,
     Selection,
     TokenState,
-    check_blocks,
     check_removed,
+    split_evenly,
 )
 from foveate.ops import alternate_split, best_partner, unit
 from foveate.registry import register
@@ -45,14 +45,10 @@ class ToMe(MatchReducer):
             below 1 is a share of the patches that an image begins with, for images of any size.
         inflection: spreads an r linearly from ``r * (1 - inflection)`` in the first block to
             ``r * (1 + inflection)`` in the last; -1 merges early, 1 late, 0 is constant.
-        blocks: where to merge; None is every block.
-        prop_attn: weigh keys by the patches they stand for.
     """
 
     r: int | float | tuple[int | float, ...] = 13
     inflection: float = 0.0
-    blocks: tuple[int, ...] | None = None
-    prop_attn: bool = True
 
     paper: ClassVar[str] = "Bolya et al., Token Merging, ICLR 2023"
     summary: ClassVar[str] = "merges the most similar pairs of tokens in every block"
@@ -62,24 +58,16 @@ class ToMe(MatchReducer):
 
     def validate(self) -> None:
         """Refuse negative counts, and inflections that would make some counts negative."""
-        if self.blocks is not None:
-            check_blocks(self.blocks)
+        super().validate()
         check_removed(self.r)
         if not -1 <= self.inflection <= 1:
             raise ValueError(f"inflection must lie in [-1, 1], got {self.inflection!r}")
         if self.inflection and isinstance(self.r, Sequence):
             raise ValueError("inflection spreads a single r over blocks: a list of r takes none")
 
-    @property
-    def proportional(self) -> bool:
-        """Whether attention is proportional: yes, unless the user switched it off."""
-        return self.prop_attn
-
     def build(self, spec: BackboneSpec) -> None:
         """Resolve r for every block and refuse more than half of the patches."""
         super().build(spec)
-        blocks = tuple(range(spec.depth)) if self.blocks is None else self.blocks
-        self.active_blocks = check_blocks(blocks, spec.depth)
         self.removed = dict(
             zip(self.active_blocks, self._per_block(len(self.active_blocks)), strict=True)
         )
@@ -107,32 +95,29 @@ class ToMe(MatchReducer):
         """Tell whether anything is merged here; keys are read only then."""
         return super().acts_between(block) and self.removed[block] > 0
 
-    def match(
-        self, block: int, state: TokenState, attention: AttentionReader | None
-    ) -> Match | None:
+    def match(self, block: int, state: TokenState, attention: AttentionReader) -> Match | None:
         """Pair up tokens and pick the most similar pairs."""
-        assert attention is not None
         count = state.layout.longest - state.prefix
-        removed = state.leaving(self.removed[block], lambda n: n // 2)
+        removed = state.to_remove(self.removed[block], lambda n: n // 2)
         present = state.present()
         if removed == 0 or (isinstance(removed, list) and not any(removed)):
             return None
         sources, targets = alternate_split(count, state.prefix % 2 == 0)
         metric = unit(state.after_prefix(attention.key_mean().detach()).float())
         similarity = metric[:, sources] @ metric[:, targets].transpose(1, 2)
-        there = None if present is None else present[:, targets]
-        value, partner = best_partner(similarity, there)
-        here = None
+        sources_present = targets_present = None
         if present is not None:
-            here = present[:, sources]
-            value = value.masked_fill(~here, float("-inf"))
-        merged, stay = Selection.split(value, removed, here)
+            sources_present, targets_present = present[:, sources], present[:, targets]
+        value, partner = best_partner(similarity, targets_present)
+        if sources_present is not None:
+            value = value.masked_fill(~sources_present, float("-inf"))
+        merged, stay = Selection.split(value, removed, sources_present)
         into = stay.size + partner.gather(1, merged.index)
-        if there is None:
+        if targets_present is None:
             every = torch.arange(similarity.shape[2], device=value.device)
             kept_targets = Selection(every.expand(value.shape[0], -1))
         else:
-            kept_targets = Selection.where(there)
+            kept_targets = Selection.where(targets_present)
         kept = stay.spread(sources).then(kept_targets.spread(targets))
         return Match(kept, merged.spread(sources), into)
 
@@ -140,10 +125,8 @@ class ToMe(MatchReducer):
         """Return r for each block; the first ones remove one more if the total does not divide."""
         assert self.spec is not None
         blocks, patches = len(self.active_blocks), self.spec.grid[0] * self.spec.grid[1]
-        each, more = divmod(round(level * min(patches, blocks * (patches // 2))), blocks)
-        if not more:
-            return {"r": each}
-        return {"r": tuple(each + (i < more) for i in range(blocks))}
+        r = split_evenly(round(level * min(patches, blocks * (patches // 2))), blocks)
+        return {"r": r[0] if r[0] == r[-1] else r}
 
     def at_counts(self, left: Sequence[int]) -> dict[str, Any] | None:
         """Return r for each block, at most half of its tokens; later blocks remove the rest."""

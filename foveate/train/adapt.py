@@ -55,7 +55,7 @@ class AdaptTask(MethodTask):
         teacher: the same model, driven without a method.
         data: what the recipe says of images.
         blocks: number of last blocks that learn beside the method; None is the whole model.
-        weights: factors of losses.
+        weights: weights of losses.
     """
 
     teacher: ReducedViT

@@ -24,12 +24,13 @@ from foveate.train.images import ImageTask
 from foveate.train.reduce import ReduceTask
 
 __all__ = [
-    *("check_start", "check_unseen", "make_finetune", "make_model", "make_reduce", "open_data"),
-    *("open_start", "open_whole", "set_checkpointing", "set_drop_path"),
+    *("LVVIT_MODELS", "check_start", "check_unseen", "make_finetune", "make_model", "make_reduce"),
+    *("open_data", "open_start", "open_whole", "set_checkpointing", "set_drop_path"),
 ]
 
+LVVIT_MODELS = {"lvvit_s": lvvit_s, "lvvit_m": lvvit_m}
+
 _log = logging.getLogger(__name__)
-_OURS = {"lvvit_s": lvvit_s, "lvvit_m": lvvit_m}
 
 
 def make_model(recipe: recipes.Model, classes: int | None) -> nn.Module:
@@ -276,9 +277,9 @@ def _made(recipe: recipes.Model, head: dict[str, int]) -> nn.Module:
     options = {**recipe.options, **head}
     if recipe.pool is not None:
         options["global_pool"] = recipe.pool
-    if name in _OURS:
+    if name in LVVIT_MODELS:
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-        return _OURS[name](**options)
+        return LVVIT_MODELS[name](**options)
     if ":" in name or not timm.is_model(name):
         raise ValueError(
             f"model.name={name} is unknown: it must be a model that timm knows, lvvit_s or lvvit_m"

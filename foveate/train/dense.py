@@ -64,7 +64,7 @@ class DenseTask(Task):
     Args:
         model: a detector or a segmenter, with a method or without.
         data: what the recipe says of images.
-        weights: factors of losses in place of 1 and of the method's own.
+        weights: weights of losses in place of 1 and of the method's own.
 
     Attributes:
         labels_of: what the job learns labels of, as ``foveate.data.open_splits`` takes it.

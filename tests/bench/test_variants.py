@@ -87,9 +87,9 @@ def test_tokens_wait_for_a_whole_stage() -> None:
     counts = Counts.of(model.trace(x))
     assert counts.parked == (False, True, True, True)
     assert counts.waits == (False, False, True, False)  # stages of one and of two blocks
-    oracle = check_oracle(model, x)
-    assert [step.parks for step in oracle.steps] == [False, True, True, False]
-    assert [step.recall is not None for step in oracle.steps] == [False, True, False, True]
+    steps = check_oracle(model, x).reducer.steps
+    assert [step.parks for step in steps] == [False, True, True, False]
+    assert [step.recall is not None for step in steps] == [False, True, False, True]
 
 
 @pytest.mark.parametrize("method", ["evit(keep=0.7)", "tome(r=5)", "evovit(keep=0.5)", "svit"])

@@ -184,7 +184,7 @@ def test_describe_a_saved_folder(tmp_path: Path, capsys: pytest.CaptureFixture[s
     foveate.save(foveate.apply(vit(), "evit(keep=0.5)"), tmp_path, everything=True)
     assert said(capsys, "describe", str(tmp_path)).startswith("evit(keep=0.5) on timm Vision")
     text = said(capsys, "describe", str(tmp_path), "tome", code=2)
-    assert "was saved with its method evit(keep=0.5); name no other" in text
+    assert "has its own method evit(keep=0.5): give no other" in text
 
 
 def test_describe_refuses(capsys: pytest.CaptureFixture[str]) -> None:

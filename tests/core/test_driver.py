@@ -67,6 +67,13 @@ def test_gate_switch() -> None:
     chain = made("dynamicvit(keep=0.9, blocks=[1]) + svit(blocks=[3])")
     chain.gate = "argmax"
     assert [part.gate for part in chain.reducer.members] == ["argmax", "argmax"]
+    assert chain.gate == "argmax"
+    chain.reducer.members[0].gate = "topk"
+    assert chain.gate is None  # they differ
+    mixed = made("svit(blocks=[1]) + evit(blocks=[3])")
+    mixed.gate = "topk"
+    assert mixed.gate == "topk"  # a part without gates does not count
+    assert made().gate is None
 
 
 def test_progress() -> None:

@@ -18,6 +18,7 @@ from foveate.core import (
     TokenState,
     check_blocks,
     check_keep,
+    split_evenly,
     stage_blocks,
 )
 from foveate.core.cost import expected
@@ -268,6 +269,13 @@ def test_checks_accept_what_is_legal() -> None:
     check_keep((0.1, 1.0), "share")
     with pytest.raises(ValueError, match="share must"):
         check_keep(0.0, "share")
+
+
+@pytest.mark.parametrize(("total", "parts"), [(0, 3), (7, 3), (9, 3), (2, 5)])
+def test_even_parts_have_the_whole_sum(total: int, parts: int) -> None:
+    found = split_evenly(total, parts)
+    assert len(found) == parts and sum(found) == total
+    assert found[0] - found[-1] in (0, 1) and list(found) == sorted(found, reverse=True)
 
 
 def test_a_count_is_a_plain_number_in_a_graph() -> None:

@@ -450,7 +450,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["demo"], "the folder OUT"),
         (["demo", "evit", "tome", "out"], "the folder OUT"),
         (["demo", "evit(keep=0.7)"], "is a method, and the folder OUT is missing"),
-        (["demo_svit", "evit", "out"], "was saved with its method"),
+        (["demo_svit", "evit", "out"], "has its own method"),
         (["demo", "out", "--calibrate", "photos"], "--calibrate is for --int8"),
         (["demo", "out", "--images", "photos"], "which --check asks for"),
         (["demo", "out", "--batch", "many"], "--batch must be dynamic or a number from 1"),

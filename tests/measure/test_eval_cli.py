@@ -127,7 +127,7 @@ def test_errors(photos: Path, tmp_path: Path) -> None:
         run("nowhere/model.pth")
     with pytest.raises(ValueError, match="say with --data what to evaluate on"):
         run(str(saved))
-    with pytest.raises(ValueError, match="was saved with its method evit"):
+    with pytest.raises(ValueError, match="has its own method evit"):
         run(f"{saved} tome --data {photos}")
     with pytest.raises(ValueError, match="pruning without training is of plain models"):
         run(f"{saved} --data {photos} --pruning")

@@ -203,7 +203,7 @@ def test_a_model_with_its_method_and_a_method_in_parts() -> None:
     result = foveate.reduce(model, data=DATA, loop=loop, weights={"kl": 0.0}, **QUIET)
     assert result.model.vit is model.vit and repr(result.model.reducer) == repr(model.reducer)
     assert yaml.safe_load((result.path / "recipe.yaml").read_text())["method"] == "svit(keep=0.5)"
-    with pytest.raises(ValueError, match=r"already has the method svit\(keep=0.5\): name no other"):
+    with pytest.raises(ValueError, match=r"has its own method svit\(keep=0.5\): give no other"):
         foveate.reduce(model, "evit", DATA, **QUIET)
     parts = {"name": "tome", "r": 2}
     found = foveate.reduce(small_model(), parts, DATA, loop=loop, out="tome", **QUIET)

@@ -116,7 +116,7 @@ def test_several_methods_several_files(folder: Path, tmp_path: Path) -> None:
     ("model", "words", "message"),
     [
         ("plain.safetensors", ("--images", "photos"), "has no method: name one"),
-        ("svit", ("evit", "--images", "photos"), "was saved with its method svit"),
+        ("svit", ("evit", "--images", "photos"), "has its own method svit"),
         ("plain.safetensors", ("evitt", "--images", "photos"), "did you mean 'evit'"),
         ("plain.safetensors", ("evit", "--images", "nowhere"), "does not exist"),
         ("plain.safetensors", ("evit", "--images", "photos/text.jpg"), "text.jpg: not an image"),
