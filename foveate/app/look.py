@@ -245,7 +245,6 @@ def _number(text: str) -> float | None:
 
 def _features(trace: Trace) -> Tensor:
     """Return the features of the patches on the grid, ``[H*W, C]``."""
-    assert trace.final is not None
     return trace.final.restore()[0].float()
 
 
