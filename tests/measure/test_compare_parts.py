@@ -142,6 +142,7 @@ def as_a_command(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_an_address_where_nobody_is(config: Path, out: Path) -> None:
     words = ("evaluate.limit=8", "--out", out, "--address", "127.0.0.1:1")
     done = as_a_command(config, *words)

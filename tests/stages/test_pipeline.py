@@ -314,7 +314,7 @@ def test_what_contradicts_itself_is_said_before_the_first_step(
 
 
 def test_pretraining_may_see_what_no_other_stage_is_judged_by(tmp_path: Path) -> None:
-    labelled = {}
+    labelled: dict[str, Any] = {"batch": 1}
     for name in ("train", "val", "test"):
         (tmp_path / name / "a").mkdir(parents=True)
         Image.new("L", (28, 28)).save(tmp_path / name / "a" / "1.png")

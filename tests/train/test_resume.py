@@ -62,6 +62,7 @@ def test_masked_fine_tuning(
     assert files(out) == ["update-00000007.ckpt", "update-00000008.ckpt"]
 
 
+@pytest.mark.slow
 def test_gates_that_are_sampled(tmp_path: Path) -> None:
     start = checkpoint(tmp_path / "start.safetensors")
     model = {"start": start, "drop_path": 0.2}
