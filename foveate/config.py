@@ -95,7 +95,8 @@ def parse(
     from jsonargparse import ArgumentError
 
     try:
-        values = parser.instantiate(parser.parse_object(tree))
+        # The classes know their defaults; filled in here they would be checked each time, at length.
+        values = parser.instantiate(parser.parse_object(tree, defaults=False))
         return cls(**values.as_dict())
     except ArgumentError as error:
         said = _sentence(error)
