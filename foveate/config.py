@@ -95,7 +95,7 @@ def parse(
     from jsonargparse import ArgumentError
 
     try:
-        # The classes know their defaults; filled in here they would be checked each time, at length.
+        # The classes know their defaults; filled in here, all would be checked each time.
         values = parser.instantiate(parser.parse_object(tree, defaults=False))
         return cls(**values.as_dict())
     except ArgumentError as error:
