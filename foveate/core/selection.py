@@ -32,6 +32,27 @@ class Selection:
     lengths: tuple[int, ...] | None = None
 
     @classmethod
+    def checked(cls, index: Tensor, valid: Tensor | None = None) -> Selection:
+        """Make a selection from positions and a mask ``[B, K]`` of the entries that count.
+
+        Raises ValueError if an entry that counts stands behind one that does not.
+        """
+        if valid is None:
+            return cls(index)
+        if valid.shape != index.shape or valid.dtype != torch.bool:
+            raise ValueError(
+                f"valid must be bool {list(index.shape)} like the positions, got {valid.dtype} "
+                f"{list(valid.shape)}"
+            )
+        holes = (valid[:, 1:] & ~valid[:, :-1]).any(1)
+        if bool(holes.any()):
+            raise ValueError(
+                f"the selection of image {int(holes.nonzero()[0])} has a hole: entries that count "
+                "must come first"
+            )
+        return cls(index, tuple(valid.sum(1).tolist()))
+
+    @classmethod
     def best(cls, score: Tensor, k: int | Sequence[int]) -> Selection:
         """Select the ``k`` highest of each row of ``score [B, N]``, best first.
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from naive_tokens import chosen
+from torch import Tensor
 
 from foveate.core import Selection
 
@@ -61,6 +62,37 @@ def true_positions(rows: Sequence[Sequence[bool]]) -> list[list[int]]:
 
 
 # Making one ----------------------------------------------------------------------------------
+
+
+@given(marks())
+def test_checked_takes_entries_from_the_left_and_refuses_holes(rows: list[list[bool]]) -> None:
+    index, valid = torch.arange(len(rows[0])).expand(len(rows), -1), torch.tensor(rows)
+    holes = [b for b, row in enumerate(rows) if row != sorted(row, reverse=True)]
+    if holes:
+        with pytest.raises(ValueError, match=f"the selection of image {holes[0]} has a hole"):
+            Selection.checked(index, valid)
+    else:
+        made = Selection.checked(index, valid)
+        assert made.index is index and made.lengths == tuple(sum(row) for row in rows)
+        assert torch.equal(made.valid, valid)
+
+
+def test_checked_without_a_mask_counts_every_entry() -> None:
+    index = torch.tensor([[2, 0], [1, 1]])
+    made = Selection.checked(index)
+    assert made.index is index and made.lengths is None and made.valid is None
+
+
+@pytest.mark.parametrize(
+    ("valid", "message"),
+    [
+        (torch.ones(2, 3), r"valid must be bool \[2, 3\].* got torch.float32 \[2, 3\]"),
+        (torch.ones(2, 2, dtype=torch.bool), r"bool \[2, 3\] .* got torch.bool \[2, 2\]"),
+    ],
+)
+def test_checked_refuses_a_mask_that_does_not_fit(valid: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Selection.checked(torch.zeros(2, 3, dtype=torch.long), valid)
 
 
 @given(SCORES, st.data())
