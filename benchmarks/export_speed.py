@@ -147,8 +147,7 @@ def calls(
 def judged(timings: Timings, names: list[str], batch: int) -> list[dict[str, Any]]:
     """Return every ratio, and the times of every round."""
     dense = f"{TORCH}\n{DENSE}"
-    again = timings.ratio(AGAIN, dense)
-    spread = max(again.high - 1, 1 - again.low)
+    spread = timings.ratio(AGAIN, dense).spread
     found = rows("speed", {"spread": spread}, run=TORCH, at=batch)
     for runtime in (TORCH, *RUNTIMES):
         for name in names:

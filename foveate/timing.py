@@ -48,6 +48,11 @@ class Interval:
         """Return the rounded numbers by name, for a JSON file."""
         return {name: round(value, digits) for name, value in vars(self).items()}
 
+    @property
+    def spread(self) -> float:
+        """Return how far the interval reaches from 1: the noise, if one thing was timed twice."""
+        return max(self.high - 1, 1 - self.low)
+
     def beyond(self, spread: float) -> str:
         """Say what a ratio means, given the noise: "faster", "slower" or "no difference".
 

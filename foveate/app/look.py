@@ -186,8 +186,7 @@ def timed(
             device=next(models[DENSE].parameters()).device.type,
             progress=progress,
         )
-    again = found.ratio(AGAIN, DENSE)
-    spread = max(again.high - 1, 1 - again.low)
+    spread = found.ratio(AGAIN, DENSE).spread
     times = {}
     for name in models:
         ratio = found.ratio(name, DENSE)

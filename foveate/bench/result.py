@@ -43,8 +43,7 @@ class Cell:
     @property
     def spread(self) -> float:
         """The noise: how far the 95 % interval of the A/A ratio reaches from 1."""
-        again = self.timings.ratio(AGAIN, DENSE)
-        return max(abs(again.low - 1), abs(again.high - 1))
+        return self.timings.ratio(AGAIN, DENSE).spread
 
 
 @dataclass

@@ -25,7 +25,10 @@ from foveate.data.images import Unreadable
 from foveate.data.seeds import seeded
 from foveate.data.sources import ArraySource, Source
 
-__all__ = ["CORRUPT", "Collate", "Loader", "device_batches", "listed", "stacked", "usual_workers"]
+__all__ = [
+    *("CORRUPT", "Collate", "Loader", "check_batch", "device_batches", "listed", "stacked"),
+    "usual_workers",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -93,12 +96,8 @@ class Loader:
         self.batch, self.train, self.workers, self.repeats = batch, train, workers, repeats
         self.seed, self.rank, self.world = seed, rank, world
         self.unreadable: dict[str, str] = {}
-        if train and batch * world > len(source):
-            on = f" on each of {world} processes" if world > 1 else ""
-            raise ValueError(
-                f"a batch of {batch}{on} is larger than the training data, which have "
-                f"{len(source)} images; take a smaller batch"
-            )
+        if train:
+            check_batch(batch, len(source), world)
         self._read = _Reader(source, transform, collate or stacked, seed, train, corrupt)
         self._plans = _Plans()
         self._helped: DataLoader | None = None
@@ -355,6 +354,16 @@ def usual_workers(source: Source, processes: int = 1) -> int:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(8, (cores or 1) // processes - 1))
+
+
+def check_batch(batch: int, images: int, world: int = 1) -> None:
+    """Refuse batches of ``world`` processes that the training images cannot fill."""
+    if batch * world > images:
+        on = f" on each of {world} processes" if world > 1 else ""
+        raise ValueError(
+            f"a batch of {batch}{on} is larger than the training data, which have {images} images; "
+            "take a smaller batch"
+        )
 
 
 def _check_whole(name: str, value: object, least: int) -> None:

@@ -69,7 +69,7 @@ def speeds(
                 **{"times": ratio.median, "low": ratio.low, "high": ratio.high},
                 "per_second": 1000 * batch / timings.ms(f"{group}\n{name}").median,
                 "rounds": rounds,
-                "spread": max(again.high - 1, 1 - again.low),
+                "spread": again.spread,
             }
             shared = {"run": group, "method": name_of(model), "rate": rate_of(model), "at": batch}
             found += rows("speed", values, **shared)

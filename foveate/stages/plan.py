@@ -20,6 +20,7 @@ from foveate import api, config
 from foveate.backbones import backbone_for
 from foveate.core import ReducedViT
 from foveate.data import final_images, open_images
+from foveate.data.loader import check_batch
 from foveate.data.splits import NONE
 from foveate.measure import at_rate
 from foveate.measure.cells import EVALUATE, Cell, Key, Work, plain
@@ -282,10 +283,11 @@ def _check_data(stages: Sequence[Planned]) -> None:
                     f"{one.stage.where} has data.{name}={mine} and {first.stage.where} {its}: one "
                     "pipeline has the same labelled images in all stages, said once in data"
                 )
-    images = {first.recipe.data.train: len(open_images(first.recipe.data.train))}
+    images = len(open_images(first.recipe.data.train))  # refuses images without labels
     for one in stages:
         if one.stage.job != "probe":
-            _check_batch(one, images.get(one.recipe.data.train))
+            known = one.recipe.data.train == first.recipe.data.train
+            _check_batch(one, images if known else None)
         if one.stage.job == "pretrain":
             seen, judged = one.recipe.data, first.recipe.data
             check_unseen(seen, one.stage.where, judged, first.stage.where)
@@ -308,11 +310,10 @@ def _check_batch(one: Planned, images: int | None) -> None:
     """
     data = one.recipe.data
     there = [count for count in (images, data.limit) if count is not None]
-    if there and data.batch > min(there):
-        raise ValueError(
-            f"{one.stage.where}: a batch of {data.batch} is larger than the training data, which "
-            f"have {min(there)} images; take a smaller batch"
-        )
+    try:
+        check_batch(data.batch, min(there, default=data.batch))
+    except ValueError as error:
+        raise ValueError(f"{one.stage.where}: {error}") from None
 
 
 # The end ------------------------------------------------------------------------------------------
