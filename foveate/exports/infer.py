@@ -162,9 +162,11 @@ def main() -> None:
     run, _ = open_model(folder, args.threads, about["batch"] or 1)
     found: dict[str, Any] = {}
     raw: list[list[np.ndarray]] = []
+    keep = args.npy is not None or args.npz is not None
     for some, images in batches(args.images, about):
         values = [value[: len(some)] for value in run(images)]
-        raw.append(values)
+        if keep:
+            raw.append(values)
         for number, path in enumerate(some):
             if classes:
                 found[str(path)] = answer(values[0][number], about["labels"], args.top)
@@ -175,11 +177,12 @@ def main() -> None:
             print(f"{path}: {', '.join(words)}")
     if args.json is not None:
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    outputs = dict(zip(names, map(np.concatenate, zip(*raw, strict=True)), strict=True))
-    if args.npy is not None:
-        np.save(args.npy, outputs[names[0]])
-    if args.npz is not None:
-        np.savez(args.npz, **outputs)
+    if keep:
+        outputs = dict(zip(names, map(np.concatenate, zip(*raw, strict=True)), strict=True))
+        if args.npy is not None:
+            np.save(args.npy, outputs[names[0]])
+        if args.npz is not None:
+            np.savez(args.npz, **outputs)
 
 
 if __name__ == "__main__":
