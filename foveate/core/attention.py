@@ -68,8 +68,7 @@ def attend(
     """
     bias = None
     if proportional and state.size is not None:
-        # Prefix and fused tokens may carry size 0; they still count as one key.
-        bias = state.size.clamp_min(1.0).log()
+        bias = state.merge_weight().log()  # a fused token of size 0 still counts as one key
     if not state.layout.is_even:
         return _packed(heads, state.layout, bias).flatten(1)
     if state.alive is not None and softmax_eps is not None:
@@ -346,7 +345,9 @@ class AttentionReader:
         self._layout = state.layout
         self._reads = reads
         self._class_token = class_token
-        self._size = state.size if proportional else None
+        self._size: Tensor | None = None
+        if proportional and state.size is not None:
+            self._size = state.merge_weight()
         self._live = state.layout.valid(state.x.device)
         if state.alive is not None:
             self._live = state.alive.detach() > 0
@@ -420,7 +421,7 @@ class AttentionReader:
         """Compute the softmax over live keys; the first axis is the image, the last one the key."""
         shape = [logits.shape[0]] + [1] * (logits.ndim - 2) + [logits.shape[-1]]
         if self._size is not None:
-            logits = logits + self._layout.rect(self._size.clamp_min(1.0).log()).view(shape)
+            logits = logits + self._layout.rect(self._size.log()).view(shape)
         if self._live is None:
             return logits.softmax(-1)
         logits = logits.masked_fill(~self._live.view(shape), float("-inf"))

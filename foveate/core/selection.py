@@ -85,6 +85,12 @@ class Selection:
         counts = mask.sum(1).tolist()
         return cls(_first(mask, max(counts)), tuple(counts))
 
+    @classmethod
+    def every(cls, part: slice, count: int, like: Tensor) -> Selection:
+        """Select all of ``range(count)[part]``, for as many images as ``like [B, ...]`` has."""
+        index = torch.arange(part.start or 0, count, part.step, device=like.device)
+        return cls(index.expand(like.shape[0], -1))
+
     def complement(self, count: int, present: Tensor | None = None) -> Selection:
         """Select what this selection leaves out of ``range(count)``, in ascending order.
 
@@ -129,8 +135,8 @@ class Selection:
 
     def spread(self, part: slice) -> Selection:
         """Translate positions counted within ``part`` into positions in the whole."""
-        start, step = part.start or 0, part.step or 1
-        return Selection(self.index * step + start, self.lengths)
+        index = self.index if part.step in (None, 1) else self.index * part.step
+        return Selection(index + part.start if part.start else index, self.lengths)
 
     def then(self, other: Selection) -> Selection:
         """Select this selection's tokens, followed by the other's."""

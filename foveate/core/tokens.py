@@ -65,6 +65,7 @@ class TokenState:
         notes: values that methods leave for later blocks, losses and traces.
         intact: whether every patch still has a token of its own, in the order of the grid, right
             after the prefix. If so, the full grid can be read without looking patches up.
+        appended: whether tokens were appended, which stand for no patch.
     """
 
     x: Tensor
@@ -80,6 +81,7 @@ class TokenState:
     parked: Parked | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
     intact: bool = True
+    appended: bool = False
 
     # Making and reading ----------------------------------------------------------------------
 
@@ -118,6 +120,7 @@ class TokenState:
             self.parked,
             self.notes,
             self.intact,
+            self.appended,
         )
         for name, value in changes.items():
             if name not in _FIELDS:
@@ -252,7 +255,7 @@ class TokenState:
         """
         if self.size is None:
             return self.x.new_ones(self.x.shape[0], dtype=torch.float32)
-        return self.size.clamp_min(1.0)
+        return self.size.clamp_min(1.0) if self.appended else self.size
 
     # Verbs -------------------------------------------------------------------------------------
 
@@ -299,23 +302,24 @@ class TokenState:
         rows_from = self.layout.rows(Selection(merged.index + prefix, merged.lengths))
         rows_to = state.layout.rows(Selection(into + prefix, merged.lengths))
 
-        flat = self.merge_weight() if weight is None else self._behind_prefix(weight)
-        moved = flat.index_select(0, rows_from)
-        total = flat.index_select(0, rows_kept).index_add(0, rows_to, moved)
+        size, before = state.size, self.size
+        if track_size and before is None:
+            before = self._initial_size()
+            size = before.index_select(0, rows_kept)
+        # In place, here and below: these rows were just made, and a copy would cost more.
+        if size is not None and before is not None:
+            moved = before.index_select(0, rows_from)
+            size = total = size.index_add_(0, rows_to, moved)
+        if weight is not None or size is None or self.appended:  # the weights are not the sizes
+            flat = self.merge_weight() if weight is None else self._behind_prefix(weight)
+            moved = flat.index_select(0, rows_from)
+            total = flat.index_select(0, rows_kept).index_add_(0, rows_to, moved)
         total = total.index_select(0, rows_to)
         if weight is not None:  # sizes are at least 1, weights may all be 0
             total = total.clamp_min(torch.finfo(total.dtype).tiny)
         share = moved / total
         change = self.x.index_select(0, rows_from) - state.x.index_select(0, rows_to)
         change = change * share.to(change.dtype)[:, None]
-
-        size, before = state.size, self.size
-        if track_size and before is None:
-            before = self._initial_size()
-            size = before.index_select(0, rows_kept)
-        if size is not None and before is not None:
-            size = size.index_add(0, rows_to, before.index_select(0, rows_from))
-        # In place: these rows were just made, and a copy would cost more than the sum.
         return state.replace(x=state.x.index_add_(0, rows_to, change), size=size)
 
     def append(
@@ -351,7 +355,7 @@ class TokenState:
             return values.new_full((batch, *values.shape[1:]), fill)
 
         token = token.to(self.x.dtype)  # autocast computes products in half precision
-        changes: dict[str, Any] = {"x": put(self.x, token), "layout": layout}
+        changes: dict[str, Any] = {"x": put(self.x, token), "layout": layout, "appended": True}
         if self.place is not None:
             changes["place"] = put(self.place, constant(self.place, self.patches))
         if self.size is not None:

@@ -17,8 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-
 from foveate.core import (
     AttentionReader,
     BackboneSpec,
@@ -114,12 +112,10 @@ class ToMe(MatchReducer):
         merged, stay = Selection.split(value, removed, sources_present)
         into = stay.size + partner.gather(1, merged.index)
         if targets_present is None:
-            every = torch.arange(similarity.shape[2], device=value.device)
-            kept_targets = Selection(every.expand(value.shape[0], -1))
+            kept_targets = Selection.every(targets, count, value)
         else:
-            kept_targets = Selection.where(targets_present)
-        kept = stay.spread(sources).then(kept_targets.spread(targets))
-        return Match(kept, merged.spread(sources), into)
+            kept_targets = Selection.where(targets_present).spread(targets)
+        return Match(stay.spread(sources).then(kept_targets), merged.spread(sources), into)
 
     def at_level(self, level: float) -> dict[str, Any]:
         """Return r for each block; the first ones remove one more if the total does not divide."""

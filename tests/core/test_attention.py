@@ -80,7 +80,7 @@ def same(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
 def test_packed_equals_each_image_alone(lengths: list[int], proportional: bool) -> None:
     heads, state = make(lengths)
     size = (noise(sum(lengths), seed=5).abs() * 4).round()  # some are 0, as of fused tokens
-    state = state.replace(size=size)
+    state = state.replace(size=size, appended=True)
     bias = size.clamp_min(1).log() if proportional else None
     got = attend(heads, state, proportional=proportional)
     assert got.shape == (sum(lengths), HEADS * DIM)
