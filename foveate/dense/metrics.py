@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,11 +19,11 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from foveate.core.schedule import check_choice
-from foveate.data import IGNORE, Source
-from foveate.data.rle import encode, library
-from foveate.files import write_text
+from foveate.data import IGNORE
+from foveate.data.rle import library
+from foveate.dense.coco_results import numbers, runs
 
-__all__ = ["AveragePrecision", "MeanIoU", "Scores", "coco_predictions", "write_predictions"]
+__all__ = ["AveragePrecision", "MeanIoU", "Scores"]
 
 _IOU = {"box": "bbox", "mask": "segm"}
 _MOST = 100  # detections of an image that count
@@ -133,8 +131,8 @@ class AveragePrecision(Metric):
                 f"it has {', '.join(target)}"
             )
         number = float(int(target["image_id"]))
-        boxes, labels = _numbers(target["boxes"]).reshape(-1, 4), _numbers(target["labels"])
-        scores, classes = _numbers(prediction["scores"]), _numbers(prediction["labels"])
+        boxes, labels = numbers(target["boxes"]).reshape(-1, 4), numbers(target["labels"])
+        scores, classes = numbers(prediction["scores"]), numbers(prediction["labels"])
         for which, given in (("predicted", classes), ("target", labels)):
             if len(given) and not 0 <= given.min() <= given.max() < self.classes:
                 wrong = given.min() if given.min() < 0 else given.max()
@@ -143,8 +141,8 @@ class AveragePrecision(Metric):
                     f"0..{self.classes - 1}"
                 )
         extent = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-        area = _numbers(target["area"]) if "area" in target else extent
-        crowd = _numbers(target.get("iscrowd", torch.zeros(len(labels))))
+        area = numbers(target["area"]) if "area" in target else extent
+        crowd = numbers(target.get("iscrowd", torch.zeros(len(labels))))
         # Keep the best of each class: the others never count, and an untrained detector has many.
         order = np.argsort(-scores, kind="stable")
         rank = np.empty(len(order), dtype=int)
@@ -153,13 +151,13 @@ class AveragePrecision(Metric):
             rank[of_label] = np.arange(len(of_label))
         best = np.sort(np.flatnonzero(rank < _MOST))
         scores, classes = scores[best], classes[best]
-        found_boxes = _numbers(prediction["boxes"]).reshape(-1, 4)[best]
+        found_boxes = numbers(prediction["boxes"]).reshape(-1, 4)[best]
         true_masks, found_masks = [b""] * len(labels), [b""] * len(scores)
         if self.kind == "mask":
-            true_masks = _runs(target["masks"])
-            found_masks = _runs(prediction["masks"][torch.from_numpy(best)])
+            true_masks = runs(target["masks"])
+            found_masks = runs(prediction["masks"][torch.from_numpy(best)])
             if "area" not in target:
-                area = _numbers(target["masks"].flatten(1).sum(1))
+                area = numbers(target["masks"].flatten(1).sum(1))
         size = _size(target)
         self.images.append(torch.tensor([[number, *size]], dtype=torch.float64))
         self.found.append(_table(number, classes, scores, found_boxes, found_masks))
@@ -220,21 +218,6 @@ class AveragePrecision(Metric):
             images=len(images),
             objects=objects,
         )
-
-
-def _numbers(values: Any) -> np.ndarray:
-    tensor = values.as_subclass(Tensor) if isinstance(values, Tensor) else torch.as_tensor(values)
-    found: np.ndarray = tensor.detach().cpu().double().numpy()
-    return found
-
-
-def _runs(masks: Any) -> list[bytes]:
-    """Return run lengths of masks ``[n, H, W]`` or ``[n, 1, H, W]``; floats count from 0.5 on."""
-    masks = masks.as_subclass(Tensor).detach().cpu()
-    if masks.ndim == 4:
-        masks = masks[:, 0]
-    masks = masks >= 0.5 if masks.is_floating_point() else masks > 0
-    return encode(masks.numpy())
 
 
 def _size(target: Mapping[str, Any]) -> tuple[int, int]:
@@ -351,44 +334,3 @@ class MeanIoU(MulticlassJaccardIndex):
         each = both / union  # NaN where a class does not occur
         self.per_class = tuple(each.tolist())
         return each.nanmean()
-
-
-def coco_predictions(
-    predictions: Sequence[Mapping[str, Any]], category_ids: Sequence[int] | None
-) -> list[dict[str, Any]]:
-    """Convert predictions to the form that COCO's tools and servers take.
-
-    Args:
-        predictions: for each image "image_id", "boxes", "scores", "labels" and perhaps "masks", as
-            ``AveragePrecision`` takes them.
-        category_ids: ``source.category_ids`` of the data set; None if labels are the ids.
-    """
-    made = []
-    for prediction in predictions:
-        boxes, scores = _numbers(prediction["boxes"]), _numbers(prediction["scores"])
-        labels = _numbers(prediction["labels"]).astype(int).tolist()
-        masks = prediction.get("masks")
-        runs = [] if masks is None else _runs(masks)
-        for i, (label, score) in enumerate(zip(labels, scores.tolist(), strict=True)):
-            if category_ids is not None and not 0 <= label < len(category_ids):
-                raise ValueError(
-                    f"image {prediction['image_id']} has the predicted class {label}; the data "
-                    f"have {len(category_ids)} classes, counted from 0"
-                )
-            left, top, right, bottom = (round(float(side), 2) for side in boxes[i])
-            one: dict[str, Any] = {
-                "image_id": int(prediction["image_id"]),
-                "category_id": label if category_ids is None else int(category_ids[label]),
-                "bbox": [left, top, round(right - left, 2), round(bottom - top, 2)],
-                "score": round(score, 5),
-            }
-            if masks is not None:
-                size = [int(side) for side in masks.shape[-2:]]
-                one["segmentation"] = {"size": size, "counts": runs[i].decode("ascii")}
-            made.append(one)
-    return made
-
-
-def write_predictions(path: Path, predictions: Sequence[Mapping[str, Any]], source: Source) -> None:
-    """Write predictions as a COCO result file, with the ids of the data set."""
-    write_text(path, json.dumps(coco_predictions(predictions, source.category_ids)))

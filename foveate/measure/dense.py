@@ -10,11 +10,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from foveate import api, machine
 from foveate.core import GatedReducer
@@ -33,10 +32,12 @@ from foveate.data.augment import Transform
 from foveate.data.dense_augment import DenseAugment
 from foveate.data.sources.base import OBJECTS, PIXELS
 from foveate.dense import DenseModel, Segmenter, calibrate
-from foveate.dense.metrics import AveragePrecision, MeanIoU
 from foveate.measure.run import Evaluation, Plan, Progress, record
 from foveate.measure.table import frame, pd, rows
 from foveate.timing import measure
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 __all__ = ["CALIBRATED", "evaluate_dense"]
 
@@ -186,6 +187,9 @@ class _Job:
             self.variants[name + CALIBRATED] = shifted
 
     def _metrics(self) -> dict[str, Metric]:
+        # Here, since torchmetrics loads for seconds, and classifiers need none of it.
+        from foveate.dense.metrics import AveragePrecision, MeanIoU
+
         if self.pixels:
             return {"miou": MeanIoU(self.model.num_classes)}
         kinds = ("box", "mask") if self.masks else ("box",)
@@ -199,6 +203,8 @@ class _Job:
 
     def scores(self) -> Iterator[pd.DataFrame]:
         """Compare the answers of all variants in one pass over the images."""
+        from foveate.dense.metrics import AveragePrecision, MeanIoU
+
         title, total = f"{self.label}: accuracy", len(self.loader)
         self.told(title, 0, total)
         for number, batch in enumerate(self.loader, 1):

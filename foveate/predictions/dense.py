@@ -19,7 +19,7 @@ from foveate.core import Trace
 from foveate.core.evaluation import answering
 from foveate.data import ImageFiles
 from foveate.dense import DenseModel, Segmenter
-from foveate.dense.metrics import coco_predictions
+from foveate.dense.coco_results import coco_predictions
 from foveate.files import FreeNames, write_text, write_whole
 from foveate.predictions.classify import Images, named_images, opened
 from foveate.viz import found_objects, found_pixels

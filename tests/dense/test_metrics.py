@@ -22,12 +22,8 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from foveate.data import IGNORE, open_source
 from foveate.data.rle import encode
 from foveate.data.sources import CocoSource
-from foveate.dense.metrics import (
-    AveragePrecision,
-    MeanIoU,
-    coco_predictions,
-    write_predictions,
-)
+from foveate.dense.coco_results import coco_predictions, write_predictions
+from foveate.dense.metrics import AveragePrecision, MeanIoU
 
 SIZE = (120, 160)
 ONE = pytest.approx(1.0, abs=1e-12)  # pycocotools adds an epsilon below each ratio
