@@ -387,12 +387,14 @@ def approach(
             together.
     """
     best: Mapping[str, Any] = {}
+    prices: dict[str, float] = {}
     # ``extra`` is the method's own work, which no prediction knows. ``scale`` is how much slower
     # the machine is than when predictions were made.
     extra, scale, miss, target = 0.0, 1.0, float("inf"), wanted.goal(whole)
     for _ in range(_ATTEMPTS):
         said = partial(_milliseconds, extra, scale)
-        options = rate_for(max(target - extra, 0.0), backbone, make, predicted, said, _SOLVED)
+        left = max(target - extra, 0.0)
+        options = rate_for(left, backbone, make, predicted, said, _SOLVED, prices)
         with torch.device("meta"):
             reducer = make(options)
             reducer.build(backbone.spec)

@@ -79,7 +79,7 @@ def test_readme_table_of_methods_is_current() -> None:
 # Pages -------------------------------------------------------------------------------------------
 
 # What these show is in default tests too: of detectors, exports and tuning.
-LONG_PAGES = {"faster-detector.md", "export.md", "tune.md"}
+LONG_PAGES = {"dense.md", "faster-detector.md", "export.md", "tune.md"}
 PAGES = sorted(page.name for page in DOCS.glob("*.md") if snippets(page.read_text("utf-8")))
 
 

@@ -26,7 +26,9 @@ def model() -> nn.Module:
 def meta(make: str | Callable[[], nn.Module], **options: object) -> nn.Module:
     """A full-size model without memory."""
     with torch.device("meta"):
-        return timm.create_model(make, **options) if isinstance(make, str) else make()
+        if not isinstance(make, str):
+            return make()
+        return timm.create_model(make, weight_init="skip", **options)
 
 
 def deit(size: str, **options: object) -> nn.Module:
@@ -167,7 +169,13 @@ def test_only_one_source_of_counts(model: nn.Module) -> None:
 RATED = [n for n in foveate.list_methods() if method_class(n).rate and n != "atm"]
 
 
-@pytest.mark.parametrize("method", RATED)
+# One of each kind: a share of tokens, a number of tokens, gates, and a class token as the score.
+QUICK = {"evit", "tome", "svit", "random"}
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in RATED]
+)
 @pytest.mark.parametrize(
     "budget, share",
     [

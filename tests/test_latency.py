@@ -61,8 +61,9 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Clock:
 @pytest.mark.parametrize(
     ("method", "budget"),
     [
-        *(("evit", "1.2x faster"), ("evit", "1.3 times as fast"), ("evit", "0.0125 s, batch 2")),
-        *(("dynamicvit", "13 ms"), ("random", "1.3x faster")),
+        *(("evit", "1.2x faster"), ("evit", "0.0125 s, batch 2"), ("dynamicvit", "13 ms")),
+        pytest.param("evit", "1.3 times as fast", marks=pytest.mark.slow),
+        pytest.param("random", "1.3x faster", marks=pytest.mark.slow),
     ],
 )
 def test_a_time_is_met(method: str, budget: str, clock: Clock) -> None:
@@ -76,7 +77,7 @@ def test_a_time_is_met(method: str, budget: str, clock: Clock) -> None:
     assert 0 < reduced.reducer.keep < 1
 
 
-@pytest.mark.parametrize("method", ["spvit", "svit"])
+@pytest.mark.parametrize("method", [pytest.param("spvit", marks=pytest.mark.slow), "svit"])
 def test_gates_that_decide_for_each_image_are_trained_for_a_time(method: str, clock: Clock) -> None:
     """They are timed at their rates, keep deciding for each image, and learn those rates."""
     reduced = foveate.apply(vit(), method, budget="1.25x faster").eval()

@@ -62,7 +62,7 @@ class TimmViT(TimmBackbone):
             return named
         arguments = vit_arguments(self.model)
         with torch.device("meta"):
-            twin = plain_vit(**arguments)
+            twin = plain_vit(**arguments, initialise=False)
         return {"plain": arguments} if same_modules(self.model, twin) else None
 
     @classmethod
@@ -128,7 +128,12 @@ class TimmViT(TimmBackbone):
 
 
 def plain_vit(
-    *, distilled: bool = False, eps: float = 1e-6, block_eps: float | None = None, **arguments: Any
+    *,
+    distilled: bool = False,
+    eps: float = 1e-6,
+    block_eps: float | None = None,
+    initialise: bool = True,
+    **arguments: Any,
 ) -> VisionTransformer:
     """Make a timm ViT from plain data.
 
@@ -136,10 +141,14 @@ def plain_vit(
         distilled: add a distillation token and its own head.
         eps: epsilon of the layer norms.
         block_eps: epsilon of the norms inside the blocks, if it differs.
+        initialise: give the weights timm's first values; without, others will take their place.
         arguments: arguments of timm's ``VisionTransformer``.
     """
     kind = VisionTransformerDistilled if distilled else VisionTransformer
-    model = kind(norm_layer=partial(nn.LayerNorm, eps=eps), **arguments)
+    usual: dict[str, Any] = {} if initialise else {"weight_init": "skip"}
+    model = kind(norm_layer=partial(nn.LayerNorm, eps=eps), **usual, **arguments)
+    if not initialise:
+        model.weight_init_mode = ""  # for calls of its own init_weights
     set_block_eps(model, block_eps)
     return model
 

@@ -99,7 +99,7 @@ class Geometry:
             return LVViT(**{**arguments, "patch_size": arguments["patch_size"][0]})
         form = {**self._form(front), **special}
         if _LOW not in self.state:
-            return plain_vit(**arguments, **form)
+            return plain_vit(**arguments, **form, initialise=False)
         scales = self._scales()
         if form.pop("distilled"):
             raise ValueError(f"{self.path} has two scales and a distillation token; expected one")

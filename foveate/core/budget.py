@@ -75,6 +75,7 @@ def rate_for(
     price: Callable[[Reducer], float],
     said: Callable[[float], str],
     tolerance: float = _TOLERANCE,
+    prices: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Return the option that sets a method's rate so that it costs the target.
 
@@ -85,12 +86,13 @@ def rate_for(
         price: gives the cost of a method, whose weights are on the meta device.
         said: puts a cost into words.
         tolerance: how far the cost may be from the target, as a share of it.
+        prices: what earlier calls with the same method and price have found; it is added to.
     """
     template = make({})
     template.build(backbone.spec)
     if not template.rate:
         raise ValueError(f"{template.name} has no rate that could be set to meet a budget")
-    prices: dict[str, float] = {}
+    prices = {} if prices is None else prices
 
     def cost_of(options: Mapping[str, Any]) -> float:
         key = repr(sorted(options.items()))

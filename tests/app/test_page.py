@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from foveate.app.page import Page, _uploaded, is_local, running, said
 from foveate.app.places import Places
 from foveate.cli import main
 
-pytest.importorskip("gradio", reason="the page needs gradio: pip install 'foveate[app]'")
+# Looked for and not imported: gradio loads for seconds, in every worker that collects tests.
+pytestmark = pytest.mark.skipif(
+    find_spec("gradio") is None, reason="the page needs gradio: pip install 'foveate[app]'"
+)
 
 
 def free_port() -> int:

@@ -65,7 +65,9 @@ def photograph(path: Path, mode: str, size: tuple[int, int]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("format", ["onnx", "openvino", "pt2"])
+@pytest.mark.parametrize(
+    "format", ["onnx", "openvino", pytest.param("pt2", marks=pytest.mark.slow)]
+)
 def test_what_is_written(format: str, tmp_path: Path) -> None:
     needs(format)
     if format != "openvino":
