@@ -34,9 +34,9 @@ from foveate.stages import Measured, Pipeline
 from foveate.stages import run as run_stages
 from foveate.train import recipe as recipes
 from foveate.train.adapt import adapt as run_adapt
-from foveate.train.build import LVVIT_MODELS
 from foveate.train.dense_recipe import Detect, Segment
 from foveate.train.detect import detect as run_detect
+from foveate.train.models import LVVIT_MODELS
 from foveate.train.probe import probe as run_probe
 from foveate.train.processes import device_of, processes
 from foveate.train.result import Result

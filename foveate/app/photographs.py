@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from foveate.data import CLASSES, fashion_mnist_mini, open_source, read_image
-from foveate.train.callbacks import as_picture
+from foveate.data.images import as_picture
 
 __all__ = ["example", "read_upload", "scene"]
 

@@ -17,6 +17,7 @@ __all__ = [
     "SUFFIXES",
     "ImageFiles",
     "Unreadable",
+    "as_picture",
     "decode_image",
     "find_images",
     "read_image",
@@ -215,6 +216,13 @@ def _upright(image: Image.Image) -> Image.Image:
     except Exception:  # damaged EXIF says nothing about the pixels, which are good
         _log.info("EXIF data that cannot be read are left aside")
         return image
+
+
+def as_picture(image: Image.Image | np.ndarray) -> Image.Image:
+    """Return an image of a source in the form that pictures are drawn on."""
+    if isinstance(image, Image.Image):
+        return image
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

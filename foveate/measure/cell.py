@@ -21,7 +21,7 @@ from foveate.measure.cells import EVALUATE, Work, read_work
 from foveate.measure.dense import evaluate_dense
 from foveate.measure.run import Evaluation, Plan, Progress, evaluate
 from foveate.measure.state import fingerprint
-from foveate.train.build import open_start
+from foveate.train.models import open_start
 
 __all__ = ["alone", "do", "judge", "main", "train"]
 

@@ -11,6 +11,7 @@ from foveate import config
 from foveate.convert import open_shipped
 from foveate.core import ReducedViT
 from foveate.data import CLASSES, fashion_mnist_mini, open_source
+from foveate.data.images import as_picture
 from foveate.files import write_text, write_whole
 from foveate.measure.cell import judge
 from foveate.measure.cells import make_cells
@@ -24,7 +25,6 @@ from foveate.measure.state import states_of
 from foveate.measure.table import Results, pd
 from foveate.measure.variants import variants
 from foveate.predictions import predict_dense
-from foveate.train.callbacks import as_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -36,8 +36,8 @@ from foveate.mim.recipe import Pretrain
 from foveate.mim.reconstructions import picture, some_images
 from foveate.mim.task import fixed_mask
 from foveate.mim.weights import load_weights
-from foveate.train.build import open_start
 from foveate.train.images import image_inputs
+from foveate.train.models import open_start
 
 __all__ = ["Choices", "Look", "alarms", "look", "sheet", "words", "write"]
 

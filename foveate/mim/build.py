@@ -16,9 +16,10 @@ from foveate.mim.recipe import Pretrain
 from foveate.mim.task import PretrainTask
 from foveate.mim.teacher import TaughtModel
 from foveate.mim.weights import load_rest, load_weights, method_of, rest_path
-from foveate.train.build import make_model, open_data
+from foveate.train.models import make_model
 from foveate.train.probe import Watched
 from foveate.train.recipe import Data, Model
+from foveate.train.splits import open_data
 
 _log = logging.getLogger(__name__)
 

@@ -27,8 +27,9 @@ from foveate.measure.cells import EVALUATE, Cell, Key, Work, plain
 from foveate.measure.occlusion import check_ratios
 from foveate.registry import suggest
 from foveate.stages.recipe import Measured, Pipeline, Stage
-from foveate.train.build import check_unseen, make_model, open_start
+from foveate.train.models import make_model, open_start
 from foveate.train.reduce import ReduceTask
+from foveate.train.splits import check_unseen
 
 __all__ = ["EVALUATION", "Planned", "plan"]
 

@@ -27,13 +27,14 @@ from foveate.core.losses import distillation, feature_distance
 from foveate.data import Inputs, Splits
 from foveate.dense import DenseModel
 from foveate.train import recipe as recipes
-from foveate.train.build import check_start, make_model, open_data, open_whole
 from foveate.train.draws import Draws
+from foveate.train.models import make_model, open_whole
 from foveate.train.module import Module
 from foveate.train.recipe import Data
 from foveate.train.reduce import MethodTask, chosen_weights, own_weights
 from foveate.train.result import Result
 from foveate.train.run import Loaders, fit, method_callbacks
+from foveate.train.splits import check_start, open_data
 from foveate.train.task import Task
 
 __all__ = ["AdaptTask", "adapt", "make_adapt"]

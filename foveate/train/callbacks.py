@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
@@ -13,10 +12,11 @@ from torch import Tensor
 
 from foveate.core import ReducedViT
 from foveate.data import Source, Unreadable
+from foveate.data.images import as_picture
 from foveate.files import write_whole
 from foveate.train.module import Module
 
-__all__ = ["Pictures", "TokenCounts", "as_picture"]
+__all__ = ["Pictures", "TokenCounts"]
 
 
 class TokenCounts(Callback):
@@ -100,10 +100,3 @@ class Pictures(Callback):
         picture = sheet({repr(model.reducer): model}, self._images)
         path = self.folder / f"epoch-{epoch:03d}.png"
         write_whole(path, lambda partial: picture.save(partial, format="png"))
-
-
-def as_picture(image: Image.Image | np.ndarray) -> Image.Image:
-    """Return an image of a source in the form that pictures are drawn on."""
-    if isinstance(image, Image.Image):
-        return image
-    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)

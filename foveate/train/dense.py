@@ -29,24 +29,19 @@ from foveate.data import (
     limited,
     listed,
 )
+from foveate.data.images import as_picture
 from foveate.dense import DenseModel, make_dense, with_class_token
 from foveate.predictions import predict_dense
 from foveate.registry import suggest
-from foveate.train.build import (
-    check_start,
-    make_model,
-    open_data,
-    open_start,
-    set_checkpointing,
-    set_drop_path,
-)
-from foveate.train.callbacks import TokenCounts, as_picture
+from foveate.train.callbacks import TokenCounts
 from foveate.train.dense_recipe import DenseData, DenseRecipe
 from foveate.train.draws import Draws
+from foveate.train.models import make_model, open_start, set_checkpointing, set_drop_path
 from foveate.train.module import Module
 from foveate.train.processes import device_of, processes
 from foveate.train.result import Result
 from foveate.train.run import Loaders, fit
+from foveate.train.splits import check_start, open_data
 from foveate.train.task import Task
 
 __all__ = ["DenseTask", "make_dense_model", "train_dense"]

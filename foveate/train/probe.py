@@ -25,10 +25,11 @@ from foveate.core import Backbone, ReducedViT, dense
 from foveate.data import Inputs, Loader, Source, device_batches, limited, usual_workers
 from foveate.files import made_folder, write_text
 from foveate.train import recipe as recipes
-from foveate.train.build import check_start, make_model, open_data
 from foveate.train.draws import seed_step
 from foveate.train.images import image_inputs
+from foveate.train.models import make_model
 from foveate.train.result import Result
+from foveate.train.splits import check_start, open_data
 
 __all__ = [
     "Watched",

@@ -45,7 +45,7 @@ from foveate.files import made_folder, write_text
 from foveate.train import recipe as recipes
 from foveate.train.bars import LineBar, RichBar
 from foveate.train.best import Best
-from foveate.train.build import check_start, make_finetune, make_reduce, open_data
+from foveate.train.build import make_finetune, make_reduce
 from foveate.train.callbacks import Pictures, TokenCounts
 from foveate.train.checkpoints import Checkpoints, WholeFiles, any_checkpoint, newest
 from foveate.train.logs import MetricsFile
@@ -55,6 +55,7 @@ from foveate.train.processes import device_of, processes
 from foveate.train.result import Result
 from foveate.train.screens import first_screen
 from foveate.train.sharded import Sharded, whole_state
+from foveate.train.splits import check_start, open_data
 from foveate.train.task import Task
 from foveate.train.throughput import SECONDS, Throughput
 

@@ -26,7 +26,7 @@ from foveate.convert import open_base
 from foveate.convert.card import is_generated
 from foveate.convert.hub import split_name
 from foveate.core import ReducedViT
-from foveate.train.build import make_model
+from foveate.train.models import make_model
 from foveate.train.recipe import Model
 
 FILES = {"README.md", "foveate.json", "foveate.safetensors"}

@@ -20,9 +20,9 @@ from foveate import config
 from foveate.convert import save_plain
 from foveate.train import recipe as recipes
 from foveate.train.adapt import adapt as run_adapt
-from foveate.train.build import make_model
 from foveate.train.dense_recipe import Detect, Segment
 from foveate.train.detect import detect
+from foveate.train.models import make_model
 from foveate.train.module import Module
 from foveate.train.run import train
 from foveate.train.segment import segment

@@ -18,10 +18,10 @@ from foveate import config
 from foveate.data import open_source
 from foveate.data.sources.base import OBJECTS
 from foveate.dense import DenseModel
-from foveate.train.build import open_data
 from foveate.train.dense_recipe import Detect, Segment
 from foveate.train.detect import DetectTask, make_detect
 from foveate.train.optim import parameter_groups
+from foveate.train.splits import open_data
 
 SCENES = "scenes:size=32,train=16,val=6,test=4"
 TREE: dict[str, Any] = {

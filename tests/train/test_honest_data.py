@@ -12,7 +12,7 @@ from PIL import Image
 from runs import DATA, finetune, run, watched
 
 from foveate.data import open_splits
-from foveate.train.build import open_data
+from foveate.train.splits import open_data
 
 
 def noise(root: Path, count: int, kinds: str = "ab") -> Path:

@@ -158,7 +158,7 @@ def test_no_masks_is_the_model_itself() -> None:
 def test_drop_path_drops_whole_images_of_masked_batches() -> None:
     """Driven flat, a branch is dropped for an image and not for a token."""
     from foveate.backbones import backbone_for
-    from foveate.train.build import set_drop_path
+    from foveate.train.models import set_drop_path
 
     model = small_model(depth=2)
     set_drop_path(backbone_for(model), 0.999)

@@ -22,11 +22,13 @@ from torch import Tensor
 
 import foveate
 from foveate.train import recipe as recipes
-from foveate.train.build import make_finetune, make_model, make_reduce, open_data
+from foveate.train.build import make_finetune, make_reduce
 from foveate.train.finetune import FinetuneTask
 from foveate.train.logs import read_metrics
+from foveate.train.models import make_model
 from foveate.train.module import Module
 from foveate.train.run import make_loaders
+from foveate.train.splits import open_data
 
 
 @pytest.fixture
