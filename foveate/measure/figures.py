@@ -240,5 +240,6 @@ def lines_figure(
     axes.margins(0.09)
     axes.set_xlabel(across)
     axes.set_ylabel(up)
-    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
+    if any(names):  # a single line may have none
+        figure.legend(loc="outside right upper", frameon=False, fontsize="small")
     return figure

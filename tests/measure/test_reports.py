@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -262,6 +263,10 @@ def test_many_lines_stay_apart() -> None:
     legend = figure.legends[0].get_window_extent()
     assert legend.x0 >= figure.axes[0].get_window_extent().x1  # it covers no data
     assert legend.x1 <= figure.bbox.x1 + 1 and legend.y0 >= -1
+    # One line without a name, of the first model of a comparison, needs no legend.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not lines_figure({"": line(0)}, across="x", up="y").legends
 
 
 # Speed -------------------------------------------------------------------------------------------
