@@ -60,7 +60,7 @@ def figures(results: Results) -> Iterator[tuple[str, Figure]]:
         training = select(table, part="training", metric=f"val/{metric}")
         dense = training["method"] == ""
         for name, part in (("models", training[dense]), ("methods", training[~dense])):
-            if len(part):
+            if part["at"].nunique() > 1:  # one epoch shows no way there
                 keys, up = ["run", "method", "rate"], f"{words} on validation images"
                 stem = f"convergence-{name}" + f"-{metric}".replace("_", "-") * (metric in _DENSE)
                 yield stem, _curves(table, part, keys, "epochs of training", up)

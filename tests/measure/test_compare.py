@@ -87,10 +87,8 @@ def test_the_report_has_its_files(finished: Path) -> None:
     for words in ("## Accuracy on 64 test images", "dropped at random", "- commit:", "(2) |"):
         assert words in page
     pictures = {path.name for path in out.glob("*.svg")}
-    assert pictures == {
-        *("accuracy-macs.svg", "occlusion.svg", "pruning.svg"),
-        *("convergence-models.svg", "convergence-methods.svg"),
-    }
+    # The models were trained for one epoch, so there is no picture of how they converged.
+    assert pictures == {"accuracy-macs.svg", "occlusion.svg", "pruning.svg"}
     assert all(f"]({name})" in page for name in pictures)
     top1 = select(Results.load(out / "report.json").table, metric="top1")
     # 4 of accuracy, 1 + 2 masks of occlusion, 2 + 1 of pruning; each for two seeds.

@@ -269,6 +269,17 @@ def test_many_lines_stay_apart() -> None:
         assert not lines_figure({"": line(0)}, across="x", up="y").legends
 
 
+def test_how_runs_converge_takes_two_epochs() -> None:
+    def drawn(epochs: int) -> set[str]:
+        found = [
+            frame(rows("training", {"val/accuracy": 50.0 + epoch}, at=epoch), run="a")
+            for epoch in range(1, epochs + 1)
+        ]
+        return set(dict(figures(Results(pd.concat(found, ignore_index=True)))))
+
+    assert drawn(2) == {"convergence-models"} and drawn(1) == set()
+
+
 # Speed -------------------------------------------------------------------------------------------
 
 
