@@ -112,13 +112,15 @@ def _banded(group: pd.DataFrame, seeded: bool) -> pd.DataFrame:
 
 
 def _band(table: pd.DataFrame, lines: Lines) -> str:
-    """Say what bands are, where there are some."""
-    if all(line["std"].isna().all() for line in lines.values()):
+    """Say what bands, or bars of single points, are, where there are some."""
+    spread = {len(line) > 1 for line in lines.values() if line["std"].notna().all()}
+    if not spread:
         return ""
+    shown = " or ".join(name for name, wide in (("band", True), ("bar", False)) if wide in spread)
     if table["seed"].notna().any():
-        return "\nband: standard deviation over seeds of training"
+        return f"\n{shown}: standard deviation over seeds of training"
     draws = select(table, part=["occlusion", "pruning"])["draw"].nunique()
-    return f"\nband: standard deviation over {draws} mask seeds"
+    return f"\n{shown}: standard deviation over {draws} mask seeds"
 
 
 def tradeoff_figure(results: Results, *, batch: float | None = None, score: str = "top1") -> Figure:
@@ -222,8 +224,10 @@ def lines_figure(
     for number, (label, line) in enumerate(lines.items()):
         style = line_look(number)
         x, y, std = (line[name].astype(float) for name in ("at", "mean", "std"))
-        if std.notna().all():
+        if std.notna().all() and len(x) > 1:
             axes.fill_between(x, y - std, y + std, color=style["color"], alpha=0.18, linewidth=0)
+        elif std.notna().all():
+            axes.errorbar(x, y, std, fmt="none", ecolor=style["color"], capsize=3, linewidth=1)
         axes.plot(x, y, label=label, **style)
         if rates:
             below = -10 if y.iloc[-1] >= y.iloc[0] else 4  # put the words where the line is not

@@ -269,6 +269,20 @@ def test_many_lines_stay_apart() -> None:
         assert not lines_figure({"": line(0)}, across="x", up="y").legends
 
 
+def test_a_single_point_has_a_bar_for_its_spread() -> None:
+    found = [
+        frame(
+            rows("dense", {"miou": miou, "backbone_macs": 1e9}, method=method, seed=seed), run="a"
+        )
+        for method, scores in (("", (0.24, 0.25)), ("svit(keep=0.4)", (0.23, 0.25)))
+        for seed, miou in enumerate(scores)
+    ]
+    (axes,) = dict(figures(Results(pd.concat(found, ignore_index=True))))["miou-macs"].axes
+    assert "\nbar: standard deviation over seeds of training" in axes.get_xlabel()
+    (bar,) = axes.containers[0].lines[2][0].get_segments()
+    assert bar[:, 1] == pytest.approx([24 - 2**0.5, 24 + 2**0.5])
+
+
 def test_how_runs_converge_takes_two_epochs() -> None:
     def drawn(epochs: int) -> set[str]:
         found = [
