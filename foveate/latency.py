@@ -24,7 +24,7 @@ import torch
 
 from foveate import machine
 from foveate.core import Backbone, ReducedViT, Reducer, TokenState, dense
-from foveate.core.budget import rate_for
+from foveate.core.budget import priced, rate_for
 from foveate.core.cost import BlockTokens, run_on_meta, tokens_of
 from foveate.core.selection import Selection
 from foveate.files import read_json, write_text
@@ -387,18 +387,13 @@ def approach(
             together.
     """
     best: Mapping[str, Any] = {}
-    prices: dict[str, float] = {}
+    cost_of = priced(backbone, make, predicted)
     # ``extra`` is the method's own work, which no prediction knows. ``scale`` is how much slower
     # the machine is than when predictions were made.
     extra, scale, miss, target = 0.0, 1.0, float("inf"), wanted.goal(whole)
     for _ in range(_ATTEMPTS):
         said = partial(_milliseconds, extra, scale)
-        left = max(target - extra, 0.0)
-        options = rate_for(left, backbone, make, predicted, said, _SOLVED, prices)
-        with torch.device("meta"):
-            reducer = make(options)
-            reducer.build(backbone.spec)
-        foreseen = predicted(reducer)
+        options = rate_for(max(target - extra, 0.0), backbone, make, cost_of, said, _SOLVED)
         reached, dense_ms = timed(options)
         goal = wanted.goal(dense_ms)
         if abs(reached / goal - 1) < miss:
@@ -406,7 +401,7 @@ def approach(
         if miss <= _NEAR:
             break
         scale = dense_ms / whole
-        extra, target = reached / scale - foreseen, goal / scale
+        extra, target = reached / scale - cost_of(options), goal / scale
     if miss > _PROMISE:
         raise ValueError(
             f"{make(best).name} was timed {_ATTEMPTS} times and came no nearer than {miss:.0%} to "

@@ -169,7 +169,7 @@ def test_only_one_source_of_counts(model: nn.Module) -> None:
 RATED = [n for n in foveate.list_methods() if method_class(n).rate and n != "atm"]
 
 
-# One of each kind: a share of tokens, a number of tokens, gates, and a class token as the score.
+# One of each kind: class attention, merging a number of tokens, gates, and no score at all.
 QUICK = {"evit", "tome", "svit", "random"}
 
 

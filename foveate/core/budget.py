@@ -12,7 +12,7 @@ from foveate.core.backbone import Backbone
 from foveate.core.cost import cost, run_on_meta
 from foveate.core.reducer import Reducer
 
-__all__ = ["parse_budget", "rate_for", "solve_budget"]
+__all__ = ["parse_budget", "priced", "rate_for", "solve_budget"]
 
 _TOLERANCE = 0.01  # of the budget
 _GOOD = 0.0025  # of the budget: within it, the rate with the fewest digits is chosen
@@ -65,17 +65,43 @@ def solve_budget(
             return run_on_meta(spec, reducer, spec.grid).total
         return cost(spec, reducer, spec.grid).total
 
-    return make(rate_for(target, backbone, make, price, lambda macs: f"{macs / 1e9:.4g} GMACs"))
+    cost_of = priced(backbone, make, price)
+    return make(rate_for(target, backbone, make, cost_of, lambda macs: f"{macs / 1e9:.4g} GMACs"))
+
+
+def priced(
+    backbone: Backbone,
+    make: Callable[[Mapping[str, Any]], Reducer],
+    price: Callable[[Reducer], float],
+) -> Callable[[Mapping[str, Any]], float]:
+    """Return a function that gives the cost of a method with some options, worked out once.
+
+    Args:
+        backbone: parts of the model.
+        make: builds the method from options that override the user's; called many times.
+        price: gives the cost of a method, whose weights are on the meta device.
+    """
+    known: dict[str, float] = {}
+
+    def cost_of(options: Mapping[str, Any]) -> float:
+        key = repr(sorted(options.items()))
+        if key not in known:
+            reducer = make(options)
+            with torch.device("meta"):  # only the sizes of a method's layers are needed
+                reducer.build(backbone.spec)
+            known[key] = price(reducer)
+        return known[key]
+
+    return cost_of
 
 
 def rate_for(
     target: float,
     backbone: Backbone,
     make: Callable[[Mapping[str, Any]], Reducer],
-    price: Callable[[Reducer], float],
+    cost_of: Callable[[Mapping[str, Any]], float],
     said: Callable[[float], str],
     tolerance: float = _TOLERANCE,
-    prices: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Return the option that sets a method's rate so that it costs the target.
 
@@ -83,25 +109,14 @@ def rate_for(
         target: what it should cost.
         backbone: parts of the model.
         make: builds the method from options that override the user's; called many times.
-        price: gives the cost of a method, whose weights are on the meta device.
+        cost_of: gives the cost of the method with some options, as ``priced`` makes it.
         said: puts a cost into words.
         tolerance: how far the cost may be from the target, as a share of it.
-        prices: what earlier calls with the same method and price have found; it is added to.
     """
     template = make({})
     template.build(backbone.spec)
     if not template.rate:
         raise ValueError(f"{template.name} has no rate that could be set to meet a budget")
-    prices = {} if prices is None else prices
-
-    def cost_of(options: Mapping[str, Any]) -> float:
-        key = repr(sorted(options.items()))
-        if key not in prices:
-            reducer = make(options)
-            with torch.device("meta"):  # only the sizes of a method's layers are needed
-                reducer.build(backbone.spec)
-            prices[key] = price(reducer)
-        return prices[key]
 
     low, high = 0.0, 1.0  # a low level drops few tokens, so its price is high
     for step in range(_STEPS):
