@@ -22,7 +22,7 @@ HOOKS = {
 }
 NEEDS = {
     "cls_row": "class attention",
-    "key_mean": "keys",
+    "key_direction": "keys",
     "value_norm": "value lengths",
     "full_map": "the attention map",
 }

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from foveate.core.layout import Layout
 from foveate.core.tokens import TokenState
+from foveate.ops import unit
 
 __all__ = ["AttentionReader", "Heads", "attend"]
 
@@ -364,11 +365,13 @@ class AttentionReader:
         self._check("cls_row")
         return self._first_row() if self._class_token else self._received()
 
-    def key_mean(self) -> Tensor:
-        """Return the keys averaged over heads, ``[T, d]``."""
-        self._check("key_mean")
-        keys = self._heads.k
-        return keys.sum(1) / keys.shape[1]  # on a CPU twice as fast as the mean
+    def key_direction(self) -> Tensor:
+        """Return the keys averaged over heads and scaled to length 1, ``[T, d]`` float32.
+
+        No gradient flows through them.
+        """
+        self._check("key_direction")
+        return unit(self._heads.k.detach().sum(1).float())  # the sum has the mean's direction
 
     def value_norm(self) -> Tensor:
         """Return the length of every token's value vector in each head, ``[B, H, N]`` float32."""

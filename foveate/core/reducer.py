@@ -41,7 +41,8 @@ class Reducer(nn.Module):
 
     * ``paper``: authors, title and where it appeared; ``summary``: one line;
     * ``hooks``: any of "before" (a block), "between" (its attention and its feed forward), "after";
-    * ``reads``: what it reads from attention: "cls_row", "key_mean", "value_norm", "full_map";
+    * ``reads``: what it reads from attention: "cls_row", "key_direction", "value_norm",
+      "full_map";
     * ``training_need``: "none" (works as it is), "recommended" or "required";
     * ``gated``: it learns gates, so it trains masked;
     * ``maskable``: it can run masked: all tokens are computed and decisions applied as a mask;
@@ -444,6 +445,7 @@ class Match:
     merged: Selection
     into: Tensor
     weight: Tensor | None = None
+    with_prefix: bool = True
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -486,4 +488,6 @@ class MatchReducer(Reducer):
         found = self.match(block, state, attention)
         if found is None:
             return state
-        return state.merge(found.kept, found.merged, found.into, found.weight)
+        return state.merge(
+            found.kept, found.merged, found.into, found.weight, with_prefix=found.with_prefix
+        )

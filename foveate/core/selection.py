@@ -85,12 +85,6 @@ class Selection:
         counts = mask.sum(1).tolist()
         return cls(_first(mask, max(counts)), tuple(counts))
 
-    @classmethod
-    def every(cls, part: slice, count: int, like: Tensor) -> Selection:
-        """Select all of ``range(count)[part]``, for as many images as ``like [B, ...]`` has."""
-        index = torch.arange(part.start or 0, count, part.step, device=like.device)
-        return cls(index.expand(like.shape[0], -1))
-
     def complement(self, count: int, present: Tensor | None = None) -> Selection:
         """Select what this selection leaves out of ``range(count)``, in ascending order.
 
@@ -133,21 +127,17 @@ class Selection:
         """Select the positions found in the selected columns of ``positions [B, N]``."""
         return Selection(positions.gather(1, self.index), self.lengths)
 
-    def spread(self, part: slice) -> Selection:
-        """Translate positions counted within ``part`` into positions in the whole."""
-        index = self.index if part.step in (None, 1) else self.index * part.step
-        return Selection(index + part.start if part.start else index, self.lengths)
-
-    def then(self, other: Selection) -> Selection:
-        """Select this selection's tokens, followed by the other's."""
-        index = torch.cat([self.index, other.index], 1)
-        if self.lengths is None and other.lengths is None:
+    def then(self, *others: Selection) -> Selection:
+        """Select this selection's tokens, followed by those of the others in turn."""
+        parts = (self, *others)
+        index = torch.cat([s.index for s in parts], 1)
+        if all(s.lengths is None for s in parts):
             return Selection(index)
-        parts = [
+        counted = [
             s.index.new_ones(s.index.shape, dtype=torch.bool) if (v := s.valid) is None else v
-            for s in (self, other)
+            for s in parts
         ]
-        found = Selection.where(torch.cat(parts, 1))
+        found = Selection.where(torch.cat(counted, 1))
         return found.of(index)
 
     def behind(self, prefix: int) -> Selection:

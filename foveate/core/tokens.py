@@ -278,6 +278,7 @@ class TokenState:
         weight: Tensor | None = None,
         *,
         track_size: bool = True,
+        with_prefix: bool = True,
     ) -> TokenState:
         """Merge some tokens into kept ones by a weighted average.
 
@@ -288,19 +289,22 @@ class TokenState:
             weight: weight of every token after the prefix, ``[B, N]`` float32; None takes the
                 number of patches that a token stands for.
             track_size: count merged patches in ``size`` from here on.
+            with_prefix: add the prefix to ``kept``. Without it, positions count the whole image,
+                and ``kept`` selects the prefix itself.
         """
         # Everything is done on rows of the flat tensor: on a CPU the two-dimensional gather and
         # scatter cost several times as much.
-        everything, prefix = kept.behind(self.prefix), self.prefix
+        if with_prefix:
+            kept, into = kept.behind(self.prefix), into + self.prefix
+            merged = Selection(merged.index + self.prefix, merged.lengths)
         inverse = None
         if self.source is not None:
-            slots = merged.slots(self.layout.longest - prefix) + prefix
             moved_to = into if merged.valid is None else torch.where(merged.valid, into, 0)
-            inverse = self._inverse(everything).scatter(1, slots, moved_to + prefix)
-        rows_kept = self.layout.rows(everything)
-        state = self._moved(everything, inverse, rows=rows_kept)
-        rows_from = self.layout.rows(Selection(merged.index + prefix, merged.lengths))
-        rows_to = state.layout.rows(Selection(into + prefix, merged.lengths))
+            inverse = self._inverse(kept).scatter(1, merged.slots(self.layout.longest), moved_to)
+        rows_kept = self.layout.rows(kept)
+        state = self._moved(kept, inverse, rows=rows_kept)
+        rows_from = self.layout.rows(merged)
+        rows_to = state.layout.rows(Selection(into, merged.lengths))
 
         size, before = state.size, self.size
         if track_size and before is None:

@@ -43,7 +43,7 @@ from foveate.core import (
 from foveate.core.budget import parse_budget
 from foveate.core.cost import cost, measured
 from foveate.core.evaluation import evaluating
-from foveate.ops import alternate_split, best_partner, unit
+from foveate.ops import alternate_split, best_partner
 from foveate.registry import register
 
 __all__ = ["ATM", "calibrate"]
@@ -77,7 +77,7 @@ class ATM(MatchReducer):
 
     paper: ClassVar[str] = "Lee and Choi, Lossless Token Merging (ATM), ECAI 2025"
     summary: ClassVar[str] = "merges all pairs of tokens above a similarity threshold"
-    reads: ClassVar[frozenset[str]] = frozenset({"key_mean"})
+    reads: ClassVar[frozenset[str]] = frozenset({"key_direction"})
     rate: ClassVar[str] = "threshold"
     identity: ClassVar[Mapping[str, Any] | None] = {"threshold": 1.0}
 
@@ -126,7 +126,7 @@ class ATM(MatchReducer):
         """Pair up tokens and pick all pairs above the threshold."""
         if state.layout.longest - state.prefix < 2:
             return None
-        keys = unit(state.after_prefix(attention.key_mean().detach()).float())
+        keys = state.after_prefix(attention.key_direction())
         sources, targets = self._split(block, state)
         similarity = _of(keys, sources) @ _of(keys, targets).transpose(1, 2)
         value, partner = best_partner(similarity, targets.valid)

@@ -46,7 +46,7 @@ from foveate.core import (
     TokenState,
     check_choice,
 )
-from foveate.ops import best_partner, highest_first, unit
+from foveate.ops import best_partner, highest_first
 from foveate.registry import register
 
 __all__ = ["PiToMe"]
@@ -75,7 +75,7 @@ class PiToMe(MatchReducer):
 
     paper: ClassVar[str] = "Tran et al., PiToMe, NeurIPS 2024"
     summary: ClassVar[str] = "merges tokens that resemble many others, protects distinctive ones"
-    reads: ClassVar[frozenset[str]] = frozenset({"key_mean"})
+    reads: ClassVar[frozenset[str]] = frozenset({"key_direction"})
     rate: ClassVar[str] = "keep"
     identity: ClassVar[Mapping[str, Any] | None] = {"keep": 1.0}
 
@@ -114,7 +114,7 @@ class PiToMe(MatchReducer):
         removed, mergeable = self._counts(block, state)
         if removed == 0 or (isinstance(removed, list) and not any(removed)):
             return None
-        keys = unit(state.after_prefix(attention.key_mean().detach()).float())
+        keys = state.after_prefix(attention.key_direction())
         similarity = (keys @ keys.transpose(1, 2)).float()  # [B, P, P]
         present = state.present()
         energy = self._energy(block, similarity, present)

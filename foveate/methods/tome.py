@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+
 from foveate.core import (
     AttentionReader,
     BackboneSpec,
@@ -27,7 +29,7 @@ from foveate.core import (
     check_removed,
     split_evenly,
 )
-from foveate.ops import alternate_split, best_partner, unit
+from foveate.ops import alternate_split, best_partner
 from foveate.registry import register
 
 __all__ = ["ToMe"]
@@ -50,7 +52,7 @@ class ToMe(MatchReducer):
 
     paper: ClassVar[str] = "Bolya et al., Token Merging, ICLR 2023"
     summary: ClassVar[str] = "merges the most similar pairs of tokens in every block"
-    reads: ClassVar[frozenset[str]] = frozenset({"key_mean"})
+    reads: ClassVar[frozenset[str]] = frozenset({"key_direction"})
     rate: ClassVar[str] = "r"
     identity: ClassVar[Mapping[str, Any] | None] = {"r": 0}
 
@@ -101,7 +103,7 @@ class ToMe(MatchReducer):
         if removed == 0 or (isinstance(removed, list) and not any(removed)):
             return None
         sources, targets = alternate_split(count, state.prefix % 2 == 0)
-        metric = unit(state.after_prefix(attention.key_mean().detach()).float())
+        metric = state.after_prefix(attention.key_direction())
         similarity = metric[:, sources] @ metric[:, targets].transpose(1, 2)
         sources_present = targets_present = None
         if present is not None:
@@ -110,12 +112,16 @@ class ToMe(MatchReducer):
         if sources_present is not None:
             value = value.masked_fill(~sources_present, float("-inf"))
         merged, stay = Selection.split(value, removed, sources_present)
-        into = stay.size + partner.gather(1, merged.index)
-        if targets_present is None:
-            kept_targets = Selection.every(targets, count, value)
-        else:
-            kept_targets = Selection.where(targets_present).spread(targets)
-        return Match(stay.spread(sources).then(kept_targets), merged.spread(sources), into)
+        # Positions count the whole image: every block merges, and adding the prefix to all of them
+        # later takes four more operations.
+        place = torch.arange(state.prefix + count, device=value.device).expand(value.shape[0], -1)
+        front, patches = place[:, : state.prefix], place[:, state.prefix :]
+        others = Selection(patches[:, targets])
+        if targets_present is not None:
+            others = Selection.where(targets_present).of(others.index)
+        kept = Selection(front).then(stay.of(patches[:, sources]), others)
+        into = partner.gather(1, merged.index) + (state.prefix + stay.size)
+        return Match(kept, merged.of(patches[:, sources]), into, with_prefix=False)
 
     def at_level(self, level: float) -> dict[str, Any]:
         """Return r for each block; the first ones remove one more if the total does not divide."""

@@ -278,7 +278,7 @@ def test_declared_facts_are_true(row: Row, monkeypatch: pytest.MonkeyPatch) -> N
     read: set[str] = set()
     for attribute, name in (
         ("cls_row_heads", "cls_row"),
-        ("key_mean", "key_mean"),
+        ("key_direction", "key_direction"),
         ("value_norm", "value_norm"),
         ("full_map", "full_map"),
     ):

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
 from small import noise
 from torch import Tensor
 
 from foveate.core import AttentionReader, Context, Heads, Layout, TokenState, attend, attention
 
 HEADS, DIM = 3, 4
-ALL = frozenset({"cls_row", "key_mean", "value_norm", "full_map"})
+ALL = frozenset({"cls_row", "key_direction", "value_norm", "full_map"})
 RAGGED = ([5, 2, 7, 1], [3, 0, 6], [4, 4, 4], [1, 9, 2, 8, 3, 7, 4, 6, 5])
 
 
@@ -380,7 +381,7 @@ def test_values_that_methods_read(lengths: list[int], proportional: bool) -> Non
             same(whole[b, :n], real[b, :n])
         norm = heads.v.double().square().sum(-1).sqrt()
         same(got.value_norm(), rectangle(list(norm.T.split(list(lengths), 1)), 1))
-        same(got.key_mean(), heads.k.double().mean(1))
+        same(got.key_direction(), F.normalize(heads.k.double().mean(1), dim=-1))
 
 
 def test_in_the_masked_mode_only_live_keys_are_looked_at() -> None:

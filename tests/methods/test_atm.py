@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import foveate
 from foveate.core import ReducedViT, TokenState
 from foveate.methods.atm import calibrate
+from foveate.ops import unit
 
 
 class Keys:
@@ -20,8 +21,8 @@ class Keys:
     def __init__(self, keys: Tensor) -> None:
         self.keys = keys
 
-    def key_mean(self) -> Tensor:
-        return self.keys
+    def key_direction(self) -> Tensor:
+        return unit(self.keys)
 
 
 def merged(method: str, state: TokenState, keys: Tensor) -> TokenState:

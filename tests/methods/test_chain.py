@@ -56,7 +56,7 @@ def test_a_chain_needs_two() -> None:
 
 def test_facts_follow_from_the_parts() -> None:
     chain = built("dynamicvit(keep=0.9, blocks=[1]) + tome(r=2, blocks=[0, 2, 3])", grid=(6, 6))
-    assert chain.hooks == ("before", "between") and chain.reads == {"key_mean"}
+    assert chain.hooks == ("before", "between") and chain.reads == {"key_direction"}
     assert chain.training_need == "required" and chain.gated and not chain.maskable
     assert chain.drops and not chain.parks and chain.proportional and chain.fixed_count
     assert not built("ats(blocks=[1]) + tome(r=2, blocks=[2])", grid=(6, 6)).fixed_count
