@@ -27,17 +27,15 @@ from foveate.measure.kept import choose, locate, name_files, read_recipe, weight
 from foveate.measure.sheets import Sheet
 from foveate.measure.style import evenly, save, stems
 from foveate.measure.table import Results, frame, pd, rows, select
-from foveate.mim.build import make_masked_model
 from foveate.mim.heterogeneity import Similarity
 from foveate.mim.layers import ALARM, affinity, collapsing, measure_images, tokens_of
 from foveate.mim.masks import Mask
-from foveate.mim.method import MaskedImageModel, States, make_method
+from foveate.mim.method import MaskedImageModel, States, fixed_mask, make_method
+from foveate.mim.models import make_masked_model
 from foveate.mim.recipe import Pretrain
 from foveate.mim.reconstructions import picture, some_images
-from foveate.mim.task import fixed_mask
 from foveate.mim.weights import load_weights
-from foveate.train.images import image_inputs
-from foveate.train.models import open_start
+from foveate.train.models import image_inputs, open_start
 
 __all__ = ["Choices", "Look", "alarms", "look", "sheet", "words", "write"]
 

@@ -16,10 +16,10 @@ from foveate.data import Source
 from foveate.files import write_whole
 from foveate.mim.build import open_watched
 from foveate.mim.layers import ALARM, collapsing, measure_layers
-from foveate.mim.method import MaskedImageModel
+from foveate.mim.method import MaskedImageModel, fixed_mask
 from foveate.mim.recipe import Pretrain
 from foveate.mim.reconstructions import picture, some_images
-from foveate.mim.task import PretrainTask, fixed_mask
+from foveate.mim.task import PretrainTask
 from foveate.mim.weights import save_model, save_vit
 from foveate.train.module import Module
 from foveate.train.probe import Watched, read

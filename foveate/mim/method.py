@@ -17,11 +17,16 @@ from foveate.backbones import TimmBeit, TimmViT, backbone_for
 from foveate.mim.masks import Hiding, Mask
 from foveate.mim.targets import unpatchify
 from foveate.registry import suggest
+from foveate.train.draws import Draws
 
-__all__ = ["METHODS", "MaskedImageModel", "Prediction", "States", "make_method", "register"]
+__all__ = [
+    *("METHODS", "MaskedImageModel", "Prediction", "States", "fixed_mask", "make_method"),
+    "register",
+]
 
 METHODS: dict[str, type[MaskedImageModel]] = {}
 _M = TypeVar("_M", bound="type[MaskedImageModel]")
+_FIXED = 2**31  # steps that no run reaches: masks of evaluation are drawn as of these
 
 
 @dataclass(eq=False)
@@ -193,3 +198,12 @@ def make_method(
     made = cls(vit, **given)
     made.options = {**legal, **given}
     return made
+
+
+def fixed_mask(
+    model: MaskedImageModel, images: Tensor, masking: Hiding, seed: int = 0, index: int = 0
+) -> Mask:
+    """Draw masks for evaluation: always the same for the same batch, unlike in training."""
+    backbone = model.backbone
+    draws = Draws(seed, 0, _FIXED + index, device=images.device)
+    return masking.draw(len(images), backbone.grid_of(images), backbone.spec.patch, draws)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from foveate.data import Transform
-from foveate.mim.masks import Hiding, Mask
-from foveate.mim.method import MaskedImageModel
+from foveate.mim.masks import Hiding
+from foveate.mim.method import MaskedImageModel, fixed_mask
 from foveate.mim.mto import Mto, mto_losses
 from foveate.mim.teacher import SecondView, TaughtModel, follow, make_teacher
 from foveate.mim.weights import save_model
@@ -19,9 +19,7 @@ from foveate.train.draws import Draws
 from foveate.train.images import ImageTask
 from foveate.train.recipe import Data
 
-__all__ = ["PretrainTask", "fixed_mask"]
-
-_FIXED = 2**31  # steps that no run reaches: masks of evaluation are drawn as of these
+__all__ = ["PretrainTask"]
 
 
 class PretrainTask(ImageTask):
@@ -135,12 +133,3 @@ class PretrainTask(ImageTask):
         path = folder / "model.safetensors"
         save_model(model, path)
         return path
-
-
-def fixed_mask(
-    model: MaskedImageModel, images: Tensor, masking: Hiding, seed: int = 0, index: int = 0
-) -> Mask:
-    """Draw masks for evaluation: always the same for the same batch, unlike in training."""
-    backbone = model.backbone
-    draws = Draws(seed, 0, _FIXED + index, device=images.device)
-    return masking.draw(len(images), backbone.grid_of(images), backbone.spec.patch, draws)

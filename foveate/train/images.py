@@ -14,32 +14,15 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from foveate.backbones import backbone_of, set_image_settings
+from foveate.backbones import backbone_of
 from foveate.core import ReducedViT, Trace
 from foveate.core.evaluation import logits_of
-from foveate.data import Inputs, Transform, train_transform
+from foveate.data import Transform, train_transform
+from foveate.train.models import image_inputs
 from foveate.train.recipe import Data, Mix
 from foveate.train.task import Task
 
-__all__ = ["ClassificationTask", "ImageTask", "image_inputs"]
-
-
-def image_inputs(model: nn.Module, data: Data) -> Inputs:
-    """Return how a model takes images; the recipe's settings are also stored on the model."""
-    wanted = Inputs.of(model)
-    if data.mean is not None and {len(data.mean), len(data.std or ())} != {wanted.channels}:
-        raise ValueError(
-            f"data.mean and data.std need one value for each of the model's {wanted.channels} "
-            "channels"
-        )
-    said: dict[str, Any] = {
-        "mean": data.mean or wanted.mean,
-        "std": data.std or wanted.std,
-        "crop_pct": data.crop_pct,
-        "interpolation": data.augment.interpolation,
-    }
-    set_image_settings(backbone_of(model).model, said)
-    return Inputs(size=wanted.size, channels=wanted.channels, **said)
+__all__ = ["ClassificationTask", "ImageTask"]
 
 
 class ImageTask(Task):

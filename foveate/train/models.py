@@ -9,14 +9,22 @@ import timm
 from timm.layers import DropPath, calculate_drop_path_rates
 from torch import nn
 
-from foveate.backbones import backbone_for, lvvit_m, lvvit_s, multiscale
+from foveate.backbones import (
+    backbone_for,
+    backbone_of,
+    lvvit_m,
+    lvvit_s,
+    multiscale,
+    set_image_settings,
+)
 from foveate.convert import SHIPPED, Settings, open_model, open_shipped
 from foveate.core import Backbone, ReducedViT
+from foveate.data import Inputs
 from foveate.train import recipe as recipes
 
 __all__ = [
-    *("LVVIT_MODELS", "make_model", "open_start", "open_whole", "set_checkpointing"),
-    *("set_drop_path", "started"),
+    *("LVVIT_MODELS", "image_inputs", "make_model", "open_start", "open_whole"),
+    *("set_checkpointing", "set_drop_path", "started"),
 ]
 
 LVVIT_MODELS = {"lvvit_s": lvvit_s, "lvvit_m": lvvit_m}
@@ -192,3 +200,21 @@ def set_drop_path(backbone: Backbone, rate: float) -> None:
             )
         if p:
             block.drop_path1, block.drop_path2 = DropPath(p), DropPath(p)
+
+
+def image_inputs(model: nn.Module, data: recipes.Data) -> Inputs:
+    """Return how a model takes images; the recipe's settings are also stored on the model."""
+    wanted = Inputs.of(model)
+    if data.mean is not None and {len(data.mean), len(data.std or ())} != {wanted.channels}:
+        raise ValueError(
+            f"data.mean and data.std need one value for each of the model's {wanted.channels} "
+            "channels"
+        )
+    said: dict[str, Any] = {
+        "mean": data.mean or wanted.mean,
+        "std": data.std or wanted.std,
+        "crop_pct": data.crop_pct,
+        "interpolation": data.augment.interpolation,
+    }
+    set_image_settings(backbone_of(model).model, said)
+    return Inputs(size=wanted.size, channels=wanted.channels, **said)

@@ -26,8 +26,7 @@ from foveate.data import Inputs, Loader, Source, device_batches, limited, usual_
 from foveate.files import made_folder, write_text
 from foveate.train import recipe as recipes
 from foveate.train.draws import seed_step
-from foveate.train.images import image_inputs
-from foveate.train.models import make_model
+from foveate.train.models import image_inputs, make_model
 from foveate.train.result import Result
 from foveate.train.splits import check_start, open_data
 

@@ -20,12 +20,12 @@ from foveate.measure import look as looking
 from foveate.measure.kept import choose, read_recipe, weights_kept
 from foveate.measure.look import Choices, Look, alarms, look
 from foveate.measure.style import evenly
-from foveate.mim.build import make_masked_model
 from foveate.mim.heterogeneity import Similarity, heterogeneity, visible_cosine
 from foveate.mim.layers import ALARM, affinity
+from foveate.mim.method import fixed_mask
+from foveate.mim.models import make_masked_model
 from foveate.mim.recipe import Pretrain
 from foveate.mim.run import pretrain
-from foveate.mim.task import fixed_mask
 from foveate.mim.weights import load_weights
 from foveate.train.logs import read_metrics
 

@@ -26,11 +26,11 @@ from foveate.cli import main
 from foveate.data import device_batches, eval_transform, limited, open_images
 from foveate.data.loader import Loader
 from foveate.mim import callbacks as pretrain_callbacks
-from foveate.mim.build import make_masked_model
 from foveate.mim.masks import Hiding
-from foveate.mim.method import MaskedImageModel
+from foveate.mim.method import MaskedImageModel, fixed_mask
+from foveate.mim.models import make_masked_model
 from foveate.mim.recipe import Pretrain
-from foveate.mim.task import PretrainTask, fixed_mask
+from foveate.mim.task import PretrainTask
 from foveate.mim.weights import load_weights, rest_path, save_model
 from foveate.train.draws import Draws
 from foveate.train.logs import read_metrics
