@@ -84,8 +84,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--only",
+        action="append",
+        default=[],
         metavar="GLOB",
-        help="run only the cells whose names match the pattern; --dry-run shows the names",
+        help="run only the cells whose names match the pattern; --dry-run shows the names. Give it "
+        "more than once for cells that match any of several patterns",
     )
     add("--list", action="store_true", help="list the comparisons that ship, and stop")
     add("--dry-run", action="store_true", help="list the cells and their state, and stop")

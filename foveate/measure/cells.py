@@ -161,13 +161,16 @@ def make_cells(comparison: Comparison, out: Path) -> dict[str, Cell]:
     return found
 
 
-def chosen(cells: Mapping[str, Cell], only: str | None) -> set[str]:
-    """Return the names of the cells that match a pattern; without one, all names."""
-    if only is None:
+def chosen(cells: Mapping[str, Cell], patterns: Sequence[str]) -> set[str]:
+    """Return the names of the cells that match any of the patterns; without one, all names."""
+    if not patterns:
         return set(cells)
-    found = {name for name in cells if fnmatch.fnmatchcase(name, only)}
-    if not found:
-        raise ValueError(f"--only {only} selects no cell; one is called {next(iter(cells))}")
+    found: set[str] = set()
+    for pattern in patterns:
+        matching = {name for name in cells if fnmatch.fnmatchcase(name, pattern)}
+        if not matching:
+            raise ValueError(f"--only {pattern} selects no cell; one is called {next(iter(cells))}")
+        found |= matching
     return found
 
 

@@ -120,6 +120,9 @@ def test_a_dry_run_lists_and_does_nothing(
     assert here.names == []
     assert compare(config, "--out", out, "--dry-run", "--only", "*/base/*") == 0
     assert capsys.readouterr().out.splitlines()[-1] == "4 cells: 4 done"
+    both = ("--only", "*/base/*", "--only", f"{METHOD}/seed0")
+    assert compare(config, "--out", out, "--dry-run", *both) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "5 cells: 5 done"
 
 
 def test_a_killed_cell_goes_on(config: Path, out: Path, here: Here) -> None:

@@ -70,6 +70,7 @@ def test_mistakes_are_said_before_anything_runs(
         (["--parallel", "0"], "at least 1"),
         (["--address", "auto"], "--launcher ray"),
         (["--only", "nothing"], "selects no cell"),
+        (["--only", "models/*", "--only", "nothing"], "--only nothing selects no cell"),
         (["evaluate.speed=[8]", "--parallel", "2"], "--parallel 1"),
     ],
 )
