@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from threading import Lock
@@ -370,3 +371,26 @@ def test_mistakes_about_other_jobs(
     path.write_text(PRETRAINING)
     assert compare(path, change, "--out", tmp_path / "out") == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "jobs"),
+    [
+        ("scenes_segment", {"segment": 1 + 3 + 5 * 3}),
+        ("scenes_detect", {"detect": 1 + 3 + 6 * 3 + 10}),
+        ("scenes_transfer", {"pretrain": 3 + 3, "segment": 2 * 3 + 3, "detect": 2 * 3 + 3}),
+    ],
+)
+def test_the_comparisons_on_scenes(name: str, jobs: dict[str, int], tmp_path: Path) -> None:
+    comparison = configs.read(Comparison, configs.find_recipe("compare", name))
+    cells = make_cells(comparison, tmp_path)
+    trained = sum(number for job, number in jobs.items() if job != "pretrain")
+    assert Counter(cell.work.job for cell in cells.values()) == {**jobs, "evaluate": trained}
+    if name == "scenes_transfer":
+        made = {label: cells[f"models/{label}/seed0"] for label in ("detect_scratch", "detect_mae")}
+        assert made["detect_mae"].needs == ("models/mae/seed0",)
+        assert made["detect_scratch"].needs == ()
+        # They differ in the start alone.
+        scratch, mae = (cell.work.settings for cell in made.values())
+        assert scratch.model.start is None and mae.model.start.endswith("models/mae/seed0")
+        assert replace(mae, model=replace(mae.model, start=None)) == scratch
