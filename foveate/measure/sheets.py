@@ -24,6 +24,7 @@ _SHARES = ("used", "used_last", "usage", "usage_deviation", "reactivation", "at_
 # Scores of detectors and segmenters, 0..1 in the table.
 _SCORES = {"box_ap": "box AP", "box_ap50": "AP50", "box_small": "of small", "mask_ap": "mask AP"}
 _SCORES |= {"mask_small": "of small masks", "miou": "mean IoU"}
+_KINDS = {"box_ap": " of detectors", "miou": " of segmenters"}
 _MACS = ("macs", "dense_macs", "backbone_macs")
 
 
@@ -327,10 +328,22 @@ def _times(numbers: _Numbers, speed: pd.DataFrame) -> pd.Series:
 
 
 def _dense(numbers: _Numbers, own: pd.DataFrame) -> Iterator[Sheet]:
-    """Return scores and costs of detectors and segmenters, then their speed."""
-    subjects = _subjects(numbers, own, "dense")
-    text = grid(own, _SUBJECT).reindex(subjects)
-    table = pd.DataFrame(index=subjects)
+    """Return scores and costs of detectors and of segmenters, then their speed."""
+    text = grid(own, _SUBJECT).reindex(_subjects(numbers, own, "dense"))
+    kinds = {metric: words for metric, words in _KINDS.items() if metric in text}
+    if len(kinds) < 2:
+        yield _dense_scores(numbers, text)
+    else:
+        for metric, words in kinds.items():  # what has no score yet may be of any kind
+            others = text[[*kinds.keys() - {metric}]].notna().any(axis=1)
+            yield _dense_scores(numbers, text[~others].dropna(axis=1, how="all"), words)
+    timed = numbers.part("dense speed")
+    if len(timed):
+        yield _dense_speed(numbers, timed)
+
+
+def _dense_scores(numbers: _Numbers, text: pd.DataFrame, kind: str = "") -> Sheet:
+    table = pd.DataFrame(index=text.index)
     for metric, words in _SCORES.items():
         if metric in text:
             table[words] = text[metric].replace("nan", "no objects")
@@ -338,15 +351,12 @@ def _dense(numbers: _Numbers, own: pd.DataFrame) -> Iterator[Sheet]:
         table[words] = text.get(metric)
     table["patches used %"] = text.get("usage")
     notes = ["Multiply-adds and patches are means over images of the data, counted as they ran."]
-    yield Sheet(
-        f"Scores{_on_images(numbers, 'dense')}, %",
+    return Sheet(
+        f"Scores{kind}{_on_images(numbers, 'dense')}, %",
         _titled(_filled(table, numbers.expected.get("dense", {}))),
         notes=[*_notes(numbers, set()), *notes],
         spare=("AP50", "of small masks", "of small"),
     )
-    timed = numbers.part("dense speed")
-    if len(timed):
-        yield _dense_speed(numbers, timed)
 
 
 def _dense_speed(numbers: _Numbers, own: pd.DataFrame) -> Sheet:

@@ -315,6 +315,24 @@ def test_speed_is_over_the_own_dense_model() -> None:
     assert told[-1] == (6, 6)
 
 
+def test_detectors_and_segmenters_have_tables_of_their_own() -> None:
+    costs = {"macs": 2e6, "dense_macs": 2e6, "backbone_macs": 1e6, "usage": 1.0}
+    scores = {"finder": {"box_ap": 0.25, "mask_ap": 0.2}, "painter": {"miou": 0.5}}
+    found = [rows("dense", {**own, **costs}, run=run) for run, own in scores.items()]
+    expected = [("dense", run, "", None, 1) for run in ("finder", "painter", "late")]
+    both, one_kind = (
+        list(sheets(Results(frame(table), {"expected": expected})))
+        for table in (sum(found, []), found[1])
+    )
+    assert [sheet.title for sheet in both] == ["Scores of detectors, %", "Scores of segmenters, %"]
+    boxes, regions = (sheet.table for sheet in both)
+    assert list(boxes["model"]) == ["finder", "late"] and "mean IoU" not in boxes
+    assert list(regions["model"]) == ["painter", "late"] and "box AP" not in regions
+    assert list(regions["mean IoU"]) == ["50.0", "missing"]
+    assert [sheet.title for sheet in one_kind] == ["Scores, %"]
+    assert list(one_kind[0].table["model"]) == ["finder", "painter", "late"]
+
+
 # Curves of runs ----------------------------------------------------------------------------------
 
 
