@@ -18,15 +18,21 @@ from torch import Tensor, nn
 from foveate.core.driver import ReducedViT
 from foveate.core.evaluation import evaluating
 from foveate.core.gated import GatedReducer, log_odds
+from foveate.core.reducer import Reducer
 from foveate.core.tokens import TokenState
 
-__all__ = ["calibrate"]
+__all__ = ["can_calibrate", "calibrate"]
 
 _log = logging.getLogger(__name__)
 
 
 class _Reached(Exception):
     """Signals that the gate in question has answered, so the rest of the pass is not needed."""
+
+
+def can_calibrate(reducer: Reducer) -> bool:
+    """Tell whether a method has gates whose shift changes how many tokens an image keeps."""
+    return isinstance(reducer, GatedReducer) and not reducer.fixed_count
 
 
 @torch.no_grad()
@@ -66,6 +72,11 @@ def _gated(model: nn.Module) -> GatedReducer:
     reducer = found[0].reducer
     if not isinstance(reducer, GatedReducer):
         raise ValueError(f"{reducer.name} has no gates to calibrate")
+    if not can_calibrate(reducer):
+        raise ValueError(
+            f"{reducer.name} keeps a fixed number of tokens by gate='topk', which calibration does "
+            "not change: set gate='argmax' first"
+        )
     return reducer
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate import config, machine
-from foveate.core import GatedReducer
+from foveate.core.calibration import can_calibrate
 from foveate.dense import DenseModel
 from foveate.measure.cells import EVALUATE, Work, read_work
 from foveate.measure.dense import evaluate_dense
@@ -93,7 +93,7 @@ def judge(work: Work, folder: Path, command: str, progress: Progress | None = No
             f"dense models ({', '.join(dense)}) and classifiers cannot be evaluated together"
         )
     if dense:
-        if not any(isinstance(model.reducer, GatedReducer) for model in dense.values()):
+        if not any(can_calibrate(model.reducer) for model in dense.values()):
             plan = replace(plan, calibration=0)  # a comparison asks it of all alike
         found = evaluate_dense(dense, plan, command=command, progress=progress)
     else:

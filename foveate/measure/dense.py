@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from foveate import api, machine
-from foveate.core import GatedReducer
+from foveate.core.calibration import can_calibrate
 from foveate.core.cost import counting
 from foveate.core.evaluation import answering
 from foveate.data import (
@@ -172,12 +172,12 @@ class _Job:
 
     def _calibrate(self, count: int) -> None:
         gated = {
-            name: model
-            for name, model in self.variants.items()
-            if isinstance(model.reducer, GatedReducer)
+            name: model for name, model in self.variants.items() if can_calibrate(model.reducer)
         }
         if not gated:
-            raise ValueError(f"{self.label} has no method with gates to calibrate")
+            raise ValueError(
+                f"{self.label} has no method with gates to calibrate (a fixed count needs none)"
+            )
         source = limited(self._open("train"), count, balanced=False)
         plain = dense_train_transform(DenseAugment(resize="none", flip=0.0), self.channels)
         batches = [self._images(batch) for batch in self._load(source, plain)]

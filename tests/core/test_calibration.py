@@ -53,6 +53,8 @@ def test_the_gate_rule_and_the_mode_come_back() -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="evit has no gates to calibrate"):
         calibrate(foveate.apply(vit(), "evit", check=False), DATA)
+    with pytest.raises(ValueError, match="dynamicvit keeps a fixed number of tokens"):
+        calibrate(foveate.apply(vit(), "dynamicvit", check=False), DATA)
     with pytest.raises(ValueError, match="one reduced ViT inside, found 0"):
         calibrate(vit(), DATA)
     with pytest.raises(ValueError, match="at least one batch"):

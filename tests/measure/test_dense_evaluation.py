@@ -115,6 +115,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for more, words in (
         (["--occlusion"], "is for classifiers"),
         (["--calibrate", "2"], "has no method with gates"),
+        (["dynamicvit(keep=0.5)", "--calibrate", "2"], "a fixed count needs none"),
     ):
         assert cli.main([*command, *more]) == 2
         assert words in capsys.readouterr().err
