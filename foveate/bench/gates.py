@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.core import GatedReducer, ReducedViT, TokenState
+from foveate.core.calibration import can_calibrate
 from foveate.core.gated import log_odds
 from foveate.dense import DenseBackbone
 
@@ -33,11 +34,7 @@ def calibrate(model: ReducedViT | DenseBackbone, images: Any) -> bool:
 
     Return whether there was any gate to set.
     """
-    gated = [
-        part
-        for part in model.reducer.members
-        if isinstance(part, GatedReducer) and not part.fixed_count and part.name in _LAST
-    ]
+    gated = [part for part in model.reducer.members if can_calibrate(part) and part.name in _LAST]
     for part in gated:
         vars(part)["before"] = _setting(part)
     try:

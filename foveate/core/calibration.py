@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class _Reached(Exception):
     """Signals that the gate in question has answered, so the rest of the pass is not needed."""
 
 
-def can_calibrate(reducer: Reducer) -> bool:
+def can_calibrate(reducer: Reducer) -> TypeGuard[GatedReducer]:
     """Tell whether a method has gates whose shift changes how many tokens an image keeps."""
     return isinstance(reducer, GatedReducer) and not reducer.fixed_count
 

@@ -114,7 +114,7 @@ class ToMe(MatchReducer):
         merged, stay = Selection.split(value, removed, sources_present)
         # Positions count the whole image: every block merges, and adding the prefix to all of them
         # later takes four more operations.
-        place = torch.arange(state.prefix + count, device=value.device).expand(value.shape[0], -1)
+        place = torch.arange(state.layout.longest, device=value.device).expand(state.batch, -1)
         front, patches = place[:, : state.prefix], place[:, state.prefix :]
         others = Selection(patches[:, targets])
         if targets_present is not None:

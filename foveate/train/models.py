@@ -1,4 +1,4 @@
-"""Make the model that a run starts from, and refuse what does not fit."""
+"""Make the model that a run starts from, say how it takes images, and refuse what does not fit."""
 
 from __future__ import annotations
 
