@@ -18,7 +18,8 @@ FILE, RUNTIME = "model.pt2", "torch"
 
 
 def write(graph: Graph, path: Path) -> None:
-    """Write a graph."""
+    """Write a graph, in which equal scores keep their order from here on."""
+    _sort_stably(graph.program)
 
     def save(partial: str) -> None:
         with open(partial, "wb") as file:
@@ -42,3 +43,14 @@ def tokens(path: Path, layers: Sequence[str], images: np.ndarray) -> tuple[int, 
     with torch.no_grad():
         Watched(module).run(torch.from_numpy(images))
     return tuple(found[name] // len(images) for name in layers)
+
+
+def _sort_stably(program: torch.export.ExportedProgram) -> None:
+    """Let every sort keep equal values in order, as the model does outside of a graph."""
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.sort.default:
+            node.target = torch.ops.aten.sort.stable
+            # Only the values may be given by position there.
+            given = dict(zip(("dim", "descending"), node.args[1:], strict=False))
+            node.args, node.kwargs = node.args[:1], {"stable": True, **given, **node.kwargs}
+    program.graph_module.recompile()

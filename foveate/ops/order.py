@@ -1,4 +1,4 @@
-"""Sort tokens so that equal ones keep their order, also in an exported graph."""
+"""Sort tokens so that equal ones keep their order."""
 
 from __future__ import annotations
 
@@ -7,21 +7,24 @@ from torch import Tensor
 
 __all__ = ["highest_first", "marked_first"]
 
-# Torch's ONNX exporter has no stable sort, so a graph sorts without that flag. Scores hardly ever
-# tie, and ONNX keeps the order of equal values anyway. Marks tie all the time, so ``marked_first``
-# sorts by position too.
+# Torch's ONNX exporter has no stable sort, so an exported graph sorts without that flag. Marks tie
+# all the time, so ``marked_first`` sorts by position there. Scores seldom tie: runtimes for ONNX
+# keep equal ones in order anyway, and our writer of .pt2 files sets the flag again.
 
 
 def highest_first(score: Tensor) -> Tensor:
-    """Return the positions of each row of ``score [B, N]``, highest first."""
-    if torch.compiler.is_compiling():
-        return score.argsort(dim=1, descending=True)
-    return score.argsort(dim=1, descending=True, stable=True)
+    """Return the positions of each row of ``score [B, N]``, highest first.
+
+    In a program that ``torch.export`` makes, the order of equal scores is not promised.
+    """
+    if torch.compiler.is_exporting():
+        return score.sort(dim=1, descending=True).indices
+    return score.sort(dim=1, descending=True, stable=True).indices
 
 
 def marked_first(mask: Tensor) -> Tensor:
     """Return the positions of each row of ``mask [B, N]``, marked ones first."""
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_exporting():
         return (~mask).to(torch.uint8).sort(dim=1, stable=True).indices
     count = mask.shape[1]
     place = torch.arange(count, device=mask.device)

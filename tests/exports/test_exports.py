@@ -324,6 +324,16 @@ def test_the_backbone_of_a_detector(tmp_path: Path) -> None:
         foveate.export(vit(), tmp_path, format="pt2", image_size=64)
 
 
+def test_equal_scores_keep_their_order_in_a_pt2_file(tmp_path: Path) -> None:
+    model = with_method("tome(r=4)")
+    made = foveate.export(model, tmp_path, format="pt2", batch=2)
+    program = torch.export.load(str(made.file))
+    sorts = [node for node in program.graph.nodes if "sort" in str(node.target)]
+    assert sorts and all(node.kwargs["stable"] is True for node in sorts)
+    x = images(2)
+    np.testing.assert_allclose(made.open()(x.numpy())[0], logits(model, x), atol=1e-4)
+
+
 def test_all_images_are_compared_and_read_before_the_work(tmp_path: Path) -> None:
     """Not only those that fill a call; but a fixed batch has to be filled."""
     model, out = with_method(), tmp_path / "out"
