@@ -170,7 +170,7 @@ def test_pictures_fill_a_fixed_batch(
 ) -> None:
     """Each is computed once, and keeps its own answer; all outputs are written."""
     about = {"channels": 1, "size": [2, 3], "mean": [0.0], "std": [1.0], "crop_pct": None}
-    about |= {"batch": 2, "outputs": ["map_0", "map_1"], "labels": None}
+    about |= {"batch": 2, "outputs": ["map_0", "map_1"], "labels": None, "runtime": "torch"}
     sizes = []
 
     def run(pixels: np.ndarray) -> list[np.ndarray]:
@@ -183,7 +183,7 @@ def test_pictures_fill_a_fixed_batch(
         infer.main()
 
     monkeypatch.setattr(infer, "__file__", str(tmp_path / "infer.py"))
-    monkeypatch.setattr(infer, "open_model", lambda folder, threads, batch: (run, about))
+    monkeypatch.setattr(infer, "open_model", lambda *given: (run, about))
     photos = [tmp_path / f"{level}.png" for level in (0, 51, 102, 153, 204)]
     for photo in photos:
         Image.new("L", (3, 2), int(photo.stem)).save(photo)
@@ -196,16 +196,14 @@ def test_pictures_fill_a_fixed_batch(
     for words, said in (
         (["--npy", "one.npy"], "this model has 2"),
         (["--json", "a"], "for classes"),
+        (["--bf16"], "--bf16 is for OpenVINO, and this model runs in torch"),
     ):
         with pytest.raises(SystemExit):
             infer_main(photos[0], *words)
         assert said in capsys.readouterr().err
     about |= {"batch": None, "outputs": ["logits"], "labels": ["a", "b"]}
-    monkeypatch.setattr(
-        infer,
-        "open_model",
-        lambda folder, threads, batch: (lambda x: [x.reshape(1, 6)[:, :2]], about),
-    )
+    logits_of = lambda x: [x.reshape(1, 6)[:, :2]]  # noqa: E731
+    monkeypatch.setattr(infer, "open_model", lambda *given: (logits_of, about))
     infer_main(*photos[:3], "--npy", tmp_path / "one.npy", "--json", tmp_path / "answers.json")
     assert np.load(tmp_path / "one.npy").shape == (3, 2)
     assert list(json.loads((tmp_path / "answers.json").read_text())) == list(map(str, photos[:3]))
@@ -322,6 +320,30 @@ def test_the_backbone_of_a_detector(tmp_path: Path) -> None:
     assert again.check is not None and again.check.passed and again.check.images == 1
     with pytest.raises(ValueError, match="an image size is for dense models"):
         foveate.export(vit(), tmp_path, format="pt2", image_size=64)
+
+
+def test_openvino_computes_in_float32_unless_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs("openvino")
+    import openvino
+
+    made, x = foveate.export(with_method(), tmp_path, format="openvino"), images(2)
+    asked, compile_model = [], openvino.compile_model
+
+    def watched(model: object, device: str, settings: dict) -> object:
+        asked.append(settings["INFERENCE_PRECISION_HINT"])
+        return compile_model(model, device, settings)
+
+    monkeypatch.setattr(openvino, "compile_model", watched)
+    exact, coarse = made.open()(x.numpy())[0], made.open(bf16=True)(x.numpy())[0]
+    assert asked == ["f32", "bf16"]
+    np.testing.assert_allclose(coarse, exact, atol=0.1)  # equal where bf16 has no instructions
+
+
+def test_bf16_is_for_openvino(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="bf16 is for openvino: this model runs in torch"):
+        foveate.export(tiny(), tmp_path, format="pt2").open(bf16=True)
 
 
 def test_equal_scores_keep_their_order_in_a_pt2_file(tmp_path: Path) -> None:
