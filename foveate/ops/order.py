@@ -9,13 +9,15 @@ __all__ = ["highest_first", "marked_first"]
 
 # Torch's ONNX exporter has no stable sort, so an exported graph sorts without that flag. Marks tie
 # all the time, so ``marked_first`` sorts by position there. Scores seldom tie: runtimes for ONNX
-# keep equal ones in order anyway, and our writer of .pt2 files sets the flag again.
+# keep equal ones in order anyway, and our writer of .pt2 files sets the flag again. Torch 2.9 takes
+# a compiled function for an exported one, so there it sorts without the flag too.
 
 
 def highest_first(score: Tensor) -> Tensor:
     """Return the positions of each row of ``score [B, N]``, highest first.
 
-    In a program that ``torch.export`` makes, the order of equal scores is not promised.
+    In a program that ``torch.export`` makes, and compiled by torch 2.9, the order of equal scores
+    is not promised.
     """
     if torch.compiler.is_exporting():
         return score.sort(dim=1, descending=True).indices

@@ -31,9 +31,17 @@ def wanted(rows: Tensor) -> list[list[int]]:
     ]
 
 
+def takes_compiled_for_exported() -> bool:
+    """Whether ``is_exporting`` is wrong under ``torch.compile``, as in torch 2.9."""
+    probe = torch.compile(lambda x: x + int(torch.compiler.is_exporting()), backend="eager")
+    return bool(probe(torch.zeros(())) == 1)
+
+
 @pytest.mark.parametrize(("function", "rows"), [(highest_first, SCORES), (marked_first, MARKS)])
 def test_equal_ones_stay_in_order(function: Callable[[Tensor], Tensor], rows: Tensor) -> None:
     assert function(rows).tolist() == wanted(rows)
+    if takes_compiled_for_exported():
+        pytest.skip("this torch takes compiled functions for exported ones")
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     assert compiled(rows).tolist() == wanted(rows)
 
