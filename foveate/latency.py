@@ -287,14 +287,19 @@ def time_calls(
     device: str,
     rounds: int = _ROUNDS,
     progress: Callable[[int, int], None] | None = None,
+    settle: bool = False,
 ) -> Timings:
-    """Time calls together, by default in as many rounds as a budget in time needs."""
+    """Time calls together, by default in as many rounds as a budget in time needs.
+
+    ``settle`` is for calls that have threads of their own, as ``foveate.timing.measure`` says.
+    """
     return measure(
         calls,
         rounds=rounds,
         warmup=_WARMUP,
         sample_ms=_SAMPLE_MS,
         device=device,
+        settle=settle,
         progress=progress,
     )
 

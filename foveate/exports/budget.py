@@ -93,6 +93,8 @@ def at_time(
 
 def _timed(calls: Mapping[str, Call]) -> dict[str, float]:
     """Return the median milliseconds of each call, timed in one run."""
+    # Each session of a runtime has threads of its own, which turn idly for a while after a call and
+    # hold up the next one, as they never do where the model runs alone.
     with torch.inference_mode():
-        timings = time_calls(calls, "cpu")
+        timings = time_calls(calls, "cpu", settle=True)
     return {name: timings.ms(name).median for name in calls}

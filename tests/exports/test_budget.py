@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from small import randomise, vit
 
 import foveate
+from foveate import timing
 from foveate.cli import main
 from foveate.exports import budget
 from foveate.exports.make import _Writer
@@ -57,6 +59,20 @@ def with_method(method: str) -> foveate.core.ReducedViT:
     model = foveate.apply(randomise(vit()).eval(), method)
     randomise(model.reducer, seed=1)
     return model
+
+
+def test_threads_of_one_session_rest_while_another_is_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rested: list[bool] = []
+
+    def measured(calls: dict[str, Callable[[], Any]], **settings: Any) -> timing.Timings:
+        rested.append(settings["settle"])
+        return timing.measure(calls, **settings)
+
+    monkeypatch.setattr("foveate.latency.measure", measured)
+    found = budget._timed({"quick": lambda: time.sleep(0.005), "slow": lambda: time.sleep(0.02)})
+    assert rested == [True] and found["slow"] > found["quick"]
 
 
 @pytest.mark.parametrize(
