@@ -27,7 +27,7 @@ from foveate import machine
 from foveate.bench import speed
 from foveate.bench.images import natural_images
 from foveate.exports import Exported
-from foveate.latency import TimeBudget
+from foveate.latency import TimeBudget, time_calls
 from foveate.measure import Results, frame
 from foveate.measure.table import rows
 from foveate.timing import AGAIN, DENSE, LEAST_ROUNDS, Timings, measure
@@ -110,15 +110,7 @@ def dense_ms(vit: nn.Module) -> float:
     """Time the dense model on one image."""
     images = natural_images(1, vit.patch_embed.img_size, 0)
     with torch.inference_mode():
-        timings = measure(
-            {DENSE: partial(vit, images)},
-            rounds=LEAST_ROUNDS,
-            warmup=3,
-            sample_ms=20.0,
-            device="cpu",
-            settle=True,
-        )
-    return timings.ms(DENSE).median
+        return time_calls({DENSE: partial(vit, images)}, "cpu").ms(DENSE).median
 
 
 def in_runtimes(vit: nn.Module, rounds: int, threads: int) -> Iterator[Reached]:

@@ -183,7 +183,7 @@ def test_pictures_fill_a_fixed_batch(
         infer.main()
 
     monkeypatch.setattr(infer, "__file__", str(tmp_path / "infer.py"))
-    monkeypatch.setattr(infer, "open_model", lambda *given: (run, about))
+    monkeypatch.setattr(infer, "open_model", lambda folder, threads, batch, bf16: (run, about))
     photos = [tmp_path / f"{level}.png" for level in (0, 51, 102, 153, 204)]
     for photo in photos:
         Image.new("L", (3, 2), int(photo.stem)).save(photo)
@@ -202,8 +202,11 @@ def test_pictures_fill_a_fixed_batch(
             infer_main(photos[0], *words)
         assert said in capsys.readouterr().err
     about |= {"batch": None, "outputs": ["logits"], "labels": ["a", "b"]}
-    logits_of = lambda x: [x.reshape(1, 6)[:, :2]]  # noqa: E731
-    monkeypatch.setattr(infer, "open_model", lambda *given: (logits_of, about))
+    monkeypatch.setattr(
+        infer,
+        "open_model",
+        lambda folder, threads, batch, bf16: (lambda x: [x.reshape(1, 6)[:, :2]], about),
+    )
     infer_main(*photos[:3], "--npy", tmp_path / "one.npy", "--json", tmp_path / "answers.json")
     assert np.load(tmp_path / "one.npy").shape == (3, 2)
     assert list(json.loads((tmp_path / "answers.json").read_text())) == list(map(str, photos[:3]))

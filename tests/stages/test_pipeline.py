@@ -416,5 +416,6 @@ def test_help_lists_the_settings_and_recipes(capsys: pytest.CaptureFixture[str])
     said = capsys.readouterr().out
     assert "fashion_part" in said and "imagenet_mae_b" in said
     assert pipeline("fashion_part", "--print") == 0
-    assert yaml.safe_load(capsys.readouterr().out)["stages"]["probe"]["recipe"] == "fashion_part"
+    probe = {"recipe": "fashion_part", "feature": "avg", "lr": 10.0}
+    assert yaml.safe_load(capsys.readouterr().out)["stages"]["probe"] == probe
     assert pipeline() == 2 and "name a recipe" in capsys.readouterr().err
