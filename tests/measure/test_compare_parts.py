@@ -280,7 +280,7 @@ def test_the_comparisons_of_pretraining_ask_for_what_they_did(tmp_path: Path) ->
     assert comparison.root("mae_mto_raw") == "mae"
 
 
-@pytest.mark.parametrize("name", ["mergence_part", "yardstick_cifar10"])
+@pytest.mark.parametrize("name", ["mergence_part", "mergence_cifar10", "yardstick_cifar10"])
 def test_the_other_comparisons_that_ship(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,6 +301,14 @@ def test_the_other_comparisons_that_ship(
             and one.method == cells["models/mergence_05/seed2"].work.settings.method
         )
         assert "similarity" in str(cells["models/l2_05/seed0"].work.settings.method)
+    elif name == "mergence_cifar10":
+        assert jobs == {"finetune": 1, "reduce": 6, "evaluate": 7}
+        dense, multiscale = (
+            cells[f"models/{model}/seed0"].work.settings for model in ("dense", "multiscale_05")
+        )
+        assert multiscale.model.multiscale == {} and "tokenmergence" in str(multiscale.method)
+        for part in ("data", "optim", "mix", "loop"):  # nothing but the method is another
+            assert getattr(dense, part) == getattr(multiscale, part), part
     else:
         assert jobs == {"pretrain": 9 * 3, "finetune": 10 * 3 + 2, "evaluate": 10 * 3 + 2}
         taught = cells["models/labels_taught/seed0"]
