@@ -163,11 +163,15 @@ def tradeoff_figure(results: Results, *, batch: float | None = None, score: str 
         label += f" (n {group['count'].min()})" * seeded
         lines[label] = _banded(group.sort_values("macs"), seeded)
     worded = len(lines) <= _MOST_WORDED and bool(reduced["rate"].notna().any())
-    started = dense[dense["run"].isin(reduced["run"])]  # other models would only widen the axes
-    dense = started if len(started) and not dense_task else dense
+    started = dense[dense["run"].isin(reduced["run"])]
+    if len(started) and not dense_task:  # others only where they do not widen the axes
+        points = pd.concat([reduced, started])
+        fits = [dense[a].between(points[a].min(), points[a].max()) for a in ("at", "mean")]
+        dense = dense[fits[0] & fits[1]]
     stars: dict[str, tuple[float, float]] = {}
     for run, x, y, n in dense[["run", "at", "mean", "count"]].itertuples(index=False):
-        label = "dense" if dense["run"].nunique() == 1 and not seeded else f"{run}, dense"
+        alone = dense["run"].nunique() == 1 and not seeded
+        label = "dense" if alone or run == "dense" else f"{run}, dense"
         if (x, y) not in stars.values():  # the same weights under another name
             stars[label + f" (n {n})" * seeded] = (x, y)
     if worded and batch is None:

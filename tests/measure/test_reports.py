@@ -239,6 +239,18 @@ def test_a_line_is_a_method_with_its_other_options(report: Evaluation) -> None:
     assert lengths == {"evit": 1, "evit(rest='drop')": 2, "tome": 2}
 
 
+def test_other_dense_models_are_drawn_where_they_do_not_widen_the_axes() -> None:
+    def point(run: str, method: str, top1: float, macs: float) -> pd.DataFrame:
+        values = {"top1": top1, "macs": macs, "dense_macs": 4e6}
+        return frame(rows("accuracy", values, method=method, rate=0.5 if method else None), run=run)
+
+    found = [point("trained", "", 60, 4e6), point("trained", "evit(keep=0.5)", 50, 2e6)]
+    found += [point("dense", "", 55, 4e6), point("start", "", 20, 4e6), point("large", "", 55, 8e6)]
+    axes = tradeoff_figure(Results(pd.concat(found, ignore_index=True))).axes[0]
+    labels = [line.get_label() for line in axes.lines if not line.get_label().startswith("_")]
+    assert labels == ["evit", "trained, dense", "dense"]
+
+
 def test_bands_are_the_spread_over_seeds(report: Evaluation) -> None:
     axes = dict(figures(report))["occlusion"].axes[0]
     assert len(axes.collections) == 2
