@@ -51,23 +51,22 @@ SAME = {
 }
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(model: onnx.ModelProto) -> dict[str, Tensor]:
     """Return all tensors of a graph, those of linear layers under the name of their operation."""
-    graph = onnx.load(path).graph
-    found = {one.name: torch.tensor(numpy_helper.to_array(one)) for one in graph.initializer}
-    for node in graph.node:
+    stored = model.graph.initializer
+    found = {one.name: torch.tensor(numpy_helper.to_array(one)) for one in stored}
+    for node in model.graph.node:
         if node.op_type == "MatMul" and node.input[1] in found:
             name = node.name.strip("/").removesuffix("/MatMul").replace("/", ".")
             found[f"{name}.weight"] = found[node.input[1]].T.contiguous()
     return found
 
 
-def session(path: Path, *more: str) -> Callable[[np.ndarray], list[np.ndarray]]:
+def session(model: onnx.ModelProto, *more: str) -> Callable[[np.ndarray], list[np.ndarray]]:
     """Return a function that runs the graph and returns its map, and other values by name."""
-    graph = onnx.load(path)
-    graph.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in more)
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in more)
     runs = onnxruntime.InferenceSession(
-        graph.SerializeToString(), providers=["CPUExecutionProvider"]
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
     )
     return lambda pixels: runs.run(None, {"input_image": pixels})
 
@@ -110,9 +109,7 @@ class Decoder(nn.Module):
         self.final_conv = nn.Conv2d(widths[-1], 1, 1)
         start = "decoder."
         found = {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}
-        lost = self.load_state_dict(found, strict=False)
-        if lost.missing_keys or set(lost.unexpected_keys) - {""}:
-            raise SystemExit(f"the decoder has other weights than expected: {lost}")
+        self.load_state_dict(found)
         self.eval()
 
     def forward(self, features: Tensor) -> Tensor:
@@ -158,8 +155,8 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
 
-    weights = read_weights(options.graph)
-    run = session(options.graph, POSITIONS)
+    graph = onnx.load(options.graph)
+    weights, run = read_weights(graph), session(graph, POSITIONS)
     positions = torch.tensor(run(np.zeros((1, 3, SIZE, SIZE), np.float32))[1])
     vit, decoder = make_vit(weights, positions), Decoder(weights)
     save_file(vit.state_dict(), options.out / "vit.safetensors")
