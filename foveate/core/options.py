@@ -6,7 +6,7 @@ import types
 from dataclasses import fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["check_types"]
+__all__ = ["check_type", "check_types"]
 
 _WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
 # Type hints by class: reading them takes longer than everything else that makes a method.
@@ -24,8 +24,13 @@ def check_types(config: Any) -> None:
         if isinstance(value, (list, range)):
             value = tuple(value)
             setattr(config, f.name, value)
-        if not _fits(value, hints[f.name]):
-            raise ValueError(f"{f.name} must be {_words(hints[f.name])}, got {value!r}")
+        check_type(f.name, value, hints[f.name])
+
+
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """Refuse the value of an option that is not of a type."""
+    if not _fits(value, hint):
+        raise ValueError(f"{name} must be {_words(hint)}, got {value!r}")
 
 
 def _hints(cls: type) -> dict[str, Any]:

@@ -31,7 +31,10 @@ from foveate.measure.comparison import (
     Entry,
     Trained,
     at_rate,
+    start_of,
 )
+from foveate.mim.teacher import check_keeps_teacher
+from foveate.mim.weights import TEACHER_FILE
 
 __all__ = ["EVALUATE", "Cell", "Key", "Work", "chosen", "make_cells", "plain", "read_work"]
 
@@ -149,6 +152,7 @@ def make_cells(comparison: Comparison, out: Path) -> dict[str, Cell]:
     for cell in trainings:
         if cell.name in found:
             raise ValueError(f"two trainings would lie in {cell.name}: rename a method")
+        _check_start(cell, found)
         # A training without a job is an opened model, of which there is only an evaluation.
         if cell.work.job:
             found[cell.name] = cell
@@ -183,6 +187,15 @@ def plain(settings: Any) -> dict[str, Any]:
     """Return a dataclass as JSON would have it."""
     found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings)))
     return found
+
+
+def _check_start(cell: Cell, earlier: Mapping[str, Cell]) -> None:
+    """Refuse to start from the teacher of what has none."""
+    start = Path(cell.work.recipe.get("model", {}).get("start") or "")
+    if start.name == TEACHER_FILE:
+        for name in cell.needs:
+            if start.parent == earlier[name].folder:
+                check_keeps_teacher(name, earlier[name].work.recipe.get("method"))
 
 
 def _of_models(comparison: Comparison, out: Path) -> Iterator[Cell]:
@@ -226,9 +239,11 @@ def _training(
     """Return a training, from the models of the same seed that come before it."""
     # Settings that are models, and which models of the comparison those are.
     others: dict[str, str | None] = {"model.start": key.model}
+    file = ""
     if key.method is None:
         entry = comparison.entry(key.model)
-        others = {"model.start": entry.start}
+        start, file = (None, "") if entry.start is None else start_of(entry.start)
+        others = {"model.start": start}
         if entry.teacher is not None:
             if job not in _TEACHERS:
                 raise ValueError(f"{key.folder}: a model of job={job} has no teacher")
@@ -245,6 +260,10 @@ def _training(
         else:
             needs.append(Key(other, seed=None if base.shared else key.seed).folder)
             path = str(out / needs[-1])
+        if file and setting == "model.start":
+            path += f"/{file}"
+            if base.open is not None and not Path(path).is_file():
+                raise ValueError(f"{key.folder} starts from the teacher of {other}: no {path}")
         given.append(f"{setting}={json.dumps(path)}")
     probes = job == "probe"
     settings = [*([] if probes else comparison.settings), *own]

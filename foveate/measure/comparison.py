@@ -10,15 +10,20 @@ from typing import Any, TypeVar
 from foveate import config
 from foveate.core.schedule import check_choice
 from foveate.measure.run import Plan
+from foveate.mim.weights import TEACHER_FILE
 from foveate.registry import parse, suggest
 
-__all__ = ["DENSE_JOBS", "Asked", "Comparison", "Entry", "Resources", "Trained", "at_rate"]
+__all__ = [
+    *("DENSE_JOBS", "Asked", "Comparison", "Entry", "Resources", "Trained", "at_rate"),
+    "start_of",
+]
 
 _T = TypeVar("_T")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
 DENSE_JOBS = ("detect", "segment")  # jobs whose models have an average precision or a mean IoU
 CLASSLESS = ("pretrain", "probe")  # jobs whose models are not evaluated
 JOBS = ("finetune", "reduce", *CLASSLESS, *DENSE_JOBS)
+_TEACHER = "/teacher"  # after the name of a pre-training
 RATE = "{rate}"
 SEED = "{seed}"
 
@@ -37,7 +42,8 @@ class Entry:
         like: an earlier model whose job, recipe, start, settings, seeds and variants are taken over
             unless given. Settings take precedence over those of that model. Pre-training is
             compared with the model at the beginning of such a chain.
-        start: an earlier model, of the same seed; None leaves the start of the recipe.
+        start: an earlier model, of the same seed, or ``NAME/teacher`` for the teacher of a
+            pre-training that has one; None leaves the start of the recipe.
         teacher: likewise: the model that "finetune" distils from, or "reduce" compares with.
         settings: changes of the recipe, such as ``masking.ratios=[]``.
         seeds: instead of those of the comparison.
@@ -166,7 +172,9 @@ class Measuring:
 
     def __post_init__(self) -> None:
         check_choice("evaluate.device", self.device, ("auto", "cpu", "cuda"))
-        self.plan(data="")  # refuses what it would refuse after hours of training
+        self.plan(
+            data="", workers=self.workers
+        )  # refuses what it would refuse after hours of training
 
     def plan(self, **given: Any) -> Plan:
         """Return the plan of an evaluation; ``given`` says on which images and models."""
@@ -262,7 +270,8 @@ class Comparison:
         earlier: list[str] = []
         entry: Entry
         for name, entry in self.models.items():
-            given = {"start": entry.start, "teacher": entry.teacher, "like": entry.like}
+            start = None if entry.start is None else start_of(entry.start)[0]
+            given = {"start": start, "teacher": entry.teacher, "like": entry.like}
             for what, value in given.items():
                 if value is not None:
                     _known(f"{what} of models.{name}, an earlier model", (value,), earlier)
@@ -315,6 +324,12 @@ class Comparison:
     def masked(self, name: str) -> bool:
         """Tell whether occlusion and pruning of a model are measured."""
         return self.evaluate.models is None or name in self.evaluate.models
+
+
+def start_of(text: str) -> tuple[str, str]:
+    """Return the name that a start gives, and the file in that run's folder; "" is its model."""
+    name = text.removesuffix(_TEACHER)
+    return name, TEACHER_FILE if name != text else ""
 
 
 def at_rate(text: str, rate: float) -> str:

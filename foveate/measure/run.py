@@ -98,6 +98,8 @@ class Plan:
             raise ValueError(f"batches of speed must be at least 1, got {list(self.speed)}")
         if self.calibration < 0:
             raise ValueError(f"calibration must be at least 0 images, got {self.calibration}")
+        if self.workers < 0:
+            raise ValueError(f"workers must be at least 0, got {self.workers}")
         for name in ("rounds", "batch", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:

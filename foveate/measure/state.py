@@ -12,6 +12,7 @@ from foveate import config
 from foveate.convert import SHIPPED
 from foveate.measure.cells import Cell, plain
 from foveate.measure.table import Results
+from foveate.mim.weights import TEACHER_FILE
 
 __all__ = ["DIFFERS", "DONE", "TODO", "UNFINISHED", "State", "fingerprint", "refuse", "states_of"]
 
@@ -139,4 +140,5 @@ def _same_model(found: Any, wanted: Any, needs: Sequence[str]) -> bool:
         return True
     # All cells were moved or copied together: the model still lies at the same place among them.
     both = Path(found).as_posix(), Path(wanted).as_posix()
-    return any(all(path.endswith(f"/{below}") for path in both) for below in needs)
+    ends = [f"/{below}{file}" for below in needs for file in ("", f"/{TEACHER_FILE}")]
+    return any(all(path.endswith(end) for path in both) for end in ends)

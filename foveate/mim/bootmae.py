@@ -137,11 +137,16 @@ class BootMAE(VisibleEncoder, TaughtModel):
                 f"last, and an encoder of {spec.depth} block has no two: make it deeper"
             )
         if not isinstance(momentum, (list, tuple)) or len(momentum) != 3:
-            raise ValueError(f"momentum of bootmae is three numbers, got {momentum}")
+            raise ValueError(f"momentum of bootmae is three numbers, got {momentum!r}")
         check_momentum(*momentum)
         self.momentum = tuple(momentum)
         heads = checked_heads(decoder_width, decoder_depth, decoder_heads)
-        more = checked_heads(spec.width, decoder_depth, feature_heads or spec.heads)
+        more = checked_heads(
+            spec.width,
+            decoder_depth,
+            spec.heads if feature_heads is None else feature_heads,
+            ("the encoder's width", "feature_heads"),
+        )
         self.pixel, self.feature = (
             Regressor(spec.width, width, decoder_depth, number, values, spec.grid, spec.prefix)
             for width, number, values in (
@@ -201,7 +206,8 @@ class BootMAE(VisibleEncoder, TaughtModel):
     def slow_copy(self) -> TaughtModel:
         """Copy only the encoder."""
         copied = super().slow_copy()
-        del copied.pixel, copied.feature
+        for part in ("pixel", "feature"):  # a copy of a copy has them no more
+            copied._modules.pop(part, None)
         return copied
 
     def pixels(self, images: Tensor, patches: Tensor) -> Tensor:

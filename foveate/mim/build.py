@@ -10,26 +10,30 @@ from foveate.mim.models import make_masked_model
 from foveate.mim.recipe import Pretrain
 from foveate.mim.task import PretrainTask
 from foveate.mim.teacher import TaughtModel
-from foveate.train.probe import Watched
+from foveate.train.probe import Watched, check_feature
 from foveate.train.recipe import Data
 from foveate.train.splits import open_data
 
-__all__ = ["build", "open_watched"]
+__all__ = ["build", "make_pretrain", "open_watched"]
 
 
 def build(recipe: Pretrain) -> tuple[PretrainTask, Splits]:
     """Make the task and open its images, which need no labels."""
     splits = open_data(recipe.data, labels=False)
+    return make_pretrain(recipe), splits
+
+
+def make_pretrain(recipe: Pretrain) -> PretrainTask:
+    """Make the model and its teacher for pre-training."""
     model = make_masked_model(recipe)
     if recipe.loop.eval_mode and isinstance(model, TaughtModel) and model.teacher_trains:
         raise ValueError(
             f"loop.eval_mode=true keeps the batch norms of {model.name} from seeing the batch: "
             "leave it false"
         )
-    task = PretrainTask(
+    return PretrainTask(
         *(model, recipe.mask, recipe.mto, recipe.loop.seed, recipe.data, recipe.loop.epochs)
     )
-    return task, splits
 
 
 def open_watched(recipe: Pretrain, vit: nn.Module) -> Watched | None:
@@ -54,10 +58,7 @@ def open_watched(recipe: Pretrain, vit: nn.Module) -> Watched | None:
     assert splits.val is not None
     found = Watched.of(vit, watched, splits.train, splits.val)
     # What would be found out at the first reading, after hours, is said now.
-    if recipe.probe.feature == "token" and not backbone_for(vit).spec.class_token:
-        raise ValueError(
-            "probe.feature=token needs a class token, which this model has not: use avg"
-        )
+    check_feature(recipe.probe.feature, backbone_for(vit).spec, "probe.")
     if recipe.probe.neighbours > found.train.images:
         raise ValueError(
             f"probe.neighbours={recipe.probe.neighbours} is more than the {found.train.images} "

@@ -20,7 +20,7 @@ from foveate.mim.method import MaskedImageModel, fixed_mask
 from foveate.mim.recipe import Pretrain
 from foveate.mim.reconstructions import picture, some_images
 from foveate.mim.task import PretrainTask
-from foveate.mim.weights import save_model, save_vit
+from foveate.mim.weights import TEACHER_FILE, save_model, save_vit
 from foveate.train.module import Module
 from foveate.train.probe import Watched, read
 from foveate.train.run import Loaders
@@ -50,7 +50,7 @@ def own_callbacks(recipe: Pretrain, task: Task, loaders: Loaders, out: Path) -> 
         found.append(Reconstructions(recipe, task, shown, out / "pictures"))
     found.append(Snapshots(recipe, out / "snapshots"))
     if task.teacher is not None:
-        found.append(TeacherFile(task.teacher, out / "teacher.safetensors"))
+        found.append(TeacherFile(task.teacher, out / TEACHER_FILE))
     return found
 
 

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
@@ -60,7 +60,7 @@ class ConMIM(TokenEncoder, TaughtModel):
     ) -> None:
         super().__init__(vit)
         for name, value in (("projector_width", projector_width), ("projector_out", projector_out)):
-            if not isinstance(value, int) or value < 1:
+            if value < 1:
                 raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
@@ -142,9 +142,9 @@ class BatchNorm(nn.BatchNorm1d):
             return super().forward(x)
         world, rows = dist.get_world_size(), len(x) * dist.get_world_size()
         with torch.autocast(x.device.type, enabled=False):
-            mean = all_reduce(x.float().mean(0)) / world
+            mean = _Sum.apply(x.float().mean(0)) / world
             centred = x.float() - mean
-            variance = all_reduce(centred.square().mean(0)) / world
+            variance = _Sum.apply(centred.square().mean(0)) / world
             found = centred * (variance + self.eps).rsqrt()
         with torch.no_grad():
             assert self.running_mean is not None and self.running_var is not None
@@ -153,3 +153,19 @@ class BatchNorm(nn.BatchNorm1d):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * rows / (rows - 1), self.momentum)
         return found * self.weight + self.bias if self.affine else found
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes; so is its gradient, since each process has a loss of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        found = x.clone()
+        dist.all_reduce(found)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        found = gradient.contiguous().clone()
+        dist.all_reduce(found)
+        return found

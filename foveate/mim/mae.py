@@ -174,13 +174,26 @@ class Mae(VisibleEncoder):
         return patches * spread + mean
 
 
-def checked_heads(width: int, depth: int, heads: int | None) -> int:
-    """Check a decoder's size, and return its heads, by default as many as are 32 wide."""
-    heads = max(1, width // 32) if heads is None and isinstance(width, int) else heads
-    for name, value in (("width", width), ("depth", depth), ("heads", heads)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"decoder_{name} must be a whole number from 1, got {value!r}")
+def checked_heads(
+    width: int,
+    depth: int,
+    heads: int | None,
+    names: tuple[str, str] = ("decoder_width", "decoder_heads"),
+) -> int:
+    """Check a decoder's size, and return its heads, by default as many as are 32 wide.
+
+    Args:
+        width: width of its tokens.
+        depth: number of its blocks.
+        heads: number of its heads.
+        names: names of the options that width and heads are from, for messages.
+    """
+    heads = max(1, width // 32) if heads is None else heads
+    for name, value in ((names[0], width), ("decoder_depth", depth), (names[1], heads)):
+        if value < 1:
+            raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
     if width % 4:
-        raise ValueError(f"decoder_width={width} must be a multiple of 4, for its positions")
-    assert heads is not None
+        raise ValueError(f"{names[0]}={width} must be a multiple of 4, for its positions")
+    if heads > width:
+        raise ValueError(f"{names[1]}={heads} is more than {names[0]}={width} can be divided into")
     return heads

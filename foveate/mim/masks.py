@@ -107,6 +107,8 @@ class Hiding:
     def filled(self, own: Hiding) -> Hiding:
         """Return the settings, with a method's own values for those not given."""
         kind = self.kind or own.kind
+        if self.blocks is not None and kind != "block":
+            raise ValueError(f"mask.blocks is for mask.kind=block, and the kind is {kind}")
         return Hiding(
             kind=kind,
             ratio=own.ratio if self.ratio is None else self.ratio,

@@ -7,13 +7,15 @@ its constructor.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from torch import Tensor, nn
 
 from foveate.backbones import TimmBeit, TimmViT, backbone_for
+from foveate.core.options import check_type
 from foveate.mim.masks import Hiding, Mask
 from foveate.mim.targets import unpatchify
 from foveate.registry import suggest
@@ -191,10 +193,13 @@ def make_method(
     cls = METHODS[name]
     legal = {key: one.default for key, one in inspect.signature(cls).parameters.items()}
     del legal["vit"]
-    given = dict(options or {})
-    for option in given:
+    given, hints = dict(options or {}), get_type_hints(cls.__init__)
+    for option, value in given.items():
         if option not in legal:
             raise ValueError(suggest(f"option of {name}", option, legal))
+        check_type(option, value, hints[option])
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{option} must be finite, got {value}")
     made = cls(vit, **given)
     made.options = {**legal, **given}
     return made

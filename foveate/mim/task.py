@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
+from foveate.backbones import image_settings, set_image_settings
 from foveate.data import Transform
 from foveate.mim.masks import Hiding
 from foveate.mim.method import MaskedImageModel, fixed_mask
@@ -56,6 +57,8 @@ class PretrainTask(ImageTask):
         elif teacher is not None:
             raise ValueError(f"{model.name} has no teacher: leave it out")
         super().__init__(model, data, vit=model.vit, teacher=teacher)
+        if teacher is not None:  # it sees the student's images, and its file has to say how
+            set_image_settings(teacher.vit, image_settings(model.vit))
         self.masking = (masking or Hiding()).filled(model.hiding)
         spec = model.backbone.spec
         hidden = self.masking.count(spec.grid, spec.patch)  # refuses what cannot be

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from foveate.data import Transform
 from foveate.mim.masks import Mask
-from foveate.mim.method import MaskedImageModel, Prediction
+from foveate.mim.method import METHODS, MaskedImageModel, Prediction
 
-__all__ = ["SecondView", "TaughtModel", "check_momentum", "follow", "make_teacher"]
+__all__ = [
+    *("SecondView", "TaughtModel", "check_keeps_teacher", "check_momentum", "follow"),
+    "make_teacher",
+]
 
 
 class TaughtModel(MaskedImageModel):
@@ -97,14 +100,29 @@ def make_teacher(model: TaughtModel, given: TaughtModel | None = None) -> Taught
     wanted = model.slow_copy()
     if given is None:
         return wanted
-    mine, its = ({k: list(v.shape) for k, v in m.state_dict().items()} for m in (wanted, given))
+    if type(given) is not type(model):
+        raise ValueError(
+            f"the teacher of {model.name} must be a {type(model).__name__}, got "
+            f"{type(given).__name__}"
+        )
+    teacher = given.slow_copy()  # the given one may be the student itself
+    mine, its = (_facts(one) for one in (wanted, teacher))
     for name in sorted(mine.keys() | its.keys()):
         if mine.get(name) != its.get(name):
             raise ValueError(
                 f"the teacher does not fit its student: {name} is {its.get(name, 'missing')} in "
                 f"the teacher and {mine.get(name, 'missing')} in the student"
             )
-    return copy.deepcopy(given)  # which may be the student itself
+    return teacher
+
+
+def _facts(model: TaughtModel) -> dict[str, Any]:
+    """Return what a student and its teacher have in common."""
+    found: dict[str, Any] = {"the number of heads": model.backbone.spec.heads}
+    for name, value in model.state_dict().items():
+        kind = str(value.dtype).removeprefix("torch.")
+        found[name] = [*value.shape] if kind == "float32" else f"{[*value.shape]} in {kind}"
+    return found
 
 
 @torch.no_grad()
@@ -119,6 +137,20 @@ def _whole(parameter: Tensor) -> Tensor:
     """Return a whole parameter; if its parts are on several processes, all must call this."""
     full = getattr(parameter, "full_tensor", None)
     return parameter if full is None else full()
+
+
+def check_keeps_teacher(run: str, method: Any) -> None:
+    """Refuse to start from the teacher of a run that keeps none.
+
+    Args:
+        run: its name, for the message.
+        method: method of its recipe; None if it is no pre-training.
+    """
+    keep = [name for name, cls in METHODS.items() if issubclass(cls, TaughtModel)]
+    if method not in keep:
+        raise ValueError(
+            f"{run} keeps no teacher to start from; pre-training by {' or '.join(keep)} does"
+        )
 
 
 def check_momentum(*given: Any) -> None:

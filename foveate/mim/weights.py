@@ -2,6 +2,7 @@
 
 NAME.safetensors          the backbone, for timm.create_model, foveate.load and foveate finetune
 NAME.pretrain.safetensors mask token, decoder or head; the method and its options in the metadata
+teacher.safetensors       the backbone of a run's teacher, if its method has one
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from foveate.files import write_whole
 from foveate.mim.method import MaskedImageModel
 
 __all__ = [
+    "TEACHER_FILE",
     "fill",
     "load_rest",
     "load_weights",
@@ -30,6 +32,8 @@ __all__ = [
     "save_model",
     "save_vit",
 ]
+
+TEACHER_FILE = "teacher.safetensors"
 
 
 def rest_path(path: Path) -> Path:

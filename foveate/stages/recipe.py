@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from foveate import config
+from foveate.measure.cells import Cell
 from foveate.measure.comparison import Measuring
 from foveate.registry import suggest
 from foveate.train.recipe import Data, Loop
 
-__all__ = ["JOBS", "Measured", "Pipeline", "Stage"]
+__all__ = ["JOBS", "Measured", "Pipeline", "Planned", "Stage"]
 
 JOBS = ("pretrain", "probe", "finetune", "reduce")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
@@ -52,6 +53,25 @@ class Stage:
         return self.job in ("finetune", "reduce")
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A stage, ready to run.
+
+    Attributes:
+        stage: the stage of the pipeline.
+        recipe: complete recipe of its job.
+        start: stage whose model it starts from; None if it starts from elsewhere.
+        teacher: stage whose model teaches; None if there is no such stage.
+        cell: the same stage as a cell.
+    """
+
+    stage: Stage
+    recipe: Any
+    start: Planned | None
+    teacher: Planned | None
+    cell: Cell
+
+
 @dataclass(kw_only=True)
 class Measured(Measuring):
     """What is measured at the end, of every model that has classes.
@@ -77,8 +97,9 @@ class Pipeline:
             pretrain, probe, finetune or reduce), "recipe" (one that ships, or a file) and changes
             of that recipe's settings, such as loop.epochs; without "recipe" the settings are the
             whole recipe. A stage starts from the model of the stage before it, unless its
-            model.start names an earlier stage or a path; null takes what the recipe says. teacher
-            and distill.teacher may name an earlier stage too.
+            model.start names an earlier stage or a path (STAGE/teacher is the teacher of a
+            pre-training that has one); null takes what the recipe says. teacher and
+            distill.teacher may name an earlier stage too.
         data: settings of the group data that all stages share.
         loop: settings of the group loop that all stages except probe share.
         evaluate: what is measured at the end.

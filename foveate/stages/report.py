@@ -13,8 +13,7 @@ from foveate.measure.gather import trained
 from foveate.measure.sheets import Sheet
 from foveate.measure.table import pd, rows
 from foveate.registry import parse
-from foveate.stages.plan import Planned
-from foveate.stages.recipe import Pipeline
+from foveate.stages.recipe import Pipeline, Planned
 
 __all__ = ["collect", "said", "stage_sheet"]
 
@@ -90,9 +89,13 @@ def said(stage: Planned) -> str:
     words = [f"{name} {result[key]:.2f} %" for key, name in _scores(result).items()]
     if stage.stage.classifies:
         words.append(f"accuracy {result['accuracy']:.2f} %")
+    if not words:
+        return f"{result['updates']} updates"
     images = {name: n for name, n in result["images"].items() if name in ("val", "test") and n}
     on = "".join(f" of {n} {_SPLITS[name]} images" for name, n in images.items())
-    return f"{', '.join(words)}{on}" if words else f"{result['updates']} updates"
+    if stage.stage.job == "pretrain":  # whose images are others than those of its curve
+        on = f" of validation images of {stage.recipe.probe.data}"
+    return f"{', '.join(words)}{on}"
 
 
 def _result(stage: Planned) -> dict[str, Any]:
@@ -136,6 +139,8 @@ def _brought(table: pd.DataFrame, stage: Planned, stages: Sequence[Planned]) -> 
     if not stage.stage.classifies:
         result = _result(stage)
         on = "test" if "test" in result["images"] else "validation"
+        if stage.stage.job == "pretrain":
+            on = f"{stage.recipe.probe.data} validation"
         scores = _scores(result).items()
         return [f"{name} {result[key]:.2f} % of {on} images" for key, name in scores] or ["-"]
     found = []

@@ -24,8 +24,8 @@ from foveate.measure.cell import alone, judge, train
 from foveate.measure.cells import Cell
 from foveate.measure.sheets import Sheet
 from foveate.measure.state import DONE, TODO, UNFINISHED, State, refuse, states_of
-from foveate.stages.plan import EVALUATION, Planned, plan
-from foveate.stages.recipe import Pipeline
+from foveate.stages.plan import EVALUATION, plan
+from foveate.stages.recipe import Pipeline, Planned
 from foveate.stages.report import collect, said, stage_sheet
 
 __all__ = ["run"]

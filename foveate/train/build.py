@@ -17,7 +17,7 @@ from foveate.train.images import ImageTask
 from foveate.train.models import open_start, started
 from foveate.train.reduce import ReduceTask
 
-__all__ = ["make_finetune", "make_reduce"]
+__all__ = ["make_finetune", "make_reduce", "make_untaught"]
 
 _log = logging.getLogger(__name__)
 
@@ -44,21 +44,25 @@ def make_finetune(recipe: recipes.Finetune, classes: int) -> FinetuneTask:
 def make_reduce(recipe: recipes.Reduce, classes: int) -> ReduceTask:
     """Make the model with its method, and the dense teacher of its losses."""
     model, new = started(recipe.model, classes)
+    task = make_untaught(recipe, model, classes)
+    if task.needs_teacher:
+        teacher = _teacher(recipe.teacher, recipe.model, model, classes, new)
+        task.learn_from(teacher)
+        _compare_images(task, teacher)
+    return task
+
+
+def make_untaught(recipe: recipes.Reduce, model: nn.Module, classes: int) -> ReduceTask:
+    """Make the task of a method on a model, without the teacher that it may need."""
     method: Any = recipe.method  # in Python also an object, which keeps its parameters
-    reduced = api.apply(model, method)
-    task = ReduceTask(
-        reduced,
+    return ReduceTask(
+        api.apply(model, method),
         classes,
         recipe.data,
         recipe.mix,
         weights=recipe.weights,
         token_loss=recipe.token_loss,
     )
-    if task.needs_teacher:
-        teacher = _teacher(recipe.teacher, recipe.model, model, classes, new)
-        task.learn_from(teacher)
-        _compare_images(task, teacher)
-    return task
 
 
 def _teacher(

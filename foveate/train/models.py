@@ -23,8 +23,8 @@ from foveate.data import Inputs
 from foveate.train import recipe as recipes
 
 __all__ = [
-    *("LVVIT_MODELS", "image_inputs", "make_model", "open_start", "open_whole"),
-    *("set_checkpointing", "set_drop_path", "started"),
+    *("LVVIT_MODELS", "image_inputs", "make_model", "make_named", "open_start", "open_whole"),
+    *("set_checkpointing", "set_drop_path", "started", "take"),
 ]
 
 LVVIT_MODELS = {"lvvit_s": lvvit_s, "lvvit_m": lvvit_m}
@@ -42,9 +42,9 @@ def started(recipe: recipes.Model, classes: int | None) -> tuple[nn.Module, bool
     if isinstance(recipe.start, nn.Module):
         model = _bare(recipe.start).train()
     elif recipe.start is None:
-        model = _made(recipe, {"num_classes": classes or 0})
+        model = make_named(recipe, {"num_classes": classes or 0})
     elif recipe.start == "pretrained":  # with its own head, so that other classes need new_head
-        model = _made(recipe, {"num_classes": 0} if classes is None else {})
+        model = make_named(recipe, {"num_classes": 0} if classes is None else {})
     else:
         model = _opened(recipe)
     new = recipe.start is None
@@ -89,13 +89,13 @@ def open_whole(recipe: recipes.Model) -> nn.Module:
             "such as pretrained"
         )
     if recipe.start == "pretrained":
-        return _made(recipe, {})
+        return make_named(recipe, {})
     if recipe.name is not None:
         return _opened(recipe)
     return open_start(recipe.start, recipe.weights)
 
 
-def _made(recipe: recipes.Model, head: dict[str, int]) -> nn.Module:
+def make_named(recipe: recipes.Model, head: dict[str, int]) -> nn.Module:
     """Make a new model of timm or of ours by its name."""
     name = str(recipe.name)
     options = {**recipe.options, **head}
@@ -103,7 +103,10 @@ def _made(recipe: recipes.Model, head: dict[str, int]) -> nn.Module:
         options["global_pool"] = recipe.pool
     if name in LVVIT_MODELS:
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-        return LVVIT_MODELS[name](**options)
+        try:
+            return LVVIT_MODELS[name](**options)
+        except TypeError as error:
+            raise ValueError(f"model.name={name}: {error}") from error
     if ":" in name or not timm.is_model(name):
         raise ValueError(
             f"model.name={name} is unknown: it must be a model that timm knows, lvvit_s or lvvit_m"
@@ -133,12 +136,12 @@ def _opened(recipe: recipes.Model) -> nn.Module:
         return model.train()
     found = open_start(str(recipe.start), recipe.weights)
     found = found.vit if isinstance(found, ReducedViT) else found
-    model = _made(recipe, {"num_classes": backbone_for(found).spec.classes})
-    _take(model, found, recipe)
+    model = make_named(recipe, {"num_classes": backbone_for(found).spec.classes})
+    take(model, found, recipe)
     return model
 
 
-def _take(model: nn.Module, found: nn.Module, recipe: recipes.Model) -> None:
+def take(model: nn.Module, found: nn.Module, recipe: recipes.Model) -> None:
     """Copy all weights; a norm after pooling may be new, as in MAE's fine-tuning."""
     state, target = found.state_dict(), model.state_dict()
     norms = ("norm.", "fc_norm.")  # after pooling instead of before

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from foveate import config, machine
 from foveate.backbones import backbone_for
-from foveate.core import Backbone, ReducedViT, dense
+from foveate.core import Backbone, BackboneSpec, ReducedViT, dense
 from foveate.data import Inputs, Loader, Source, device_batches, limited, usual_workers
 from foveate.files import made_folder, write_text
 from foveate.train import recipe as recipes
@@ -32,6 +32,7 @@ from foveate.train.splits import check_start, open_data
 
 __all__ = [
     "Watched",
+    "check_feature",
     "driven",
     "features",
     "linear_probe",
@@ -148,6 +149,14 @@ def driven(model: nn.Module) -> ReducedViT | Backbone:
     return backbone if backbone.needs_every_token else dense(backbone).eval()
 
 
+def check_feature(feature: str, spec: BackboneSpec, where: str = "") -> None:
+    """Refuse to read a class token that the model has not."""
+    if feature == "token" and not spec.class_token:
+        raise ValueError(
+            f"{where}feature=token needs a class token, which this model has not: use avg"
+        )
+
+
 @torch.no_grad()
 def features(
     model: ReducedViT | Backbone,
@@ -160,8 +169,7 @@ def features(
     A backbone in place of a driven model is of a family that no method runs on.
     """
     spec = model.backbone.spec if isinstance(model, ReducedViT) else model.spec
-    if feature == "token" and not spec.class_token:
-        raise ValueError("feature=token needs a class token, which this model has not: use avg")
+    check_feature(feature, spec)
     rows, labels = [], []
     for x, y, _ in batches:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):

@@ -1,7 +1,8 @@
-"""How many processes train together, and on how many machines."""
+"""Where a run takes place: its device, how many processes train together, and what it needs."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import torch
@@ -10,7 +11,21 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from foveate import machine
 from foveate.train.recipe import Loop
 
-__all__ = ["device_of", "processes"]
+__all__ = ["check_loop", "device_of", "processes"]
+
+
+def check_loop(loop: Loop) -> None:
+    """Refuse settings of a run that this machine cannot follow."""
+    device = device_of(loop)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("loop.device=cuda, and this machine has no GPU that torch can use")
+    if loop.precision == "16-mixed" and device == "cpu":
+        # Lightning would take bf16-mixed and merely mention it.
+        raise ValueError("loop.precision=16-mixed needs a GPU: on a CPU take 32 or bf16-mixed")
+    for name in loop.loggers:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"loop.loggers={name} needs a package: pip install {name}")
+    processes(loop, device)
 
 
 def device_of(loop: Loop) -> str:

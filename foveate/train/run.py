@@ -51,7 +51,7 @@ from foveate.train.checkpoints import Checkpoints, WholeFiles, any_checkpoint, n
 from foveate.train.logs import MetricsFile
 from foveate.train.module import Module
 from foveate.train.optim import updates_of
-from foveate.train.processes import device_of, processes
+from foveate.train.processes import check_loop, device_of, processes
 from foveate.train.result import Result
 from foveate.train.screens import first_screen
 from foveate.train.sharded import Sharded, whole_state
@@ -367,12 +367,8 @@ def _check_space(out: Path, task: Task, keep: int) -> None:
 def _trainer(recipe: recipes.Recipe, out: Path, progress: bool) -> Trainer:
     """Make the trainer first, since it knows which process this is; callbacks come later."""
     loop = recipe.loop
+    check_loop(loop)
     device = device_of(loop)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("loop.device=cuda, and this machine has no GPU that torch can use")
-    if loop.precision == "16-mixed" and device == "cpu":
-        # Lightning would take bf16-mixed and merely mention it.
-        raise ValueError("loop.precision=16-mixed needs a GPU: on a CPU take 32 or bf16-mixed")
     devices, nodes = processes(loop, device)
     strategy: Any = loop.strategy
     if strategy == "fsdp":
@@ -412,13 +408,10 @@ def _loggers(loop: recipes.Loop, out: Path) -> list[Any]:
     found: list[Any] = []
     for name in loop.loggers:
         logger = getattr(importlib.import_module("lightning.pytorch.loggers"), _LOGGERS[name])
-        try:
-            if name == "wandb":
-                found.append(logger(name=out.name, save_dir=out))
-            else:
-                found.append(logger(out, name=name, version=""))
-        except ModuleNotFoundError as error:
-            raise ValueError(f"loop.loggers={name} needs a package: pip install {name}") from error
+        if name == "wandb":
+            found.append(logger(name=out.name, save_dir=out))
+        else:
+            found.append(logger(out, name=name, version=""))
     return found
 
 

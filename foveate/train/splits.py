@@ -15,6 +15,7 @@ from foveate.train import recipe as recipes
 __all__ = ["check_start", "check_unseen", "open_data"]
 
 _log = logging.getLogger(__name__)
+_INSIDE = ("snapshots", "best", "model", "checkpoints")  # folders of models inside that of a run
 
 
 def open_data(data: recipes.Data, *, labels: bool = True, labels_of: str = IMAGE) -> Splits:
@@ -54,6 +55,8 @@ def check_start(data: recipes.Data, start: Any) -> None:
     if not isinstance(start, (str, Path)):
         return
     folder = Path(start) if Path(start).is_dir() else Path(start).parent
+    while folder.name in _INSIDE and not (folder / "recipe.yaml").is_file():
+        folder = folder.parent
     path = folder / "recipe.yaml"
     if not path.is_file():
         return

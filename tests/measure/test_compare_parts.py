@@ -195,6 +195,9 @@ models:
   labels: {{recipe: fashion_part_full, settings: [loop.epochs=1, optim.warmup_epochs=0]}}
   labels_mae: {{like: labels, start: mae_mto, seeds: [1]}}
   labels_taught: {{like: labels_mae, teacher: labels, settings: [distill.kind=soft]}}
+  conmim: {{job: pretrain, recipe: fashion_part_conmim, seeds: [1], settings: [loop.epochs=1,
+    "probe.data=null", layers_every=null, "options={{projector_width: 32, projector_out: 16}}"]}}
+  labels_teacher: {{like: labels_mae, start: conmim/teacher}}
   read:
     job: probe
     recipe: fashion_part
@@ -214,11 +217,14 @@ def test_any_job_is_a_cell(tmp_path: Path, here: Here) -> None:
     assert here.names == [
         *("models/mae/seed0", "models/mae/seed1", "models/mae_mto/seed1", "models/labels/seed0"),
         *("models/labels/seed1", "models/labels_mae/seed1", "models/labels_taught/seed1"),
+        *("models/conmim/seed1", "models/labels_teacher/seed1"),
         *("models/read/seed0", "together/eval"),
     ]
     taught = configs.load(out / "models/labels_taught/seed1/recipe.yaml")
     assert taught["distill"]["teacher"] == str(out / "models/labels/seed1")
     assert taught["model"]["start"] == str(out / "models/mae_mto/seed1")
+    teacher = configs.load(out / "models/labels_teacher/seed1/recipe.yaml")["model"]["start"]
+    assert teacher == str(out / "models/conmim/seed1/teacher.safetensors")
     report = Results.load(out / "report.json", "foveate compare")
     table = report.table
     assert report.about["like"] == {"mae_mto": "mae"}
@@ -252,7 +258,8 @@ def test_any_job_is_a_cell(tmp_path: Path, here: Here) -> None:
     else:
         note = "mae_mto over mae, probe/linear, seed 1, by seconds: "
         assert any(text.startswith(note) for text in report.about["notes"])
-    assert set(select(table, metric="top1")["run"]) == {"labels", "labels_mae", "labels_taught"}
+    tuned = {"labels", "labels_mae", "labels_taught", "labels_teacher"}
+    assert set(select(table, metric="top1")["run"]) == tuned
     page = (out / "report.md").read_text()
     for words in ("## Linear probe on frozen features", "## Heterogeneity of hidden tokens"):
         assert words in page
@@ -261,6 +268,9 @@ def test_any_job_is_a_cell(tmp_path: Path, here: Here) -> None:
     }
     here.names.clear()
     assert compare(path, "--out", out) == 0 and here.names == []
+    moved = out.rename(tmp_path / "moved")  # the teacher lies at the same place among the cells
+    assert compare(path, "--out", moved) == 0
+    assert all(name.endswith("eval") for name in here.names)
 
 
 def test_the_comparisons_of_pretraining_ask_for_what_they_did(tmp_path: Path) -> None:
@@ -310,11 +320,15 @@ def test_the_other_comparisons_that_ship(
         for part in ("data", "optim", "mix", "loop"):  # nothing but the method is another
             assert getattr(dense, part) == getattr(multiscale, part), part
     else:
-        assert jobs == {"pretrain": 9 * 3, "finetune": 10 * 3 + 2, "evaluate": 10 * 3 + 2}
+        assert jobs == {"pretrain": 9 * 3, "finetune": 13 * 3 + 2, "evaluate": 13 * 3 + 2}
         taught = cells["models/labels_taught/seed0"]
         assert taught.needs == ("models/mae/seed0", "models/labels_teacher/seed0")
         assert comparison.root("conmim_mto") == "conmim" and comparison.root("mae_short") == "mae"
         assert cells["models/bootmae_mto/seed0"].work.settings.loop.epochs == 4
+        teacher = cells["models/labels_conmim_teacher/seed1"]
+        start = tmp_path.resolve() / "models/conmim/seed1/teacher.safetensors"
+        assert teacher.needs == ("models/conmim/seed1",)
+        assert teacher.work.settings.model.start == str(start)
 
 
 def test_the_study_of_decoder_depth(tmp_path: Path) -> None:
@@ -370,6 +384,9 @@ def test_what_an_earlier_version_trained_is_done(config: Path, out: Path, here: 
         ("models.mae.variants=[evit]", "has no classes: leave variants out"),
         ("models.mae_mto.like=maee", "did you mean 'mae'"),
         ("models.read.settings=[epoch=2]", "did you mean 'epochs'"),
+        ("models.read.start=mae/teacher", "models/mae/seed0 keeps no teacher to start from"),
+        ("models.read.start=maee/teacher", "did you mean 'mae'"),
+        ("models.labels_mae.start=labels/teacher", "models/labels/seed1 keeps no teacher"),
     ],
 )
 def test_mistakes_about_other_jobs(

@@ -385,6 +385,22 @@ def test_teachers_that_do_not_fit() -> None:
     assert not any(p.requires_grad for p in found.teacher.parameters())
     own = PretrainTask(student, Hiding(kind="random"), teacher=student)
     assert own.model.mask_token.requires_grad and not own.teacher.mask_token.requires_grad
+    with pytest.raises(ValueError, match="^the teacher of conmim must be a ConMIM, got Linear$"):
+        PretrainTask(student, Hiding(kind="random"), teacher=nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="is .* in float16 in the teacher and "):
+        PretrainTask(student, Hiding(kind="random"), teacher=method("conmim").half())
+    heads = method("conmim", vit(num_heads=1))
+    with pytest.raises(ValueError, match="the number of heads is 1 in the teacher and "):
+        PretrainTask(student, Hiding(kind="random"), teacher=heads)
+
+
+def test_the_teacher_of_bootmae_may_be_the_student_or_a_copy() -> None:
+    student = method("bootmae")
+    for given in (student, student.slow_copy()):
+        found = PretrainTask(student, Hiding(kind="random"), teacher=given)
+        assert found.teacher is not given
+        assert not any(key.startswith(("pixel", "feature")) for key in found.teacher.state_dict())
+    assert hasattr(student, "pixel") and hasattr(student, "feature")
 
 
 def test_following_weighs_two_models() -> None:
@@ -502,10 +518,18 @@ def test_the_projector() -> None:
         ("bootmae", {"decoder_depth": 0}, "^decoder_depth must be a whole number from 1, got 0$"),
         ("bootmae", {"decoder_heads": 0}, "^decoder_heads must be a whole number from 1, got 0$"),
         ("conmim", {"momentum": 1.0}, r"^momentum must lie in \[0, 1\), got 1.0$"),
-        ("conmim", {"momentum": "slow"}, r"^momentum must lie in \[0, 1\), got slow$"),
+        ("conmim", {"momentum": "slow"}, "^momentum must be a number, got 'slow'$"),
         ("conmim", {"temperature": 0}, "^temperature must be above 0, got 0$"),
         ("conmim", {"projector_out": 0}, "^projector_out must be a whole number from 1, got 0$"),
         ("conmim", {"projector_with": 8}, "did you mean 'projector_width'"),
+        ("conmim", {"projector_width": True}, "^projector_width must be a whole number, got True$"),
+        ("conmim", {"temperature": None}, "^temperature must be a number, got None$"),
+        ("conmim", {"temperature": math.inf}, "^temperature must be finite, got inf$"),
+        ("conmim", {"sync_norm": "false"}, "^sync_norm must be True or False, got 'false'$"),
+        ("bootmae", {"learned_positions": "maybe"}, "^learned_positions must be True or False, "),
+        ("bootmae", {"decoder_width": 32, "decoder_heads": 33}, "^decoder_heads=33 is more than d"),
+        ("bootmae", {"feature_heads": 0}, "^feature_heads must be a whole number from 1, got 0$"),
+        ("bootmae", {"feature_heads": 200}, "^feature_heads=200 is more than the encoder's width="),
     ],
 )
 def test_options_that_cannot_be(name: str, options: dict[str, Any], said: str) -> None:

@@ -557,12 +557,18 @@ def task(
 
 def test_a_network_that_is_too_shallow(caplog: pytest.LogCaptureFixture) -> None:
     """T10: one block has one pair to rank, and that is said; nothing to rank is refused."""
-    for name, parts in (("mae", {"decoder_depth": 1}), ("simmim", {"model": vit(depth=1)})):
+    forms: tuple[tuple[str, dict[str, Any], set[str]], ...] = (
+        ("mae", {"decoder_depth": 1}, {"pixel"}),
+        ("simmim", {"model": vit(depth=1)}, {"pixel"}),
+        ("bootmae", {"decoder_depth": 1}, {"pixel", "feature"}),
+        ("conmim", {"model": vit(depth=1)}, {"contrast"}),
+    )
+    for name, parts, own in forms:
         shallow = task(name, Mto(), **parts)
         assert "a network of 1 block has a single pair of them" in caplog.text
         caplog.clear()
         found = shallow.training_step({"image": images()}, Draws(0, 0, 0))
-        assert found.keys() == {"pixel", "mto_spa", "mto_e", "mto_r"}
+        assert found.keys() == own | {"mto_spa", "mto_e", "mto_r"}
     task("mae", Mto(r=0), decoder_depth=1)
     task("mae", Mto())
     assert not caplog.records

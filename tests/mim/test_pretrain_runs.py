@@ -22,6 +22,7 @@ from train.runs import DATA, MODEL, checkpoint, exported, finetune, same_run, to
 
 import foveate
 from foveate import config
+from foveate.backbones import image_settings
 from foveate.cli import main
 from foveate.data import device_batches, eval_transform, limited, open_images
 from foveate.data.loader import Loader
@@ -34,6 +35,7 @@ from foveate.mim.task import PretrainTask
 from foveate.mim.weights import load_weights, rest_path, save_model
 from foveate.train.draws import Draws
 from foveate.train.logs import read_metrics
+from foveate.train.models import open_start
 from foveate.train.probe import probe
 from foveate.train.recipe import Probe
 from foveate.train.run import train
@@ -156,7 +158,12 @@ def test_a_recipe_runs(name: str, tmp_path: Path) -> None:
     most = 8 if found.method in TAUGHT else 5
     assert len(rows) == 2 and all(0.1 < float(row[own]) < most for row in rows)
     assert ("train/feature" in rows[0]) == (found.method == "bootmae")
-    assert (tmp_path / "teacher.safetensors").exists() == (found.method in TAUGHT)
+    teacher = tmp_path / "teacher.safetensors"
+    assert teacher.exists() == (found.method in TAUGHT)
+    for file in (tmp_path / "model.safetensors", teacher):
+        if file.exists():  # both say how they take images
+            said = image_settings(open_start(str(file)))
+            assert said["mean"] == list(small.data.mean or ()), file
     assert ("train/mto_r" in rows[1]) == (found.mto is not None)
     assert all(bool(value.isfinite().all()) for value in whole_state(tmp_path).values())
 
@@ -696,7 +703,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "heads": (
         ("options.decoder_heads=two",),
-        "decoder_heads must be a whole number from 1, got 'two'",
+        "decoder_heads must be a whole number or None, got 'two'",
     ),
     "method": (("method=mea",), "'mea'; did you mean 'mae'?"),
     "option": (("options.decoder_dept=2",), "'decoder_dept'; did you mean 'decoder_depth'?"),
@@ -717,6 +724,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
         ("method=bootmae", "options={}", "model.options.depth=1"),
         "an encoder of 1 block has no two: make it deeper",
     ),
+    "no blocks": (("mask.blocks=0.5",), "mask.blocks is for mask.kind=block, and the kind is ran"),
     "blocks": (("mask.blocks=0",), "mask.blocks must lie in (0, 1], got 0"),
     "mix": (("mix.mixup=0.2",), "the command line: unknown setting 'mix'"),
     "snapshots": (("snapshots=0",), "snapshots are epochs from 1 on, got 0"),

@@ -20,7 +20,7 @@ from foveate import cli, config
 from foveate.measure import Results, one, select
 from foveate.measure.cell import judge, train
 from foveate.stages import Pipeline
-from foveate.stages.plan import plan
+from foveate.stages.plan import plan, planned
 from foveate.train.module import Module
 
 OPTIONS = {
@@ -248,6 +248,8 @@ def test_the_function_does_the_same(out: Path, trained: list[str]) -> None:
 
 # Before the first step ----------------------------------------------------------------------------
 
+SECOND = "stages.more={job: pretrain, method: conmim, model: {start: pretrain}"  # and more
+
 
 @pytest.mark.parametrize(
     ("change", "words"),
@@ -295,6 +297,37 @@ def test_the_function_does_the_same(out: Path, trained: list[str]) -> None:
         ("stages.masked.data={mean: [0.5], std: [0.5]}", "data.mean=[0.5]"),
         ("stages.masked.model.name=vit_nothing", "must be a model that timm knows"),
         ("stages.masked.model.name=vit_tiny_patch16_224", "width 192 and the model of pretrain 32"),
+        # What the run of a stage itself would refuse, after the stages before it.
+        ("stages.masked.model.multiscale={}", "stages.masked: multi-scale ViT models take no kee"),
+        (
+            "stages.masked={job: finetune, model: {multiscale: {early: 1}}}; "
+            "stages.reduce.method=dynamicvit(keep=0.7,blocks=(1,))",
+            "stages.reduce: blocks must lie in 0..0",
+        ),
+        ("stages.reduce.teacher=demo", "teacher has patches (7, 7), the student (4, 4)"),
+        ("stages.masked.distill.teacher=demo", "teacher has patches (7, 7), the student (4, 4)"),
+        ("stages.finetune={mix: {mixup: 0.8}, data: {batch: 15}}", "must be even, got 15"),
+        ("stages.finetune.optim.fixed=[nothere]", "optim.fixed names nothere"),
+        ("stages.reduce.optim.name=adamm", "not an optimiser of timm"),
+        ("stages.finetune.loop.devices=9999", "stages.finetune: loop.devices=9999 is more than"),
+        ("stages.reduce.weights.klx=1", "stages.reduce: unknown loss of dynamicvit 'klx'"),
+        (
+            "stages.masked.model.options={qkv_bias: false}; stages.masked.model.name=lvvit_s",
+            "stages.masked: model.name=lvvit_s: ",
+        ),
+        ("evaluate.workers=-1", "workers must be at least 0"),
+        (
+            "stages.pretrain.model.options.class_token=false; "
+            "stages.pretrain.model.options.global_pool=''; stages.probe.feature=token",
+            "stages.probe: feature=token needs a class token",
+        ),
+        # Pre-training that is not the first stage.
+        (f"{SECOND}, options: {{momentum: 1.0}}}}", "stages.more: momentum must lie in [0, 1)"),
+        (f"{SECOND}, mask: {{kind: unit, unit: 10}}}}", "stages.more: mask.unit=10"),
+        (f"{SECOND}, mask: {{unit: 7}}, probe: {{data: folder:nowhere}}}}", "nowhere"),
+        ("stages.more={job: pretrain, method: conmi, model: {start: pretrain}}", "mean 'conmim'"),
+        ("stages.masked.model.start=pretrain/teacher", "stages.pretrain keeps no teacher to start"),
+        ("stages.masked.model.start=finetune/teacher", "stages.finetune keeps no teacher to start"),
     ],
 )
 def test_what_contradicts_itself_is_said_before_the_first_step(
@@ -307,10 +340,34 @@ def test_what_contradicts_itself_is_said_before_the_first_step(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "unlabelled").mkdir()
     Image.new("L", (28, 28)).save(tmp_path / "unlabelled" / "1.png")
-    assert pipeline(write_recipe(tmp_path), change, "--out", tmp_path / "out") == 2
+    changes = change.split("; ")
+    assert pipeline(write_recipe(tmp_path), *changes, "--out", tmp_path / "out") == 2
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_stage_may_start_from_the_teacher_of_pretraining() -> None:
+    pretrain = {**TREE["stages"]["pretrain"], "method": "bootmae"}
+    masked = {**TREE["stages"]["masked"], "model": {"start": "pretrain/teacher"}}
+    stages = {**TREE["stages"], "pretrain": pretrain, "masked": masked}
+    found, _ = plan(config.parse(Pipeline, {**TREE, "stages": stages}), Path("nowhere"))
+    assert found[3].start is found[0]
+    assert Path(found[3].recipe.model.start) == found[0].cell.folder / "teacher.safetensors"
+
+
+def test_the_progress_curve_follows_the_images() -> None:
+    """A recipe that reads its own images reads those that it is given; any other stays."""
+    curves = (
+        ({"recipe": "fashion_part_mae"}, "folder:photos"),
+        ({"recipe": "fashion_part_mae", "probe": {"data": "fashion-mnist"}}, "fashion-mnist"),
+        ({"recipe": "cifar10_mae"}, "folder:photos"),
+        (TREE["stages"]["pretrain"], None),
+    )
+    for stage, wanted in curves:
+        tree = {"data": {"train": "folder:photos"}, "stages": {"pretrain": stage, "finetune": {}}}
+        made = config.parse(Pipeline, tree)
+        assert planned(made, made.in_order[0], [], Path("out")).recipe.probe.data == wanted
 
 
 def test_pretraining_may_see_what_no_other_stage_is_judged_by(tmp_path: Path) -> None:

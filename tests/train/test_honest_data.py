@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +109,11 @@ def test_a_start_that_has_seen_the_held_out_images(tmp_path: Path) -> None:
     """However much of the same set it held out itself; another set is another matter."""
     start = tmp_path / "start"
     run(finetune("loop.max_steps=1"), start)
-    for path in (start, start / "model.safetensors"):
+    paths = [start, start / "model.safetensors"]
+    for name in ("snapshots", "best"):
+        (start / name).mkdir(exist_ok=True)
+        paths.append(Path(shutil.copy(start / "model.safetensors", start / name)))
+    for path in paths:
         with pytest.raises(
             ValueError, match=r"has data.val_share=0.1 and this run 0.3, on the same"
         ):
