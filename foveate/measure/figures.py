@@ -22,6 +22,9 @@ _DENSE = {"box_ap": "average precision of boxes, %", "mask_ap": "average precisi
 _DENSE |= {"miou": "mean IoU, %"}
 _VALIDATED = {"accuracy": "accuracy, %,", "box_ap": "AP of boxes", "miou": "mean IoU"}
 
+# Readings of frozen features, and the names of their pictures.
+_READINGS = (("linear", "probe", "linear probe, %"), ("knn", "knn", "nearest neighbours, %"))
+
 # Lines by label, over the column "at": "mean", and "std" where a band shows it.
 Lines = Mapping[str, pd.DataFrame]
 
@@ -64,20 +67,27 @@ def figures(results: Results) -> Iterator[tuple[str, Figure]]:
                 keys, up = ["run", "method", "rate"], f"{words} on validation images"
                 stem = f"convergence-{name}" + f"-{metric}".replace("_", "-") * (metric in _DENSE)
                 yield stem, _curves(table, part, keys, "epochs of training", up)
+    if (select(table, part="time", metric="before")["value"] > 0).any():
+        for score, up in (("top1", _TOP1), *_DENSE.items()):
+            if (table["metric"] == score).any():
+                yield "minutes" + f"-{score}" * (score in _DENSE), _over_minutes(table, score, up)
     # Pre-training: a picture for each family of runs that are alike.
     like: Mapping[str, str] = results.about.get("like", {})
-    scores = select(table, part="probe", metric="linear")
-    scores = scores[scores["at"].notna()]
     keys = ["run", "seed", "at"]
     took = select(table, part="training", metric="seconds").rename(columns={"value": "took"})
-    timed = scores.merge(took[[*keys, "took"]], on=keys)
-    timed = timed.assign(at=timed.groupby(["run", "at"])["took"].transform("mean"))
+    pictures = []
+    for metric, stem, up in _READINGS:
+        scores = select(table, part="probe", metric=metric)
+        scores = scores[scores["at"].notna()]
+        timed = scores.merge(took[[*keys, "took"]], on=keys)
+        timed = timed.assign(at=timed.groupby(["run", "at"])["took"].transform("mean"))
+        pictures += [
+            (stem, scores, "epochs of pre-training", up),
+            (f"{stem}-seconds", timed, "seconds of pre-training, mean over seeds", up),
+        ]
     layers = select(table, part="layers", metric="heterogeneity")
-    for stem, part, across, up in (
-        ("probe", scores, "epochs of pre-training", "linear probe, %"),
-        ("probe-seconds", timed, "seconds of pre-training, mean over seeds", "linear probe, %"),
-        ("layers", layers, "layer (0: initial embedding)", "heterogeneity at the end"),
-    ):
+    pictures.append(("layers", layers, "layer (0: initial embedding)", "heterogeneity at the end"))
+    for stem, part, across, up in pictures:
         roots = part["run"].map(lambda run: like.get(run, run))
         for root, own in part.groupby(roots, sort=False):
             name = f"{stem}-{root}" if roots.nunique() > 1 else stem
@@ -97,6 +107,22 @@ def _curves(table: pd.DataFrame, part: pd.DataFrame, by: list[str], across: str,
         least, most = group["count"].min(), group["count"].max()
         count = f" (n {least})" if least == most else f" (n {least}-{most})"
         lines[", ".join(words) + count * seeded] = _banded(group.sort_values("at"), seeded)
+    return lines_figure(lines, across=across + _band(table, lines), up=up)
+
+
+def _over_minutes(table: pd.DataFrame, score: str, up: str) -> Figure:
+    """Draw a point for each model: its score over the minutes of training that went into it."""
+    keys = ["run", "method", "rate"]
+    found = over_seeds(select(table, part=["time", "accuracy", "dense"])).drop(columns="at")
+    minutes = found[found["metric"] == "in_all"].rename(columns={"mean": "at"})
+    points = found[found["metric"] == score].merge(minutes[[*keys, "at"]], on=keys)
+    points[["mean", "std"]] *= 100 if score in _DENSE else 1
+    seeded = bool(table["seed"].notna().any())
+    lines = {}
+    for (run, method, rate), group in points.groupby(keys, dropna=False, sort=False):
+        label = f"{run}, {label_of(method, rate)}" if method else str(run)
+        lines[label + f" (n {group['count'].min()})" * seeded] = _banded(group, seeded)
+    across = "minutes of training in all, pre-training and teachers included"
     return lines_figure(lines, across=across + _band(table, lines), up=up)
 
 

@@ -11,7 +11,7 @@ from foveate import config, machine
 from foveate.files import read_json
 from foveate.measure.accuracy import drops
 from foveate.measure.cells import Cell, Key, plain
-from foveate.measure.comparison import Comparison, Trained
+from foveate.measure.comparison import CLASSLESS, Comparison, Trained
 from foveate.measure.curves import by_seconds, columns, curve, seconds
 from foveate.measure.dense import CALIBRATED
 from foveate.measure.rauc import over_runs
@@ -43,6 +43,8 @@ def collect(
             tables += [_judged(found.table, label, key) for label, key in cell.keys.items()]
         else:
             tables.append(trained(cell))
+    if any(cell.work.job == "pretrain" for cell in cells.values()):
+        tables += [_took(cell, cells, states) for cell in cells.values()]
     table = pd.concat(tables, ignore_index=True) if tables else frame([])
     like = _like(comparison)
     compared, notes = _efficiency(table, like)
@@ -104,6 +106,30 @@ def trained(cell: Cell) -> pd.DataFrame:
         commit=result["commit"] or "unknown",
         machine=machine.name(result["machine"]),
     )
+
+
+def _took(cell: Cell, cells: Mapping[str, Cell], states: Mapping[str, State]) -> pd.DataFrame:
+    """Return the minutes of training that went into a judged model: its own, and those before it.
+
+    Before it are the models that it started from and that taught it, and what these needed.
+    """
+    if cell.evaluates or cell.work.job in CLASSLESS or states[cell.name].kind != DONE:
+        return frame([])
+    needed, waiting = {cell.name: cell}, [*cell.needs]
+    while waiting:
+        one = cells[waiting.pop()]
+        needed[one.name] = one
+        waiting += one.needs
+    minutes = {}
+    for name, one in needed.items():
+        if one.work.job != "probe":
+            if not (one.folder / "seconds.csv").is_file():  # runs of earlier versions have none
+                return frame([])
+            minutes[name] = [*seconds(one.folder).values()][-1] / 60
+    own, whole = minutes[cell.name], sum(minutes.values())
+    key = cell.key
+    found = rows("time", {"before": whole - own, "own": own, "in_all": whole})
+    return frame(found, run=key.model, method=key.method or "", rate=key.rate, seed=key.seed)
 
 
 def _logged(log: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ __all__ = ["Sheet", "html_table", "markdown", "markdown_table", "sheets", "show"
 
 _SPLITS = {"train": "training ", "val": "validation ", "test": "test "}
 # Digits of a part; others have two.
-_DIGITS = {"occlusion": 1, "pruning": 1, "tokens": 1, "probe": 1, "dense": 1}
+_DIGITS = {"occlusion": 1, "pruning": 1, "tokens": 1, "probe": 1, "dense": 1, "time": 1}
 _SHARES = ("used", "used_last", "usage", "usage_deviation", "reactivation", "at_once")
 # Scores of detectors and segmenters, 0..1 in the table.
 _SCORES = {"box_ap": "box AP", "box_ap50": "AP50", "box_small": "of small", "mask_ap": "mask AP"}
@@ -504,6 +504,27 @@ def _efficiency(numbers: _Numbers, own: pd.DataFrame) -> Iterator[Sheet]:
         yield Sheet(f"RAUC and {unit} to match", table, words, notes)
 
 
+def _time(numbers: _Numbers, own: pd.DataFrame) -> Iterator[Sheet]:
+    """Return the minutes that went into each model beside its score, where both are known."""
+    text = grid(own, _SUBJECT)
+    table = pd.DataFrame(index=text.index)
+    for head, metric in (("before", "before"), ("own", "own"), ("in all", "in_all")):
+        table[head] = text[metric]
+    scores = {"top1": "top-1 %", **_SCORES}
+    judged = grid(numbers.over[numbers.over["part"].isin(("accuracy", "dense"))], _SUBJECT)
+    for metric, words in scores.items():
+        if metric in judged:
+            table[words] = judged[metric]
+    note = (
+        "Before: pre-training, teachers and all else that the model needed. Minutes are without "
+        "evaluations and readings of features, on a CPU of processor time over threads."
+    )
+    table = _titled(table.astype(object).fillna("-"))
+    if (table["method"] == label_of("", None)).all():
+        table = table.drop(columns="method")
+    yield Sheet("Minutes of training", table, notes=[note])
+
+
 _MAKERS = {
     "accuracy": _accuracy,
     "dense": _dense,
@@ -512,5 +533,6 @@ _MAKERS = {
     "tokens": _tokens,
     "probe": _probe,
     "rauc": _efficiency,
+    "time": _time,
     "layers": _layers,
 }

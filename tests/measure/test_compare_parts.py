@@ -208,6 +208,9 @@ evaluate: {{together: true, statistics: false, batch: 64}}
 """
 
 
+SPENT = ("before", "own", "in_all")
+
+
 def test_any_job_is_a_cell(tmp_path: Path, here: Here) -> None:
     """Pre-training, probing, and fine-tuning from what was pre-trained, evaluated together."""
     path = tmp_path / "mine.yaml"
@@ -263,9 +266,17 @@ def test_any_job_is_a_cell(tmp_path: Path, here: Here) -> None:
     page = (out / "report.md").read_text()
     for words in ("## Linear probe on frozen features", "## Heterogeneity of hidden tokens"):
         assert words in page
-    assert {"probe.svg", "probe-seconds.svg", "layers.svg"} <= {
-        path.name for path in out.glob("*.svg")
-    }
+    pictures = ("probe", "probe-seconds", "knn", "knn-seconds", "layers", "minutes")
+    assert {f"{name}.svg" for name in pictures} <= {path.name for path in out.glob("*.svg")}
+    # What a model needed counts once: of labels_taught the pre-training and the teacher.
+    chain = ("labels_taught", "mae_mto", "labels")
+    took = [select(table, part="training", metric="seconds", run=run, seed=1) for run in chain]
+    minutes = [part["value"].max() / 60 for part in took]
+    times = {name: one(table, name, part="time", run="labels_taught", seed=1) for name in SPENT}
+    wanted = (minutes[1] + minutes[2], minutes[0], sum(minutes))
+    assert times == pytest.approx(dict(zip(SPENT, wanted, strict=True)))
+    assert one(table, "before", part="time", run="labels", seed=1) == 0
+    assert "## Minutes of training" in page
     here.names.clear()
     assert compare(path, "--out", out) == 0 and here.names == []
     moved = out.rename(tmp_path / "moved")  # the teacher lies at the same place among the cells
