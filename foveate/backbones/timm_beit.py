@@ -101,10 +101,12 @@ class TimmBeit(TimmBackbone):
                 visit(x)
         return x
 
-    def whole(self, images: Tensor) -> TokenState:
-        """Return the final, normed tokens of whole images."""
+    def whole(self, images: Tensor, depth: int | None = None) -> TokenState:
+        """Return the normed tokens of whole images, after all blocks or the first ones."""
         embedded = self.embed(images)
-        x = self.norm(self.through(embedded.x, embedded.grid))
+        layers: list[Tensor] = []
+        x = self.through(embedded.x, embedded.grid, None if depth is None else layers.append)
+        x = self.norm(x if depth is None else layers[depth - 1])
         return TokenState.begin(x, Context(self.spec.prefix, embedded.grid))
 
     def _own_grid(self) -> tuple[int, int]:

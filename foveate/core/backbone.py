@@ -176,10 +176,14 @@ class Backbone:
         """Do everything before the first block."""
         raise NotImplementedError
 
-    def whole(self, images: Tensor) -> TokenState:
-        """Run the model's own blocks on whole images and return the final, normed tokens.
+    def whole(self, images: Tensor, depth: int | None = None) -> TokenState:
+        """Run the model's own blocks on whole images and return normed tokens.
 
         Only families that need every token implement it.
+
+        Args:
+            images: preprocessed images.
+            depth: number of blocks after which the tokens are taken; None is all of them.
         """
         raise NotImplementedError
 

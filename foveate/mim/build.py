@@ -10,7 +10,7 @@ from foveate.mim.models import make_masked_model
 from foveate.mim.recipe import Pretrain
 from foveate.mim.task import PretrainTask
 from foveate.mim.teacher import TaughtModel
-from foveate.train.probe import Watched, check_feature
+from foveate.train.probe import Watched, check_reading
 from foveate.train.recipe import Data
 from foveate.train.splits import open_data
 
@@ -58,7 +58,7 @@ def open_watched(recipe: Pretrain, vit: nn.Module) -> Watched | None:
     assert splits.val is not None
     found = Watched.of(vit, watched, splits.train, splits.val)
     # What would be found out at the first reading, after hours, is said now.
-    check_feature(recipe.probe.feature, backbone_for(vit).spec, "probe.")
+    check_reading(recipe.probe, backbone_for(vit).spec, "probe.")
     if recipe.probe.neighbours > found.train.images:
         raise ValueError(
             f"probe.neighbours={recipe.probe.neighbours} is more than the {found.train.images} "

@@ -28,7 +28,7 @@ from foveate.stages.recipe import Measured, Planned
 from foveate.train.build import make_finetune, make_reduce, make_untaught
 from foveate.train.models import make_model, make_named, open_start, started, take
 from foveate.train.optim import fix_parameters, parameter_groups
-from foveate.train.probe import check_feature
+from foveate.train.probe import check_reading
 from foveate.train.processes import check_loop
 from foveate.train.splits import check_start, check_unseen
 from foveate.train.task import Task
@@ -69,7 +69,7 @@ def _checked(
         recipe = replace(recipe, model=replace(recipe.model, start=copy.deepcopy(base)))
     if job == "probe":
         assert base is not None
-        check_feature(recipe.feature, backbone_for(base).spec)
+        check_reading(recipe, backbone_for(base).spec)
         return base
     check_loop(recipe.loop)
     task = _task(one, recipe, models, classes)
@@ -79,7 +79,7 @@ def _checked(
     if job == "pretrain":
         if recipe.probe.data is not None:
             open_images(recipe.probe.data)
-            check_feature(recipe.probe.feature, backbone_for(model.vit).spec, "probe.")
+            check_reading(recipe.probe, backbone_for(model.vit).spec, "probe.")
         return model.vit
     if job == "reduce":
         _check_rates(model, measured.rates)

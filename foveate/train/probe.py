@@ -32,7 +32,7 @@ from foveate.train.splits import check_start, open_data
 
 __all__ = [
     "Watched",
-    "check_feature",
+    "check_reading",
     "driven",
     "features",
     "linear_probe",
@@ -130,7 +130,7 @@ def read(
         name = loader.source.split
         pairs = device_batches(loader, watched.inputs.mean, watched.inputs.std, device)
         counted = _counted(pairs, f"{name} features", len(loader), progress)
-        found.append(features(readable, counted, reading.feature, str(reading.precision)))
+        found.append(features(readable, counted, reading))
     (x, y), (held, labels) = found
     scores: dict[str, float] = {}
     if reading.neighbours:
@@ -149,36 +149,49 @@ def driven(model: nn.Module) -> ReducedViT | Backbone:
     return backbone if backbone.needs_every_token else dense(backbone).eval()
 
 
-def check_feature(feature: str, spec: BackboneSpec, where: str = "") -> None:
-    """Refuse to read a class token that the model has not."""
-    if feature == "token" and not spec.class_token:
+def check_reading(reading: recipes.Reading, spec: BackboneSpec, where: str = "") -> None:
+    """Refuse to read a class token or a block that the model has not."""
+    if reading.feature == "token" and not spec.class_token:
         raise ValueError(
             f"{where}feature=token needs a class token, which this model has not: use avg"
         )
+    if reading.depth is not None and reading.depth > spec.depth:
+        raise ValueError(f"{where}depth={reading.depth}: the model has {spec.depth} blocks")
 
 
 @torch.no_grad()
 def features(
     model: ReducedViT | Backbone,
     batches: Iterator[tuple[Tensor, Tensor, Tensor]],
-    feature: str,
-    precision: str,
+    reading: recipes.Reading,
 ) -> tuple[Tensor, Tensor]:
     """Compute normed class tokens or means of patches, ``[images, C]`` float32, and the labels.
 
     A backbone in place of a driven model is of a family that no method runs on.
     """
     spec = model.backbone.spec if isinstance(model, ReducedViT) else model.spec
-    check_feature(feature, spec)
+    check_reading(reading, spec)
+    mixed = str(reading.precision) == "bf16-mixed"
     rows, labels = [], []
     for x, y, _ in batches:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
-            state = model.run(x).state if isinstance(model, ReducedViT) else model.whole(x)
-        tokens = state.tokens()
-        pooled = tokens[:, 0] if feature == "token" else tokens[:, spec.prefix :].mean(1)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=mixed):
+            tokens = _tokens(model, x, reading.depth)
+        pooled = tokens[:, 0] if reading.feature == "token" else tokens[:, spec.prefix :].mean(1)
         rows.append(pooled.float())
         labels.append(y)
     return torch.cat(rows), torch.cat(labels)
+
+
+def _tokens(model: ReducedViT | Backbone, images: Tensor, depth: int | None) -> Tensor:
+    """Return the normed tokens after so many blocks ``[B, prefix + N, C]``; None is all blocks."""
+    if isinstance(model, ReducedViT):
+        if depth is None:
+            return model.run(images).state.tokens()
+        state = model.begin(images)
+        for block in range(depth):
+            state = model.step(block, state)
+        return model.backbone.norm(state.tokens())
+    return model.whole(images, depth).tokens()
 
 
 def nearest_neighbours(

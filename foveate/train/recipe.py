@@ -520,6 +520,7 @@ class Reading:
     Attributes:
         feature: feature to read after the final norm: "token" (class token) or "avg" (mean of the
             patches).
+        depth: number of blocks after which it is read; None reads after all of them.
         linear: fit the linear classifier.
         epochs: number of passes of the linear classifier over the features.
         batch: number of features in one step of the linear classifier.
@@ -532,6 +533,7 @@ class Reading:
     """
 
     feature: str = "token"
+    depth: int | None = None
     linear: bool = True
     epochs: int = 90
     batch: int = 256
@@ -546,6 +548,8 @@ class Reading:
         check_choice("feature", self.feature, ("token", "avg"))
         self.precision = str(self.precision)
         check_choice("precision", self.precision, ("32", "bf16-mixed"))
+        if self.depth is not None:
+            at_least("depth", self.depth, 1)
         at_least("epochs", self.epochs, 1)
         at_least("batch", self.batch, 2)
         at_least("neighbours", self.neighbours, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
+from train.runs import _plant, ended, start
 
 import foveate
 from foveate import cli, config
@@ -207,6 +209,35 @@ def test_it_goes_on_inside_a_stage(
     assert trained == ["3-finetune", "4-masked", "5-reduce", "evaluation"]
     assert "3-finetune, 3 of 5, going on from update 3" in capsys.readouterr().out
     assert all(same_run(out / name, _finished / "out" / name) for name in TRAINED)
+
+
+def _dies(recipe: Path, out: Path) -> None:
+    """The command in a process that kills itself in the second epoch: the fine-tuning has one."""
+    _plant("1,0")
+    pipeline(recipe, "--out", out)
+
+
+@pytest.mark.slow
+def test_it_goes_on_after_it_was_killed(
+    recipe: Path, tmp_path: Path, _finished: Path, trained: list[str]
+) -> None:
+    out = tmp_path / "killed"
+    assert ended(start(_dies, recipe, out)) == -signal.SIGKILL
+    assert not (out / "3-finetune" / "result.json").exists()
+    assert pipeline(recipe, "--out", out) == 0
+    assert trained == ["3-finetune", "4-masked", "5-reduce", "evaluation"]
+    assert all(same_run(out / name, _finished / "out" / name) for name in TRAINED)
+
+
+@pytest.mark.slow
+def test_the_small_one_that_ships_runs_to_its_end(tmp_path: Path) -> None:
+    """About four minutes on two cores."""
+    assert pipeline("fashion_part", "--out", tmp_path) == 0
+    table = Results.load(tmp_path / "report.json").table
+    assert set(select(table, part="accuracy")["run"]) == set(JUDGED)
+    for name in ("3-finetune", "4-masked"):
+        assert one(table, "top1", part="accuracy", run=name, method="") > 60
+    assert one(table, "linear", part="probe", run="2-probe") > 60
 
 
 def test_another_recipe_is_refused(

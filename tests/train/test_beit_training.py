@@ -75,9 +75,13 @@ def test_probing() -> None:
     with torch.no_grad():
         tokens = model.forward_features(images())
     for feature, wanted in (("token", tokens[:, 0]), ("avg", tokens[:, 1:].mean(1))):
-        found, y = features(backbone_for(model), iter([batch]), feature, "32")
+        found, y = features(backbone_for(model), iter([batch]), recipes.Reading(feature=feature))
         torch.testing.assert_close(found, wanted)
         assert torch.equal(y, labels) and not found.requires_grad
+    first, _ = features(backbone_for(model), iter([batch]), recipes.Reading(depth=1))
+    model.blocks = model.blocks[:1]
+    with torch.no_grad():
+        torch.testing.assert_close(first, model.forward_features(images())[:, 0])
 
 
 def test_a_probe_from_a_file(tmp_path: Path) -> None:

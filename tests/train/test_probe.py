@@ -104,15 +104,23 @@ def test_features() -> None:
         tokens = model.forward_features(images)
     for feature, wanted in (("token", tokens[:, 0]), ("avg", tokens[:, 1:].mean(1))):
         batches = iter([(images[:2], labels[:2], labels[:2]), (images[2:], labels[2:], labels[2:])])
-        found, y = features(driven, batches, feature, "32")
+        found, y = features(driven, batches, recipes.Reading(feature=feature))
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
         assert torch.equal(y, labels) and not found.requires_grad
-    rough, _ = features(driven, iter([(images, labels, labels)]), "token", "bf16-mixed")
+    one = (images, labels, labels)
+    rough, _ = features(driven, iter([one]), recipes.Reading(precision="bf16-mixed"))
     assert rough.dtype == torch.float32
     torch.testing.assert_close(rough, tokens[:, 0], atol=0.1, rtol=0.1)
     tokenless = dense(backbone_for(small_model(class_token=False, global_pool="avg")))
     with pytest.raises(ValueError, match="feature=token needs a class token"):
-        features(tokenless, iter([(images, labels, labels)]), "token", "32")
+        features(tokenless, iter([one]), recipes.Reading())
+    # After some of the blocks: as if the model ended there.
+    first, _ = features(driven, iter([one]), recipes.Reading(depth=1))
+    with pytest.raises(ValueError, match=r"^depth=\d+: the model has \d+ blocks$"):
+        features(driven, iter([one]), recipes.Reading(depth=len(model.blocks) + 1))
+    model.blocks = model.blocks[:1]
+    with torch.no_grad():
+        torch.testing.assert_close(first, model.forward_features(images)[:, 0])
 
 
 def test_the_model_that_ships(tmp_path: Path) -> None:

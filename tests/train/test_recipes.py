@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import yaml
 from runs import checkpoint, exported, run
@@ -52,13 +53,18 @@ SMALL = {"img_size": 28, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_head
 
 
 @lru_cache
-def start(folder: Path, channels: int, lvvit: bool) -> str:
+def start(folder: Path, channels: int, family: str) -> str:
     """Weights that stand in for those that a recipe starts with or is taught by."""
-    path = folder / f"start-{channels}-{lvvit}.safetensors"
-    if not lvvit:
+    path = folder / f"start-{channels}-{family}.safetensors"
+    if family == "vit":
         return checkpoint(path, **SMALL, in_chans=channels)
     torch.manual_seed(0)
-    save_plain(lvvit_s(**SMALL, in_chans=channels, num_classes=10), path)
+    if family == "lvvit":
+        save_plain(lvvit_s(**SMALL, in_chans=channels, num_classes=10), path)
+    else:  # as pre-training leaves it: without a head
+        options = {"init_values": 0.1, "in_chans": channels, "num_classes": 0}
+        beit = timm.create_model("beit_base_patch16_224", global_pool="token", **SMALL, **options)
+        save_plain(beit, path)
     return str(path)
 
 
@@ -103,9 +109,10 @@ def dense_start(folder: Path, job: str, weights: str) -> str:
 
 def shrunk(recipe: Any, folder: Path) -> Any:
     """The recipe as it is, on a small model and a few of the images that ship."""
-    model, lvvit = recipe.model, "lvvit" in f"{recipe.model.name}{recipe.model.start}"
+    model, named = recipe.model, f"{recipe.model.name}{recipe.model.start}"
+    family = next((one for one in ("lvvit", "beit") if one in named), "vit")
     channels = len(recipe.data.mean or (0, 0, 0))
-    weights = start(folder, channels, lvvit)
+    weights = start(folder, channels, family)
     options = {}
     if model.name is not None:
         options = {**model.options, **SMALL, "in_chans": channels}
@@ -129,7 +136,8 @@ def shrunk(recipe: Any, folder: Path) -> Any:
             kind = "detect" if isinstance(recipe, Detect) else "segment"
             changes["model"] = dataclasses.replace(model, start=dense_start(folder, kind, weights))
     if isinstance(recipe, recipes.Probe):
-        return dataclasses.replace(recipe, **changes, epochs=2, neighbours=3)
+        depth = recipe.depth and SMALL["depth"] - 1
+        return dataclasses.replace(recipe, **changes, epochs=2, neighbours=3, depth=depth)
     loop = dataclasses.replace(recipe.loop, max_steps=2, log_every=1, loggers=())
     if isinstance(recipe, DenseRecipe):  # bf16 is emulated on many CPUs: a minute an update
         loop = dataclasses.replace(loop, precision="32")
@@ -149,7 +157,9 @@ ALIKE = {
     *("imagenet_deit_s_tokenmergence_scratch", "cifar10_dynamicvit", "fashion_dynamicvit"),
     *("coco_adapter_t", "coco_adapter_t_svit", "ade20k_adapter_s_svit", "demo_svit"),
     *("cifar10_full", "cifar10_masked", "demo_base", "demo_masked", "fashion_full"),
-    *("fashion_masked", "demo_spvit", "imagenet_deit_s_cropr"),
+    *("fashion_masked", "demo_spvit", "imagenet_deit_s_cropr", "imagenet_simmim_b_mto_paper"),
+    *("imagenet_mae_b_repo", "imagenet_mae_b_mto_paper", "imagenet_bootmae_b_mto_paper"),
+    *("imagenet_conmim_b_repo", "imagenet_conmim_b_mto_paper", "imagenet_mae_b"),
 }
 RUN = [
     pytest.param(job, name, marks=pytest.mark.slow if name in ALIKE else ()) for job, name in ALL
