@@ -25,7 +25,7 @@ from foveate.core.cost import (
     run_on_meta,
 )
 from foveate.core.evaluation import evaluating
-from foveate.latency import LatencyTable, setting_of
+from foveate.latency import LatencyTable
 
 __all__ = ["Count", "count", "describe", "image_grid"]
 
@@ -379,7 +379,7 @@ def describe(model: ReducedViT, image_size: int | tuple[int, int] | None = None)
         f"GMACs: {reduced:.{_digits(reduced)}f} of {dense:.{_digits(dense)}f} "
         f"({counted.ratio:.0%}){'' if fixed else ', at those counts'}; "
         f"the method itself takes {own:.{_digits(own)}f}",
-        *([] if image_size else _times(model, counted)),
+        *([] if image_size else _times(model)),
         f"attention: {attention}",
         f"training: {reducer.training_need}"
         + (f" (losses besides the task's: {', '.join(losses)})" if losses else ""),
@@ -389,18 +389,16 @@ def describe(model: ReducedViT, image_size: int | tuple[int, int] | None = None)
     return "\n".join(lines)
 
 
-def _times(model: ReducedViT, counted: Count) -> list[str]:
-    """Return a line with the time that a saved latency table predicts, if there is a table."""
-    backbone = model.backbone
+def _times(model: ReducedViT) -> list[str]:
+    """Return a line with the predicted time for each latency table that is kept of the model."""
     if next(model.parameters()).is_meta:
         return []
-    table = LatencyTable.known(backbone, setting_of(backbone))
-    if table is None:
-        return []
-    whole = table.whole(backbone.spec.depth)
+    backbone = model.backbone
+    blocks = _expected(backbone.spec, model.reducer, backbone.spec.grid)[1].tokens
     return [
-        f"time: about {table.predict(counted.tokens):.3g} of {whole:.3g} ms, predicted from block "
-        f"times measured here ({table.setting}), without the method's own work"
+        f"time: about {table.predict_pass(blocks):.3g} of {table.whole(backbone.spec.depth):.3g} "
+        f"ms, predicted from block times measured here ({table}), without the method's own work"
+        for table in LatencyTable.all_known(backbone)
     ]
 
 

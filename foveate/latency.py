@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +43,8 @@ _ATTEMPTS, _NEAR, _PROMISE = 6, 0.015, 0.05
 _SOLVED = 0.03  # how near predictions must come; not nearer, since numbers of tokens are whole
 _FASTER = re.compile(r"(\d*\.?\d+)\s*(?:x|times)\s+(?:as\s+fast|faster)", re.IGNORECASE)
 _ABSOLUTE = re.compile(r"(\d*\.?\d+)\s*(ms|s)", re.IGNORECASE)
-_FORMAT = 1
+_FORMAT = 2
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class TimeBudget:
             else:
                 raise ValueError(
                     f"{part!r} in the budget {text!r} is neither a batch ('batch 8') nor one of "
-                    f"{', '.join(DTYPES)}"
+                    f"{', '.join(DTYPES)}; for a runtime export with it: foveate export --budget"
                 )
         if options.get("batch", 1) < 1:
             raise ValueError(f"the batch of a budget must be at least 1, got {text!r}")
@@ -141,6 +143,7 @@ class LatencyTable:
         block_ms: milliseconds that a block takes with each of these numbers.
         rest_ms: milliseconds of everything outside the blocks: embedding, norm, head.
         machine: name of the processor.
+        malloc_tuned: whether malloc was tuned, as the commands that measure tune it.
     """
 
     setting: Setting
@@ -148,6 +151,18 @@ class LatencyTable:
     block_ms: tuple[float, ...]
     rest_ms: float
     machine: str
+    malloc_tuned: bool = False
+
+    def __post_init__(self) -> None:
+        times = (*self.block_ms, self.rest_ms)
+        if not all(isinstance(ms, (int, float)) and ms >= 0 for ms in times):
+            raise ValueError("times are numbers from 0")
+        if not self.tokens or len(self.tokens) != len(self.block_ms):
+            raise ValueError("there is one time for each number of tokens")
+
+    def __str__(self) -> str:
+        tuned = ", malloc tuned" if self.malloc_tuned else ""
+        return f"{self.setting}{tuned}"
 
     def predict(self, tokens: Sequence[float]) -> float:
         """Return the milliseconds of a pass, without the method's own work.
@@ -193,9 +208,8 @@ class LatencyTable:
         if not fresh and path.exists():
             return cls._read(path)
         table = _measured(backbone, setting)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"format": _FORMAT, **dataclasses.asdict(table)}
-        write_text(path, json.dumps(content, indent=1) + "\n")
+        of = _what(backbone, setting.device)
+        _keep(path, {"format": _FORMAT, "of": of, **dataclasses.asdict(table)})
         return table
 
     @classmethod
@@ -205,27 +219,71 @@ class LatencyTable:
         return cls._read(path) if path.exists() else None
 
     @classmethod
+    def all_known(cls, backbone: Backbone) -> list[LatencyTable]:
+        """Return all tables that are kept of a model, measured with today's versions."""
+        found = []
+        for path in sorted(_folder().glob(f"{_family(backbone)}-*.json")):
+            content = read_json(path, f"{path} does not exist")
+            setting = content.get("setting") if isinstance(content, dict) else None
+            device = setting.get("device", "") if isinstance(setting, dict) else ""
+            if device.startswith("cuda") and not torch.cuda.is_available():
+                continue
+            if device and content.get("of") == _what(backbone, device):
+                found.append(cls._read(path))
+        return sorted(found, key=lambda table: (str(table.setting.device), table.setting.batch))
+
+    @classmethod
     def _read(cls, path: Path) -> LatencyTable:
         found = read_json(path, f"{path} does not exist")
         try:
             if found.pop("format") != _FORMAT:
                 raise KeyError("format")
+            found.pop("of")
             found["setting"] = Setting(**found["setting"])
             found["tokens"], found["block_ms"] = tuple(found["tokens"]), tuple(found["block_ms"])
             return cls(**found)
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a latency table: delete it") from error
+
+
+def _what(backbone: Backbone, device: str) -> str:
+    """Return a hash of a model and of the versions and processor that its times depend on."""
+    facts = machine.facts(torch.device(device).type)
+    versions = {name: facts.get(name) for name in ("cpu", "gpu", "torch", "foveate", "system")}
+    return _hashed([_FORMAT, dataclasses.astuple(backbone.spec), versions])
+
+
+def _hashed(what: Any) -> str:
+    return hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()[:16]
 
 
 def _path(backbone: Backbone, setting: Setting) -> Path:
     """Return the file of a table; its name is a hash of all that its numbers depend on."""
-    facts = machine.facts(setting.device)
-    versions = {name: facts.get(name) for name in ("cpu", "gpu", "torch", "foveate", "system")}
-    tuned = facts["malloc_tuned"]
-    what = [dataclasses.astuple(backbone.spec), dataclasses.astuple(setting), versions, tuned]
-    name = hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()[:16]
+    tuned = not machine.malloc_untuned(setting.device)
+    name = _hashed([_what(backbone, setting.device), dataclasses.astuple(setting), tuned])
+    return _folder() / f"{_family(backbone)}-{name}.json"
+
+
+def _family(backbone: Backbone) -> str:
+    return backbone.spec.family.replace(" ", "-")
+
+
+def _folder() -> Path:
     root = os.environ.get("FOVEATE_CACHE") or Path.home() / ".cache" / "foveate"
-    return Path(root) / "latency" / f"{backbone.spec.family.replace(' ', '-')}-{name}.json"
+    return Path(root) / "latency"
+
+
+def _keep(path: Path, content: Any) -> None:
+    """Write a file of the cache; where that cannot be, say so and go on without."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        _log.warning(
+            "times cannot be kept in %s (%s) and are measured again each time; the variable "
+            "FOVEATE_CACHE names another folder",
+            *(path.parent, error.strerror or error),
+        )
 
 
 def setting_of(backbone: Backbone, batch: int = 1, dtype: str | None = None) -> Setting:
@@ -262,7 +320,8 @@ def _measured(backbone: Backbone, setting: Setting) -> LatencyTable:
         tuple(spec.prefix + count for count in counts),
         tuple(blocks),
         max(0.0, timings.ms("pass").median - blocks[-1] * spec.depth),
-        machine.name(machine.facts(setting.device)),
+        machine.name(machine.facts(torch.device(setting.device).type)),
+        not machine.malloc_untuned(setting.device),
     )
 
 
@@ -482,5 +541,5 @@ def own_work(
             blocks = tokens_of(backbone.spec, reducer)
             more = timings.ms(name).median / scale - table.predict_pass(blocks)
             known[name] = more / max(1, table.acting(blocks))
-        write_text(path, json.dumps(known, indent=1) + "\n")
+        _keep(path, known)
     return {name: known[name] for name in reducers}

@@ -14,9 +14,10 @@ import torch
 from small import vit
 
 import foveate
-from foveate import latency
+from foveate import latency, machine
 from foveate.backbones import backbone_for
 from foveate.bench import speed
+from foveate.core.cost import tokens_of
 from foveate.latency import LatencyTable, TimeBudget, is_time, setting_of
 from foveate.timing import Timings
 
@@ -116,17 +117,24 @@ def test_a_damaged_table_is_named(clock: Clock, tmp_path: Path) -> None:
     backbone = backbone_for(vit())
     LatencyTable.of(backbone, setting_of(backbone))
     (path,) = tmp_path.rglob("*.json")
+    good = json.loads(path.read_text())
     for text, message in (
         ("{", "is not readable JSON"),
         ("[]", "is not a latency table: delete it"),
         (json.dumps({"format": 1}), "is not a latency table: delete it"),
+        (json.dumps(good | {"tokens": [], "block_ms": []}), "is not a latency table: delete it"),
+        (json.dumps(good | {"block_ms": good["block_ms"][1:]}), "is not a latency table: delete"),
+        (json.dumps(good | {"rest_ms": "long"}), "is not a latency table: delete it"),
     ):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=message):
             LatencyTable.of(backbone, setting_of(backbone))
 
 
-def test_describe_says_the_time_where_a_table_is_there(clock: Clock) -> None:
+def test_describe_says_the_time_where_a_table_is_there(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "malloc_untuned", lambda device: {"MALLOC_ARENA_MAX": "1"})
     model = vit()
     assert "time:" not in foveate.describe(foveate.apply(model, "evit"))
     reduced = foveate.apply(model, "evit", budget="1.2x faster")
@@ -134,6 +142,27 @@ def test_describe_says_the_time_where_a_table_is_there(clock: Clock) -> None:
     assert "of 16.8 ms, predicted from block times measured here" in said
     assert f"({setting_of(backbone_for(model))})" in said
     assert "time:" not in foveate.describe(reduced, 64)
+    # As the solver predicts it, with what enters each block too.
+    table = LatencyTable.known(reduced.backbone, setting_of(reduced.backbone))
+    predicted = table.predict_pass(tokens_of(reduced.backbone.spec, reduced.reducer))
+    assert f"time: about {predicted:.3g} of 16.8 ms" in said
+    # Every kept table of the model: of another batch, and of a process with malloc tuned.
+    monkeypatch.setattr(machine, "malloc_untuned", lambda device: {})
+    LatencyTable.of(reduced.backbone, setting_of(reduced.backbone, batch=8))
+    LatencyTable.of(backbone_for(vit(depth=3)), setting_of(reduced.backbone))
+    lines = [line for line in foveate.describe(reduced).splitlines() if line.startswith("time:")]
+    assert len(lines) == 2
+    assert "(batch 1, fp32" in lines[0] and "(batch 8, fp32" in lines[1]
+    assert "malloc tuned" in lines[1] and "malloc tuned" not in lines[0]
+
+
+def test_a_cache_that_cannot_be_written(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FOVEATE_CACHE", str(tmp_path / "file"))
+    assert foveate.apply(vit(), "evit", budget="1.2x faster").reducer.keep < 1
+    assert "times cannot be kept in" in caplog.text and "FOVEATE_CACHE" in caplog.text
 
 
 def test_what_a_time_is() -> None:

@@ -64,4 +64,6 @@ def run(args: argparse.Namespace) -> None:
     for path in shared_files(args.folder):
         print(f"file     {path} ({path.stat().st_size / 1e6:.2f} MB)")
     print(f"pushed   {address}")
-    print(f"load     foveate.load('hf-hub:{args.repository}')")
+    where = args.repository if args.revision is None else f"{args.repository}@{args.revision}"
+    merged = ", once the pull request is merged" * args.create_pr
+    print(f"load     foveate.load('hf-hub:{where}'){merged}")

@@ -184,7 +184,8 @@ def _use(config: Mapping[str, Any], source: str) -> str:
     else:
         given = ""
     return (
-        "## Use\n\n`pip install foveate`, then\n\n```python\nimport foveate\n\n"
+        "## Use\n\nWith foveate installed (`pip install .` in a clone of its repository):\n\n"
+        "```python\nimport foveate\n\n"
         f'model = foveate.load("{source}"{given})  # or the path of this folder\n'
         f"{_USES[about['task']]}\n```\n" + (f"\n{note}\n" if note else "")
     )

@@ -38,7 +38,8 @@ def open_base(name: str, *, untrained: bool = False) -> nn.Module:
     except Exception as error:  # the hub, the network and timm raise errors of many kinds
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise ValueError(
-            f"no weights for {name}: {reason}. --untrained runs it with random ones"
+            f"no weights for {name}: {reason}. Random ones come with --untrained, on the page with "
+            "'Random weights', and in Python with a model from timm.create_model"
         ) from error
     _name_imagenet_classes(model)
     return model

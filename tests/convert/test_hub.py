@@ -333,6 +333,12 @@ def test_the_command_pushes_a_folder_and_others_take_its_name(
     assert f"pushed   {hub.endpoint}/anna/photos/commit/" in printed
     assert "foveate.load('hf-hub:anna/photos')" in printed
     assert hub.repositories["anna/photos"].private
+    for more, line in (
+        (["--revision", "half"], "foveate.load('hf-hub:anna/photos@half')\n"),
+        (["--create-pr"], "foveate.load('hf-hub:anna/photos'), once the pull request is merged\n"),
+    ):
+        assert main([*words[:3], *more]) == 0
+        assert line in capsys.readouterr().out
     assert main(["describe", "hf-hub:anna/photos"]) == 0
     assert "evit(keep=0.5, blocks=(1,)) on" in capsys.readouterr().out
     assert main(["push", str(tmp_path / "none"), "anna/photos"]) == 2

@@ -175,7 +175,7 @@ def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None
         raise RuntimeError("no network.\nA long explanation")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(ValueError, match=r"no network\. --untrained runs it with random ones"):
+    with pytest.raises(ValueError, match=r"no network\. Random ones come with --untrained"):
         open_base("vit_tiny_patch16_224")
 
 
