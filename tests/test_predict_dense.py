@@ -15,6 +15,7 @@ from small import randomise, vit
 
 import foveate
 from foveate import cli
+from foveate.data import open_source
 from foveate.dense import DenseModel, make_dense
 from foveate.predictions.dense import predict_and_draw, predict_dense
 
@@ -88,6 +89,60 @@ def test_label_maps(photos: Path, tmp_path: Path) -> None:
         assert set(np.unique(labels)) == set(record.classes) <= {0, 1, 2}
         assert sum(record.scores) == pytest.approx(1, abs=1e-5)
     assert len(list((tmp_path / "pictures").iterdir())) == 2
+
+
+def stored(upright: np.ndarray, turn: int) -> np.ndarray:
+    """Turn values as a file has them whose EXIF data say ``turn``."""
+    turns = Image.Transpose
+    ways = [turns.FLIP_LEFT_RIGHT, turns.ROTATE_180, turns.FLIP_TOP_BOTTOM, turns.TRANSPOSE]
+    ways += [turns.ROTATE_90, turns.TRANSVERSE, turns.ROTATE_270]
+    return np.array(Image.fromarray(upright).transpose(ways[turn - 2]))
+
+
+@pytest.mark.parametrize("job", HEADS)
+def test_answers_are_in_the_pixels_of_the_file(job: str, tmp_path: Path) -> None:
+    """A file that EXIF turns upright is answered as its upright copy, in its own pixels."""
+    pixels = np.random.RandomState(0).randint(0, 255, (40, 60, 3)).astype(np.uint8)
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "photos/1.png")
+    for turn in range(2, 9):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        Image.fromarray(stored(pixels, turn)).save(tmp_path / f"photos/{turn}.png", exif=exif)
+    Image.fromarray(pixels).save(tmp_path / "photos/9.tif", exif=exif)  # Pillow turns it itself
+    maps = tmp_path / "maps" if job == "segment" else None
+    found = predict_dense(
+        dense(job), tmp_path / "photos", maps=maps, pictures=tmp_path / "pictures"
+    )
+    wide, tall = (40, 60), (60, 40)
+    assert [one.size for one in found] == [wide] * 4 + [tall] * 5
+    drawn = [np.array(Image.open(tmp_path / f"pictures/{turn}.png")) for turn in (1, 6)]
+    assert drawn[0].shape == drawn[1].shape  # upright
+    if maps is not None:
+        first, *others = (np.array(Image.open(maps / f"{turn}.png")) for turn in range(1, 9))
+        assert len(np.unique(first)) > 1
+        for turn, labels in enumerate(others, 2):
+            assert labels.tolist() == stored(first, turn).tolist()
+        return
+    found.coco(tmp_path / "found.json")
+    source = open_source(f"coco:{tmp_path}/found.json:{tmp_path}/photos", "all")
+    upright = source.sample(0)
+    assert upright["masks"].any() and source.sample(8)["image"].size == (40, 60)
+    down, across = (np.indices((41, 61), dtype=np.int32)[axis] for axis in (0, 1))
+    for turn in range(2, 9):
+        sample = source.sample(turn - 1)
+        for mask, other in zip(upright["masks"].numpy(), sample["masks"].numpy(), strict=True):
+            assert other.tolist() == stored(mask, turn).tolist()
+        # Where a corner of the file lies upright; boxes lie between corners of pixels.
+        places = [stored(one, turn) for one in (across, down)]
+        for box, other in zip(upright["boxes"].numpy(), sample["boxes"].numpy(), strict=True):
+            corners = [
+                [place[0, 0] + (place[0, 1] - place[0, 0]) * x + (place[1, 0] - place[0, 0]) * y]
+                for x, y in (other[:2], other[2:])
+                for place in places
+            ]
+            turned = np.array(corners).reshape(2, 2)
+            assert np.concatenate([turned.min(0), turned.max(0)]) == pytest.approx(box, abs=0.03)
 
 
 def test_a_detector_has_no_label_maps(photos: Path, tmp_path: Path) -> None:

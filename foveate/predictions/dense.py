@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from foveate.core import Trace
@@ -35,7 +36,7 @@ class DensePrediction:
 
     Attributes:
         image: path of the image, or "image N" for a PIL image.
-        size: height and width in pixels.
+        size: height and width in pixels, as the file stores them.
         classes: class number of each object; for a segmenter the classes that occur, the one with
             the largest area first.
         scores: confidence of each object; for a segmenter each class's share of the pixels.
@@ -108,6 +109,9 @@ def predict_dense(
 ) -> DensePredictions:
     """Find the objects in images, or a class for each of their pixels.
 
+    The model sees files upright, as their EXIF data say, and pictures show them so. Boxes, masks
+    and label maps are in the pixels as the file stores them, where annotations are.
+
     Args:
         model: a detector or a segmenter, or the file or folder of one.
         images: paths of files and folders, or PIL images.
@@ -146,7 +150,8 @@ def predict_dense(
             answers = model([model.pixels(image) for _, image in some])
             for (name, image), answer in zip(some, answers, strict=True):
                 seen = _seen(model, image)
-                record = _record(str(name), image, answer, seen, len(records) + 1)
+                stored, size = _as_stored(answer, image, _turn(name))
+                record = _record(str(name), size, stored, seen, len(records) + 1)
                 records.append(record)
                 file = names.free(Path(str(name)).stem)
                 if folders[0] is not None:
@@ -154,7 +159,7 @@ def predict_dense(
                     _save(drawn, folders[0] / f"{file}.png")
                 if folders[1] is not None:
                     kind = np.uint8 if model.num_classes <= 256 else np.uint16
-                    drawn = Image.fromarray(answer.cpu().numpy().astype(kind))
+                    drawn = Image.fromarray(stored.cpu().numpy().astype(kind))
                     _save(drawn, folders[1] / f"{file}.png")
             if progress is not None:
                 progress(len(records), count)
@@ -178,7 +183,7 @@ def predict_and_draw(
     with answering(model):
         (answer,) = model([model.pixels(image)])
         seen = _seen(model, image)
-        record = _record(name, image, answer, seen, 1)
+        record = _record(name, (image.height, image.width), answer, seen, 1)
         return record, _picture(model, image, record, answer, seen, least)
 
 
@@ -192,10 +197,54 @@ def _seen(model: DenseModel, image: Image.Image) -> tuple[Trace, Box] | None:
     return None if model.reducer.name == "dense" else trace_dense(model, image)
 
 
+def _turn(name: str | Path) -> int:
+    """Return how EXIF says that the pixels of a file are turned, from 1 to 8; 1 is upright."""
+    if isinstance(name, str):  # not a file, and not turned when it was read
+        return 1
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large sizes, as where it was read
+            with Image.open(name) as file:
+                turn = file.getexif().get(ExifTags.Base.Orientation, 1)
+                # Pillow itself turns TIFF files, for whoever reads annotations too.
+                return turn if turn in range(1, 9) and file.format != "TIFF" else 1
+    except Exception:  # damaged EXIF data, which turned nothing, or too large but for shrinking
+        return 1
+
+
+def _as_stored(answer: Any, image: Image.Image, turn: int) -> tuple[Any, tuple[int, int]]:
+    """Turn the answer to an upright image back as its file is; return it with height and width."""
+    height, width = image.height, image.width
+    if turn == 1:
+        return answer, (height, width)
+    swap, across, down = turn in (5, 6, 7, 8), turn in (2, 3, 7, 8), turn in (3, 4, 6, 7)
+    if swap:
+        height, width = width, height
+
+    def turned(maps: Tensor) -> Tensor:
+        maps = maps.mT if swap else maps
+        return maps.flip([axis for axis, flipped in ((-1, across), (-2, down)) if flipped])
+
+    if isinstance(answer, Tensor):
+        return turned(answer), (height, width)
+    left, top, right, bottom = answer["boxes"].unbind(1)
+    if swap:
+        left, top, right, bottom = top, left, bottom, right
+    if across:
+        left, right = width - right, width - left
+    if down:
+        top, bottom = height - bottom, height - top
+    stored = {**answer, "boxes": torch.stack((left, top, right, bottom), 1)}
+    if "masks" in answer:
+        # Thresholded as they are when they are written: floats take four times the memory.
+        stored["masks"] = turned(answer["masks"] >= 0.5)
+    return stored, (height, width)
+
+
 def _record(
-    name: str, image: Image.Image, answer: Any, seen: tuple[Trace, Box] | None, number: int
+    name: str, size: tuple[int, int], answer: Any, seen: tuple[Trace, Box] | None, number: int
 ) -> DensePrediction:
-    size, usage = (image.height, image.width), None
+    usage = None
     if seen is not None:
         trace, _ = seen
         usage = float(trace.depth().float().mean()) / len(trace.blocks)

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from foveate.train.models import make_model, open_whole
 from foveate.train.module import Module
 from foveate.train.recipe import Data
 from foveate.train.reduce import MethodTask, chosen_weights, own_weights
-from foveate.train.result import Result
+from foveate.train.result import Result, better_weights, is_better
 from foveate.train.run import Loaders, fit, method_callbacks
 from foveate.train.splits import check_start, open_data
 from foveate.train.task import Task
@@ -232,5 +233,20 @@ def adapt(
         say: is told, before the first step, what is trained on what.
         again: what to type to go on with a run that was stopped; None is --resume and its folder.
     """
+    again = again or f"--resume {quote(str(out))}"
     how: dict[str, Any] = {"resume": resume, "progress": progress, "say": say, "again": again}
-    return fit(recipe, out, _build, callbacks=_callbacks, **how)
+    result = fit(recipe, out, _build, callbacks=_callbacks, **how)
+    if "model" in result:  # the first of several processes
+        _warn_if_worse(result)
+    return result
+
+
+def _warn_if_worse(result: Result) -> None:
+    name = result["score"]
+    (where, score), before = better_weights(result, result.path), result[f"{name}_before"]
+    if not (score == before or is_better(name, score, before)):  # NaN is worse too
+        _log.warning(
+            "training made the model worse: the weights of %s have a %s of %g, and before training "
+            "it was %g; a lower optim.lr may help",
+            *(where, "divergence (KL)" if name == "kl" else name, score, before),
+        )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-__all__ = ["Result"]
+__all__ = ["Result", "better_weights", "is_better"]
 
 
 class Result(Mapping[str, Any]):
@@ -85,3 +85,16 @@ class Result(Mapping[str, Any]):
                 axes.legend(frameon=False)
             axes.spines[["top", "right"]].set_visible(False)
         return figure
+
+
+def better_weights(result: Mapping[str, Any], out: Path) -> tuple[Path, float]:
+    """Return the folder of the better weights of a run, the last or the best, and their score."""
+    name, best = result["score"], result.get("best", {})
+    if best.get("model", "").startswith("best/") and is_better(name, best["score"], result[name]):
+        return out / "best", best["score"]
+    return out, result[name]
+
+
+def is_better(name: str, one: float, other: float) -> bool:
+    """Tell whether a score is better than another: a divergence (kl) is where it is less."""
+    return one < other if name == "kl" else one > other

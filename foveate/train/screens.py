@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from lightning.pytorch import Trainer
 
 from foveate.core import ReducedViT, Reducer
 from foveate.data import Splits
+from foveate.train.result import better_weights
 from foveate.train.task import Task
 
 __all__ = ["first_screen", "last_screen"]
@@ -67,21 +69,24 @@ def last_screen(job: str, result: Mapping[str, Any], out: Path) -> str:
         lines.append(
             f"best     {said} after update {best['update']}, its model is {out / best['model']}"
         )
+    where = quote(str(out))
     if job == "adapt":  # its images need no labels, so there may be nothing to evaluate on
-        lines.append(f"next     foveate export {out} FOLDER --check    # to run it without foveate")
-        lines.append(f"         foveate show {out} --images FOLDER --out kept.png")
+        # Its last weights may be worse than those before, and even than before training.
+        use = quote(str(better_weights(result, out)[0]))
+        lines.append(f"next     foveate export {use} FOLDER --check    # to run it without foveate")
+        lines.append(f"         foveate show {use} --images FOLDER --out kept.png")
         return "\n".join(lines)
     what = "    # on the test images" if "test" in result["splits"] else ""
-    lines.append(f"next     foveate eval {out}{what}")
+    lines.append(f"next     foveate eval {where}{what}")
     if job in _DENSE:
-        lines.append(f"         foveate predict {out} --images FOLDER --pictures FOLDER")
+        lines.append(f"         foveate predict {where} --images FOLDER --pictures FOLDER")
         lines.append(
-            f"         foveate {job} RECIPE model.start={out} method=svit    # fewer tokens"
+            f"         foveate {job} RECIPE model.start={where} method=svit    # fewer tokens"
         )
     elif job == "finetune":
-        lines.append(f"         foveate reduce RECIPE model.start={out}    # with fewer tokens")
+        lines.append(f"         foveate reduce RECIPE model.start={where}    # with fewer tokens")
     else:
-        lines.append(f"         foveate show {out} --images FOLDER --out kept.png")
+        lines.append(f"         foveate show {where} --images FOLDER --out kept.png")
     return "\n".join(lines)
 
 

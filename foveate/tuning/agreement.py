@@ -65,7 +65,7 @@ def read_pictures(model: nn.Module, given: Tensor | Paths, count: int, seed: int
             f"count must be at least {LEAST_IMAGES}, half of the images to choose and half to "
             f"report, got {count!r}"
         )
-    inputs, draw = Inputs.of(model), random.Random(seed)
+    inputs, draw, like = Inputs.of(model), random.Random(seed), next(model.parameters())
     if isinstance(given, Tensor):
         shape = (inputs.channels, *inputs.size)
         if given.ndim != 4 or tuple(given.shape[1:]) != shape:
@@ -73,15 +73,23 @@ def read_pictures(model: nn.Module, given: Tensor | Paths, count: int, seed: int
             raise ValueError(
                 f"images must be [N, {wanted}] for this model, got {list(given.shape)}"
             )
+        if not given.is_floating_point():
+            raise ValueError(
+                f"images in a tensor must be floats, normalised for the model, got {given.dtype}: "
+                "normalise them, or give files"
+            )
         order = draw.sample(range(len(given)), min(count, len(given)))
         _check_enough(len(order), "the tensor")
-        return Pictures(given[order].detach(), tuple(map(str, order)))
+        pixels = given[order].detach()
+        for number, image in zip(order, pixels, strict=True):
+            if not bool(image.isfinite().all()):
+                raise ValueError(f"image {number} of the tensor contains NaN or infinity")
+        return Pictures(pixels.to(like), tuple(map(str, order)))
     files = find_images(given)
     where = os.fspath(given) if isinstance(given, str | os.PathLike) else "what was given"
     _check_enough(len(files), where)
     read = list(islice(ImageFiles(draw.sample(files, len(files))), count))
     _check_enough(len(read), where)
-    like = next(model.parameters())
     pixels = inputs.batch((image for _, image in read), like)
     return Pictures(pixels, tuple(_short(path, where) for path, _ in read))
 

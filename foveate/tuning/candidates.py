@@ -100,6 +100,11 @@ class Candidate:
         return repr(self.reducer)
 
     @property
+    def shape(self) -> tuple[Template, Curve | None, Recall]:
+        """The method and how it spreads reduction, whatever the rate."""
+        return self.template, self.curve, self.recall
+
+    @property
     def tokens(self) -> list[int]:
         """Tokens that each block feeds forward."""
         return [block.mlp for block in self.blocks]

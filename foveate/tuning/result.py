@@ -18,7 +18,7 @@ from foveate.measure.table import formatted, pd
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["COLUMNS", "Tuned"]
+__all__ = ["COLUMNS", "Tuned", "speeds"]
 
 _FORMAT = 1
 _ACROSS = {
@@ -31,6 +31,24 @@ COLUMNS = (
     *("measured_ms", "measured", "measured_low", "measured_high"),
     *("choosing", "reporting", "same_choosing", "same_reporting", "frontier"),
 )
+
+
+def speeds(table: pd.DataFrame) -> pd.Series:
+    """Return how many times as fast each row is: as measured, or as predicted if it was not timed.
+
+    With a target in multiply-adds nothing is predicted about time: how many times fewer they are.
+    """
+    if _in_time(table):
+        return table["measured"].fillna(table["predicted"])
+    return table["predicted"]
+
+
+def _by_speed(table: pd.DataFrame) -> pd.DataFrame:
+    return table.loc[speeds(table).sort_values(kind="stable").index]
+
+
+def _in_time(table: pd.DataFrame) -> bool:
+    return bool(table["predicted_ms"].notna().any())
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +86,7 @@ class Tuned:
         at_target = self.table[self.table["role"].isin(_AT_TARGET)]
         dense = at_target["role"] == "dense"
         ranked = pd.concat([at_target[dense], at_target[~dense].sort_values("choosing")])
-        frontier = self.table[self.table["frontier"]].sort_values("predicted")
+        frontier = _by_speed(self.table[self.table["frontier"]])
         half = f"{self.about['choosing']} images choose, {self.about['reporting']} report"
         return [
             Sheet(
@@ -125,7 +143,7 @@ class Tuned:
 
     @property
     def _across(self) -> str:
-        return _ACROSS["ms" if self.table["predicted_ms"].notna().any() else "macs"]
+        return _ACROSS["ms" if _in_time(self.table) else "macs"]
 
     def lines(self) -> list[str]:
         """Return the choice, the notes, and the commands to type next, one a line."""
@@ -146,20 +164,20 @@ class Tuned:
             line = rows[rows["role"] != "constant"]
             if (line["role"] == "frontier").all():  # no schedule is better than its constant rate
                 line = rows
-            line = line.sort_values("predicted")
-            left.plot(line["predicted"], self._shown(line["reporting"]), label=method, **look)
+            line = _by_speed(line)
+            left.plot(speeds(line), self._shown(line["reporting"]), label=method, **look)
             left.plot(
-                constant["predicted"],
+                speeds(constant),
                 self._shown(constant["reporting"]),
                 marker=look["marker"],
                 markerfacecolor="white",
                 color=look["color"],
                 linestyle="none",
             )
-        chosen = self.row
+        chosen = table[table["role"] == "choice"]
         left.plot(
-            [chosen["predicted"]],
-            [self._shown(chosen["reporting"])],
+            speeds(chosen),
+            self._shown(chosen["reporting"]),
             "*",
             color="black",
             markersize=13,
@@ -170,7 +188,9 @@ class Tuned:
         left.set_ylabel(words.get(self.about["judge"], "similarity of features, higher is better"))
         if self.about["judge"] == "classes" and (table["reporting"] > 0).all():
             left.set_yscale("log")
-        left.set_xlabel(f"{self._across},\n{self.about['predicted']}")
+        timed = _in_time(table) and self.about["measured"] is not None
+        source = "as timed; what was not timed: " if timed else ""
+        left.set_xlabel(f"{self._across},\n{source}{self.about['predicted']}")
         left.set_title(f"on the {self.about['reporting']} images that report", fontsize="medium")
         left.plot([], [], "o", color=QUIET, markerfacecolor="white", label="hollow: constant rate")
         self._draw_tokens(right)

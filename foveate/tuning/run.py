@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,15 +16,19 @@ from foveate import machine
 from foveate.api import apply, check_driven
 from foveate.backbones import backbone_for
 from foveate.convert import open_base, save
+from foveate.convert.card import write_card
+from foveate.convert.folders import config_path
+from foveate.convert.record import add_measured
 from foveate.core import Backbone, ReducedViT, Reducer
 from foveate.dense import Hosting
 from foveate.facts import count as count_costs
-from foveate.files import made_folder
+from foveate.files import made_folder, read_json
 from foveate.latency import Setting, beside_dense, is_time, setting_of
 from foveate.measure.table import pd
 from foveate.timing import DENSE, LEAST_ROUNDS, Timings
 from foveate.tuning.agreement import Judge, Paths, kind_of, read_pictures
 from foveate.tuning.candidates import (
+    RANDOM,
     Candidate,
     Price,
     Template,
@@ -32,7 +38,7 @@ from foveate.tuning.candidates import (
     solve,
     templates,
 )
-from foveate.tuning.result import COLUMNS, Tuned
+from foveate.tuning.result import COLUMNS, Tuned, speeds
 from foveate.tuning.search import Found, Progress, Scored, search
 
 __all__ = ["tune"]
@@ -113,8 +119,15 @@ def tune(
         notes += [one.note for one in found if one.note] + _left_out(left_out) + table.doubts()
         notes += _unmet(found, best)
         chosen = table.choice.candidate
+        notes += _chance(found, chosen)
         reduced = apply(vit, chosen.reducer, check=False).eval()
         save(reduced, folder, everything=True)
+    facts, commit = machine.facts(next(vit.parameters()).device.type), machine.commit()
+    if rounds >= LEAST_ROUNDS:  # a card takes no trials
+        add_measured(
+            folder, [table.speed(rounds) | {"machine": machine.name(facts), "commit": commit}]
+        )
+        write_card(folder, read_json(config_path(folder), f"{folder} was removed"))
     about = {
         "model": name,
         "target": target,
@@ -132,8 +145,8 @@ def tune(
             for half in ("choosing", "reporting")
         },
         "left_out": left_out,
-        "machine": machine.facts(next(vit.parameters()).device.type),
-        "commit": machine.commit(),
+        "machine": facts,
+        "commit": commit,
     }
     result = Tuned(
         path=folder,
@@ -206,10 +219,14 @@ class _Table:
         """The chosen candidate."""
         return next(one for role, one in self.roles if role == "choice")
 
+    def _at_target(self) -> list[Scored]:
+        return [one for role, one in self.roles if role != "frontier"]
+
     def add(self, found: Found) -> None:
         """Add what a search found, and the same schedules at other speeds."""
         self.roles = [("choice", found.best[0])]
-        self.roles += [("schedule", one) for one in found.best[1:] if one.candidate.curve]
+        # A constant rate with recall is a schedule too.
+        self.roles += [("schedule", one) for one in found.best[1:] if one not in found.constants]
         self.roles += [("constant", one) for one in found.constants if one is not found.best[0]]
         saved = self.price.dense - self.price.goal
         for done, one in enumerate(found.best):
@@ -231,14 +248,14 @@ class _Table:
         Return notes about it.
         """
         price = self.price
-        finalists = [one for role, one in self.roles if role != "frontier"]
-        self._measure(finalists, rounds)
+        self._measure(self._at_target(), rounds)
         if not isinstance(price, Times):
             return []
         for _ in range(_AGAIN):
             if self._missed() <= _NEAR or not self._correct():
                 break
             self._measure([self.choice], rounds)
+        self._price_anew()
         notes = self._fall_back(target) if self._over(self.choice) > _PROMISE else []
         missed, (ms, dense) = self._missed(), self._ms(self.choice)
         if missed <= _PROMISE or notes:
@@ -269,6 +286,22 @@ class _Table:
         """Describe how times were measured; None if nothing was timed."""
         trial = " (a trial)" * (rounds < LEAST_ROUNDS)
         return f"{rounds} interleaved rounds{trial}, {self._setting()}" if rounds else None
+
+    def speed(self, rounds: int) -> dict[str, Any]:
+        """Return how fast the choice was timed, as the record of a model keeps it."""
+        method, setting = self.choice.candidate.method, self._setting()
+        timings = self.timings[method]
+        ratio = timings.ratio(method, DENSE)
+        return {
+            "metric": "speed",
+            "batch": setting.batch,
+            "times": round(ratio.median, 4),
+            "low": round(ratio.low, 4),
+            "high": round(ratio.high, 4),
+            "per_second": round(1000 * setting.batch / timings.ms(method).median, 4),
+            "rounds": rounds,
+            "precision": setting.dtype,
+        }
 
     def _setting(self) -> Setting:
         if isinstance(self.price, Times):
@@ -322,13 +355,31 @@ class _Table:
         other.on(self.judge.pictures.reporting)
         return True
 
+    def _price_anew(self) -> None:
+        """Price schedules at other speeds again, with the own work that was timed at the target.
+
+        On the frontier they stand beside times that were measured.
+        """
+        price = self.price
+        assert isinstance(price, Times)
+        elsewhere = [one for role, one in self.roles if role == "frontier"]
+        for one in self._at_target():
+            ms, dense = self._ms(one)
+            price.correct(one.candidate, ms * price.dense / dense)
+            for other in elsewhere:
+                was = other.candidate
+                if was.shape == one.candidate.shape:
+                    paid, _ = price.of(was.template, was.reducer)
+                    other.candidate = replace(was, price=paid)
+
     # In the end ----------------------------------------------------------------------------------
 
     def doubts(self) -> list[str]:
-        """Return a note if the reporting half would have chosen another candidate."""
+        """Return a note if the reporting half would have chosen another that is fast enough."""
         half = self.judge.pictures.reporting
-        at_target = [one for role, one in self.roles if role != "frontier"]
-        best = min(at_target, key=lambda one: one.on(half).distance)
+        timed = isinstance(self.price, Times) and bool(self.timings)
+        quick = [one for one in self._at_target() if not timed or self._over(one) <= _PROMISE]
+        best = min([self.choice, *quick], key=lambda one: one.on(half).distance)
         low, own = best.on(half).distance, self.choice.on(half).distance
         if low >= own:
             return []
@@ -341,7 +392,7 @@ class _Table:
         """Return all rows; on the frontier are those that no row beats in speed and agreement."""
         rows = [self._dense(), *(self._row(role, one) for role, one in self.roles)]
         table = pd.DataFrame(rows, columns=list(COLUMNS))
-        pairs = list(zip(table["predicted"], table["reporting"], strict=True))
+        pairs = list(zip(speeds(table), table["reporting"], strict=True))
         table["frontier"] = [
             not any(x >= speed * _ALIKE and y < distance for x, y in pairs)
             for speed, distance in pairs
@@ -421,17 +472,29 @@ def _unmet(searched: Sequence[Template], found: Found) -> list[str]:
     return said + [f"no constant rate of {', '.join(late)} meets the target"] * bool(late)
 
 
+def _chance(searched: Sequence[Template], chosen: Candidate) -> list[str]:
+    """Return a note if the control was chosen though there were methods."""
+    if chosen.reducer.name != RANDOM or all(one.reducer.name == RANDOM for one in searched):
+        return []
+    return [
+        "the choice is random, the control: on the images that choose, no method that meets the "
+        "target agrees better than dropping patches by chance"
+    ]
+
+
 def _commands(
     folder: Path, images: Tensor | Paths, backbone: Backbone, chosen: Candidate
 ) -> list[str]:
     """Return the commands that would raise the agreement, or the accuracy, by training."""
-    where = os.fspath(images) if isinstance(images, str | os.PathLike) else "FOLDER"
-    found = [f"foveate adapt {folder} --images {where}  (without labels)"]
+    where = "FOLDER"
+    if isinstance(images, str | os.PathLike):
+        where = quote(os.fspath(images))
+    found = [f"foveate adapt {quote(str(folder))} --images {where}    # without labels"]
     if backbone.classifies:
         small = backbone.channels == 1 and backbone.spec.patch == (4, 4)
         recipe = "fashion_part_dynamicvit" if small else "imagenet_deit_s_evit model.name=null"
         found.append(
-            f'foveate reduce {recipe} model.start={folder} "method={chosen.method}" '
-            "data.train=folder:LABELLED  (with labels)"
+            f"foveate reduce {recipe} {quote(f'model.start={folder}')} "
+            f'"method={chosen.method}" data.train=folder:LABELLED    # with labels'
         )
     return found

@@ -98,6 +98,25 @@ def test_a_file_without_masks(tmp_path: Path) -> None:
     assert len(source.targets(0)["boxes"]) == 1
 
 
+def test_objects_without_a_mask_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Beside objects with one, samples do not have them, and no number says that they do."""
+    bare = [annotation(i, i, category_id=7, segmentation=[]) for i in (0, 1)]
+    broken = annotation(2, 2, segmentation=[[1, 1, 3, 3]])
+    with caplog.at_level(logging.WARNING):
+        source = coco(tmp_path, [annotation(5, 0), *bare, broken])
+    assert [len(source.targets(i)["boxes"]) for i in range(3)] == [1, 0, 0]
+    assert source.class_counts().tolist() == [1, 0]
+    assert source.boxes_only().class_counts().tolist() == [2, 2]
+    counts = {reason: count for reason, (count, _) in source.left_out.reasons.items()}
+    assert counts == {
+        "masks that cannot be used": 1,
+        "objects without a mask, used where boxes alone are asked for": 2,
+    }
+    assert "3 images, 1 objects of 2 classes" in caplog.text
+
+
 def test_an_object_with_a_mask_alone(tmp_path: Path) -> None:
     one = annotation(1, 0)
     del one["bbox"], one["area"], one["iscrowd"]
@@ -223,6 +242,13 @@ def test_jobs_take_what_they_need_alone(tmp_path: Path) -> None:
         ({"segmentation": {"size": [8, 12], "counts": "zzz"}}, "its run lengths are damaged"),
         ({"segmentation": {"size": [8, 12], "counts": [-1, 97]}}, "must be whole numbers from 0"),
         ({"segmentation": {"counts": [96]}}, "run lengths with size and counts"),
+        ({"segmentation": [[1, 1, 1e9, 1, 5, 5]]}, "has the coordinate 1e+09, far outside any"),
+        ({"segmentation": [[1, 1, 5, -1e300, 5, 5]]}, "has the coordinate -1e+300, far outside"),
+        ({"segmentation": [[1, 1, 5, 10**400, 5, 5]]}, "points that are not finite"),
+        ({"segmentation": {"size": [8, 12], "counts": [96, 2**40]}}, "whole numbers from 0 to 42"),
+        ({"segmentation": {"size": [2**40, 0], "counts": [0]}}, "must be a height and a width"),
+        ({"segmentation": {"size": [8, 12], "counts": "KU3"}}, "its run lengths are damaged"),
+        ({"bbox": [10**400, 3, 4, 4], "segmentation": None}, "1 boxes that are not four finite"),
     ],
 )
 def test_what_cannot_be_used_is_left_out_and_counted(
@@ -254,6 +280,11 @@ def test_annotations_that_are_not_known_as_such(
     with caplog.at_level(logging.WARNING):
         coco(tmp_path, [annotation(1, 0), lost])
     assert "1 annotations without an image_id" in caplog.text
+    with caplog.at_level(logging.WARNING):
+        coco(tmp_path, [annotation(1, 0), {}, None, lost])
+    assert "3 annotations without an image_id, or without box and mask (the first: {})" in (
+        caplog.text
+    )
 
 
 def test_boxes_are_cut_at_the_border(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -274,6 +305,9 @@ def test_boxes_are_cut_at_the_border(tmp_path: Path, caplog: pytest.LogCaptureFi
         ),
         (json.dumps(content([annotation(1, 0)]))[:-90], "is damaged or cut short"),
         ("", "is damaged or cut short"),
+        ("[" * 100_000, "has lists in lists, deeper than any COCO file"),
+        (f'{{"images": [{"9" * 5000}]}}', "is damaged or cut short"),
+        (annotation(1, 0), "holds a single entry, such as predictions are"),
         ({"images": [], "annotations": []}, "has no list of categories"),
         (content([], count=0), "has no images"),
         (
@@ -323,6 +357,7 @@ def test_images_that_are_missing(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert "1 images that" in caplog.text and "image 1, 1.png" in caplog.text
     assert [source.targets(i)["image_id"] for i in range(len(source))] == [0, 2]
     assert np.asarray(source.image(1))[0, 0, 0] == 20 and source.class_counts().tolist() == [2, 0]
+    assert "2 images, 2 objects of 2 classes" in caplog.text
     for path in (root / "train").iterdir():
         path.unlink()
     with pytest.raises(ValueError, match="holds none of the 3 images"):

@@ -126,6 +126,27 @@ def test_maps_that_do_not_fit(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
         source.sample(1)
 
 
+def test_subfolders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Images of the same name keep their own maps; others are counted with their place."""
+    for place, values in (("a", MAP), ("b", MAP % 2)):
+        write(tmp_path, "x", f"images/train/{place}", f"masks/train/{place}", values)
+    write(tmp_path, "y", "images/train/a", "masks/train")
+    with caplog.at_level(logging.WARNING):
+        source = open_source(f"masks:{tmp_path}")
+    assert len(source) == 2
+    assert source.targets(0)["semantic"].tolist() == MAP.tolist()
+    assert source.targets(1)["semantic"].tolist() == (MAP % 2).tolist()
+    assert "1 images without a map" in caplog.text and "(the first: a/y.jpg)" in caplog.text
+    assert "1 maps without an image" in caplog.text and "(the first: y.png)" in caplog.text
+
+
+def test_two_maps_of_one_image(tmp_path: Path) -> None:
+    write(tmp_path, "x", "images", "masks")
+    Image.fromarray(MAP % 2).save(tmp_path / "masks/x.tif")
+    with pytest.raises(ValueError, match=r"x.png and .*x.tif are maps of the same image; remove"):
+        open_source(f"masks:{tmp_path}", "all")
+
+
 def test_places_that_are_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist; a folder of images and label maps"):
         open_source("masks:/nowhere")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +22,10 @@ from foveate.backbones import image_settings, set_image_settings
 from foveate.cli import main
 from foveate.data import Loader, eval_transform, limited, open_images, open_source
 from foveate.data.sources.memory import ArraySource
+from foveate.train import adapt as training
 from foveate.train.callbacks import Pictures
 from foveate.train.logs import read_metrics
+from foveate.train.result import Result
 
 QUIET: dict[str, Any] = {"progress": False, "say": lambda _: None}
 OWN: dict[str, Any] = {"loop": {**LOOP, "max_steps": 1}, **QUIET}
@@ -50,7 +53,9 @@ def rows(out: Path) -> list[dict[str, str]]:
 # It learns, without labels -----------------------------------------------------------------------
 
 
-def test_it_learns_to_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_learns_to_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """The demo with a tenth of its tokens, on images whose labels nobody may ask for."""
 
     def label(self: Any, index: int) -> int:
@@ -66,6 +71,7 @@ def test_it_learns_to_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert result["cosine"] > result["cosine_before"]
     model = foveate.load(tmp_path)
     assert repr(model.reducer) == "evit(keep=0.3)" and foveate.backbones.class_names(model)
+    assert "worse" not in caplog.text
 
 
 def test_what_is_measured(start: str, tmp_path: Path) -> None:
@@ -130,6 +136,45 @@ def test_a_folder_without_classes(
     Path("mine.yaml").write_text("model: {start: tuned}\n")
     assert main(["adapt", "mine.yaml", "train=blocks:2", "--print"]) == 0
     assert "train: blocks:2" in capsys.readouterr().out
+
+
+def test_training_that_does_harm_is_said(
+    start: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = run(adapt(start, "evit(keep=0.7)", "loop.max_steps=2", "optim.lr=1"), tmp_path)
+    said = f"the weights of {tmp_path} have a divergence (KL) of "
+    assert result["kl"] > result["kl_before"] and said in caplog.text
+    assert f"before training it was {result['kl_before']:g}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "last", "best", "model", "place"),
+    [
+        ("kl", 0.5, 0.2, "best/model", "best"),
+        ("kl", 0.5, 0.5, "best/model", "."),  # by as much as scores are rounded
+        ("cosine", 0.5, 0.8, "best/model", "best"),
+        ("cosine", 0.5, 0.5, "model", "."),
+    ],
+)
+def test_the_better_weights_are_named_next(
+    name: str,
+    last: float,
+    best: float,
+    model: str,
+    place: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As arguments that a shell reads, whatever the folder is called."""
+    content: dict[str, Any] = {"score": name, name: last, "model": "model", "splits": {}}
+    content |= {"best": {"score": best, "update": 3, "model": model}, "images": {"val": 9}}
+    monkeypatch.setattr(training, "adapt", lambda recipe, out, **_: Result(out, content))
+    assert main(["adapt", "fashion_part", "--out", "my run"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    export, show = (shlex.split(line.removeprefix("next"), comments=True) for line in printed[-2:])
+    where = str(Path("my run", place))
+    assert export == ["foveate", "export", where, "FOLDER", "--check"]
+    assert show[:3] == ["foveate", "show", where]
 
 
 def test_pictures_of_images_without_labels(tmp_path: Path) -> None:

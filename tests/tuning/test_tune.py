@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,9 @@ from foveate.core.cost import tokens_of
 from foveate.data import Inputs, fashion_mnist_mini, normalise
 from foveate.timing import Timings
 from foveate.tuning import Tuned, result, run
-from foveate.tuning.agreement import read_pictures
-from foveate.tuning.candidates import templates
+from foveate.tuning.agreement import Judge, read_pictures
+from foveate.tuning.candidates import Template, price_of, solve, templates
+from foveate.tuning.search import Found, Scored
 
 QUICK = {"count": 8, "tries": 4, "rounds": 0}
 
@@ -159,7 +161,13 @@ def test_a_time(clock: Clock, tmp_path: Path) -> None:  # noqa: F811
     spent = sum(row["tokens"]) * TOKEN + REST + OWN
     assert spent <= row["measured_ms"] * 1.01  # blocks attend before the method acts
     measured = clock.measured
+    trial = (found.path / "README.md").read_text(encoding="utf-8")
+    assert "| speed | not measured |" in trial
+    options["rounds"] = 30
     again = foveate.tune(model, x, "1.3x faster", out=tmp_path / "two", **options)
+    card = (again.path / "README.md").read_text(encoding="utf-8")
+    times = f"| speed, batch 1 | {again.row['measured']:.2f} times as fast as without the method "
+    assert times in card and "fp32; 30 interleaved rounds" in card
     assert clock.measured - measured < measured  # table and own work are kept
     assert again.choice == found.choice
     assert not [note for note in found.notes if "busy" in note]
@@ -184,6 +192,44 @@ def test_what_cannot_be_brought_to_a_time_is_not_the_choice(
     assert found.choice.startswith("random") and found.row["measured"] > 1.3 * 0.95
     assert any("evit" in note and "could not be made to meet" in note for note in found.notes)
     assert "evit" in set(found.table["method"])
+    # What was timed counts: in the frontier, in the picture, and in what might have been chosen.
+    evit = found.table[found.table["method"] == "evit"]
+    slow = evit[evit["measured"].notna()]
+    assert (slow["predicted"] > 1.25).all() and (slow["measured"] < 1).all()
+    assert found.row["frontier"] and not evit["frontier"].any()
+    other = evit[(evit["role"] == "frontier") & evit["measured"].isna()]
+    assert len(other) and (other["predicted"] < 1).all()  # with the own work that was timed
+    lines = {str(line.get_label()): line for line in found.plot().axes[0].get_lines()}
+    assert list(lines["choice"].get_xdata()) == [found.row["measured"]]
+    assert max(lines["evit"].get_xdata()) < 1
+    assert not [note for note in found.notes if "agrees better than the choice" in note]
+    assert any("the choice is random, the control" in note for note in found.notes)
+
+
+def test_multiply_adds_are_not_mixed_with_times() -> None:
+    """With a target in multiply-adds the frontier is of these, whatever was timed."""
+    rows = pd.DataFrame({"predicted_ms": [np.nan], "predicted": [2.0], "measured": [1.5]})
+    assert list(result.speeds(rows)) == [2.0]
+    assert list(result.speeds(rows.assign(predicted_ms=3.0))) == [1.5]
+
+
+def test_a_constant_rate_with_recall_is_in_the_table() -> None:
+    backbone = backbone_for(late_is_harmless())
+    (tome, control), _ = templates(backbone.spec, ["tome"], None, recalls=True)
+    judge = Judge(backbone, read_pictures(backbone.model, images(4), 4, 0), "features")
+    price = price_of("80%", backbone)
+
+    def scored(template: Template, recall: int | None) -> Scored:
+        made = solve(template, None, recall, price)
+        assert made is not None
+        return Scored.of(made, judge)
+
+    constants = scored(tome, None), scored(control, None)
+    best = constants[1], scored(tome, 3)
+    table = run._Table(judge, price, backbone, lambda what, done, of: None)
+    table.add(Found(constants, best, 3))
+    at_target = [(role, one) for role, one in table.roles if role != "frontier"]
+    assert at_target == [("choice", best[0]), ("schedule", best[1]), ("constant", constants[0])]
 
 
 # Features ----------------------------------------------------------------------------------------
@@ -273,6 +319,8 @@ def test_counts_are_met(method: str) -> None:
         ({"count": 3}, "count must be at least 4, half .* got 3"),
         ({"images": torch.zeros(3, 3, 48, 48)}, "at least 4 images are needed.*has 3"),
         ({"images": torch.zeros(8, 3, 40, 48)}, r"images must be \[N, 3, 48, 48\]"),
+        ({"images": torch.zeros(8, 3, 48, 48).byte()}, "must be floats.*got torch.uint8"),
+        ({"images": images(8) * float("nan")}, "image . of the tensor contains NaN or infinity"),
         ({"images": "nowhere"}, "nowhere does not exist"),
         ({"target": "5%"}, "no schedule meets the target '5%'.*the fastest one, "),
         ({"target": "100%"}, "the dense model meets the target '100%'"),
@@ -296,6 +344,12 @@ def test_refused(changed: dict, message: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists() or "target" in changed
 
 
+def test_images_become_what_the_model_computes_with() -> None:
+    for dtype in (torch.bfloat16, torch.float64):
+        assert read_pictures(vit().to(dtype), images(4), 4, 0).pixels.dtype == dtype
+    assert read_pictures(vit().to("meta"), images(4), 4, 0).pixels.device.type == "meta"
+
+
 def test_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no images"):
@@ -312,16 +366,23 @@ def test_folders_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, model = tmp_path / "photos", tmp_path / "small.safetensors"
+    folder, model = tmp_path / "my photos", tmp_path / "small.safetensors"
     folder.mkdir()
     save_plain(late_is_harmless(), model)
     for number, image in enumerate(fashion_mnist_mini("test").images[:6]):
         Image.fromarray(image[0].numpy()).save(folder / f"{number}.png")
     (folder / "broken.png").write_bytes(b"no picture")
     words = ["tune", str(model), "--images", str(folder), "--target", "70%", "--methods", "tome"]
-    words += ["--tries", "2", "--rounds", "0", "--threads", "1", "--out", str(tmp_path / "out")]
+    words += ["--tries", "2", "--rounds", "0", "--threads", "1", "--out", str(tmp_path / "my out")]
     assert main(words) == 0
     printed = capsys.readouterr().out
+    typed = [line[5:] for line in printed.splitlines() if line.startswith("next ")]
+    one, other = (shlex.split(line, comments=True) for line in typed)
+    assert one == ["foveate", "adapt", str(tmp_path / "my out"), "--images", str(folder)]
+    assert (
+        f"model.start={tmp_path / 'my out'}" in other and other[-1] == "data.train=folder:LABELLED"
+    )
+    assert "the control" not in printed  # ToMe beats it
     assert "Agreement with the dense model at 70%: 3 images choose, 3 report" in printed
     assert "choice   tome(r=" in printed and "random" in printed and "Frontier" in printed
     assert main(words) == 2

@@ -43,7 +43,7 @@ class CocoSource(FileSource):
         files: paths of the images.
         rows: where each image stands in the annotation file.
         annotations: content of that file; None without labels.
-        masks: whether targets have masks. They are decoded image by image.
+        masks: whether targets have masks, decoded image by image; they have no other objects then.
         left_out: what could not be used, and why.
     """
 
@@ -107,8 +107,10 @@ class CocoSource(FileSource):
         known = self.annotations
         assert known is not None
         present = np.isin(np.arange(len(known.image_ids)), self.rows)
-        of_image = np.repeat(present, np.diff(known.starts))
-        return np.bincount(known.labels[of_image], minlength=len(known.classes))
+        held = np.repeat(present, np.diff(known.starts))
+        if self.masks:
+            held &= known.kinds > 0  # as targets have them
+        return np.bincount(known.labels[held], minlength=len(known.classes))
 
 
 def object_targets(
@@ -173,7 +175,9 @@ def open_coco(spec: str, location: str, split: str, labels: bool) -> CocoSource:
         category_ids=known.category_ids if labels else None,
         left_out=left_out,
     )
-    held = f"{len(rows)} images, {len(known.ids)} objects of {len(known.classes)} classes"
+    held = f"{len(rows)} images"
+    if labels:
+        held += f", {source.class_counts().sum()} objects of {len(known.classes)} classes"
     if left_out.reasons:
         _log.warning("%s: %s; left out: %s", file, held, left_out.sentence())
     else:

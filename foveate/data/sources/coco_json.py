@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import reprlib
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,8 @@ __all__ = ["CocoFile", "LeftOut", "read_coco"]
 
 _log = logging.getLogger(__name__)
 _NOTHING, _POLYGONS, _RUNS = range(3)  # what an object's mask is stored as
+_PACKED = object()  # stands where an annotation was, once it is packed
+_FARTHEST = 10**6  # pixels; polygons are filled in time and memory that grow with their extent
 
 
 @dataclass
@@ -104,12 +107,14 @@ def read_coco(path: Path) -> CocoFile:
             content = json.load(file, object_hook=packer.take)
     except FileNotFoundError:
         raise ValueError(f"there is no annotation file {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged or cut short: {error}") from error
     except _BadId as error:
         raise ValueError(f"{path}: {error}") from None
+    except ValueError as error:  # of JSON, of its encoding, or of a number with too many digits
+        raise ValueError(f"{path} is damaged or cut short: {error}") from error
+    except RecursionError:
+        raise ValueError(f"{path} has lists in lists, deeper than any COCO file has them") from None
     if not isinstance(content, dict):
-        kind = "a list" if isinstance(content, list) else f"the {type(content).__name__} {content}"
+        kind = "a list" if isinstance(content, list) else "a single entry"
         raise ValueError(
             f"{path} holds {kind}, such as predictions are; a COCO file is an object with images, "
             "annotations and categories"
@@ -122,10 +127,13 @@ def read_coco(path: Path) -> CocoFile:
             )
     left_out = LeftOut()
     # What the packer did not know as an annotation is still here.
-    for other in filter(None, content["annotations"]):
+    for other in content["annotations"]:
+        if other is _PACKED:
+            continue
         if isinstance(other, dict) and "segments_info" in other:
             raise ValueError(f"{path} is a panoptic file; one with an object an annotation is read")
-        left_out.add("annotations without an image_id, or without box and mask", str(other)[:60])
+        which = reprlib.repr(other)
+        left_out.add("annotations without an image_id, or without box and mask", which)
     image_ids, names, sizes = _images(path, content["images"])
     classes, category_ids = _categories(path, content["categories"])
     return _checked(path, packer, image_ids, names, sizes, classes, category_ids, left_out)
@@ -146,7 +154,7 @@ class _Packer:
         self.wrong: dict[int, str] = {}  # number of an annotation: what is wrong with its mask
 
     def take(self, found: dict[str, Any]) -> Any:
-        """Keep an annotation and give None; give back any other dictionary."""
+        """Keep an annotation and give ``_PACKED``; give back any other dictionary."""
         if "image_id" not in found or not ("bbox" in found or "segmentation" in found):
             return found
         count = len(self.numbers) // 6
@@ -162,7 +170,7 @@ class _Packer:
         crowd = int(bool(found.get("iscrowd", 0)))
         self.numbers.extend((own, image, category, crowd, kind, len(self.block)))
         self.floats.extend((*_box(found.get("bbox")), _number(found.get("area"))))
-        return None
+        return _PACKED
 
 
 def _whole(value: Any, what: str, which: int) -> int:
@@ -172,7 +180,12 @@ def _whole(value: Any, what: str, which: int) -> int:
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) else math.nan
+    if not isinstance(value, (int, float)):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:  # a whole number of more digits than a float has
+        return math.inf
 
 
 def _box(value: Any) -> tuple[float, ...]:
@@ -196,17 +209,27 @@ def _packed(segmentation: Any) -> tuple[int, bytes]:
                 values.extend(part)
             except TypeError:
                 raise ValueError("a polygon has points that are not numbers") from None
+            except OverflowError:
+                raise ValueError("a polygon has points that are not finite") from None
         if not math.isfinite(sum(values)):
             raise ValueError("a polygon has points that are not finite")
+        coordinates = values[1 + len(segmentation) :]
+        farthest = max(coordinates, key=abs)
+        if abs(farthest) > _FARTHEST:
+            raise ValueError(f"a polygon has the coordinate {farthest:g}, far outside any image")
         return _POLYGONS, values.tobytes()
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= set(segmentation):
         raise ValueError("a mask must be a list of polygons, or run lengths with size and counts")
     size, counts = segmentation["size"], segmentation["counts"]
-    if not isinstance(size, list) or len(size) != 2 or not all(isinstance(n, int) for n in size):
+    if (
+        not isinstance(size, list)
+        or len(size) != 2
+        or not all(isinstance(n, int) and 0 < n < 2**31 for n in size)
+    ):
         raise ValueError(f"the size of run lengths must be a height and a width, got {size!r}")
     if isinstance(counts, list):
-        if not counts or not all(isinstance(n, int) and n >= 0 for n in counts):
-            raise ValueError("run lengths must be whole numbers from 0")
+        if not counts or not all(isinstance(n, int) and 0 <= n < 2**32 for n in counts):
+            raise ValueError(f"run lengths must be whole numbers from 0 to {2**32 - 1}")
         counts = pack(counts).decode("ascii")
     if not isinstance(counts, str):
         raise ValueError("run lengths must be a list or a string")
@@ -337,6 +360,12 @@ def _checked(
             floats[first, :4].tolist(),
         )
     keep &= usable
+    bare = keep & (kinds == _NOTHING)
+    if (keep & ~bare).any():  # with masks, samples have no other objects
+        bare[list(packer.wrong)] = False  # counted above
+        for i in np.flatnonzero(bare).tolist():
+            reason = "objects without a mask, used where boxes alone are asked for"
+            left_out.add(reason, f"annotation {ids[i]}")
 
     if not keep.any() and left_out.reasons:
         raise ValueError(f"{path} has no annotation that can be used: {left_out.sentence()}")

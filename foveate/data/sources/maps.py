@@ -137,26 +137,30 @@ def open_maps(spec: str, location: str, split: str, labels: bool) -> MapSource:
     Usual are ``images/train`` with ``masks/train``, ``labels/train`` or ``annotations/train``, and
     ``train/images`` with ``train/masks``; ADE20K calls its splits training and validation. In the
     other form ``{split}`` stands for "train", "val" or "test"; without it all images are one set.
-    An image and its map have the same name before the suffix. ``[zero=ignore]`` at the end says
-    that 0 is no class. A file classes.txt in PATH, or beside the maps, names the classes, one a
-    line; else the maps of the training images are read to count them.
+    An image and its map have the same path in their folders, but for the suffix. ``[zero=ignore]``
+    at the end says that 0 is no class. A file classes.txt in PATH, or beside the maps, names the
+    classes, one a line; else the maps of the training images are read to count them.
     """
     location, zero_ignored = _options(spec, location)
     images, maps = _located(spec, location, split)
-    known = {Path(path).stem: path for path in find_images(maps)} if labels else {}
+    known = _maps_by_name(maps) if labels else {}
     left_out = LeftOut()
     pairs = []
     for path in find_images(images):
+        inside = path.relative_to(images)
         if not labels:
             pairs.append((path, path))
-        elif path.stem in known:
-            pairs.append((path, known.pop(path.stem)))
+        elif inside.with_suffix("") in known:
+            pairs.append((path, known.pop(inside.with_suffix(""))))
         else:
-            left_out.add(f"images without a map in {maps}", path.name)
+            left_out.add(f"images without a map in {maps}", str(inside))
     for path in known.values():
-        left_out.add(f"maps without an image in {images}", path.name)
+        left_out.add(f"maps without an image in {images}", str(path.relative_to(maps)))
     if not pairs:
-        raise ValueError(f"no image in {images} has a map in {maps}: they go by the same names")
+        raise ValueError(
+            f"no image in {images} has a map in {maps}: both must have the same names in the same "
+            "subfolders"
+        )
     if left_out.reasons:
         _log.warning("%s: %d images; left out: %s", spec, len(pairs), left_out.sentence())
     files, found = (PackedNames(map(str, each)) for each in zip(*pairs, strict=True))
@@ -164,6 +168,19 @@ def open_maps(spec: str, location: str, split: str, labels: bool) -> MapSource:
     if labels:
         classes = _named(maps, location) or _counted(spec, location, found, zero_ignored)
     return MapSource(spec, split, files, found, zero_ignored, classes, left_out)
+
+
+def _maps_by_name(folder: Path) -> dict[Path, Path]:
+    """Return label maps by their path in the folder, without the suffix."""
+    found: dict[Path, Path] = {}
+    for path in find_images(folder):
+        name = path.relative_to(folder).with_suffix("")
+        if name in found:
+            raise ValueError(
+                f"{found[name]} and {path} are maps of the same image; remove one of them"
+            )
+        found[name] = path
+    return found
 
 
 def _options(spec: str, location: str) -> tuple[str, bool]:
