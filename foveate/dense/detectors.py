@@ -4,7 +4,7 @@ Paper: Liu et al., "Revisiting Token Pruning for Object Detection and Instance S
 WACV 2024, which takes Mask R-CNN with a feature pyramid network as ViT-Adapter has it.
 
 torchvision gives its backbones padded images and nothing else. These detectors also give the sizes,
-so that no padding becomes a token and no anchor lies in it.
+so that no padding becomes a token, a proposal or a part of a loss.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
 from foveate.backbones import image_settings
 from foveate.core import Outcome
 from foveate.dense.backbone import DenseBackbone, DenseModel, Features, Images
+from foveate.dense.canvas import Size
 from foveate.dense.fpn import FpnBackbone
 from foveate.dense.labels import classes_of_objects
 from foveate.dense.vit_adapter import adapter
@@ -37,6 +39,8 @@ __all__ = [
     "ViTFasterRCNN",
     "ViTMaskRCNN",
     "as_backbone",
+    "check_count",
+    "check_images",
     "faster_rcnn",
     "mask_rcnn",
 ]
@@ -45,7 +49,7 @@ Target = dict[str, Tensor]
 _M = TypeVar("_M", bound="_Detector")
 _RATIOS = (0.5, 1.0, 2.0)
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-_FAR = 1e4  # pixels: anchors in the padding are moved this far, so that no box of theirs remains
+_FAR = 1e4  # pixels: anchors in the padding are moved this far, so that they match no object
 
 
 class _Detector(DenseModel):
@@ -84,8 +88,9 @@ class _Detector(DenseModel):
         self, images: Sequence[Tensor], targets: Sequence[Target] | None = None
     ) -> tuple[dict[str, Tensor] | list[Target], Outcome]:
         """Return what ``forward`` returns, and the outcome of the pass."""
+        check_images(images)
         if self.training:
-            self._check(targets, len(images))
+            self._check(images, targets)
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         given = None
         if targets is not None:
@@ -116,25 +121,62 @@ class _Detector(DenseModel):
         self.rpn.head(list(found.maps.values()))
         return found
 
-    def _check(self, targets: Sequence[Target] | None, count: int) -> None:
-        if targets is None or len(targets) != count:
-            found = "none" if targets is None else len(targets)
-            raise ValueError(f"training needs a target for each of {count} images, got {found}")
-        for number, target in enumerate(targets):
+    def _check(self, images: Sequence[Tensor], targets: Sequence[Target] | None) -> None:
+        check_count("a target", images, targets)
+        needed = ("boxes", "labels", *(("masks",) if self.roi_heads.has_mask() else ()))
+        for number, (image, target) in enumerate(zip(images, targets or (), strict=True)):
+            for missing in [name for name in needed if name not in target]:
+                raise ValueError(
+                    f"the target of image {number} has no {missing!r}, which this detector learns "
+                    f"from; it has {', '.join(target) or 'nothing'}"
+                )
             boxes, labels = target["boxes"], target["labels"]
             if boxes.ndim != 2 or boxes.shape[1] != 4 or len(labels) != len(boxes):
                 raise ValueError(
                     f"boxes must be [N, 4] with N labels, got {list(boxes.shape)} and "
                     f"{list(labels.shape)} for image {number}"
                 )
-            if len(boxes) and bool((boxes[:, 2:] <= boxes[:, :2]).any()):
-                flat = (boxes[:, 2:] <= boxes[:, :2]).any(1).nonzero()[0, 0]
-                raise ValueError(f"box {boxes[flat].tolist()} of image {number} has no area")
+            height, width = image.shape[-2:]
+            if "masks" in needed and target["masks"].shape != (len(boxes), height, width):
+                raise ValueError(
+                    f"masks must be {[len(boxes), height, width]}, as boxes and image are, got "
+                    f"{list(target['masks'].shape)} for image {number}"
+                )
+            _check_boxes(boxes, height, width, number)
             if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
                 raise ValueError(
                     f"labels must lie in 0..{self.num_classes - 1}, got "
                     f"{int(labels.min())}..{int(labels.max())} for image {number}"
                 )
+
+
+def check_images(images: Sequence[Tensor]) -> None:
+    """Refuse a batch without images."""
+    if not len(images):
+        raise ValueError("at least one image is needed, got none")
+
+
+def check_count(what: str, images: Sequence[Tensor], targets: Sequence[Any] | None) -> None:
+    """Refuse targets that are not one for each image; ``what`` names one of them."""
+    if targets is None or len(targets) != len(images):
+        found = "none" if targets is None else len(targets)
+        raise ValueError(f"training needs {what} for each of {len(images)} images, got {found}")
+
+
+def _check_boxes(boxes: Tensor, height: int, width: int, number: int) -> None:
+    """Refuse boxes that nothing can be learnt from, or that torchvision would crash on."""
+    first, last = boxes[:, :2], boxes[:, 2:]
+    faults = {
+        "contains NaN or infinity": ~boxes.isfinite().all(1),
+        "has no area": (last <= first).any(1),
+        f"lies outside of its {height} x {width} pixels": (last <= 0).any(1)
+        | (first >= first.new_tensor([width, height])).any(1),
+    }
+    if not bool(torch.stack([*faults.values()]).any()):  # one question to the GPU, not three
+        return
+    for words, wrong in faults.items():
+        for which in wrong.nonzero().flatten().tolist()[:1]:
+            raise ValueError(f"box {boxes[which].tolist()} of image {number} {words}")
 
 
 class ViTFasterRCNN(_Detector, FasterRCNN):
@@ -146,7 +188,7 @@ class ViTMaskRCNN(_Detector, MaskRCNN):
 
 
 class _Anchors(AnchorGenerator):
-    """Makes anchors at the exact strides of the maps, and none in the padding."""
+    """Makes anchors at the exact strides of the maps, and moves those in the padding far away."""
 
     def __init__(
         self, sizes: Sequence[float], patch: tuple[int, int], scales: Sequence[float]
@@ -161,12 +203,67 @@ class _Anchors(AnchorGenerator):
         grids = [list(values.shape[-2:]) for values in feature_maps]
         strides = [[torch.tensor(side, device=device) for side in pair] for pair in self.strides]
         anchors = torch.cat(self.grid_anchors(grids, strides))
-        middle = (anchors[:, :2] + anchors[:, 2:]) / 2
-        each = []
-        for height, width in image_list.image_sizes:
-            padding = (middle >= middle.new_tensor([width, height])).any(1)
-            each.append(anchors + padding[:, None] * _FAR)
-        return each
+        return [
+            anchors + _in_padding(anchors, size)[:, None] * _FAR for size in image_list.image_sizes
+        ]
+
+
+def _in_padding(anchors: Tensor, size: Size) -> Tensor:
+    """Return which anchors have their middle outside of the image, ``[A]`` bool."""
+    middle = (anchors[:, :2] + anchors[:, 2:]) / 2
+    return (middle >= middle.new_tensor(size[::-1])).any(1)
+
+
+class _Proposals(RegionProposalNetwork):
+    """torchvision's proposal network, but anchors in the padding neither propose nor train.
+
+    Otherwise they would take places among the best proposals and the sampled negatives, and an
+    image beside a larger one would have fewer of its own.
+    """
+
+    @classmethod
+    def like(cls, made: Any) -> _Proposals:
+        """Make one with the head and the settings of torchvision's."""
+        matcher, sampler = made.proposal_matcher, made.fg_bg_sampler
+        return cls(
+            made.anchor_generator,
+            made.head,
+            matcher.high_threshold,
+            matcher.low_threshold,
+            sampler.batch_size_per_image,
+            sampler.positive_fraction,
+            made._pre_nms_top_n,
+            made._post_nms_top_n,
+            made.nms_thresh,
+            made.score_thresh,
+        )
+
+    def forward(
+        self,
+        images: ImageList,
+        features: dict[str, Tensor],
+        targets: Sequence[Target] | None = None,
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Return the proposals of each image, and in training mode the losses."""
+        maps = list(features.values())
+        by_level, deltas_by_level = self.head(maps)
+        anchors = self.anchor_generator(images, maps)
+        padding = torch.stack(
+            [_in_padding(own, size) for own, size in zip(anchors, images.image_sizes, strict=True)]
+        )
+        objectness, deltas = concat_box_prediction_layers(by_level, deltas_by_level)
+        proposals = self.box_coder.decode(deltas.detach(), anchors).view(len(anchors), -1, 4)
+        visible = objectness.detach().view_as(padding).masked_fill(padding, -math.inf)
+        counts = [level[0].numel() for level in by_level]
+        boxes, _ = self.filter_proposals(proposals, visible, images.image_sizes, counts)
+        if not self.training:
+            return boxes, {}
+        labels, matched = self.assign_targets_to_anchors(anchors, targets)
+        ignored = -1.0  # the sampler takes neither positives nor negatives of this label
+        labels = [own.masked_fill(out, ignored) for own, out in zip(labels, padding, strict=True)]
+        wanted = self.box_coder.encode(matched, anchors)
+        of_objects, of_boxes = self.compute_loss(objectness, deltas, labels, wanted)
+        return boxes, {"loss_objectness": of_objects, "loss_rpn_box_reg": of_boxes}
 
 
 def _roi_align(
@@ -207,8 +304,6 @@ class Preparation(GeneralizedRCNNTransform):
         """Resize an image with its boxes and masks, unless images keep their size."""
         if self.image_size is None or (self.training and not self.resizes_training):
             return image, target
-        if target is not None:
-            return super().resize(image, target)
         # Resize as torchvision does, but with antialiasing, like the augmentation in training.
         short, long = self.image_size
         sides = image.shape[-2:]
@@ -219,6 +314,11 @@ class Preparation(GeneralizedRCNNTransform):
         resized = F.interpolate(
             image[None], size=size, mode="bilinear", align_corners=False, antialias=True
         )
+        if target is not None:
+            target = {**target, "boxes": resize_boxes(target["boxes"], list(sides), size)}
+            if "masks" in target:
+                masks = F.interpolate(target["masks"][:, None].float(), size=size)  # nearest pixel
+                target["masks"] = masks[:, 0].byte()
         return resized[0], target
 
 
@@ -273,6 +373,7 @@ def _finished(model: _M, num_classes: int, image_size: tuple[int, int] | None) -
     model.num_classes = num_classes
     model.reducer.for_pixels(model.pixel_classes)
     model.transform = Preparation(model.backbone.body, image_size)
+    model.rpn = _Proposals.like(model.rpn)
     return model
 
 

@@ -1,17 +1,27 @@
-"""Classes of patches, read at the middle of each, for methods with auxiliary heads."""
+"""What data say: classes of patches, read at the middle of each, and whether there are masks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
+from foveate.data import Source, Unreadable
 from foveate.dense.canvas import Canvas, Size
 
-__all__ = ["NO_CLASS", "classes_of_maps", "classes_of_objects"]
+__all__ = ["NO_CLASS", "classes_of_maps", "classes_of_objects", "has_masks"]
 
 NO_CLASS = -100  # the label that torch's cross entropy ignores
+
+
+def has_masks(source: Source) -> bool:
+    """Return whether objects have masks, as the first readable image says; True if none is."""
+    for index in range(len(source)):
+        with suppress(Unreadable):  # the loader says what it cannot read
+            return "masks" in source.targets(index)
+    return True
 
 
 def classes_of_maps(

@@ -131,6 +131,13 @@ class AveragePrecision(Metric):
                 f"it has {', '.join(target)}"
             )
         number = float(int(target["image_id"]))
+        if self.kind == "mask" and len(target["masks"]) and len(prediction["masks"]):
+            here, there = (list(one["masks"].shape[-2:]) for one in (prediction, target))
+            if here != there:  # pycocotools would never come back
+                raise ValueError(
+                    f"image {number:.0f} has predicted masks of {here} and target masks of "
+                    f"{there}: both must have the same pixels"
+                )
         boxes, labels = numbers(target["boxes"]).reshape(-1, 4), numbers(target["labels"])
         scores, classes = numbers(prediction["scores"]), numbers(prediction["labels"])
         for which, given in (("predicted", classes), ("target", labels)):

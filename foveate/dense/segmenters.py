@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from foveate.core import Outcome, check_choice
 from foveate.dense.backbone import DenseBackbone, DenseModel, Features, Images
 from foveate.dense.canvas import Canvas, Size
-from foveate.dense.detectors import Preparation, as_backbone
+from foveate.dense.detectors import Preparation, as_backbone, check_count, check_images
 from foveate.dense.fpn import MaskedFpn
 from foveate.dense.labels import classes_of_maps
 from foveate.dense.layers import ConvNorm
@@ -170,22 +170,16 @@ class Segmenter(DenseModel):
         self, images: Sequence[Tensor], targets: Sequence[Tensor] | None = None
     ) -> tuple[dict[str, Tensor] | list[Tensor], Outcome]:
         """Return what ``forward`` returns, and the outcome of the pass."""
+        check_images(images)
+        if self.training:
+            self._check(images, targets)
         scores, features, sizes = self._scores(images)
         outcome = features.outcome
         if not self.training:
             return [score.argmax(0) for score in scores], outcome
-        if targets is None or len(targets) != len(images):
-            found = "none" if targets is None else len(targets)
-            raise ValueError(
-                f"training needs a map of labels for each of {len(images)} images, got {found}"
-            )
+        assert targets is not None
         total, count = scores[0].new_zeros(()), scores[0].new_zeros(())
-        for number, (score, labels) in enumerate(zip(scores, targets, strict=True)):
-            if labels.shape != score.shape[-2:]:
-                raise ValueError(
-                    f"the labels of image {number} are {list(labels.shape)}, the image is "
-                    f"{list(score.shape[-2:])}"
-                )
+        for score, labels in zip(scores, targets, strict=True):
             labels = labels.long()
             total = total + F.cross_entropy(
                 score[None].float(), labels[None], ignore_index=self.ignore, reduction="sum"
@@ -206,6 +200,22 @@ class Segmenter(DenseModel):
         found = self.backbone.features(images)
         self.head(found.maps, found.canvas)
         return found
+
+    def _check(self, images: Sequence[Tensor], targets: Sequence[Tensor] | None) -> None:
+        check_count("a map of labels", images, targets)
+        for number, (image, labels) in enumerate(zip(images, targets or (), strict=True)):
+            if labels.shape != image.shape[-2:]:
+                raise ValueError(
+                    f"the labels of image {number} are {list(labels.shape)}, the image is "
+                    f"{list(image.shape[-2:])}"
+                )
+            outside = (labels < 0) | (labels >= self.num_classes)
+            wrong = outside & (labels != self.ignore)
+            if bool(wrong.any()):
+                raise ValueError(
+                    f"labels must lie in 0..{self.num_classes - 1} or be {self.ignore}, which is "
+                    f"ignored, got {int(labels[wrong][0])} for image {number}"
+                )
 
     def _scores(self, images: Sequence[Tensor]) -> tuple[list[Tensor], Features, list[Size]]:
         """Return scores, the backbone's features, and the sizes of the prepared images."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +32,9 @@ from foveate.data import (
 from foveate.data.augment import Transform
 from foveate.data.dense_augment import DenseAugment
 from foveate.data.sources.base import OBJECTS, PIXELS
+from foveate.data.splits import Part
 from foveate.dense import DenseModel, Segmenter, calibrate
+from foveate.dense.labels import has_masks
 from foveate.measure.run import Evaluation, Plan, Progress, record
 from foveate.measure.table import frame, pd, rows
 from foveate.timing import measure
@@ -87,7 +90,7 @@ def evaluate_dense(
             "parameters": sum(p.numel() for p in model.parameters()),
             "classes": list(model.class_names),
             "unreadable": len(job.loader.unreadable),
-            "counted images": min(_COUNTED, len(job.source)),
+            "counted images": len(job.some(_COUNTED)),
         }
     here, commit = machine.facts(torch.device(device).type), machine.commit()
     table = pd.concat(parts, ignore_index=True)
@@ -131,6 +134,11 @@ class _Job:
                 f"{label} knows {model.num_classes} classes ({', '.join(model.class_names[:3])}, "
                 f"...) and {self.source.spec} has {len(classes)} ({', '.join(classes[:3])}, ...): "
                 "they do not belong together"
+            )
+        if self.masks and not has_masks(self.source):
+            raise ValueError(
+                f"{label} answers with masks, and {self.source.spec} has boxes without masks: give "
+                "data with masks, or a detector with head.name=faster_rcnn, which has boxes alone"
             )
         self.channels = model.reduced.backbone.channels
         self.loader = self._load(self.source, dense_eval_transform(self.channels, short=None))
@@ -236,7 +244,7 @@ class _Job:
 
     def costs(self) -> Iterator[pd.DataFrame]:
         """Count multiply-adds and the use of patches, image by image."""
-        first = limited(self.source, _COUNTED, balanced=False)
+        first = self.some(_COUNTED)
         title = f"{self.label}: multiply-adds"
         for number, images in enumerate(self._one_by_one(first), 1):
             for name, model in self.variants.items():
@@ -260,7 +268,7 @@ class _Job:
 
     def speed(self, batch: int) -> pd.DataFrame:
         """Time network and backbone of all variants, interleaved, on images of the data."""
-        images = [one for (one,) in self._one_by_one(self._some(batch * _TIMED))]
+        images = [one for (one,) in self._one_by_one(self.some(batch * _TIMED))]
         batches = [images[n : n + batch] for n in range(0, len(images), batch)]
         count = len(images)
         calls: dict[tuple[str, str], Callable[[], Any]] = {}
@@ -289,8 +297,13 @@ class _Job:
             found += rows("dense speed", values, method=name, at=batch)
         return frame(found)
 
-    def _some(self, count: int) -> Source:
-        return limited(self.source, count, balanced=False)
+    def some(self, count: int) -> Source:
+        """Return some of the images that ``scores`` could read."""
+        source, skipped = self.source, self.loader.unreadable
+        if skipped:
+            readable = [n for n in range(len(source)) if source.name(n) not in skipped]
+            source = Part(source, np.array(readable), source.split)
+        return limited(source, count, balanced=False)
 
 
 _AGAIN = "dense again"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -90,6 +90,10 @@ class DenseTask(Task):
         model.transform.resizes_training = False
         _fix_unused(model)
 
+    def read(self, splits: Splits) -> Splits:
+        """Return the images as the task reads them."""
+        return splits
+
     def transforms(self) -> tuple[Transform, Transform]:
         """Return the recipe's augmentation; in evaluation the model resizes images itself."""
         channels = self.model.reduced.backbone.channels
@@ -164,13 +168,23 @@ def _fix_unused(model: DenseModel) -> None:
             parameter.requires_grad_(False)
 
 
-def make_dense_model(recipe: DenseRecipe, classes: tuple[str, ...], usual_head: str) -> DenseModel:
-    """Make a model for some classes, new on a ViT or from an earlier run."""
+def make_dense_model(
+    recipe: DenseRecipe, classes: tuple[str, ...], heads: Collection[str], usual_head: str
+) -> DenseModel:
+    """Make a model for some classes, new on a ViT or from an earlier run.
+
+    Args:
+        recipe: what to do.
+        classes: names of the classes that the data have.
+        heads: names of the heads that the job trains.
+        usual_head: name of the head where the recipe names none.
+    """
     start, parts = recipe.model.start, {"backbone": recipe.backbone, "head": recipe.head}
     found = None
     if start is not None and recipe.model.name is None:
         found = open_start(start, recipe.model.weights)
     if isinstance(found, DenseModel):
+        _check_start_head(recipe.model.origin, found, heads)
         model = _gone_on(recipe, found, classes, parts)
     else:
         vit: Any = _with_token(recipe, make_model(recipe.model, None))
@@ -219,6 +233,20 @@ def _say_statistics(vit: nn.Module, data: DenseData) -> None:
             f"data.mean and data.std need one value for each of the model's {channels} channels"
         )
     set_image_settings(vit, {"mean": tuple(data.mean), "std": tuple(data.std)})
+
+
+def _check_start_head(origin: str, found: DenseModel, heads: Collection[str]) -> None:
+    """Refuse a model of another job, whose head cannot learn from these labels."""
+    if not found.settings:
+        raise ValueError(
+            f"{origin} cannot be built again for training: make it with foveate.dense.make_dense"
+        )
+    head = found.settings["head"]["name"]
+    if head not in heads:
+        raise ValueError(
+            f"{origin} has the head {head}, and this job trains {' or '.join(heads)}: start from "
+            "the ViT or the run of its backbone"
+        )
 
 
 def _gone_on(
@@ -292,7 +320,8 @@ def train_dense(
         splits = open_data(recipe.data, labels_of=labels_of)
         assert splits.val is not None
         _check_countable(limited(splits.val, recipe.data.val_limit, balanced=False))
-        return make_task(recipe, splits), splits
+        task = make_task(recipe, splits)
+        return task, task.read(splits)
 
     return fit(recipe, out, build, callbacks=_callbacks, **how)
 
@@ -300,12 +329,15 @@ def train_dense(
 def _check_countable(source: Any) -> None:
     """Refuse validation images without a single object: no score would choose the best weights."""
     for index in range(len(source)):
-        found = source.targets(index)
+        try:
+            found = source.targets(index)
+        except Unreadable:  # the loader skips it and says so, or fails where the recipe wants that
+            continue
         if len(found.get("labels", ())) or "semantic" in found:
             return
     raise ValueError(
-        f"none of the {len(source)} validation images of {source.spec} has an object, so there is "
-        "nothing to choose the best weights by: give data.val others"
+        f"none of the {len(source)} validation images of {source.spec} has an object that can be "
+        "read, so there is nothing to choose the best weights by: give data.val others"
     )
 
 

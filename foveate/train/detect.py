@@ -7,6 +7,7 @@ SViT's paper trains dense first, then fine-tunes the dense detector with gates f
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from torchmetrics import Metric
 
 from foveate.data import Splits
 from foveate.data.sources.base import OBJECTS
+from foveate.dense.labels import has_masks
 from foveate.dense.metrics import AveragePrecision
 from foveate.train.dense import DenseTask, make_dense_model, train_dense
 from foveate.train.dense_recipe import Detect
@@ -38,6 +40,13 @@ class DetectTask(DenseTask):
     def masks(self) -> bool:
         """Whether the model answers with masks too."""
         return "mask" in self.heads[self.model.settings["head"]["name"]]
+
+    def read(self, splits: Splits) -> Splits:
+        """Leave masks out where nothing learns from them: objects without one count too then."""
+        if self.masks:
+            return splits
+        val = None if splits.val is None else splits.val.boxes_only()
+        return replace(splits, train=splits.train.boxes_only(), val=val)
 
     def wanted(self, batch: Mapping[str, Any]) -> list[dict[str, Tensor]]:
         """Return boxes, labels and, if the model answers with masks, masks."""
@@ -65,11 +74,11 @@ def detect(recipe: Detect, out: Path, **how: Any) -> Result:
 
 def make_detect(recipe: Detect, splits: Splits) -> DetectTask:
     """Make the detector for the classes of the data."""
-    model = make_dense_model(recipe, splits.train.classes or (), "mask_rcnn")
+    model = make_dense_model(recipe, splits.train.classes or (), DetectTask.heads, "mask_rcnn")
     task = DetectTask(model, recipe.data, recipe.weights)
     if task.masks:
         for source in filter(None, (splits.train, splits.val)):
-            if len(source) and "masks" not in source.targets(0):
+            if not has_masks(source):
                 raise ValueError(
                     f"{source.spec} has boxes without masks: head.name=faster_rcnn learns boxes "
                     "alone"

@@ -17,6 +17,7 @@ from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
+from foveate.core import ReducedViT
 from foveate.train.recipe import Optim
 from foveate.train.task import Task
 
@@ -50,7 +51,7 @@ def parameter_groups(task: Task, optim: Optim) -> list[dict[str, Any]]:
             f"optim.layer_decay={optim.layer_decay} needs a model of timm, which says which layer "
             f"a parameter is in; {type(backbone).__name__} does not: use 1"
         )
-    plain = set(backbone.no_weight_decay()) if hasattr(backbone, "no_weight_decay") else set()
+    plain = _exempt(backbone)
     plain |= {name for name, _ in backbone.named_parameters() if name.endswith(_UNDECAYED)}
     groups: list[dict[str, Any]] = []
     if optim.layer_decay != 1:
@@ -65,11 +66,13 @@ def parameter_groups(task: Task, optim: Optim) -> list[dict[str, Any]]:
         groups += _by_decay(named, plain, optim.weight_decay, optim.backbone_scale, new=False)
     inside = {id(p) for p in backbone.parameters()}
     added = {name: p for name, p in task.model.named_parameters() if id(p) not in inside}
+    # A ReducedViT names parameters of its ViT alone, which have their groups already.
+    exempt = set() if isinstance(task.model, ReducedViT) else _exempt(task.model)
     method = getattr(task.model, "reducer", None)
     gates = {id(p) for p in method.parameters()} if isinstance(method, nn.Module) else set()
     for own, scale in ((False, 1.0), (True, optim.method_scale)):
         chosen = {name: p for name, p in added.items() if (id(p) in gates) == own}
-        groups += _by_decay(chosen, set(), optim.weight_decay, scale, new=True)
+        groups += _by_decay(chosen, exempt, optim.weight_decay, scale, new=True)
     groups = [
         {k: v for k, v in group.items() if k != "param_names"}
         for group in groups
@@ -175,6 +178,11 @@ def fix_parameters(task: Task, optim: Optim) -> None:
             raise ValueError(f"optim.fixed names {wanted}, which no parameter of the model is")
         for parameter in found:
             parameter.requires_grad_(False)
+
+
+def _exempt(model: Any) -> set[str]:
+    """Return the names of the parameters that a model wants left out of weight decay."""
+    return set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
 
 
 def _by_decay(

@@ -50,4 +50,5 @@ def segment(recipe: Segment, out: Path, **how: Any) -> Result:
 def make_segment(recipe: Segment, splits: Splits) -> SegmentTask:
     """Make the network for the classes of the data's label maps."""
     classes = splits.train.pixel_classes or splits.train.classes or ()
-    return SegmentTask(make_dense_model(recipe, classes, "fpn"), recipe.data, recipe.weights)
+    model = make_dense_model(recipe, classes, SegmentTask.heads, "fpn")
+    return SegmentTask(model, recipe.data, recipe.weights)

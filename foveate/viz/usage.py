@@ -6,6 +6,7 @@ Token Pruning for Object Detection and Instance Segmentation", WACV 2024.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from foveate.core import Trace
 from foveate.core.evaluation import evaluating
-from foveate.data import Source, dense_eval_transform
+from foveate.data import Source, Unreadable, dense_eval_transform
 from foveate.dense import Hosting
 from foveate.viz.charts import COLOURS, QUIET, new_figure
 from foveate.viz.dense import covered, trace_pixels
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Usage", "UsageSums", "usage", "usage_figure"]
 
+_log = logging.getLogger(__name__)
 _INSIDE, _OUTSIDE, _BACK = COLOURS[1], COLOURS[0], COLOURS[5]
 
 
@@ -128,7 +130,8 @@ def usage(
     Args:
         model: a dense backbone, detector or segmenter with a method on its ViT.
         source: images with boxes or masks of objects, as ``foveate.data.open_source`` gives them.
-        images: number of images to use, from the first on; None uses all.
+        images: number of images to use, from the first on; None uses all. Unreadable ones are
+            left out with a warning.
         least: share of a patch that objects must cover for it to count as inside.
     """
     if not isinstance(model, Hosting):
@@ -136,10 +139,16 @@ def usage(
             f"a dense backbone, detector or segmenter is needed, got {type(model).__name__}"
         )
     prepare, sums = dense_eval_transform(model.reduced.backbone.channels, None), UsageSums()
-    count = len(source) if images is None else min(images, len(source))
+    count = len(source) if images is None else images
     with evaluating(model):
-        for number in range(count):
-            sample = prepare(source.sample(number))
+        for number in range(len(source)):
+            if sums.images >= count:
+                break
+            try:
+                sample = prepare(source.sample(number))
+            except Unreadable as error:
+                _log.warning("skipped %s", error)
+                continue
             image = sample["image"].as_subclass(Tensor)
             trace, cover = trace_pixels(model, image)
             size = (image.shape[-2], image.shape[-1])

@@ -9,6 +9,7 @@ import torch
 from models import METHODS, backbone, photos, reduced
 from small import close, randomise, vit
 from torch import Tensor, nn
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import foveate
 from foveate.dense import adapter, faster_rcnn, mask_rcnn, pyramid
@@ -103,6 +104,45 @@ def test_no_anchor_stands_in_the_padding() -> None:
         assert inside.any() and (middle[~inside] > 1000).all()
 
 
+@pytest.mark.parametrize("most", [60, 1000])
+@torch.no_grad()
+def test_an_image_has_the_same_proposals_alone_and_beside_a_larger_one(most: int) -> None:
+    """Whether few or all anchors of a level may propose, no padding takes a place."""
+    model, images = detector(), photos((64, 160), (40, 48))
+    randomise(model.rpn, seed=5)
+    model.rpn._pre_nms_top_n["testing"], model.rpn._post_nms_top_n["testing"] = most, 5000
+
+    def proposals(images: list[Tensor]) -> list[Tensor]:
+        batch, _ = model.transform(images)
+        found: list[Tensor] = model.rpn(batch, model.backbone.features(batch).maps)[0]
+        return found
+
+    for image, together in zip(images, proposals(images), strict=True):
+        (alone,) = proposals([image])
+        far = (together[:, None] - alone).abs().amax(-1)
+        # Of two that score alike rounding may choose which one suppresses the other.
+        assert (far.amin(0) > 0.05).sum() <= 1 and (far.amin(1) > 0.05).sum() <= 1
+
+
+def test_the_padding_is_never_sampled() -> None:
+    model, images = detector().train(), photos((64, 160), (40, 48))
+    model.rpn.fg_bg_sampler.batch_size_per_image = 64
+    given: list[list[Tensor]] = []
+
+    def sampler(labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        given.append(labels)
+        return found(labels)  # type: ignore[no-any-return]
+
+    found, model.rpn.fg_bg_sampler = model.rpn.fg_bg_sampler, sampler
+    model(images, targets(images))  # without an object in the second
+    batch, _ = model.transform(images)
+    maps = list(model.backbone.features(batch).maps.values())
+    for labels, anchors in zip(given[0], model.rpn.anchor_generator(batch, maps), strict=True):
+        padding = anchors[:, 0] > 5000
+        assert (labels[padding] == -1).all() and (labels[~padding] == 0).sum() > 64
+    assert padding.float().mean() > 0.5
+
+
 def test_the_papers_settings() -> None:
     model = mask_rcnn(pyramid(vit(patch_size=16, img_size=64)), num_classes=80)
     generator = model.rpn.anchor_generator
@@ -156,6 +196,61 @@ def test_wrong_targets_are_named() -> None:
         model(images, flat)
     with pytest.raises(ValueError, match="num_classes must be at least 1"):
         faster_rcnn(vit(), 0)
+    for mode in (True, False):
+        with pytest.raises(ValueError, match="at least one image is needed, got none"):
+            model.train(mode)([], [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"masks": None}, "target of image 0 has no 'masks'.* it has boxes, labels"),
+        ({"labels": None}, "target of image 0 has no 'labels'"),
+        ({"boxes": None}, "target of image 0 has no 'boxes'"),
+        (
+            {"masks": torch.ones(1, 9, 9)},
+            r"masks must be \[1, 48, 48\].* got \[1, 9, 9\]",
+        ),
+        ({"masks": torch.ones(2, 48, 48)}, r"masks must be \[1, 48, 48\].* got \[2, 48, 48\]"),
+        ({"boxes": torch.tensor([[0.0, 1, math.nan, 9]])}, "image 0 contains NaN or infinity"),
+        ({"boxes": torch.tensor([[0.0, 1, math.inf, 9]])}, "image 0 contains NaN or infinity"),
+        ({"boxes": torch.tensor([[48.0, 1, 60, 9]])}, "of image 0 lies outside of its 48 x 48"),
+        ({"boxes": torch.tensor([[1.0, -9, 9, 0]])}, "of image 0 lies outside of its 48 x 48"),
+    ],
+)
+def test_what_nothing_can_be_learnt_from_is_refused(changes: dict[str, object], words: str) -> None:
+    """NaN would end in the losses, and an infinite box in a crash of RoIAlign."""
+    model, images = detector().train(), photos()[:2]
+    wrong = targets(images)
+    wrong[0] = {k: v for k, v in {**wrong[0], **changes}.items() if v is not None}
+    with pytest.raises(ValueError, match=words):
+        model(images, wrong)
+
+
+def test_boxes_may_reach_out_of_the_image_and_need_no_masks() -> None:
+    torch.manual_seed(0)
+    model, images = faster_rcnn(backbone("pyramid"), 3, **SMALL).train(), photos()[:2]
+    given = targets(images, masks=False)
+    given[0]["boxes"] = torch.tensor([[-3.0, 20, 20, 55]])
+    assert all(torch.isfinite(value) for value in model(images, given).values())
+
+
+@pytest.mark.parametrize("size", [(24, 40), (64, 90)])
+def test_training_and_evaluation_resize_alike(size: tuple[int, int]) -> None:
+    """Images with antialiasing; boxes and masks as torchvision resizes them."""
+    model, images = (
+        mask_rcnn(backbone("pyramid"), 3, **{**SMALL_MASK, "image_size": size}),
+        photos(),
+    )
+    given = targets(images)
+    batch, found = model.train().transform(images, given)
+    assert torch.equal(batch.tensors, model.eval().transform(images)[0].tensors)
+    plain = GeneralizedRCNNTransform(*size, [0.0] * 3, [1.0] * 3, size_divisible=16)
+    sizes, expected = plain(images, given)
+    assert batch.image_sizes == sizes.image_sizes
+    for mine, its in zip(found, expected, strict=True):
+        assert mine.keys() == its.keys() and all(torch.equal(mine[k], its[k]) for k in its)
+    assert given[0]["masks"].shape[1:] == images[0].shape[1:]  # what was given stays
 
 
 def test_half_precision() -> None:

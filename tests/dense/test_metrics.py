@@ -317,6 +317,11 @@ def test_what_cannot_be_counted() -> None:
         metric.update(
             perfect(targets)[:1], [{k: targets[0][k] for k in ("image_id", "boxes", "labels")}]
         )
+    # pycocotools would compare masks of two sizes for ever.
+    smaller = [{**one, "masks": one["masks"][..., :60, :80]} for one in perfect(targets)]
+    words = r"image 0 has predicted masks of \[60, 80\] and target masks of \[120, 160\]"
+    with pytest.raises(ValueError, match=words):
+        metric.update(smaller[:1], targets[:1])
     metric.update(perfect(targets), targets)
     metric.update(perfect(targets)[:1], targets[:1])
     with pytest.raises(ValueError, match="image 0 was counted twice"):

@@ -66,6 +66,18 @@ def test_methods_are_applied_and_errors_named() -> None:
         model.train()(photos())
     with pytest.raises(ValueError, match=r"the labels of image 0 are \[4, 4\]"):
         model(photos()[:1], [torch.zeros(4, 4)])
+    for mode in (True, False):
+        with pytest.raises(ValueError, match="at least one image is needed, got none"):
+            model.train(mode)([], [])
+
+
+@pytest.mark.parametrize("label", [5, -1])
+def test_labels_without_a_class_are_refused(label: int) -> None:
+    model, images = network("fpn", method=None).train(), photos()
+    labels = [torch.full(image.shape[1:], 255, dtype=torch.int16) for image in images]
+    labels[1][3, 4] = label
+    with pytest.raises(ValueError, match=f"in 0..4 or be 255, .* got {label} for image 1"):
+        model(images, labels)
 
 
 @torch.no_grad()

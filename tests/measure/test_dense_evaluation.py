@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from small import randomise, vit
 
 import foveate
 from foveate import cli
-from foveate.data import CLASSES, open_source
+from foveate.data import CLASSES, Unreadable, open_source
 from foveate.data.scenes import PIXEL_CLASSES
+from foveate.data.sources import SceneSource
 from foveate.dense import DenseModel, make_dense
 from foveate.measure import Plan, evaluate_dense, one, select
 
@@ -119,6 +121,48 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ):
         assert cli.main([*command, *more]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_unreadable_images_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of the scores, the multiply-adds and the times; and the strict plan fails."""
+    sample = SceneSource.sample
+
+    def torn(self: SceneSource, index: int) -> dict[str, Any]:
+        if index == 0:
+            raise Unreadable(f"{self.name(index)}: torn")
+        return sample(self, index)
+
+    monkeypatch.setattr(SceneSource, "sample", torn)
+    plan = Plan(data=SCENES, batch=2, speed=(1,), rounds=3, device="cpu")
+    found = evaluate_dense({"mine": dense("segment")}, plan)
+    assert one(found.table, "images", part="dense") == 3 and caplog.text.count("torn") == 1
+    about = found.about["models"]["mine"]
+    assert (about["unreadable"], about["counted images"]) == (1, 3)
+    assert one(found.table, "macs", part="dense") > 0
+    assert one(found.table, "per_second", part="dense speed") > 0
+    with pytest.raises(Unreadable, match="torn"):
+        evaluate_dense({"mine": dense("segment")}, dataclasses.replace(plan, strict=True))
+
+
+def test_masks_need_data_with_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said before anything runs."""
+    targets = SceneSource.targets
+
+    def boxes(self: SceneSource, index: int) -> dict[str, Any]:
+        return {key: value for key, value in targets(self, index).items() if key != "masks"}
+
+    monkeypatch.setattr(SceneSource, "targets", boxes)
+    words = "mine answers with masks, and scenes:.* has boxes without masks: give data with masks"
+    told: list[str] = []
+    with pytest.raises(ValueError, match=words):
+        evaluate_dense(
+            {"mine": dense("detect")},
+            Plan(data=SCENES, device="cpu"),
+            progress=lambda title, done, total: told.append(title),
+        )
+    assert not told
 
 
 def test_other_classes_are_refused() -> None:

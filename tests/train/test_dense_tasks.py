@@ -7,20 +7,23 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image
 from runs import checkpoint, elsewhere, exported, run, same_run, together
 from torch import nn
 
 import foveate
 from foveate import config
 from foveate.data import open_source
-from foveate.data.sources.base import OBJECTS
+from foveate.data.sources.base import OBJECTS, PIXELS
 from foveate.dense import DenseModel
 from foveate.train.dense_recipe import Detect, Segment
 from foveate.train.detect import DetectTask, make_detect
 from foveate.train.optim import parameter_groups
+from foveate.train.segment import make_segment
 from foveate.train.splits import open_data
 
 SCENES = "scenes:size=32,train=16,val=6,test=4"
@@ -111,6 +114,16 @@ def test_a_dense_run_says_what_it_reached_and_opens_again(job: str, dense: dict[
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
+def test_a_detector_without_masks_reads_none(vit: str) -> None:
+    """So objects that have none are not left out."""
+    for name, reads in (("faster_rcnn", False), ("mask_rcnn", True)):
+        made = recipe("detect", vit, head={**BOXES, "name": name})
+        splits = open_data(made.data, labels_of=OBJECTS)
+        found = make_detect(made, splits).read(splits)
+        for source in (found.train, found.val):
+            assert ("masks" in source.targets(0)) == reads
+
+
 def test_a_class_token_and_what_dropped_patches_show(tmp_path: Path) -> None:
     """EViT on a segmenter without a class token: a new one learns, and maps show zeros."""
     path = checkpoint(
@@ -139,6 +152,24 @@ def test_gates_may_learn_faster(dense: dict[str, Any]) -> None:
         if id(parameter) in scales:
             assert scales[id(parameter)] == (20 if "reducer" in name else 1), name
     assert 20 in scales.values()
+
+
+@pytest.mark.parametrize("job", list(JOBS))
+def test_level_embeddings_have_no_weight_decay(job: str, vit: str) -> None:
+    """The adapter names them, whatever holds the adapter."""
+    backbone = {"name": "adapter", "interactions": 3, "stem": 8}
+    made = recipe(job, vit, "optim.weight_decay=0.1", backbone=backbone)
+    make, labels_of = {"detect": (make_detect, OBJECTS), "segment": (make_segment, PIXELS)}[job]
+    task: Any = make(made, open_data(made.data, labels_of=labels_of))
+    groups = parameter_groups(task, made.optim)
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    named = dict(task.model.named_parameters())
+    exempt = task.model.no_weight_decay() & named.keys()
+    ends = {name.rpartition(".")[2] for name in exempt}
+    assert ends == {"level_embed", "pos_embed", "cls_token"}
+    assert all(decay[id(named[name])] == 0 for name in exempt)
+    adapter = task.model.trunk
+    assert decay[id(adapter.level_embed)] == 0 and decay[id(adapter.up.weight)] == 0.1
 
 
 def test_what_no_map_depends_on_is_not_trained(vit: str, dense: dict[str, Any]) -> None:
@@ -219,6 +250,16 @@ def test_other_classes_get_new_outputs(dense: dict[str, Any], tmp_path: Path) ->
     assert run(made, tmp_path / "run").model.class_names[-1] == "ankle boot"
 
 
+@pytest.mark.parametrize("job", list(JOBS))
+def test_a_start_of_another_job_is_refused(job: str, dense: Any, tmp_path: Path) -> None:
+    (other,) = set(JOBS) - {job}
+    made = going_on(job, str(dense[other].path), "model.new_head=true")
+    has = HEADS[other]["name"]
+    with pytest.raises(ValueError, match=f"has the head {has}, and this job trains .*: start from"):
+        run(made, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_weights_of_losses(dense: dict[str, Any], vit: str) -> None:
     model = foveate.apply(foveate.load(dense["detect"].path), "svit", check=False)
     task = DetectTask(model, weights={"mask": 2.0, "ratio": 8.0})
@@ -269,6 +310,29 @@ def test_another_backbone_than_the_starts_is_refused(dense: dict[str, Any], tmp_
     made = going_on("detect", str(dense["detect"].path), "backbone.name=adapter")
     with pytest.raises(ValueError, match="has backbone .*pyramid.*leave backbone out"):
         run(made, tmp_path / "run")
+
+
+def test_a_broken_first_validation_map_is_skipped(
+    vit: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    draw = np.random.RandomState(0)
+    for split in ("train", "val"):
+        images, maps = tmp_path / "data/images" / split, tmp_path / "data/masks" / split
+        for folder in (images, maps):
+            folder.mkdir(parents=True)
+        for name in "abcd":
+            values = draw.randint(0, 256, (2, 32, 32)).astype(np.uint8)
+            Image.fromarray(values[0]).save(images / f"{name}.png")
+            Image.fromarray(values[1] % 3).save(maps / f"{name}.png")
+    data = {**TREE["data"], "train": f"masks:{tmp_path / 'data'}"}
+    (tmp_path / "data/masks/val/a.png").write_bytes(b"torn")
+    made = recipe("segment", vit, "loop.max_steps=1", data=data)
+    assert run(made, tmp_path / "run")["images"]["unreadable"] == 1
+    assert "skipped" in caplog.text and "a.png" in caplog.text
+    for name in "bcd":
+        (tmp_path / f"data/masks/val/{name}.png").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="none of the 4 validation .* has an object that can be"):
+        run(made, tmp_path / "none")
 
 
 def test_validation_images_without_objects_are_refused(
