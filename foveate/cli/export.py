@@ -156,8 +156,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"note     {note}")
     if found.check is not None:
         print("\n".join(found.check.lines()))
-    size = sum(path.stat().st_size for path in found.folder.glob("model.*")) / 1e6
-    print(f"wrote    {found.file} ({size:.1f} MB), infer.py and README.md beside it")
+    print(f"wrote    {found.file} ({found.size / 1e6:.1f} MB), infer.py and README.md beside it")
     print(f"try      python {found.folder / 'infer.py'} PHOTO")
     return 0 if found.check is None or found.check.passed else 1
 

@@ -56,6 +56,7 @@ class Check:
         threads: number of CPU threads.
         rounds: number of timed rounds.
         speeds: times of all variants in one interleaved run; empty if nothing was timed.
+        broken: number of images with an output of the exported model that is not a finite number.
     """
 
     images: int
@@ -69,16 +70,19 @@ class Check:
     threads: int = 0
     rounds: int = 0
     speeds: tuple[Speed, ...] = ()
+    broken: int = 0
 
     @property
     def passed(self) -> bool:
-        """Whether the outputs agree with torch; always true in 8 bits, which round them."""
-        return self.int8 or self.beyond == 0
+        """Whether the outputs agree with torch; in 8 bits, which round them, if all are finite."""
+        return self.broken == 0 and (self.int8 or self.beyond == 0)
 
     def lines(self) -> list[str]:
         """Describe the comparison, one fact a line."""
         found = [f"compared with torch on {self.images} images ({self.source}):"]
         found.append(f"  largest difference of an output  {self.error:.1e} of the largest output")
+        if self.broken:
+            found.append(f"  images with outputs that are not finite numbers: {self.broken}")
         if self.beyond and not self.int8:
             found.append(
                 f"  images that differ by more than {_TOLERANCE:.0e}: {self.beyond}; where two "
@@ -121,11 +125,9 @@ def compare(
         graph: graph that was exported.
         int8: whether the exported model computes in 8 bits.
     """
-    step, count = graph.batch or _TOGETHER, len(images)
+    step = graph.batch or _TOGETHER
     if graph.batch:
-        images = images[: count // step * step]
-    if not len(images):
-        raise ValueError(f"batches of {step} need at least {step} images to compare, got {count}")
+        images = images[: len(images) // step * step]
     wanted: list[list[np.ndarray]] = []
     got: list[list[np.ndarray]] = []
     with answering(model):
@@ -138,18 +140,29 @@ def compare(
         [np.concatenate(parts).astype(np.float64) for parts in zip(*found, strict=True)]
         for found in (wanted, got)
     )
-    errors = np.zeros(len(ours[0]))
+    errors, finite = np.zeros(len(ours[0])), np.ones(len(ours[0]), bool)
     for own, other in zip(ours, theirs, strict=True):
         axes = tuple(range(1, own.ndim))
+        finite &= np.isfinite(other).all(axes)
         scale = np.maximum(np.abs(own).max(axes), 1e-12)
         errors = np.maximum(errors, np.nan_to_num(np.abs(own - other).max(axes) / scale, nan=1e9))
     agreement = divergence = None
     if graph.outputs == ("logits",):
         agreement = float((ours[0].argmax(1) == theirs[0].argmax(1)).mean())
-        p, q = _log_softmax(ours[0]), _log_softmax(theirs[0])
-        divergence = float((np.exp(p) * (p - q)).sum(1).mean())
+        with np.errstate(invalid="ignore"):  # of outputs that are not finite, which are counted
+            p, q = _log_softmax(ours[0]), _log_softmax(theirs[0])
+            divergence = float((np.exp(p) * (p - q)).sum(1).mean())
     beyond = int((errors > _TOLERANCE).sum())
-    return Check(len(errors), source, int8, float(errors.max()), beyond, agreement, divergence)
+    return Check(
+        len(errors),
+        source,
+        int8,
+        float(errors.max()),
+        beyond,
+        agreement,
+        divergence,
+        broken=int((~finite).sum()),
+    )
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -8,10 +8,17 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from foveate.exports import onnx, openvino, pt2
 from foveate.exports.check import Check
 from foveate.files import write_text
 
-__all__ = ["write_about", "write_readme", "write_script"]
+__all__ = ["former_files", "model_files", "write_about", "write_readme", "write_script"]
+
+_FILES = {
+    onnx.FILE: (onnx.FILE, onnx.WEIGHTS),
+    openvino.FILE: (openvino.FILE, openvino.WEIGHTS),
+    pt2.FILE: (pt2.FILE,),
+}
 
 _README = """\
 # {title}
@@ -33,6 +40,21 @@ A vision transformer, exported by foveate {version}.
 
 {check}
 """
+
+
+def model_files(file: Path) -> list[Path]:
+    """Return a model's file, and the one of its weights where that lies beside it."""
+    paths = [file.with_name(name) for name in _FILES[file.name]]
+    return [path for path in paths if path.is_file()]
+
+
+def former_files(folder: Path) -> list[Path]:
+    """Return the files of the model that was exported to a folder before, if there was one."""
+    try:
+        about = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        return model_files(folder / Path(about["file"]).name)
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is not ours
+        return []
 
 
 def write_about(folder: Path, about: Mapping[str, Any]) -> None:

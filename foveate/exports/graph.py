@@ -21,6 +21,21 @@ from foveate.dense import DenseBackbone, DenseModel, Hosting
 __all__ = ["Graph", "answers", "capture", "fixed", "input_size", "reduced_of"]
 
 _MOST = 4096  # images in a batch
+_CHOICES = {
+    torch.ops.aten.argmax.default,
+    torch.ops.aten.argsort.default,
+    torch.ops.aten.max.dim,
+    torch.ops.aten.sort.default,
+    torch.ops.aten.sort.stable,
+    torch.ops.aten.topk.default,
+}
+_PRODUCTS = {
+    torch.ops.aten.baddbmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.conv2d.default,
+    torch.ops.aten.linear.default,
+    torch.ops.aten.matmul.default,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +53,9 @@ class Graph:
             in the feed-forward network. Its size in a runtime shows how many tokens the block
             really computed.
         tokens: for each block, the number of tokens that an image must have there.
-        deciding: names of values that are computed with weights of the method. They stay in
-            float32 where the rest is in 8 bits, so that rounding does not choose the tokens.
+        deciding: names of values that are computed with weights of the method, and of the products
+            from which tokens are chosen. They stay in float32 where the rest is in 8 bits, so that
+            rounding them does not choose the tokens.
     """
 
     program: torch.export.ExportedProgram
@@ -193,7 +209,11 @@ def capture(
         shapes=_shapes(program, batch),
         layers=tuple(products.of(weight)[0] for weight in weights),
         tokens=tokens,
-        deciding=tuple(dict.fromkeys(name for weight in own for name in products.of(weight))),
+        deciding=tuple(
+            dict.fromkeys(
+                [*(name for weight in own for name in products.of(weight)), *products.choosing()]
+            )
+        ),
     )
 
 
@@ -220,7 +240,7 @@ def _shapes(
 
 
 class _Products:
-    """Finds the values in a graph that are computed with a weight."""
+    """Finds the values in a graph that are computed with a weight, or that tokens are chosen by."""
 
     def __init__(self, program: torch.export.ExportedProgram, answers: nn.Module) -> None:
         self._names = {id(parameter): name for name, parameter in answers.named_parameters()}
@@ -246,4 +266,23 @@ class _Products:
                     following.append(user)
                 elif user.op != "output":
                     found.append(user.name)
+        return found
+
+    def choosing(self) -> list[str]:
+        """Name the products without weights, as of queries and keys, that choices are made from.
+
+        Of the products that lead to a choice these are the last ones.
+        """
+        found: list[str] = []
+        following = [node for node in self._nodes.values() if node.target in _CHOICES]
+        seen = {*following, *self._constant}
+        while following:
+            for source in following.pop().all_input_nodes:
+                if source in seen:
+                    continue
+                seen.add(source)
+                if source.target not in _PRODUCTS:
+                    following.append(source)
+                elif self._constant.isdisjoint(source.all_input_nodes):
+                    found.append(source.name)
         return found

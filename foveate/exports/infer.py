@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -82,9 +83,9 @@ def open_model(
 def prepare(image: Image.Image, about: Mapping[str, Any]) -> np.ndarray:
     """Turn an image into the model's input ``[C, H, W]``: resize, crop and normalise it."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = Image.fromarray(_eight_bits(np.asarray(image), image.mode))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("L" if about["channels"] == 1 else "RGB")
@@ -99,6 +100,23 @@ def prepare(image: Image.Image, about: Mapping[str, Any]) -> np.ndarray:
     values = np.asarray(image, dtype=np.float32).reshape(height, width, -1) / np.float32(255)
     values = (values - np.float32(about["mean"])) / np.float32(about["std"])
     return np.ascontiguousarray(values.transpose(2, 0, 1))
+
+
+def _eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
+    """Scale values of more than 8 bits to 0..255; Pillow's own conversion would clip them.
+
+    16-bit files have a fixed range. Floats and 32-bit integers have none: the smallest usual range
+    that holds all values is taken, or else the range of the values.
+    """
+    values = np.nan_to_num(values.astype(np.float64), posinf=0.0, neginf=0.0)
+    low, high = 0.0, 65535.0
+    if not mode.startswith("I;16"):
+        least, most = float(values.min()), float(values.max())
+        usual = (1.0, 255.0, high) if mode == "F" else (255.0, high)
+        low = min(least, 0.0)
+        high = next((top for top in usual if least >= 0 and most <= top), most)
+    scaled = (values - low) / max(high - low, np.finfo(np.float64).tiny)
+    return np.round(255 * scaled).clip(0, 255).astype(np.uint8)
 
 
 def _resized(image: tuple[int, int], size: tuple[int, int], crop_pct: float) -> tuple[int, int]:
@@ -144,8 +162,12 @@ def _read(path: Path, about: Mapping[str, Any]) -> np.ndarray:
     try:
         with Image.open(path) as image:
             return prepare(image, about)
-    except OSError as error:
-        sys.exit(f"{path} cannot be read: {error}")
+    except Exception as error:  # decoders raise many kinds, some of them on damaged files alone
+        sys.exit(f"{path} cannot be read: {' '.join(str(error).split()) or type(error).__name__}")
+
+
+def _writable(path: Path) -> bool:
+    return not path.is_dir() and os.access(path if path.exists() else path.parent, os.W_OK)
 
 
 def main() -> None:
@@ -155,7 +177,7 @@ def main() -> None:
     )
     parser.add_argument("images", nargs="+", type=Path, help="image files")
     parser.add_argument("--top", type=int, default=5, help="number of classes to show (default: 5)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: 0, all)")
     parser.add_argument(
         "--bf16", action="store_true", help="compute in bfloat16 (OpenVINO): faster, less exact"
     )
@@ -163,6 +185,13 @@ def main() -> None:
     parser.add_argument("--npy", type=Path, metavar="FILE", help="file for the model's one output")
     parser.add_argument("--npz", type=Path, metavar="FILE", help="file for all outputs, by name")
     args = parser.parse_args()
+    if args.top < 1:
+        parser.error(f"--top must be at least 1, got {args.top}")
+    if args.threads < 0:
+        parser.error(f"--threads must be at least 0, got {args.threads}")
+    for path in (args.json, args.npy, args.npz):  # before the work
+        if path is not None and not _writable(path):
+            parser.error(f"{path} cannot be written to")
     folder = Path(__file__).resolve().parent
     about = json.loads((folder / "model.json").read_text(encoding="utf-8"))
     names, classes = about["outputs"], about["outputs"] == ["logits"]
@@ -172,7 +201,10 @@ def main() -> None:
         parser.error(f"--npy is for one output, this model has {len(names)}: use --npz FILE")
     if args.bf16 and about["runtime"] != "openvino":
         parser.error(f"--bf16 is for OpenVINO, and this model runs in {about['runtime']}")
-    run, _ = open_model(folder, args.threads, about["batch"] or 1, args.bf16)
+    try:
+        run, _ = open_model(folder, args.threads, about["batch"] or 1, args.bf16)
+    except ModuleNotFoundError as error:
+        sys.exit(f"{error.name} is not installed: pip install {about['runtime']}")
     found: dict[str, Any] = {}
     raw: list[list[np.ndarray]] = []
     keep = args.npy is not None or args.npz is not None

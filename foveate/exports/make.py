@@ -27,7 +27,13 @@ from foveate.core.schedule import check_choice
 from foveate.dense import DenseModel, Hosting
 from foveate.exports.budget import at_time, read_budget
 from foveate.exports.check import Check, compare, speeds
-from foveate.exports.folder import write_about, write_readme, write_script
+from foveate.exports.folder import (
+    former_files,
+    model_files,
+    write_about,
+    write_readme,
+    write_script,
+)
 from foveate.exports.graph import Graph, answers, capture, fixed, input_size, reduced_of
 from foveate.exports.infer import Run, open_model
 from foveate.exports.onnx import LEAST_OPSET
@@ -64,6 +70,11 @@ class Exported:
     tokens: tuple[int, ...]
     notes: tuple[str, ...] = ()
     check: Check | None = field(default=None, repr=False)
+
+    @property
+    def size(self) -> int:
+        """Number of bytes of the model's file, and of its weights where they lie beside it."""
+        return sum(path.stat().st_size for path in model_files(self.file))
 
     def open(
         self, threads: int = 0, batch: int = 0, bf16: bool = False
@@ -108,8 +119,8 @@ def export(
             backbone is exported; or a string that commands take as MODEL.
         out: folder to write, made if it is missing.
         format: "onnx" for onnxruntime, "openvino", or "pt2" for torch.
-        int8: whether matrix products compute in 8 bits. Those that the method decides by stay in
-            float32.
+        int8: whether matrix products compute in 8 bits. Those that the method scores tokens by
+            stay in float32.
         calibrate: images that 8 bits are fitted to, of which the first 128 count: paths, or
             preprocessed images ``[N, C, H, W]``. Models of Fashion-MNIST take the images that ship.
         batch: fixed number of images in a call; None allows any number, and is 1 for a dense model.
@@ -139,7 +150,8 @@ def export(
     prepared = preparation(model, size)
     pixels = for_calibration(prepared, calibrate) if int8 else None
     # Read the images before the long work, so that a folder without images is reported first.
-    pictures = for_check(prepared, calibrate if images is None else images) if check else None
+    compared = calibrate if images is None else images
+    pictures = for_check(prepared, compared, batch) if check else None
     writer = _Writer(importlib.import_module(f"foveate.exports.{format}"), pixels, opset, progress)
     with made_folder(folder), fixed(model) as changed:
         notes = [changed] if changed else []
@@ -151,7 +163,10 @@ def export(
         path = writer.write(graph, folder)
         tokens = writer.tokens(graph, path)
         about = _about(model, graph, writer, prepared, name, notes)
+        stale = {*former_files(folder)} - {*model_files(path)}
         write_about(folder, about)
+        for old in stale:
+            old.unlink()
         write_script(folder)
         exported = Exported(folder, path, MappingProxyType(about), tokens, tuple(about["notes"]))
         if pictures is not None:
@@ -177,7 +192,9 @@ def _check_asked(
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0:
         raise ValueError(f"rounds must be a whole number from 0, got {rounds!r}")
     if int8 and format == "pt2":
-        raise ValueError("int8 is for onnx and openvino: eager torch gains nothing from it")
+        raise ValueError(
+            "int8 is for onnx and openvino: torch.export cannot capture torch's 8-bit layers"
+        )
     if opset is not None and format == "pt2":
         raise ValueError("opset is a version of ONNX's operators: pt2 has none")
     if opset is not None and opset < LEAST_OPSET:

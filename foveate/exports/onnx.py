@@ -7,7 +7,7 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ import torch
 from foveate.exports.graph import Graph
 from foveate.files import write_whole
 
-__all__ = ["FILE", "LEAST_OPSET", "RUNTIME", "quantise", "tokens", "write"]
+__all__ = ["FILE", "LEAST_OPSET", "RUNTIME", "WEIGHTS", "quantise", "tokens", "write"]
 
-FILE, RUNTIME = "model.onnx", "onnxruntime"
+FILE, WEIGHTS, RUNTIME = "model.onnx", "model.onnx.data", "onnxruntime"
 LEAST_OPSET = 18  # the lowest that torch's exporter writes
 _BIGGEST = 1_900_000_000  # bytes of weights in one file: protobuf holds no more than 2 GiB
 
@@ -30,7 +30,8 @@ def write(graph: Graph, path: Path, opset: int | None = None) -> None:
     Args:
         graph: graph to write.
         path: path of the file.
-        opset: version of the operators; None takes the one that torch's exporter prefers.
+        opset: version of the operators; None takes the one that torch's exporter prefers. Raises
+            ValueError for one that it cannot write.
     """
     with _quiet():
         made: Any = torch.onnx.export(
@@ -42,11 +43,14 @@ def write(graph: Graph, path: Path, opset: int | None = None) -> None:
             output_names=list(graph.outputs),
             verbose=False,
         )
+    # For one that it does not know, the exporter mixes versions in a file that no runtime accepts.
+    if opset is not None and made.model.opset_imports[""] != opset:
+        raise ValueError(f"opset {opset} is newer than torch can write: take a lower one")
     size = sum(value.numel() * value.element_size() for value in graph.program.state_dict.values())
     if size > _BIGGEST:  # the weights go into a file beside it, which the graph names
         made.save(str(path), external_data=True)
     else:
-        write_whole(path, lambda partial: made.save(partial, external_data=False))
+        _write_alone(path, lambda partial: made.save(partial, external_data=False))
 
 
 def quantise(path: Path, graph: Graph, images: np.ndarray) -> None:
@@ -66,19 +70,32 @@ def quantise(path: Path, graph: Graph, images: np.ndarray) -> None:
         # Symbolic shape inference does not know all operators of merging methods.
         quant_pre_process(str(path), str(ready), skip_symbolic_shape=True)
         nodes = onnx.load(str(ready), load_external_data=False).graph.node
-        deciding = [node.name for node in nodes if {*node.output} & {*graph.deciding}]
+        exact = [node.name for node in _products(nodes, graph.deciding)]
         quantize_static(
             str(ready),
             str(made),
             _Reader(graph.calls(images)),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=["Conv", "Gemm", "MatMul"],
-            nodes_to_exclude=deciding,
+            nodes_to_exclude=exact,
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
         )
-        write_whole(path, lambda partial: Path(partial).write_bytes(made.read_bytes()))
+        _write_alone(path, lambda partial: Path(partial).write_bytes(made.read_bytes()))
+
+
+def _products(nodes: Sequence[Any], values: Sequence[str]) -> list[Any]:
+    """Return the nodes whose outputs have these names, and the products that feed them."""
+    found = [node for node in nodes if {*node.output} & {*values}]
+    inputs = {name for node in found for name in node.input}
+    return found + [one for one in nodes if one.op_type == "MatMul" and {*one.output} & inputs]
+
+
+def _write_alone(path: Path, write: Callable[[str], object]) -> None:
+    """Write a file that holds its own weights, and remove those that lay beside a former one."""
+    write_whole(path, write)
+    path.with_name(WEIGHTS).unlink(missing_ok=True)
 
 
 def tokens(path: Path, layers: Sequence[str], images: np.ndarray) -> tuple[int, ...]:

@@ -15,9 +15,9 @@ import numpy as np
 from foveate.exports import onnx
 from foveate.exports.graph import Graph
 
-__all__ = ["FILE", "RUNTIME", "quantise", "tokens", "write"]
+__all__ = ["FILE", "RUNTIME", "WEIGHTS", "quantise", "tokens", "write"]
 
-FILE, RUNTIME = "model.xml", "openvino"
+FILE, WEIGHTS, RUNTIME = "model.xml", "model.bin", "openvino"
 
 
 def write(graph: Graph, path: Path, opset: int | None = None) -> None:
@@ -37,6 +37,7 @@ def quantise(path: Path, graph: Graph, images: np.ndarray) -> None:
     import openvino
 
     model, calls = openvino.Core().read_model(str(path)), graph.calls(images)
+    exact = [*_products(model, graph.deciding), *_lookups(model)]
     with _quiet():
         made = nncf.quantize(
             model,
@@ -44,7 +45,7 @@ def quantise(path: Path, graph: Graph, images: np.ndarray) -> None:
             preset=nncf.QuantizationPreset.MIXED,
             model_type=nncf.ModelType.TRANSFORMER,
             subset_size=len(calls),
-            ignored_scope=nncf.IgnoredScope(names=_products(model, graph.deciding)),
+            ignored_scope=nncf.IgnoredScope(names=exact),
         )
     _save(made, path)
 
@@ -87,6 +88,18 @@ def _products(model: Any, values: Sequence[str]) -> list[str]:
             inputs = [port.get_source_output().get_node() for port in operation.inputs()]
             found += [n.get_friendly_name() for n in inputs if n.get_type_name() == "MatMul"]
     return found
+
+
+def _lookups(model: Any) -> list[str]:
+    """Name the operations that look values up in a constant.
+
+    NNCF takes the constant for the weights of an embedding. It is how many patches each token
+    stands for, and OpenVINO crashes on it in 8 bits.
+    """
+    gathers = [one for one in model.get_ops() if one.get_type_name() == "Gather"]
+    tables = [one.input(0).get_source_output().get_node().get_type_name() for one in gathers]
+    named = zip(gathers, tables, strict=True)
+    return [one.get_friendly_name() for one, table in named if table == "Constant"]
 
 
 def _save(model: Any, path: Path) -> None:

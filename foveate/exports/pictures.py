@@ -20,7 +20,7 @@ from foveate.exports.infer import prepare
 __all__ = ["SEED", "Paths", "for_calibration", "for_check", "preparation"]
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-_CALIBRATION, _CHECKED = 128, 64  # the most images that are used
+_CALIBRATION, _CHECKED = 128, 64  # the most images that are used, unless a call has more
 _FASHION = (1, 28, 28)
 SEED = 4321  # of the images that an export draws
 
@@ -63,13 +63,27 @@ def for_calibration(about: Mapping[str, Any], given: Tensor | Paths | None) -> n
     return normalise(fashion_mnist_mini("train").images[:_CALIBRATION]).numpy()
 
 
-def for_check(about: Mapping[str, Any], given: Tensor | Paths | None) -> tuple[Tensor, str]:
-    """Return images to compare on, and their source; arguments as for ``for_calibration``."""
-    if given is not None:
-        return _read(about, given, _CHECKED)
-    channels, *size = _shape(about)
-    made = images_for(channels, (size[0], size[1]), _CHECKED, SEED, None)
-    return made.take(_CHECKED), made.source
+def for_check(
+    about: Mapping[str, Any], given: Tensor | Paths | None, batch: int | None
+) -> tuple[Tensor, str]:
+    """Return images to compare on, and their source.
+
+    Args:
+        about: the result of ``preparation``.
+        given: paths, or preprocessed images; None takes some that ship or are synthetic.
+        batch: fixed number of images in a call, which have to be there, or None.
+    """
+    most = max(_CHECKED, batch or 1)
+    if given is None:
+        channels, *size = _shape(about)
+        made = images_for(channels, (size[0], size[1]), most, SEED, None)
+        return made.take(most), made.source
+    images, source = _read(about, given, most)
+    if batch is not None and len(images) < batch:
+        raise ValueError(
+            f"batches of {batch} need at least {batch} images to compare, got {len(images)}"
+        )
+    return images, source
 
 
 def _shape(about: Mapping[str, Any]) -> tuple[int, ...]:

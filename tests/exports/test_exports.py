@@ -20,8 +20,11 @@ import foveate
 from foveate.cli import main
 from foveate.convert import open_shipped
 from foveate.data import Inputs, fashion_mnist_mini, normalise
-from foveate.exports import Exported, graph, infer
+from foveate.data.images import to_rgb
+from foveate.exports import Exported, graph, infer, make
+from foveate.exports.check import compare
 from foveate.exports.infer import open_model, prepare
+from foveate.exports.pictures import for_check
 
 METHOD = "evit(keep=0.7, blocks=(1,))"
 TOKENS = (37, 28)  # of 36 patches and a class token
@@ -75,8 +78,13 @@ def test_what_is_written(format: str, tmp_path: Path) -> None:
         return
     # In a process of its own, as users have it: it once ended a process that had run all other
     # tests before.
-    code = "import sys, pathlib; from test_exports import check_what_is_written as check\n"
-    code += f"check('openvino', pathlib.Path({str(tmp_path)!r}))"
+    in_its_own_process("check_what_is_written", format, tmp_path)
+
+
+def in_its_own_process(check: str, word: str, folder: Path) -> None:
+    """Run a function of this file where a crash of a runtime ends no other test."""
+    code = f"import pathlib; from test_exports import {check} as check\n"
+    code += f"check({word!r}, pathlib.Path({str(folder)!r}))"
     folders = [
         Path(__file__).parent,
         Path(__file__).parents[1],
@@ -212,6 +220,70 @@ def test_pictures_fill_a_fixed_batch(
     assert list(json.loads((tmp_path / "answers.json").read_text())) == list(map(str, photos[:3]))
 
 
+@pytest.mark.parametrize(
+    ("mode", "low", "high"),
+    [
+        *(("F", 0, 1), ("F", 0, 255), ("F", -2, 3), ("F", 0, 80000)),
+        *(("I", 0, 255), ("I", 0, 65535), ("I", -5, 70000), ("I;16", 0, 65535)),
+        *(("RGBa", 0, 255), ("LA", 0, 255), ("1", 0, 255)),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_of_any_mode_are_read_as_by_predict(
+    mode: str, low: float, high: float, channels: int
+) -> None:
+    ramp = np.linspace(low, high, 12 * 16).reshape(12, 16)
+    if mode in ("F", "I", "I;16"):
+        image = Image.fromarray(ramp.astype({"F": np.float32, "I": np.int32}.get(mode, np.uint16)))
+    elif mode == "RGBa":
+        colours = Image.fromarray(ramp.astype(np.uint8)).convert(mode.upper())
+        colours.putalpha(Image.fromarray(ramp.T.reshape(12, 16).astype(np.uint8)))
+        image = colours.convert(mode)
+    else:
+        image = Image.fromarray(ramp.astype(np.uint8)).convert(mode)
+    assert image.mode == mode
+    about = {"channels": channels, "size": [12, 16], "mean": [0.0], "std": [1.0], "crop_pct": 1.0}
+    wanted = prepare(to_rgb(image), about)
+    assert np.array_equal(prepare(image, about), wanted)
+    assert wanted.max() - wanted.min() > 0.5
+
+
+def test_the_program_refuses_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about = {"channels": 1, "size": [2, 3], "mean": [0.0], "std": [1.0], "crop_pct": None}
+    about |= {"batch": None, "outputs": ["logits"], "labels": ["a", "b"], "file": "model.xml"}
+    photo, broken, huge = (tmp_path / f"{name}.png" for name in ("photo", "broken", "huge"))
+    Image.new("L", (3, 2)).save(photo)
+    Image.new("L", (300, 200)).save(huge)
+    broken.write_bytes(photo.read_bytes()[:40])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    monkeypatch.setattr(infer, "__file__", str(tmp_path / "infer.py"))
+    before = {*tmp_path.iterdir(), tmp_path / "model.json"}
+
+    def refuses(message: str, *argv: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["infer.py", *map(str, argv)])
+        with pytest.raises(SystemExit) as stopped:
+            infer.main()
+        said = f"{stopped.value.code}\n{capsys.readouterr().err}"
+        assert message in said and {*tmp_path.iterdir()} == before
+
+    for runtime in ("onnxruntime", "openvino"):
+        monkeypatch.setitem(sys.modules, runtime, None)
+        (tmp_path / "model.json").write_text(json.dumps(about | {"runtime": runtime}))
+        refuses(f"{runtime} is not installed: pip install {runtime}", photo)
+    run = (lambda x: [x.reshape(1, 6)[:, :2]], about)
+    monkeypatch.setattr(infer, "open_model", lambda *_: run)
+    refuses(f"{huge} cannot be read: Image size (60000 pixels) exceeds limit", huge)
+    refuses(f"{broken} cannot be read", broken)
+    refuses(f"{tmp_path / 'no.png'} cannot be read", tmp_path / "no.png")
+    refuses("--top must be at least 1, got 0", photo, "--top", 0)
+    refuses("--threads must be at least 0, got -1", photo, "--threads", -1)
+    for option in ("--json", "--npy", "--npz"):
+        for place in (tmp_path / "none" / "file", tmp_path):
+            refuses(f"{place} cannot be written to", photo, option, place)
+
+
 # Eight bits --------------------------------------------------------------------------------------
 
 
@@ -256,6 +328,97 @@ def test_eight_bits(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["tome(r=4)", "pitome(keep=0.8)"])
+def test_eight_bits_of_a_fixed_batch_where_tokens_merge(method: str, tmp_path: Path) -> None:
+    needs("openvino")
+    in_its_own_process("check_a_fixed_batch_in_eight_bits", method, tmp_path)
+
+
+def check_a_fixed_batch_in_eight_bits(method: str, folder: Path) -> None:
+    found = foveate.export(
+        with_method(method),
+        folder,
+        format="openvino",
+        int8=True,
+        calibrate=images(8),
+        batch=4,
+        check=True,
+        rounds=0,
+    )
+    assert found.tokens[1] < found.tokens[0]
+    assert found.check is not None and found.check.passed and found.check.error < 0.5
+
+
+@pytest.mark.parametrize(
+    ("method", "products"),
+    [
+        ("tome(r=4)", 2),  # of keys, in each of both blocks
+        ("pitome(keep=0.8)", 2),
+        (METHOD, 1),  # of the class token's query and all keys
+        ("random(keep=0.7, blocks=[1])", 0),
+    ],
+)
+def test_products_that_tokens_are_chosen_by(method: str, products: int) -> None:
+    captured = graph.capture(with_method(method))
+    assert len(captured.deciding) == products
+    nodes = {node.name: node for node in captured.program.graph.nodes}
+    assert all("matmul" in str(nodes[name].target) for name in captured.deciding)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+@pytest.mark.parametrize(
+    "method",
+    ["tome(r=4)", METHOD, "dynamicvit(keep=0.7, blocks=[1])", "spvit(keep=0.7, blocks=[1])"],
+)
+def test_tokens_are_chosen_in_float32(format: str, method: str, tmp_path: Path) -> None:
+    needs(format)
+    model = with_method(method)
+    made = foveate.export(model, tmp_path, format=format, int8=True, calibrate=images(8))
+    read = read_by_onnx if format == "onnx" else read_by_openvino
+    feeding = read(made.file)
+    rounded = {name for name, kinds in feeding.items() if ROUNDING & kinds}
+    with graph.fixed(model):
+        deciding = graph.capture(model).deciding
+    deciding = [name for name in deciding if not name.startswith("add")]  # sums have other names
+    assert "linear" in rounded  # of the backbone
+    assert deciding and {*deciding} <= {*feeding} and rounded.isdisjoint(deciding)
+
+
+ROUNDING = {"DequantizeLinear", "FakeQuantize"}
+
+
+def read_by_onnx(file: Path) -> dict[str, set[str]]:
+    """Return the kinds of operations that each value is computed from."""
+    import onnx
+
+    nodes = onnx.load(str(file)).graph.node
+    kind = {name: node.op_type for node in nodes for name in node.output}
+    return {
+        name: {kind.get(source, "") for source in node.input}
+        for node in nodes
+        for name in node.output
+    }
+
+
+def read_by_openvino(file: Path) -> dict[str, set[str]]:
+    """As ``read_by_onnx``, with those that a product is computed from, to which a bias is added."""
+    import openvino
+
+    def sources(node: openvino.Node) -> list[openvino.Node]:
+        return [port.get_source_output().get_node() for port in node.inputs()]
+
+    found = {}
+    for node in openvino.Core().read_model(str(file)).get_ops():
+        near = sources(node)
+        near += [far for one in near if one.get_type_name() == "MatMul" for far in sources(one)]
+        for output in node.outputs():
+            for name in output.get_names():
+                found[name] = {one.get_type_name() for one in near}
+    return found
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["onnx", "openvino"])
 @pytest.mark.parametrize("method", ["evit(keep=0.7)", "tome(r=3)"])
 def test_eight_bits_lose_half_a_point_at_most(format: str, method: str, tmp_path: Path) -> None:
@@ -275,6 +438,19 @@ def test_eight_bits_lose_half_a_point_at_most(format: str, method: str, tmp_path
     )
     assert before > 78
     assert after >= before - 0.5
+
+
+@pytest.mark.parametrize("flags", ["fpu sse4_2 avx2", "fpu avx2 avx512_vnni", "fp asimddp", ""])
+def test_a_processor_without_products_in_eight_bits_is_named(
+    flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foveate.machine._cpuinfo", lambda: f"flags : {flags}" if flags else "")
+    monkeypatch.setattr(make, "_check_asked", lambda *_: None)
+    monkeypatch.setattr("foveate.exports.pt2.quantise", lambda *_: None, raising=False)
+    found = foveate.export(tiny(), tmp_path, format="pt2", int8=True, calibrate=images(2))
+    said = [note for note in found.notes if "lacks instructions for 8-bit products" in note]
+    assert len(said) == (flags == "fpu sse4_2 avx2")
+    assert all(note in (tmp_path / "README.md").read_text(encoding="utf-8") for note in said)
 
 
 # What a graph can hold ---------------------------------------------------------------------------
@@ -373,6 +549,33 @@ def test_all_images_are_compared_and_read_before_the_work(tmp_path: Path) -> Non
             foveate.export(model, out, format="pt2", batch=4, check=True, images=given, rounds=0)
 
 
+def test_a_fixed_batch_is_filled_however_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = foveate.export(
+        tiny(), tmp_path, format="pt2", batch=70, check=True, images=images(80), rounds=0
+    )
+    assert found.check is not None and found.check.images == 70
+    assert len(for_check(found.about, None, 70)[0]) == 70
+
+    def never(*_: object) -> None:
+        raise AssertionError("the images are counted before the work")
+
+    monkeypatch.setattr("foveate.exports.make.capture", never)
+    with pytest.raises(ValueError, match="batches of 70 need at least 70 images to compare, got 6"):
+        foveate.export(tiny(), tmp_path, format="pt2", batch=70, check=True, images=images(6))
+
+
+def test_a_new_export_takes_the_place_of_the_former(tmp_path: Path) -> None:
+    for name in ("model.onnx", "model.onnx.data", "model.yaml"):
+        (tmp_path / name).write_text("x" * 1000)
+    (tmp_path / "model.json").write_text('{"file": "model.onnx"}')
+    found = foveate.export(tiny(), tmp_path, format="pt2")
+    names = ["README.md", "infer.py", "model.json", "model.pt2", "model.yaml"]  # not an export's
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert found.size == found.file.stat().st_size
+
+
 # Checks that fail --------------------------------------------------------------------------------
 
 
@@ -387,6 +590,21 @@ def test_a_file_that_answers_otherwise_fails(
     assert found.check is not None and not found.check.passed
     assert found.check.beyond == found.check.images == 64 and found.check.error > 0.1
     assert "differ by more than 1e-04: 64" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_outputs_that_are_not_numbers_fail(wrong: float, int8: bool) -> None:
+    model, captured = tiny(), graph.capture(tiny())
+
+    def ask(pixels: np.ndarray) -> list[np.ndarray]:
+        found = logits(model, torch.from_numpy(pixels)).numpy()
+        found[1:3, 4] = wrong
+        return [found]
+
+    found = compare(model, ask, images(8), "drawn", graph=captured, int8=int8)
+    assert not found.passed and found.broken == 2
+    assert "outputs that are not finite numbers: 2" in "\n".join(found.lines())
 
 
 def test_a_file_that_runs_dense_is_an_error(
@@ -424,7 +642,10 @@ def test_times_stand_beside_the_dense_model(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"format": "tflite"}, "format must be one of"),
-        ({"format": "pt2", "int8": True}, "int8 is for onnx and openvino"),
+        (
+            {"format": "pt2", "int8": True},
+            "int8 is for onnx and openvino: torch.export cannot capture",
+        ),
         ({"format": "onnx", "opset": 11}, "opset must be at least 18, got 11"),
         ({"format": "pt2", "opset": 20}, "pt2 has none"),
         ({"format": "pt2", "batch": 0}, "batch must be a whole number from 1"),
@@ -439,6 +660,16 @@ def test_times_stand_beside_the_dense_model(tmp_path: Path) -> None:
 def test_refused(options: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         foveate.export(vit(), tmp_path, **options)
+
+
+def test_a_version_of_operators_that_is_too_new(tmp_path: Path) -> None:
+    """What was exported before stays."""
+    needs("onnx")
+    (tmp_path / "model.onnx").write_text("former")
+    with pytest.raises(ValueError, match="opset 99 is newer than torch can write"):
+        foveate.export(tiny(), tmp_path, opset=99)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    assert (tmp_path / "model.onnx").read_text() == "former"
 
 
 def test_weights_of_half_precision_are_refused(tmp_path: Path) -> None:
