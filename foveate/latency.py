@@ -98,7 +98,7 @@ class TimeBudget:
             else:
                 raise ValueError(
                     f"{part!r} in the budget {text!r} is neither a batch ('batch 8') nor one of "
-                    f"{', '.join(DTYPES)}; for a runtime export with it: foveate export --budget"
+                    f"{', '.join(DTYPES)}; foveate export --format chooses a runtime"
                 )
         if options.get("batch", 1) < 1:
             raise ValueError(f"the batch of a budget must be at least 1, got {text!r}")

@@ -64,6 +64,14 @@ def test_floats_and_wide_integers(values: np.ndarray, expected: np.ndarray, tmp_
     near(read_image(tmp_path / "a.tif"), Image.fromarray(expected), 1)
 
 
+def test_premultiplied_transparency() -> None:
+    for mode, own in (("LA", "La"), ("RGBA", "RGBa")):
+        image = Image.new(mode, (2, 2), (80, 80, 80, 128)[-len(mode) :]).convert(own)
+        assert image.mode == own
+        found = np.asarray(to_rgb(image))
+        assert found.shape == (2, 2, 3) and abs(found.astype(int) - 167).max() <= 1
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
 def test_transparent_pixels_are_white(mode: str, tmp_path: Path) -> None:
     image = Image.new("RGBA", (16, 16), (200, 40, 30, 255))
