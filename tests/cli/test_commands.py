@@ -136,6 +136,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_the_commands_that_a_run_suggests_parse(job: str) -> None:
     score = {"detect": "box_ap", "segment": "miou"}.get(job, "accuracy")
     result = {score: 0.5, "images": {"val": 9}, "model": "model", "splits": {"test": {}}}
+    result |= {"score": score}
     lines = last_screen(job, result, Path("runs/it")).splitlines()[1:]
     parser, _ = _parsers()
     for line in lines:
