@@ -141,10 +141,12 @@ def _logged(log: Path) -> list[dict[str, Any]]:
             part, metric, values = "training", name, curve(log, name)
         elif name in _SCORES:
             part, metric, values = "probe", what, curve(log, name)
-        elif kind == "heterogeneity":
-            part, metric, values = "layers", kind, {float(what): [*curve(log, name).values()][-1]}
-        elif name == "cosine/visible":
-            part, metric, values = "layers", kind, {0.0: [*curve(log, name).values()][-1]}
+        elif kind == "heterogeneity" or (kind == "cosine" and what.endswith("visible")):
+            # A method with two networks has their numbers in front: BootMAE's 0/05 and 1/05.
+            network, _, layer = what.rpartition("/")
+            part, metric = "layers", kind + f"_{network}" * (network not in ("", "0"))
+            at = 0.0 if layer == "visible" else float(layer)
+            values = {at: [*curve(log, name).values()][-1]}
         else:
             continue
         for at, value in values.items():

@@ -466,6 +466,8 @@ def _probe(_: _Numbers, own: pd.DataFrame) -> Iterator[Sheet]:
 def _layers(_: _Numbers, own: pd.DataFrame) -> Iterator[Sheet]:
     title = "Heterogeneity of hidden tokens by layer at the end"
     yield from _by_run(own, "heterogeneity", "layer", title)
+    if (own["metric"] == "heterogeneity_1").any():
+        yield from _by_run(own, "heterogeneity_1", "layer", f"{title}, second network")
 
 
 def _by_run(own: pd.DataFrame, metric: str, head: str, title: str) -> Iterator[Sheet]:

@@ -21,6 +21,7 @@ from foveate import config as configs
 from foveate.measure import Results, cell, launch, one, select
 from foveate.measure.cells import Cell, make_cells
 from foveate.measure.comparison import Comparison, Resources
+from foveate.measure.gather import _logged
 from foveate.measure.launch import FAILED, Outcome, command_of, run_cell, run_cells
 from foveate.measure.rauc import rauc
 from foveate.train.logs import read_metrics
@@ -282,6 +283,18 @@ def test_any_job_is_a_cell(tmp_path: Path, here: Here) -> None:
     moved = out.rename(tmp_path / "moved")  # the teacher lies at the same place among the cells
     assert compare(path, "--out", moved) == 0
     assert all(name.endswith("eval") for name in here.names)
+
+
+def test_layers_of_two_networks_have_names_of_their_own(tmp_path: Path) -> None:
+    """BootMAE logs those of both regressors."""
+    log = tmp_path / "metrics.csv"
+    names = ("heterogeneity/0/00", "heterogeneity/0/01", "heterogeneity/1/00", "cosine/1/visible")
+    log.write_text(f"step,epoch,{','.join(names)}\n3,0,0.5,0.6,0.7,0.8\n9,1,0.1,0.2,0.3,0.4\n")
+    found = {(row["metric"], row["at"]): row["value"] for row in _logged(log)}
+    assert found == {
+        **{("heterogeneity", 0.0): 0.1, ("heterogeneity", 1.0): 0.2},
+        **{("heterogeneity_1", 0.0): 0.3, ("cosine_1", 0.0): 0.4},
+    }
 
 
 def test_the_comparisons_of_pretraining_ask_for_what_they_did(tmp_path: Path) -> None:
