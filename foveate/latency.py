@@ -204,37 +204,34 @@ class LatencyTable:
             setting: conditions of the times.
             fresh: measure again even if a table exists.
         """
-        path = _path(backbone, setting)
-        if not fresh and path.exists():
-            return cls._read(path)
+        known = None if fresh else cls.known(backbone, setting)
+        if known is not None:
+            return known
         table = _measured(backbone, setting)
         of = _what(backbone, setting.device)
-        _keep(path, {"format": _FORMAT, "of": of, **dataclasses.asdict(table)})
+        _keep(_path(backbone, setting), {"format": _FORMAT, "of": of, **dataclasses.asdict(table)})
         return table
 
     @classmethod
     def known(cls, backbone: Backbone, setting: Setting) -> LatencyTable | None:
         """Return the kept table of a model, or None."""
         path = _path(backbone, setting)
-        return cls._read(path) if path.exists() else None
+        return cls._read(path, read_json(path, "")) if path.exists() else None
 
     @classmethod
     def all_known(cls, backbone: Backbone) -> list[LatencyTable]:
         """Return all tables that are kept of a model, measured with today's versions."""
+        devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+        wanted = {_what(backbone, device) for device in devices}
         found = []
         for path in sorted(_folder().glob(f"{_family(backbone)}-*.json")):
-            content = read_json(path, f"{path} does not exist")
-            setting = content.get("setting") if isinstance(content, dict) else None
-            device = setting.get("device", "") if isinstance(setting, dict) else ""
-            if device.startswith("cuda") and not torch.cuda.is_available():
-                continue
-            if device and content.get("of") == _what(backbone, device):
-                found.append(cls._read(path))
-        return sorted(found, key=lambda table: (str(table.setting.device), table.setting.batch))
+            content = read_json(path, "")
+            if isinstance(content, dict) and content.get("of") in wanted:  # no other model's
+                found.append(cls._read(path, content))
+        return sorted(found, key=lambda table: (table.setting.device, table.setting.batch))
 
     @classmethod
-    def _read(cls, path: Path) -> LatencyTable:
-        found = read_json(path, f"{path} does not exist")
+    def _read(cls, path: Path, found: Any) -> LatencyTable:
         try:
             if found.pop("format") != _FORMAT:
                 raise KeyError("format")
@@ -248,7 +245,7 @@ class LatencyTable:
 
 def _what(backbone: Backbone, device: str) -> str:
     """Return a hash of a model and of the versions and processor that its times depend on."""
-    facts = machine.facts(torch.device(device).type)
+    facts = machine.facts(device)
     versions = {name: facts.get(name) for name in ("cpu", "gpu", "torch", "foveate", "system")}
     return _hashed([_FORMAT, dataclasses.astuple(backbone.spec), versions])
 
@@ -320,7 +317,7 @@ def _measured(backbone: Backbone, setting: Setting) -> LatencyTable:
         tuple(spec.prefix + count for count in counts),
         tuple(blocks),
         max(0.0, timings.ms("pass").median - blocks[-1] * spec.depth),
-        machine.name(machine.facts(torch.device(setting.device).type)),
+        machine.name(machine.facts(setting.device)),
         not machine.malloc_untuned(setting.device),
     )
 

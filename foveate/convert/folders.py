@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,10 @@ from foveate.dense import DenseModel
 from foveate.files import read_json, write_text, write_whole
 from foveate.registry import method_class
 
-__all__ = ["CONFIG", "WEIGHTS", "config_path", "note_results", "note_run", "open_folder", "save"]
+__all__ = [
+    *("CONFIG", "WEIGHTS", "config_path", "note_measured", "note_results", "note_run"),
+    *("open_folder", "save"),
+]
 
 CONFIG = "foveate.json"  # its presence tells such a folder from others
 WEIGHTS = "foveate.safetensors"
@@ -133,11 +136,20 @@ def note_results(folder: Path, results: Path) -> None:
         folder: the model's folder.
         results: the folder that ``foveate eval --out`` wrote.
     """
+    about = with_facts(folder, _config(folder))["about"]
+    note_measured(folder, read_results(results, about["method"], model_name(folder)))
+
+
+def note_measured(folder: Path, found: Sequence[Mapping[str, Any]]) -> None:
+    """Put measurements of a saved model into its record and on its card."""
+    add_measured(folder, found)
+    write_card(folder, _config(folder))
+
+
+def _config(folder: Path) -> dict[str, Any]:
     absent = f"{folder} holds no {CONFIG}: not what foveate.save wrote"
-    config = read_json(config_path(folder), absent)
-    about = with_facts(folder, config)["about"]
-    add_measured(folder, read_results(results, about["method"], model_name(folder)))
-    write_card(folder, config)
+    found: dict[str, Any] = read_json(config_path(folder), absent)
+    return found
 
 
 def open_folder(folder: Path, model: nn.Module | None = None) -> ReducedViT:

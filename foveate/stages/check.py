@@ -68,14 +68,15 @@ def _checked(
     if base is not None:
         recipe = replace(recipe, model=replace(recipe.model, start=copy.deepcopy(base)))
     if job == "probe":
-        assert base is not None
-        check_reading(recipe, backbone_for(base).spec)
-        return base
+        with torch.device("meta"):
+            model: Any = make_model(recipe.model, None)
+        check_reading(recipe, backbone_for(model).spec)
+        return model
     check_loop(recipe.loop)
     task = _task(one, recipe, models, classes)
     fix_parameters(task, recipe.optim)
     parameter_groups(task, recipe.optim)
-    model: Any = task.model
+    model = task.model
     if job == "pretrain":
         if recipe.probe.data is not None:
             open_images(recipe.probe.data)

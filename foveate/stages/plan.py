@@ -64,7 +64,7 @@ def planned(pipeline: Pipeline, stage: Stage, earlier: Sequence[Planned], out: P
             raise ValueError(f"{stage.where} cannot {what} {one.stage.name}, which trains no model")
     changes = [*_flat(pipeline.data, "data.")]
     if stage.job == "pretrain" and "train" in pipeline.data and _reads_its_own(tree):
-        changes.append(f"probe.data={pipeline.data['train']}")
+        changes += _flat({"probe": {"data": pipeline.data["train"]}})
     changes += _flat(pipeline.loop, "loop.") if stage.job != "probe" else []
     changes += _flat(own)
     for setting, one, inside in ((("model", "start"), start, file), (teaching, teacher, "")):

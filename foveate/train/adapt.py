@@ -13,7 +13,6 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import torch
@@ -233,7 +232,6 @@ def adapt(
         say: is told, before the first step, what is trained on what.
         again: what to type to go on with a run that was stopped; None is --resume and its folder.
     """
-    again = again or f"--resume {quote(str(out))}"
     how: dict[str, Any] = {"resume": resume, "progress": progress, "say": say, "again": again}
     result = fit(recipe, out, _build, callbacks=_callbacks, **how)
     if "model" in result:  # the first of several processes

@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -157,7 +158,7 @@ def fit(
     # Sharded weights are put together again in a copy that was made before.
     plain = copy.deepcopy(module.exported) if loop.strategy == "fsdp" else None
     module.settle()
-    with _quiet(), _stoppable(out, again or f"--resume {out}"):
+    with _quiet(), _stoppable(out, again or f"--resume {quote(str(out))}"):
         trainer.fit(
             module,
             loaders.train,

@@ -16,13 +16,11 @@ from foveate import machine
 from foveate.api import apply, check_driven
 from foveate.backbones import backbone_for
 from foveate.convert import open_base, save
-from foveate.convert.card import write_card
-from foveate.convert.folders import config_path
-from foveate.convert.record import add_measured
+from foveate.convert.folders import note_measured
 from foveate.core import Backbone, ReducedViT, Reducer
 from foveate.dense import Hosting
 from foveate.facts import count as count_costs
-from foveate.files import made_folder, read_json
+from foveate.files import made_folder
 from foveate.latency import Setting, beside_dense, is_time, setting_of
 from foveate.measure.table import pd
 from foveate.timing import DENSE, LEAST_ROUNDS, Timings
@@ -124,10 +122,8 @@ def tune(
         save(reduced, folder, everything=True)
     facts, commit = machine.facts(next(vit.parameters()).device.type), machine.commit()
     if rounds >= LEAST_ROUNDS:  # a card takes no trials
-        add_measured(
-            folder, [table.speed(rounds) | {"machine": machine.name(facts), "commit": commit}]
-        )
-        write_card(folder, read_json(config_path(folder), f"{folder} was removed"))
+        timed = table.speed(rounds) | {"machine": machine.name(facts), "commit": commit}
+        note_measured(folder, [timed])
     about = {
         "model": name,
         "target": target,

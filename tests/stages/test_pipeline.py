@@ -378,6 +378,13 @@ def test_what_contradicts_itself_is_said_before_the_first_step(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_probe_may_read_random_weights() -> None:
+    probe = {**TREE["stages"]["probe"], "model": {**MODEL, "start": None}}
+    stages = {**TREE["stages"], "probe": probe}
+    found, _ = plan(config.parse(Pipeline, {**TREE, "stages": stages}), Path("nowhere"))
+    assert found[1].start is None and found[1].recipe.model.start is None
+
+
 def test_a_stage_may_start_from_the_teacher_of_pretraining() -> None:
     pretrain = {**TREE["stages"]["pretrain"], "method": "bootmae"}
     masked = {**TREE["stages"]["masked"], "model": {"start": "pretrain/teacher"}}
