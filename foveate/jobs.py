@@ -98,6 +98,7 @@ def reduce(
     method: str | Settings | Reducer | None = None,
     data: Any = None,
     *,
+    budget: str | None = None,
     mix: recipes.Mix | Settings | None = None,
     optim: recipes.Optim | Settings | None = None,
     loop: recipes.Loop | Settings | None = None,
@@ -117,6 +118,8 @@ def reduce(
         method: reduction method, such as "dynamicvit(keep=0.7)"; or a dictionary with its name and
             options.
         data: as in ``finetune``.
+        budget: what a pass may cost or take, such as "60%", "1.5x faster" or "12 ms" on the device
+            that trains; it sets the method's rate.
         mix: the group "mix" of a recipe, as a dictionary or its class; the next two likewise.
         optim: the group "optim".
         loop: the group "loop".
@@ -135,7 +138,7 @@ def reduce(
         method, model = model.reducer, model.vit
     groups = {
         **{"mix": mix, "optim": optim, "loop": loop, "method": method},
-        **{"teacher": teacher, "weights": weights, "token_loss": token_loss},
+        **{"budget": budget, "teacher": teacher, "weights": weights, "token_loss": token_loss},
     }
     made = _recipe(recipes.Reduce, "reduce", recipe, model, data, groups)
     return train(
@@ -148,6 +151,7 @@ def adapt(
     method: str | Settings | Reducer | None = None,
     data: Any = None,
     *,
+    budget: str | None = None,
     train: str | None = None,
     weights: Mapping[str, float] | None = None,
     optim: recipes.Optim | Settings | None = None,
@@ -166,6 +170,7 @@ def adapt(
         method: method, such as "evit(keep=0.7)"; None takes the method of the given model, or else
             the recipe's.
         data: as in ``finetune``; labels are not used.
+        budget: as in ``reduce``.
         train: parts to train: "method", "blocks:N" (the method and the last N blocks) or "all".
         weights: weights of losses, such as {"kl": 0.5, "ratio": 4.0}.
         optim: the group "optim" of a recipe, as a dictionary or its class.
@@ -176,7 +181,10 @@ def adapt(
         progress: show a progress bar.
         say: called before training with a summary of the model, the data and the settings.
     """
-    groups = {"method": method, "train": train, "weights": weights, "optim": optim, "loop": loop}
+    groups = {
+        **{"method": method, "budget": budget, "train": train, "weights": weights},
+        **{"optim": optim, "loop": loop},
+    }
     own = ("method",) if isinstance(model, (str, Path, nn.Module)) else ()
     made = _recipe(recipes.Adapt, "adapt", recipe, model, data, groups, without=own)
     folder = _folder("adapt", out, made.loop, resume)

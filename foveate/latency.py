@@ -32,8 +32,8 @@ from foveate.files import read_json, write_text
 from foveate.timing import DENSE, DTYPES, Timings, measure
 
 __all__ = [
-    *("LatencyTable", "Setting", "TimeBudget", "approach", "beside_dense", "goal_of", "is_time"),
-    *("solve_time_budget", "own_work", "setting_of", "time_calls"),
+    *("LatencyTable", "Setting", "TimeBudget", "WithoutWeights", "approach", "beside_dense"),
+    *("goal_of", "is_time", "own_work", "setting_of", "solve_time_budget", "time_calls"),
 ]
 
 # Shares of the patches with which blocks are timed.
@@ -125,6 +125,10 @@ class TimeBudget:
         return ValueError(
             f"the model takes {dense_ms:.3g} ms ({where}) without a method, which is within {self}"
         )
+
+
+class WithoutWeights(ValueError):
+    """A budget in time for a model on the meta device, in which all else is right."""
 
 
 def is_time(budget: str) -> bool:
@@ -377,9 +381,6 @@ def solve_time_budget(
         make: builds the method from options that override the user's; called many times.
     """
     wanted = TimeBudget.parse(budget)
-    if next(backbone.model.parameters()).is_meta:
-        raise ValueError("a model on the meta device cannot be timed: give multiply-adds")
-    setting = setting_of(backbone, wanted.batch, wanted.dtype)
     template = make({})
     counted = not template.fixed_count and hasattr(template, "gate")
     timed: dict[str, Any] = {"gate": "topk"} if counted else {}
@@ -388,6 +389,9 @@ def solve_time_budget(
             f"the time of {template.name} depends on the images, because it keeps a different "
             "number of tokens in each: give a budget in multiply-adds"
         )
+    if next(backbone.model.parameters()).is_meta:
+        raise WithoutWeights("a model on the meta device cannot be timed: give multiply-adds")
+    setting = setting_of(backbone, wanted.batch, wanted.dtype)
     return make(_met(wanted, setting, backbone, lambda options: make({**timed, **options})))
 
 

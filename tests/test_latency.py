@@ -43,10 +43,13 @@ class Clock:
             model, state = call.args
             return TOKEN * state.layout.longest * model.backbone.spec.depth
         model, (images,) = call.func, call.args
-        if not isinstance(model, foveate.core.ReducedViT):
-            return REST + TOKEN * 37 * 4
+        reduced = isinstance(model, foveate.core.ReducedViT)
+        spec = (model.backbone if reduced else backbone_for(model)).spec
+        whole = spec.prefix + spec.grid[0] * spec.grid[1]
+        if not reduced:
+            return REST + TOKEN * spec.depth * whole
         counts = [one[0] for one in model.trace(images).counts()]
-        entering = [37, *counts[:-1]]  # attention runs before a method acts between
+        entering = [whole, *counts[:-1]]  # attention runs before a method acts between
         spent = sum((a + b) / 2 for a, b in zip(entering, counts, strict=True))
         return REST + TOKEN * spent + (0.0 if model.reducer.name == "dense" else OWN)
 

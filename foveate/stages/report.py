@@ -14,6 +14,7 @@ from foveate.measure.sheets import Sheet
 from foveate.measure.table import pd, rows
 from foveate.registry import parse
 from foveate.stages.recipe import Pipeline, Planned
+from foveate.train.budgets import method_of_run
 
 __all__ = ["collect", "said", "stage_sheet"]
 
@@ -126,7 +127,9 @@ def _elsewhere(stage: Planned) -> str:
 
 def _method(stage: Planned) -> str:
     """Return the name of the method that a stage trains; "" of a plain model."""
-    return repr(parse(stage.recipe.method)) if stage.stage.job == "reduce" else ""
+    if stage.stage.job != "reduce":
+        return ""
+    return repr(parse(method_of_run(stage.recipe, stage.cell.folder)))
 
 
 def _top1(table: pd.DataFrame, stage: Planned) -> float:

@@ -12,6 +12,7 @@ import copy
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
-from foveate import api
 from foveate.backbones import backbone_for
 from foveate.core import ReducedViT, dense
 from foveate.core.losses import distillation, feature_distance
 from foveate.data import Inputs, Splits
 from foveate.dense import DenseModel
 from foveate.train import recipe as recipes
+from foveate.train.budgets import with_method
 from foveate.train.draws import Draws
 from foveate.train.models import make_model, open_whole
 from foveate.train.module import Module
@@ -167,7 +168,7 @@ class Before(Callback):
 # From a recipe ------------------------------------------------------------------------------------
 
 
-def make_adapt(recipe: recipes.Adapt) -> AdaptTask:
+def make_adapt(recipe: recipes.Adapt, out: Path | None = None) -> AdaptTask:
     """Make the model with its method, and its teacher without the method."""
     given = recipe.model
     for name, usual in (("multiscale", None), ("pool", None), ("new_head", False)):
@@ -198,15 +199,14 @@ def make_adapt(recipe: recipes.Adapt) -> AdaptTask:
     its = Inputs.of(vit)  # as the model knows its images, and will be shown them
     augment = replace(recipe.data.augment, interpolation=its.interpolation)
     data = replace(recipe.data, crop_pct=its.crop_pct, augment=augment)
-    return AdaptTask(
-        api.apply(vit, method), teacher, data, blocks=recipe.blocks, weights=recipe.weights
-    )
+    reduced = with_method(vit, method, recipe, out)
+    return AdaptTask(reduced, teacher, data, blocks=recipe.blocks, weights=recipe.weights)
 
 
-def _build(recipe: recipes.Adapt) -> tuple[Task, Splits]:
+def _build(recipe: recipes.Adapt, out: Path) -> tuple[Task, Splits]:
     check_start(recipe.data, recipe.model.start)
     splits = open_data(recipe.data, labels=False)
-    return make_adapt(recipe), splits
+    return make_adapt(recipe, out), splits
 
 
 def _callbacks(recipe: Any, task: Task, loaders: Loaders, out: Path) -> list[Callback]:
@@ -233,7 +233,7 @@ def adapt(
         again: what to type to go on with a run that was stopped; None is --resume and its folder.
     """
     how: dict[str, Any] = {"resume": resume, "progress": progress, "say": say, "again": again}
-    result = fit(recipe, out, _build, callbacks=_callbacks, **how)
+    result = fit(recipe, out, partial(_build, out=out), callbacks=_callbacks, **how)
     if "model" in result:  # the first of several processes
         _warn_if_worse(result)
     return result

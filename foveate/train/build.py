@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import logging
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from foveate import api
 from foveate.backbones import backbone_for, image_settings
 from foveate.core import ReducedViT
 from foveate.train import recipe as recipes
+from foveate.train.budgets import with_method
 from foveate.train.finetune import FinetuneTask
 from foveate.train.images import ImageTask
 from foveate.train.models import open_start, started
@@ -41,10 +42,16 @@ def make_finetune(recipe: recipes.Finetune, classes: int) -> FinetuneTask:
     return task
 
 
-def make_reduce(recipe: recipes.Reduce, classes: int) -> ReduceTask:
-    """Make the model with its method, and the dense teacher of its losses."""
+def make_reduce(recipe: recipes.Reduce, classes: int, out: Path | None = None) -> ReduceTask:
+    """Make the model with its method, and the dense teacher of its losses.
+
+    Args:
+        recipe: what to make.
+        classes: number of classes of the data.
+        out: folder of the run, where the rate that meets a budget is kept.
+    """
     model, new = started(recipe.model, classes)
-    task = make_untaught(recipe, model, classes)
+    task = make_untaught(recipe, model, classes, out)
     if task.needs_teacher:
         teacher = _teacher(recipe.teacher, recipe.model, model, classes, new)
         task.learn_from(teacher)
@@ -52,11 +59,13 @@ def make_reduce(recipe: recipes.Reduce, classes: int) -> ReduceTask:
     return task
 
 
-def make_untaught(recipe: recipes.Reduce, model: nn.Module, classes: int) -> ReduceTask:
+def make_untaught(
+    recipe: recipes.Reduce, model: nn.Module, classes: int, out: Path | None = None
+) -> ReduceTask:
     """Make the task of a method on a model, without the teacher that it may need."""
     method: Any = recipe.method  # in Python also an object, which keeps its parameters
     return ReduceTask(
-        api.apply(model, method),
+        with_method(model, method, recipe, out),
         classes,
         recipe.data,
         recipe.mix,

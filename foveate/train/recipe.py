@@ -455,6 +455,9 @@ class Reduce(Recipe):
         model: the model to train, and its first weights.
         method: reduction method with its options, such as "dynamicvit(keep=0.7)"; or its name and
             options one by one, such as method.name=dynamicvit method.keep=0.7.
+        budget: what a pass may cost, such as "60%" of the model's multiply-adds, or take, such as
+            "1.5x faster" or "12 ms" on the device that trains; it sets the method's rate, which
+            then stands in the run's budget.json. None leaves the rate as it is.
         mix: what is done to a batch on the device.
         teacher: checkpoint or folder of the dense model that the losses kl and token compare with;
             None is the model as it is before training.
@@ -466,6 +469,7 @@ class Reduce(Recipe):
 
     model: Model
     method: str | dict[str, Any]
+    budget: str | None = None
     mix: Mix = field(default_factory=Mix)
     teacher: str | None = None
     weights: dict[str, float] = field(default_factory=dict)
@@ -486,6 +490,8 @@ class Adapt(Recipe):
         method: reduction method with its options, such as "evit(keep=0.7)"; or its name and options
             one by one, such as method.name=evit method.keep=0.7. None takes the one that the model
             was saved with.
+        budget: what a pass may cost or take, such as "60%" or "1.5x faster", as for ``reduce``; it
+            sets the method's rate.
         train: what is trained: "method" (its own parameters, such as gates), "blocks:N" (these and
             the last N blocks of the model) or "all".
         weights: factors of the losses (patches, prefix, kl, and the method's own, such as ratio),
@@ -494,6 +500,7 @@ class Adapt(Recipe):
 
     model: Model
     method: str | dict[str, Any] | None = None
+    budget: str | None = None
     train: str = "all"
     weights: dict[str, float] = field(default_factory=dict)
 

@@ -1,6 +1,7 @@
 """One training run, from a recipe to an exported model, in a folder of its own.
 
 recipe.yaml        what was asked for, resolved, before the first step
+budget.json        the method's rate that met a budget, if there was one
 metrics.csv        every logged value, by update
 seconds.csv        how long training took, by epoch
 tensorboard/       the same for TensorBoard
@@ -29,6 +30,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -93,7 +95,7 @@ def train(
     Of several processes only the first exports, and says where in "model".
     """
     how: dict[str, Any] = {"resume": resume, "progress": progress, "say": say, "again": again}
-    return fit(recipe, out, _build, callbacks=method_callbacks, **how)
+    return fit(recipe, out, partial(_build, out=out), callbacks=method_callbacks, **how)
 
 
 def fit(
@@ -259,14 +261,14 @@ def make_loaders(
     return Loaders(splits, train, val)
 
 
-def _build(recipe: recipes.Finetune | recipes.Reduce) -> tuple[Task, Splits]:
+def _build(recipe: recipes.Finetune | recipes.Reduce, out: Path) -> tuple[Task, Splits]:
     """Open the data, then build the task, since its head depends on their classes."""
     check_start(recipe.data, recipe.model.start)
     splits = open_data(recipe.data)
     classes = splits.train.classes or ()
     task: Task
     if isinstance(recipe, recipes.Reduce):
-        task = make_reduce(recipe, len(classes))
+        task = make_reduce(recipe, len(classes), out)
     else:
         task = make_finetune(recipe, len(classes))
     set_class_names(task.model, classes)  # they are exported with it

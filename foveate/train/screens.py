@@ -32,6 +32,8 @@ def first_screen(recipe: Any, task: Task, splits: Splits, trainer: Trainer, out:
     reducer = getattr(model, "reducer", None)  # of a reduced ViT, or of a model around one
     if isinstance(reducer, Reducer) and reducer.name != "dense":
         lines["method"] = repr(reducer)
+    if budget := getattr(recipe, "budget", None):
+        lines["budget"] = budget
     lines["images"] = splits.sentence()
     classes = getattr(model, "class_names", None) or splits.train.classes
     if classes:

@@ -303,6 +303,19 @@ SECOND = "stages.more={job: pretrain, method: conmim, model: {start: pretrain}" 
         ("stages.reduce.method=null", "stages.reduce names no method"),
         ("stages.reduce.method=dynamicvt", "did you mean 'dynamicvit'"),
         ("stages.reduce.method=dynamicvit(blocks=(9,))", "stages.reduce: "),
+        (
+            "stages.reduce.method=dynamicvit(keep=0.5); stages.reduce.budget=2x faster",
+            "stages.reduce: give keep or a budget, not both",
+        ),
+        (
+            "stages.reduce.method=dynamicvit; stages.reduce.budget=fast",
+            "stages.reduce: budget must read like",
+        ),
+        (
+            "stages.reduce.method=dynamicvit; stages.reduce.budget=0.5x faster",
+            "stages.reduce: a budget must be more than 1x faster",
+        ),
+        ("stages.reduce.method=ats; stages.reduce.budget=9 ms", "stages.reduce: the time of ats"),
         ("stages.reduce.method=svit(keep=0.7)", "stages.reduce: evaluate.rates: the gates of"),
         ("stages.masked.model.start=fintune", "did you mean 'finetune'"),
         ("stages.masked.model.start=reduce", "earlier stage or a file that exists"),
@@ -383,6 +396,14 @@ def test_a_probe_may_read_random_weights() -> None:
     stages = {**TREE["stages"], "probe": probe}
     found, _ = plan(config.parse(Pipeline, {**TREE, "stages": stages}), Path("nowhere"))
     assert found[1].start is None and found[1].recipe.model.start is None
+
+
+@pytest.mark.parametrize("budget", ["1.5x faster", "12 ms, batch 8", "79%"])
+def test_a_stage_may_have_a_budget(budget: str) -> None:
+    """It is read before the first step, and a time is found once the stage has its weights."""
+    stages = {**TREE["stages"], "reduce": {"method": "dynamicvit", "budget": budget}}
+    found, _ = plan(config.parse(Pipeline, {**TREE, "stages": stages}), Path("nowhere"))
+    assert found[-1].recipe.budget == budget
 
 
 def test_a_stage_may_start_from_the_teacher_of_pretraining() -> None:

@@ -145,6 +145,8 @@ def shrunk(recipe: Any, folder: Path) -> Any:
         changes["distill"] = dataclasses.replace(recipe.distill, teacher=weights)
     if isinstance(recipe, recipes.Reduce) and recipe.teacher is not None:
         changes["teacher"] = weights
+    if getattr(recipe, "budget", None) is not None:  # of a model that takes longer than this one
+        changes["budget"] = "80%"
     return dataclasses.replace(recipe, **changes, loop=loop)
 
 
