@@ -143,6 +143,13 @@ def judge(row: pd.Series, vit: nn.Module, decoder: Decoder, pixels: Tensor, dens
     return {"correlation": float(found.mean()), "correlation_least": float(found.min())}
 
 
+def opened(graph: onnx.ModelProto) -> tuple[nn.Module, Decoder, Callable]:
+    """Return the ViT, the decoder, and onnxruntime's function for the whole graph."""
+    weights, run = read_weights(graph), session(graph, POSITIONS)
+    positions = torch.tensor(run(np.zeros((1, 3, SIZE, SIZE), np.float32))[1])
+    return make_vit(weights, positions), Decoder(weights), run
+
+
 def main() -> None:
     """Convert, check, search, judge."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -155,10 +162,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
 
-    graph = onnx.load(options.graph)
-    weights, run = read_weights(graph), session(graph, POSITIONS)
-    positions = torch.tensor(run(np.zeros((1, 3, SIZE, SIZE), np.float32))[1])
-    vit, decoder = make_vit(weights, positions), Decoder(weights)
+    vit, decoder, run = opened(onnx.load(options.graph))
     save_file(vit.state_dict(), options.out / "vit.safetensors")
     pictures = read_pictures(vit, options.photos, count=64, seed=0)
     few = pictures.pixels[:4]

@@ -50,7 +50,7 @@ class Throughput(Callback):
         if not self.batches or not self.seconds:
             return {}
         return {
-            "images_per_second": round(self.batches * images / self.seconds, 1),
+            "images_per_second": float(f"{self.batches * images / self.seconds:.3g}"),
             "share_waiting_for_images": round(self.waited / self.seconds, 4),
         }
 
