@@ -1,6 +1,6 @@
 """Measure exported models: each runtime, in float32 and 8 bits, beside torch, in one run.
 
-    python benchmarks/export_speed.py --out export_speed.json
+    python benchmarks/export_speed.py --bf16 --out export_speed.json
     python benchmarks/export_speed.py --methods "evit(keep=0.7)" --batches 1 --rounds 3
 
 The model is DeiT-S with random weights, as speed does not depend on them; 8 bits are fitted to
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ RUNTIMES = {
     "onnxruntime int8": ("onnx", True),
     "openvino int8": ("openvino", True),
 }
+BF16 = {"openvino bf16": "openvino fp32", "openvino int8, bf16": "openvino int8"}
 TORCH = "torch fp32"
 
 
@@ -52,6 +53,7 @@ def main() -> None:
     add("--rounds", type=int, default=LEAST_ROUNDS, help="number of timed rounds")
     add("--threads", type=int, help="number of CPU threads (default: physical cores)")
     add("--work", type=Path, default=Path("runs/export_speed"), help="folder for exported models")
+    add("--bf16", action="store_true", help="OpenVINO in bfloat16 too, for processors that have it")
     add("--only-export", action="store_true", help="export the models, but do not time them")
     add("--out", type=Path, help="JSON file for the result, with its table beside it")
     args = parser.parse_args()
@@ -59,6 +61,7 @@ def main() -> None:
     threads = args.threads or machine.physical_cores()
     torch.set_num_threads(threads)
     torch.manual_seed(0)
+    runtimes = (*RUNTIMES, *(BF16 if args.bf16 else ()))
     vit = timm.create_model(args.model).eval().requires_grad_(False)
     models = {DENSE: vit, **{name: foveate.apply(vit, name).eval() for name in args.methods}}
     with progress_bar() as progress:
@@ -84,7 +87,7 @@ def main() -> None:
         images = natural_images(batch, vit.patch_embed.img_size, 0)
         with progress_bar() as progress, torch.inference_mode():
             timings = measure(
-                calls(models, args.work, images, threads),
+                calls(models, runtimes, args.work, images, threads),
                 rounds=args.rounds,
                 warmup=3,
                 sample_ms=20.0,
@@ -92,7 +95,7 @@ def main() -> None:
                 settle=True,
                 progress=partial(progress, f"batch {batch}"),
             )
-        found = frame(judged(timings, list(models), batch), **where)
+        found = frame(judged(timings, list(models), runtimes, batch), **where)
         results.table = pd.concat([results.table, found], ignore_index=True)
         show(sheet(found, batch, args.rounds), terminal())
         if args.out is not None:
@@ -131,25 +134,32 @@ def _titled(
 
 
 def calls(
-    models: dict[str, Any], work: Path, images: torch.Tensor, threads: int
+    models: dict[str, Any],
+    runtimes: Sequence[str],
+    work: Path,
+    images: torch.Tensor,
+    threads: int,
 ) -> dict[str, Callable[[], Any]]:
     """Return the calls that are timed, by runtime and method."""
     found: dict[str, Callable[[], Any]] = {AGAIN: lambda: models[DENSE](images)}
     pixels = images.numpy()
     for name, model in models.items():
         found[f"{TORCH}\n{name}"] = partial(model, images)
-        for runtime in RUNTIMES:
-            run = open_model(place(work, name, runtime), threads, len(images))[0]
+        for runtime in runtimes:
+            folder = place(work, name, BF16.get(runtime, runtime))
+            run = open_model(folder, threads, len(images), bf16=runtime in BF16)[0]
             found[f"{runtime}\n{name}"] = partial(run, pixels)
     return found
 
 
-def judged(timings: Timings, names: list[str], batch: int) -> list[dict[str, Any]]:
+def judged(
+    timings: Timings, names: list[str], runtimes: Sequence[str], batch: int
+) -> list[dict[str, Any]]:
     """Return every ratio, and the times of every round."""
     dense = f"{TORCH}\n{DENSE}"
     spread = timings.ratio(AGAIN, dense).spread
     found = rows("speed", {"spread": spread}, run=TORCH, at=batch)
-    for runtime in (TORCH, *RUNTIMES):
+    for runtime in (TORCH, *runtimes):
         for name in names:
             key, where = f"{runtime}\n{name}", {"run": runtime, "at": batch}
             where["method"] = "" if name == DENSE else name
