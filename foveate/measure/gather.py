@@ -87,8 +87,7 @@ def _judged(table: pd.DataFrame, label: str, key: Key) -> pd.DataFrame:
 
 def trained(cell: Cell) -> pd.DataFrame:
     """Return what a run logged: scores by epoch, and layers at the end."""
-    key, found = cell.key, []
-    result = read_json(cell.folder / "result.json", f"{cell.folder} has no result")
+    found, result = [], _result(cell)
     if cell.work.job == "probe":
         found += rows("probe", {name: result.get(name) for name in ("linear", "knn")})
     log = cell.folder / "metrics.csv"
@@ -97,15 +96,22 @@ def trained(cell: Cell) -> pd.DataFrame:
     if (cell.folder / "seconds.csv").is_file():  # runs of earlier versions have none
         for epoch, value in seconds(cell.folder).items():
             found += rows("training", {"seconds": value}, at=epoch)
-    return frame(
-        found,
-        run=key.model,
-        method=key.method or "",
-        rate=key.rate,
-        seed=key.seed,
-        commit=result["commit"] or "unknown",
-        machine=machine.name(result["machine"]),
-    )
+    return frame(found, **_origin(cell, result))
+
+
+def _result(cell: Cell) -> dict[str, Any]:
+    found: dict[str, Any] = read_json(cell.folder / "result.json", f"{cell.folder} has no result")
+    return found
+
+
+def _origin(cell: Cell, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the rows of a run have in common: its place in the comparison, and its origin."""
+    key = cell.key
+    return {
+        **{"run": key.model, "method": key.method or "", "rate": key.rate, "seed": key.seed},
+        "commit": result["commit"] or "unknown",
+        "machine": machine.name(result["machine"]),
+    }
 
 
 def _took(cell: Cell, cells: Mapping[str, Cell], states: Mapping[str, State]) -> pd.DataFrame:
@@ -127,9 +133,8 @@ def _took(cell: Cell, cells: Mapping[str, Cell], states: Mapping[str, State]) ->
                 return frame([])
             minutes[name] = [*seconds(one.folder).values()][-1] / 60
     own, whole = minutes[cell.name], sum(minutes.values())
-    key = cell.key
     found = rows("time", {"before": whole - own, "own": own, "in_all": whole})
-    return frame(found, run=key.model, method=key.method or "", rate=key.rate, seed=key.seed)
+    return frame(found, **_origin(cell, _result(cell)))
 
 
 def _logged(log: Path) -> list[dict[str, Any]]:

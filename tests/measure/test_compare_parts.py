@@ -232,6 +232,8 @@ def test_any_job_is_a_cell(tmp_path: Path, here: Here) -> None:
     report = Results.load(out / "report.json", "foveate compare")
     table = report.table
     assert report.about["like"] == {"mae_mto": "mae"}
+    for column in ("commit", "machine"):  # every number says where it comes from
+        assert (table[column].fillna("") != "").all()
     curve = select(table, part="probe", metric="linear", run="mae", seed=1)
     logged = read_metrics(out / "models/mae/seed1/metrics.csv")
     scores = [float(line["probe/linear"]) for line in logged if line.get("probe/linear")]

@@ -206,6 +206,34 @@ def test_what_cannot_be_brought_to_a_time_is_not_the_choice(
     assert any("the choice is random, the control" in note for note in found.notes)
 
 
+def test_a_choice_that_had_to_be_sped_up_is_compared_again(
+    clock: Clock,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The control agrees best at the predicted rate, and not at the one that meets the time."""
+    real, slower = run.beside_dense, 1.0
+
+    def slowed(backbone: Backbone, reducers: dict, *args: object, **options: object) -> Timings:
+        found = real(backbone, reducers, *args, **options)
+        slow = {name: slower if name.startswith("random") else 1.0 for name in found.samples}
+        return Timings({n: [slow[n] * ms for ms in of] for n, of in found.samples.items()}, 1)
+
+    monkeypatch.setattr(run, "beside_dense", slowed)
+    torch.manual_seed(0)
+    model, target = vit(), "1.3x faster"
+    options = {**QUICK, "rounds": 1, "tries": 1, "methods": ["evit"], "judge": "features"}
+    first = foveate.tune(model, images(4), target, out=tmp_path / "one", **options)
+    assert first.choice.startswith("random")
+    slower = 1.2
+    found = foveate.tune(model, images(4), target, out=tmp_path / "two", **options)
+    at_target = found.table[found.table["choosing"].notna() & (found.table["method"] != "dense")]
+    quick = at_target[at_target["measured"] > 1.3 * 0.95]
+    assert found.choice.startswith("evit") and found.row["choosing"] == quick["choosing"].min()
+    assert "random" in set(quick["method"])  # it was brought to the time, and stays in the table
+    assert any("random agreed best at the rate that was predicted" in note for note in found.notes)
+
+
 def test_multiply_adds_are_not_mixed_with_times() -> None:
     """With a target in multiply-adds the frontier is of these, whatever was timed."""
     rows = pd.DataFrame({"predicted_ms": [np.nan], "predicted": [2.0], "measured": [1.5]})
