@@ -68,6 +68,7 @@ def main() -> None:
     """Measure all cases, print a row for each and keep them."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--coco", help="COCO folder, for the cases at full size")
+    parser.add_argument("--only", nargs="+", default=list(CASES), help="names of cases")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     args = parser.parse_args()
     from foveate import machine
@@ -75,7 +76,7 @@ def main() -> None:
     rows = {}
     for name, (job, recipe, settings) in CASES.items():
         full = settings.get("loop.precision") == "32"
-        if full and args.coco is None:
+        if name not in args.only or (full and args.coco is None):
             continue
         more = {"data.train": f"coco:{args.coco}"} if full else {}
         receive, send = multiprocessing.Pipe(duplex=False)
