@@ -43,8 +43,8 @@ def main() -> None:
     parser.add_argument("graph", type=Path, help="vit_s_focus.onnx")
     parser.add_argument("--photos", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--lr", type=float, default=5e-5)
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     machine.tune_malloc("cpu", Path(__file__).name)
@@ -57,6 +57,14 @@ def main() -> None:
         if not link.exists():
             link.symlink_to((options.photos / pictures.names[place]).resolve())
     pixels = pictures.pixels[pictures.reporting]
+    about = {
+        "command": machine.command(f"python benchmarks/{Path(__file__).name}"),
+        "commit": machine.commit(),
+        "machine": machine.facts("cpu"),
+        "epochs": options.epochs,
+        "lr": options.lr,
+        "images": {"training": len(pictures.choosing), "judging": len(pixels)},
+    }
     rows = []
     for number, method in enumerate(options.methods):
         before = judge(foveate.apply(vit, method).eval(), decoder, pixels, vit)
@@ -75,14 +83,6 @@ def main() -> None:
         row = {"method": method, "updates": result["updates"], "before": before, "after": after}
         rows.append(row | {"minutes": result["minutes_of_this_process"]})
         print(json.dumps(rows[-1]), flush=True)
-        about = {
-            "command": machine.command(f"python benchmarks/{Path(__file__).name}"),
-            "commit": machine.commit(),
-            "machine": machine.facts("cpu"),
-            "epochs": options.epochs,
-            "lr": options.lr,
-            "images": {"training": len(pictures.choosing), "judging": len(pixels)},
-        }
         out = options.out / "adapt_features.json"
         out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 

@@ -21,7 +21,7 @@ from typing import Any
 
 SCENES = {"data.val_limit": 20, "loop.max_steps": 41}
 FULL = {
-    **{"model.start": "null", "data.batch": 1, "data.workers": 1, "data.augment.zoom": 0},
+    **{"model.start": None, "data.batch": 1, "data.workers": 1, "data.augment.zoom": 0},
     **{"data.val_limit": 1, "loop.max_steps": 7, "loop.precision": "32"},
 }
 
@@ -75,7 +75,7 @@ def main() -> None:
 
     rows = {}
     for name, (job, recipe, settings) in CASES.items():
-        full = settings.get("loop.precision") == "32"
+        full = recipe.startswith("coco")
         if name not in args.only or (full and args.coco is None):
             continue
         more = {"data.train": f"coco:{args.coco}"} if full else {}

@@ -84,7 +84,7 @@ def main() -> None:
     vit = timm.create_model("deit_small_patch16_224").eval().requires_grad_(False)
     images = natural_images(1, vit.patch_embed.img_size, 0)
     base = f"{DENSE}, fp32"
-    with tempfile.TemporaryDirectory() as work, torch.inference_mode(False), torch.no_grad():
+    with tempfile.TemporaryDirectory() as work, torch.no_grad():
         calls: dict[str, Callable[[], Any]] = {AGAIN: lambda: vit(images)}
         for number, name in enumerate(METHODS):
             calls |= variants(name, vit, images, Path(work, str(number)))

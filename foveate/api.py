@@ -17,7 +17,7 @@ from foveate.core.evaluation import evaluating
 from foveate.latency import is_time, solve_time_budget
 from foveate.registry import make, method_class, parse
 
-__all__ = ["TakesMethod", "apply", "check_driven", "unwrap"]
+__all__ = ["TakesMethod", "apply", "check_driven", "take_weights", "unwrap"]
 
 _log = logging.getLogger(__name__)
 _Host = TypeVar("_Host", bound="TakesMethod")
@@ -98,7 +98,7 @@ def apply(
     if reference.dtype.is_floating_point:
         reducer.to(dtype=reference.dtype)
     if isinstance(method, Reducer):
-        _take_weights(reducer, method)
+        take_weights(reducer, method)
     if "cls_row" in reducer.reads and not backbone.spec.class_token:
         _log.warning(
             "%s reads class attention, but this model has no class token: the attention that each "
@@ -145,7 +145,7 @@ def _rebuilt(method: Reducer) -> Reducer:
     return make(method.name, method.config())
 
 
-def _take_weights(reducer: Reducer, given: Reducer) -> None:
+def take_weights(reducer: Reducer, given: Reducer) -> None:
     """Copy the weights of the given instance, if it has any, to the method made from it."""
     weights = given.state_dict()
     if not weights:

@@ -19,7 +19,7 @@ from foveate.measure.state import DONE, State
 from foveate.measure.table import Results, frame, pd, rows, select
 from foveate.registry import parse
 
-__all__ = ["collect", "trained"]
+__all__ = ["collect", "result_of", "trained"]
 
 _SCORES = ("probe/linear", "probe/knn")
 _VALIDATED = ("accuracy", "loss", "box_ap", "mask_ap", "miou")
@@ -87,7 +87,7 @@ def _judged(table: pd.DataFrame, label: str, key: Key) -> pd.DataFrame:
 
 def trained(cell: Cell) -> pd.DataFrame:
     """Return what a run logged: scores by epoch, and layers at the end."""
-    found, result = [], _result(cell)
+    found, result = [], result_of(cell)
     if cell.work.job == "probe":
         found += rows("probe", {name: result.get(name) for name in ("linear", "knn")})
     log = cell.folder / "metrics.csv"
@@ -99,7 +99,8 @@ def trained(cell: Cell) -> pd.DataFrame:
     return frame(found, **_origin(cell, result))
 
 
-def _result(cell: Cell) -> dict[str, Any]:
+def result_of(cell: Cell) -> dict[str, Any]:
+    """Return what the run of a cell came to."""
     found: dict[str, Any] = read_json(cell.folder / "result.json", f"{cell.folder} has no result")
     return found
 
@@ -134,7 +135,7 @@ def _took(cell: Cell, cells: Mapping[str, Cell], states: Mapping[str, State]) ->
             minutes[name] = [*seconds(one.folder).values()][-1] / 60
     own, whole = minutes[cell.name], sum(minutes.values())
     found = rows("time", {"before": whole - own, "own": own, "in_all": whole})
-    return frame(found, **_origin(cell, _result(cell)))
+    return frame(found, **_origin(cell, result_of(cell)))
 
 
 def _logged(log: Path) -> list[dict[str, Any]]:

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from foveate import config, machine
-from foveate.files import read_json
 from foveate.measure import Results, frame, one, select
 from foveate.measure.cells import Cell
-from foveate.measure.gather import trained
+from foveate.measure.gather import result_of, trained
 from foveate.measure.sheets import Sheet
 from foveate.measure.table import pd, rows
 from foveate.registry import parse
@@ -29,7 +28,7 @@ def collect(
     judged = Results.load(evaluation.folder / "eval.json", "foveate pipeline")
     tables = []
     for stage in stages:
-        logged, result = trained(stage.cell), _result(stage)
+        logged, result = trained(stage.cell), result_of(stage.cell)
         took = {
             "minutes": result.get("minutes_of_this_process", result.get("minutes")),
             "updates": result.get("updates"),
@@ -86,7 +85,7 @@ def stage_sheet(results: Results, stages: Sequence[Planned]) -> Sheet:
 
 def said(stage: Planned) -> str:
     """Return the scores of a finished stage, on its validation or test images."""
-    result = _result(stage)
+    result = result_of(stage.cell)
     words = [f"{name} {result[key]:.2f} %" for key, name in _scores(result).items()]
     if stage.stage.classifies:
         words.append(f"accuracy {result['accuracy']:.2f} %")
@@ -99,12 +98,6 @@ def said(stage: Planned) -> str:
     return f"{', '.join(words)}{on}"
 
 
-def _result(stage: Planned) -> dict[str, Any]:
-    path = stage.cell.folder / "result.json"
-    found: dict[str, Any] = read_json(path, f"{path} does not exist")
-    return found
-
-
 def _scores(result: Mapping[str, Any]) -> dict[str, str]:
     """Return the readings of frozen features that a result has, with their names."""
     known = {**_SCORES, **{key.removeprefix("probe/"): name for key, name in _SCORES.items()}}
@@ -113,8 +106,10 @@ def _scores(result: Mapping[str, Any]) -> dict[str, str]:
 
 def _what(stage: Planned) -> str:
     recipe, job = stage.recipe, stage.stage.job
-    if job in ("pretrain", "reduce"):
+    if job == "pretrain":
         return f"{job}, {recipe.method}"
+    if job == "reduce":
+        return f"{job}, {method_of_run(recipe, stage.cell.folder)}"
     if job == "finetune" and recipe.masking.ratios:
         return f"{job}, masked"
     return str(job)
@@ -140,7 +135,7 @@ def _brought(table: pd.DataFrame, stage: Planned, stages: Sequence[Planned]) -> 
     """Return what a stage changed, in words."""
     start, job, label = stage.start, stage.stage.job, stage.stage.label
     if not stage.stage.classifies:
-        result = _result(stage)
+        result = result_of(stage.cell)
         on = "test" if "test" in result["images"] else "validation"
         if stage.stage.job == "pretrain":
             on = f"{stage.recipe.probe.data} validation"
@@ -152,7 +147,7 @@ def _brought(table: pd.DataFrame, stage: Planned, stages: Sequence[Planned]) -> 
         found.append(f"{more:+.2f} points over {start.stage.label}")
     elif start is not None:
         for probe in stages:
-            linear = _result(probe).get("linear") if probe.stage.job == "probe" else None
+            linear = result_of(probe.cell).get("linear") if probe.stage.job == "probe" else None
             if probe.start is start and linear is not None:
                 more = _top1(table, stage) - linear
                 found.append(f"{more:+.2f} points over the linear probe of {start.stage.label}")

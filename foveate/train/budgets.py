@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from foveate import api
@@ -35,36 +36,46 @@ def with_method(
         recipe: has ``budget`` and ``loop``.
         out: folder of the run; None keeps nothing.
     """
-    budget = recipe.budget
-    if budget is None:
+    if recipe.budget is None:
         return api.apply(vit, method)
-    asked = {"budget": budget, "method": str(method)}
-    known = None if out is None else _kept(asked, out)
-    if known is not None:
-        return api.apply(vit, known)
-    like = next(vit.parameters())
-    if is_time(budget):
+    asked = _asked(recipe.budget, method)
+    found = None if out is None else _kept(asked, out)
+    if found is None:
+        found = _searched(vit, method, recipe)
+        if out is not None and not rank_zero_only.rank:  # type: ignore[attr-defined]
+            write_text(out / _KEPT, json.dumps({**asked, "found": found}, indent=1) + "\n")
+    model = api.apply(vit, found)
+    if isinstance(method, Reducer):
+        api.take_weights(model.reducer, method)
+    return model
+
+
+def _searched(vit: nn.Module, method: str | Reducer, recipe: Any) -> str:
+    """Return the method at the rate that meets the budget; unchanged on the meta device."""
+    home = next(vit.parameters()).device
+    if is_time(recipe.budget):
         _check_alone(recipe)
-        if not like.is_meta:
+        if home.type != "meta":
             vit.to(device_of(recipe.loop))  # where it is timed
     try:
         with torch.random.fork_rng():  # the search makes many methods with new weights
-            found = api.apply(vit, method, budget=budget).reducer
+            found = api.apply(vit, method, budget=recipe.budget).reducer
     except WithoutWeights:
-        return api.apply(vit, method)
-    vit.to(like.device)
-    if out is not None:
-        write_text(out / _KEPT, json.dumps({**asked, "found": repr(found)}, indent=1) + "\n")
-    return api.apply(vit, found if isinstance(method, Reducer) else repr(found))
+        return str(method)
+    vit.to(home)
+    return repr(found)
 
 
 def method_of_run(recipe: Any, out: Path) -> str:
     """Return the method that a run trains, at the rate that met its budget if it has one."""
-    asked = {"budget": recipe.budget, "method": str(recipe.method)}
-    return _kept(asked, out) or str(recipe.method)
+    return _kept(_asked(recipe.budget, recipe.method), out) or str(recipe.method)
 
 
-def _kept(asked: dict[str, Any], out: Path) -> str | None:
+def _asked(budget: str | None, method: str | Reducer) -> dict[str, str | None]:
+    return {"budget": budget, "method": str(method)}
+
+
+def _kept(asked: dict[str, str | None], out: Path) -> str | None:
     """Return the method that was found for the same budget in the same folder, or None."""
     path = out / _KEPT
     if not path.is_file():

@@ -13,6 +13,7 @@ from test_latency import REST, TOKEN, Clock, clock  # noqa: F401  (a fixture)
 
 import foveate
 from foveate import latency
+from foveate.train import budgets
 from foveate.train.budgets import method_of_run, with_method
 
 SHAPE = {"patch_size": 4, "depth": 4}  # 49 patches: whole numbers of tokens come near a budget
@@ -99,12 +100,25 @@ def test_adapting_and_functions_take_a_budget(tmp_path: Path) -> None:
         **{"budget": "80%", "loop": {**LOOP, "max_steps": 1}, **options},
     )
     assert result.model.vit is model and 0 < result.model.reducer.keep < 0.7
-    # An instance keeps its weights.
+
+
+def test_an_instance_keeps_its_weights(tmp_path: Path) -> None:
+    """Also where the rate was found before: by a run that ended before its first step."""
     given = foveate.apply(small_model(**SHAPE), "dynamicvit", blocks=(1,)).reducer
-    made = with_method(small_model(**SHAPE), given, reduce("dynamicvit", "budget=80%")).reducer
-    assert made.keep != given.keep
-    for name, value in given.state_dict().items():
-        assert torch.equal(value, made.state_dict()[name]), name
+    recipe = reduce("dynamicvit", "budget=80%")
+    for _ in ("found", "kept"):
+        made = with_method(small_model(**SHAPE), given, recipe, tmp_path).reducer
+        assert made.keep != given.keep
+        for name, value in given.state_dict().items():
+            assert torch.equal(value, made.state_dict()[name]), name
+
+
+def test_one_process_writes_what_all_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shares of multiply-adds are the same in all of them, but a file has one writer."""
+    monkeypatch.setattr(budgets.rank_zero_only, "rank", 1)
+    recipe = train_with("evit(blocks=(1,))", "budget=80%")
+    made = with_method(small_model(**SHAPE), recipe.method, recipe, tmp_path).reducer
+    assert 0 < made.keep < 0.7 and not (tmp_path / "budget.json").exists()
 
 
 @pytest.mark.parametrize(
