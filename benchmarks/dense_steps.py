@@ -45,7 +45,7 @@ def trained(job: str, recipe: str, settings: Mapping[str, Any], out: Any) -> Non
     from foveate.train.detect import detect
     from foveate.train.segment import segment
 
-    machine.tune_malloc("cpu")
+    machine.tune_malloc("cpu", Path(__file__).name)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     said = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     read = config.read(config.recipe_class(job), config.find_recipe(job, recipe), said)

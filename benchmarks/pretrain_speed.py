@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -50,10 +51,10 @@ METHODS = {
 }
 
 
-def make_step(
-    name: str, mto: Mto | None, options: argparse.Namespace, dtype: str, batch: int
-) -> Callable[[], Tensor]:
-    """Return a call that runs one step on fixed images and masks."""
+def make_steps(
+    name: str, options: argparse.Namespace, dtype: str, batch: int
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Return calls that run one step on fixed images and masks, without and with MTO."""
     method, arguments = METHODS[name]
     torch.manual_seed(0)
     with torch.device(options.device):  # weights are drawn fast there
@@ -69,7 +70,7 @@ def make_step(
     hiding = Hiding().filled(model.hiding)
     mask = hiding.draw(batch, spec.grid, spec.patch, Draws(0, 0, 0, device=options.device))
 
-    def step() -> Tensor:
+    def step(mto: Mto | None) -> Tensor:
         model.zero_grad(set_to_none=True)
         with torch.autocast(options.device, torch.bfloat16, enabled=dtype == "bf16"):
             taught = {} if teacher is None else {"target": teacher.target(images)}
@@ -83,7 +84,7 @@ def make_step(
             follow(teacher, model, 0.999)
         return loss.detach()
 
-    return step
+    return partial(step, None), partial(step, Mto())
 
 
 def peak_or_saved_memory(step: Callable[[], Tensor], device: str) -> float:
@@ -107,14 +108,13 @@ def peak_or_saved_memory(step: Callable[[], Tensor], device: str) -> float:
 
 def cell(options: argparse.Namespace, dtype: str, batch: int) -> dict:
     """Measure all variants at one data type and batch size."""
-    variants = {name: make_step(name, None, options, dtype, batch) for name in METHODS}
-    again = make_step("simmim", None, options, dtype, batch)
+    variants = {}
     for name in METHODS:
-        variants[f"{name} + mto"] = make_step(name, Mto(), options, dtype, batch)
+        variants[name], variants[f"{name} + mto"] = make_steps(name, options, dtype, batch)
     timings = measure(
-        {**variants, "simmim again": again},
+        {**variants, "simmim again": variants["simmim"]},
         rounds=options.rounds,
-        warmup=2,
+        warmup=1,
         sample_ms=1,
         device=options.device,
     )
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    machine.tune_malloc(options.device)
+    machine.tune_malloc(options.device, Path(__file__).name)
     record = {
         "model": options.model,
         "rounds": options.rounds,
