@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = [
-    *("distillation", "feature_distance", "hard_distillation", "ratio_loss"),
-    "token_distillation",
+    *("distillation", "feature_distance", "hard_distillation", "of_a_process"),
+    *("ratio_loss", "token_distillation"),
 ]
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -48,7 +48,7 @@ def token_distillation(tokens: Tensor, teacher: Tensor, kept: Tensor, how: str =
         student, wanted = tokens.float().log_softmax(-1), teacher.float().log_softmax(-1)
         each = F.kl_div(student, wanted, log_target=True, reduction="none").sum(-1)
     # If no token was kept, the sum is zero and must not be divided by zero.
-    return (each * weight).sum() / _of_a_process(weight.sum()).clamp_min(_TINY)
+    return (each * weight).sum() / of_a_process(weight.sum()).clamp_min(_TINY)
 
 
 def feature_distance(features: Tensor, teacher: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def feature_distance(features: Tensor, teacher: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(features.float(), teacher.float(), dim=-1).mean()
 
 
-def _of_a_process(count: Tensor) -> Tensor:
+def of_a_process(count: Tensor) -> Tensor:
     """Average a count over all processes, so that losses average to the mean over all tokens."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return count

@@ -32,6 +32,7 @@ from foveate.dense.backbone import DenseBackbone, DenseModel, Features, Images
 from foveate.dense.canvas import Size
 from foveate.dense.fpn import FpnBackbone
 from foveate.dense.labels import classes_of_objects
+from foveate.dense.samples import over_processes, sampled
 from foveate.dense.vit_adapter import adapter
 
 __all__ = [
@@ -70,22 +71,31 @@ class _Detector(DenseModel):
         return self.num_classes + 1
 
     def forward(
-        self, images: Sequence[Tensor], targets: Sequence[Target] | None = None
+        self,
+        images: Sequence[Tensor],
+        targets: Sequence[Target] | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> dict[str, Tensor] | list[Target]:
         """Return losses in training mode, else boxes, labels, scores (and masks) of each image.
 
         The losses are torchvision's and the method's own weighted ones, such as ``loss_ratio``;
-        training minimises their sum.
+        training minimises their sum. They are means over what all processes that train together
+        have sampled.
 
         Args:
             images: images ``[channels, h, w]`` with values from 0 to 1, of any sizes.
             targets: for training, ``boxes`` (x1, y1, x2, y2 in pixels), ``labels`` and ``masks`` of
                 each image.
+            seeds: for training, a number for each image, by which its samples of anchors and
+                proposals are drawn; None draws all of them from torch's generator.
         """
-        return self.run(images, targets)[0]
+        return self.run(images, targets, seeds)[0]
 
     def run(
-        self, images: Sequence[Tensor], targets: Sequence[Target] | None = None
+        self,
+        images: Sequence[Tensor],
+        targets: Sequence[Target] | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> tuple[dict[str, Tensor] | list[Target], Outcome]:
         """Return what ``forward`` returns, and the outcome of the pass."""
         check_images(images)
@@ -97,14 +107,16 @@ class _Detector(DenseModel):
             given = [{**target, "labels": target["labels"] + 1} for target in targets]
         batch, given = self.transform(list(images), given)
         found = self.backbone.features(batch)
-        proposals, losses = self.rpn(batch, found.maps, given)
+        with sampled(self.rpn, seeds) as anchors:
+            proposals, losses = self.rpn(batch, found.maps, given)
         # RoIAlign repeats the border of a map, so the border of each image is repeated here.
         maps = {
             name: found.canvas.extend(values, scale)
             for (name, values), scale in zip(found.maps.items(), self.backbone.scales, strict=True)
             if name != "pool"
         }
-        boxes, more = self.roi_heads(maps, proposals, batch.image_sizes, given)
+        with sampled(self.roi_heads, seeds) as boxed:
+            boxes, more = self.roi_heads(maps, proposals, batch.image_sizes, given)
         outcome = found.outcome
         if self.training:
             assert given is not None
@@ -112,7 +124,8 @@ class _Detector(DenseModel):
             if self.reducer.pixel_classes:
                 grid = outcome.state.context.grid
                 classes = classes_of_objects(given, batch.image_sizes, found.canvas, grid)
-            return {**losses, **more, **self.method_losses(outcome, classes)}, outcome
+            own = over_processes({**losses, **more}, anchors, boxed)
+            return {**own, **self.method_losses(outcome, classes)}, outcome
         answers = self.transform.postprocess(boxes, batch.image_sizes, sizes)
         return [{**answer, "labels": answer["labels"] - 1} for answer in answers], outcome
 

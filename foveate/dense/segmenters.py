@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.core import Outcome, check_choice
+from foveate.core.losses import of_a_process
 from foveate.dense.backbone import DenseBackbone, DenseModel, Features, Images
 from foveate.dense.canvas import Canvas, Size
 from foveate.dense.detectors import Preparation, as_backbone, check_count, check_images
@@ -158,7 +159,8 @@ class Segmenter(DenseModel):
     ) -> dict[str, Tensor] | list[Tensor]:
         """Return losses in training mode, else a map of labels ``[h, w]`` for each image.
 
-        The losses are the cross entropy and the method's own weighted ones.
+        The losses are the cross entropy, a mean over the pixels of all processes that train
+        together, and the method's own weighted ones.
 
         Args:
             images: images ``[channels, h, w]`` with values from 0 to 1, of any sizes.
@@ -185,7 +187,7 @@ class Segmenter(DenseModel):
                 score[None].float(), labels[None], ignore_index=self.ignore, reduction="sum"
             )
             count = count + (labels != self.ignore).sum()
-        losses = {"loss_segment": total / count.clamp_min(1)}
+        losses = {"loss_segment": total / of_a_process(count).clamp_min(1)}
         classes = None
         if self.reducer.pixel_classes:
             grid = outcome.state.context.grid

@@ -114,9 +114,13 @@ class DenseTask(Task):
         """Return the targets of a batch as the model takes them in training."""
         raise NotImplementedError
 
+    def drawn(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Any]:
+        """Return further arguments that the model takes in training: what it needs of chance."""
+        return {}
+
     def training_step(self, batch: dict[str, Any], draws: Draws) -> dict[str, Tensor]:
         """Compute the losses of the head and of the method."""
-        losses = self.model(self.images(batch), self.wanted(batch))
+        losses = self.model(self.images(batch), self.wanted(batch), **self.drawn(batch, draws))
         return {name.removeprefix("loss_"): value for name, value in losses.items()}
 
     def trace(self, model: nn.Module, batch: Mapping[str, Any]) -> Trace | None:

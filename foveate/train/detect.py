@@ -20,6 +20,7 @@ from foveate.dense.labels import has_masks
 from foveate.dense.metrics import AveragePrecision
 from foveate.train.dense import DenseTask, make_dense_model, train_dense
 from foveate.train.dense_recipe import Detect
+from foveate.train.draws import Draws
 from foveate.train.result import Result
 
 __all__ = ["DetectTask", "detect", "make_detect"]
@@ -52,6 +53,10 @@ class DetectTask(DenseTask):
         """Return boxes, labels and, if the model answers with masks, masks."""
         keys = ("boxes", "labels", *(("masks",) if self.masks else ()))
         return [{key: target[key] for key in keys} for target in batch["targets"]]
+
+    def drawn(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Any]:
+        """Return a seed for each image, by which samples are taken of anchors and proposals."""
+        return {"seeds": draws.seeds(len(batch["image"]))}
 
     def metrics(self) -> dict[str, Metric]:
         """Return average precision of boxes and masks, 0..1."""

@@ -49,7 +49,15 @@ class Draws:
     def uniform(self, batch: int, *shape: int) -> Tensor:
         """Draw numbers in [0, 1) for this process's images, ``[batch, *shape]``."""
         size = (batch * self.world, *shape)
-        drawn = torch.rand(size, generator=self._generator, device=self.device)
+        return self._own(torch.rand(size, generator=self._generator, device=self.device), batch)
+
+    def seeds(self, batch: int) -> list[int]:
+        """Draw a seed for each of this process's images."""
+        size = (batch * self.world,)
+        drawn = torch.randint(2**62, size, generator=self._generator, device=self.device)
+        return self._own(drawn, batch).tolist()
+
+    def _own(self, drawn: Tensor, batch: int) -> Tensor:
         return drawn[self.rank * batch : (self.rank + 1) * batch]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import foveate
-from foveate.dense import adapter, faster_rcnn, mask_rcnn, pyramid
+from foveate.dense import adapter, faster_rcnn, mask_rcnn, pyramid, samples
 
 SMALL = dict(channels=16, box_channels=24, proposals=(40, 30), detections=10, image_size=None)
 SMALL_MASK = dict(**SMALL, mask_channels=16, mask_layers=1)
@@ -141,6 +141,46 @@ def test_the_padding_is_never_sampled() -> None:
         padding = anchors[:, 0] > 5000
         assert (labels[padding] == -1).all() and (labels[~padding] == 0).sum() > 64
     assert padding.float().mean() > 0.5
+
+
+def test_processes_together_learn_from_what_one_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of a batch, as two processes have them, have the losses of all of it on average."""
+    model, images, seeds = detector().train(), photos(), [5, 6, 7]
+    randomise(model.rpn, seed=5)
+    for network in (model.rpn, model.roi_heads):
+        network.fg_bg_sampler.batch_size_per_image = 24
+    wanted, counted = targets(images), []
+
+    def losses(*numbers: int, seeds: list[int] | None = seeds) -> dict[str, Tensor]:
+        own = seeds and [seeds[n] for n in numbers]
+        found: dict[str, Tensor] = model(
+            *([given[n] for n in numbers] for given in (images, wanted)), own
+        )
+        return found
+
+    def alone(counts: Tensor) -> Tensor:
+        counted.append(counts)
+        return counts
+
+    monkeypatch.setattr(samples, "of_a_process", alone)
+    state = torch.get_rng_state()
+    whole = losses(0, 1, 2)
+    assert torch.equal(torch.get_rng_state(), state)  # nothing else draws
+    parts = [losses(0, 1), losses(2)]
+    together, first, second = counted
+    assert torch.equal(together, first + second) and not torch.equal(first, second)
+    monkeypatch.setattr(samples, "of_a_process", lambda _: together / 2)
+    for name, value in whole.items():
+        mean = sum(part[name] for part in (losses(0, 1), losses(2))) / 2
+        close(mean, value, 1e-4)
+        plain = sum(part[name] for part in parts) / 2
+        assert (plain - value).abs() > 1e-3 * value.abs(), name
+    other = losses(0, 1, 2, seeds=[8, 6, 7])
+    assert any(not torch.equal(other[name], whole[name]) for name in whole)
+    torch.manual_seed(0)
+    by_torch = losses(0, 1, 2, seeds=None)
+    assert not torch.equal(torch.get_rng_state(), state)
+    assert any(not torch.equal(by_torch[name], whole[name]) for name in whole)
 
 
 def test_the_papers_settings() -> None:
