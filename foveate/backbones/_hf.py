@@ -327,7 +327,8 @@ class HfBackbone(Backbone):
         """Apply the three projections."""
         attn: Any = self.attention_of(block)
         shape = (self.spec.heads, attn.head_dim)
-        q, k, v = (p(y).unflatten(-1, shape) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+        layers = (attn.q_proj, attn.k_proj, attn.v_proj)
+        q, k, v = (layer(y).unflatten(-1, shape).flatten(0, -3) for layer in layers)
         return Heads(q, k, v, _scale(attn), _dropout(attn) if attn.training else 0.0)
 
     def project(self, block: int, out: Tensor, y: Tensor) -> Tensor:

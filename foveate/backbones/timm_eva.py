@@ -78,7 +78,7 @@ class TimmEva(TimmBackbone):
             q, k, v = self._fused(attn, y).view(-1, 3, attn.num_heads, attn.head_dim).unbind(1)
         else:
             q, k, v = (
-                proj(y).unflatten(-1, (-1, attn.head_dim))
+                proj(y).unflatten(-1, (-1, attn.head_dim)).flatten(0, -3)
                 for proj in (attn.q_proj, attn.k_proj, attn.v_proj)
             )
         q, k = attn.q_norm(q), attn.k_norm(k)

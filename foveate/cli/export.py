@@ -13,7 +13,7 @@ In a terminal:
   foveate export deit_small_patch16_224 "evit(keep=0.7)" evit/
   foveate export deit_small_patch16_224 evit evit8/ --format openvino --int8 --calibrate photos/
   foveate export runs/reduce-photos out/ --check --images photos/
-  foveate export demo "tome(r=3)" out/ --format openvino --int8 --check
+  foveate export demo "tome(r=3)" out/ --format openvino --int8 --check --beside onnx pt2
   foveate export deit_small_patch16_224 evit fast/ --format openvino --budget "1.5x faster"
   foveate export runs/detect-scenes_svit backbone/ --image-size 64
 """
@@ -27,6 +27,8 @@ from foveate.cli.models import MODEL, add_untrained
 from foveate.cli.threads import add_threads, check_threads
 
 __all__ = ["add_arguments", "run"]
+
+_FORMATS = ("onnx", "openvino", "pt2")  # those of foveate.exports, which starts slowly
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(more="rest")
     add(
         "--format",
-        choices=("onnx", "openvino", "pt2"),
+        choices=_FORMATS,
         default="onnx",
         help="what to write (default: onnx)",
     )
@@ -87,6 +89,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "ones)",
     )
     add(
+        "--beside",
+        nargs="+",
+        choices=_FORMATS,
+        default=(),
+        metavar="FORMAT",
+        help="further formats that --check times in the same run, to see which runtime is the "
+        "fastest here: " + ", ".join(_FORMATS),
+    )
+    add(
         "--rounds",
         type=int,
         default=30,
@@ -117,6 +128,10 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.images and not args.check:
         raise ValueError("--images are compared on, which --check asks for")
+    if args.beside and not (args.check and args.rounds):
+        raise ValueError(
+            "--beside names formats to time, which --check does, with --rounds above 0"
+        )
     if args.calibrate and not args.int8:
         raise ValueError("--calibrate is for --int8")
     check_threads(args)
@@ -145,6 +160,7 @@ def run(args: argparse.Namespace) -> int:
             opset=args.opset,
             check=args.check,
             images=args.images,
+            beside=args.beside,
             rounds=args.rounds,
             threads=args.threads,
             budget=args.budget,

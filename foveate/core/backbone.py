@@ -196,11 +196,11 @@ class Backbone:
         return out
 
     def attention_input(self, block: int, x: Tensor) -> Tensor:
-        """Apply the first norm, to tokens ``[T, C]``."""
+        """Apply the first norm, to tokens ``[T, C]``, or ``[B, N, C]`` by image."""
         raise NotImplementedError
 
     def qkv(self, block: int, y: Tensor, rotary: Tensor | None) -> Heads:
-        """Make queries, keys and values of normed tokens."""
+        """Make queries, keys and values of normed tokens, ``[T, H, d]`` each."""
         raise NotImplementedError
 
     def project(self, block: int, out: Tensor, y: Tensor) -> Tensor:

@@ -158,7 +158,11 @@ def input_size(model: nn.Module, wanted: tuple[int, int] | None = None) -> tuple
 
 
 def capture(
-    model: nn.Module, batch: int | None = None, size: tuple[int, int] | None = None
+    model: nn.Module,
+    batch: int | None = None,
+    size: tuple[int, int] | None = None,
+    *,
+    by_image: bool = False,
 ) -> Graph:
     """Capture a model as a graph.
 
@@ -167,6 +171,7 @@ def capture(
             of which the backbone is captured, with its maps.
         batch: number of images; None for any number.
         size: height and width of an image; None for the model's own.
+        by_image: let the layers of a driven model see tokens ``[B, N, C]`` instead of flat ones.
     """
     size = size or input_size(model)
     if isinstance(model, DenseModel):
@@ -185,7 +190,7 @@ def capture(
     # Capture with two images: with one, torch would treat the batch as a constant.
     images = torch.zeros(batch or 2, channels, *size)
     asked = _Answers(model)
-    with answering(asked):
+    with answering(asked), _shaped(reduced, by_image):
         shapes = None if batch else ({0: torch.export.Dim("batch", min=1, max=_MOST)},)
         try:
             program = torch.export.export(asked, (images,), dynamic_shapes=shapes)
@@ -215,6 +220,19 @@ def capture(
             )
         ),
     )
+
+
+@contextmanager
+def _shaped(reduced: nn.Module, by_image: bool) -> Iterator[None]:
+    """Let a driven model give its layers tokens by image for a while."""
+    if not isinstance(reduced, ReducedViT):
+        yield
+        return
+    before, reduced.by_image = reduced.by_image, by_image
+    try:
+        yield
+    finally:
+        reduced.by_image = before
 
 
 def _outputs(model: nn.Module, backbone: Backbone) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -102,6 +102,7 @@ def export(
     opset: int | None = None,
     check: bool = False,
     images: Tensor | Paths | None = None,
+    beside: Sequence[str] = (),
     rounds: int = LEAST_ROUNDS,
     threads: int | None = None,
     budget: str | None = None,
@@ -129,6 +130,8 @@ def export(
         check: whether to compare the file with torch, and to time both beside the dense model.
         images: images to compare on, as for ``calibrate``; None takes those of ``calibrate``, or
             some that ship or are synthetic.
+        beside: further formats that ``check`` times in the same run, exported for that alone; in 8
+            bits too if the format has them.
         rounds: number of timed rounds; 0 skips the timing.
         threads: number of CPU threads of timed calls; None takes the physical cores.
         budget: time on this machine that a call of the exported model may take, to which the
@@ -138,6 +141,7 @@ def export(
         progress: called with the step, how much of it is done, and of how much.
     """
     _check_asked(format, int8, batch, rounds, opset)
+    _check_beside(format, beside, int8, timed=check and rounds > 0)
     wanted = (image_size, image_size) if isinstance(image_size, int) else image_size
     if not isinstance(model, nn.Module):
         name = name or Path(model).name
@@ -152,14 +156,13 @@ def export(
     # Read the images before the long work, so that a folder without images is reported first.
     compared = calibrate if images is None else images
     pictures = for_check(prepared, compared, batch) if check else None
-    writer = _Writer(importlib.import_module(f"foveate.exports.{format}"), pixels, opset, progress)
+    writer = _Writer(format, pixels, opset, progress)
     with made_folder(folder), fixed(model) as changed:
         notes = [changed] if changed else []
         if wanted_time is not None:
             model, said = _at_time(wanted_time, model, writer, prepared, batch, threads)
             notes.append(said)
-        writer.say("capturing")
-        graph = capture(model, batch, size)
+        graph = writer.capture(model, batch, size)
         path = writer.write(graph, folder)
         tokens = writer.tokens(graph, path)
         about = _about(model, graph, writer, prepared, name, notes)
@@ -173,7 +176,9 @@ def export(
             ask = exported.open(threads or 0, batch or 0)
             found = compare(answers(model), ask, *pictures, graph=graph, int8=int8)
             if rounds:
-                found = replace(found, **_timed(model, exported, graph, writer, rounds, threads))
+                others = [_Writer(other, pixels, None, progress) for other in beside]
+                times = _timed(model, exported, graph, [writer, *others], rounds, threads)
+                found = replace(found, **times)
             exported = replace(exported, check=found)
     shapes = [f"`{n}`, [{', '.join(s)}]" for n, s in zip(graph.outputs, graph.shapes, strict=True)]
     write_readme(folder, about, shapes, exported.check)
@@ -199,6 +204,20 @@ def _check_asked(
         raise ValueError("opset is a version of ONNX's operators: pt2 has none")
     if opset is not None and opset < LEAST_OPSET:
         raise ValueError(f"opset must be at least {LEAST_OPSET}, got {opset}")
+    _check_installed(format, int8)
+
+
+def _check_beside(format: str, beside: Sequence[str], int8: bool, *, timed: bool) -> None:
+    if beside and not timed:
+        raise ValueError("beside names formats to time, which check does, with rounds above 0")
+    for number, other in enumerate(beside):
+        check_choice("beside", other, FORMATS)
+        if other == format or other in beside[:number]:
+            raise ValueError(f"beside names {other}, which is timed already")
+        _check_installed(other, int8)
+
+
+def _check_installed(format: str, int8: bool) -> None:
     needs = {"onnx": ["onnx", "onnxscript", "onnxruntime"], "openvino": ["onnxscript", "openvino"]}
     needed = needs.get(format, []) + ["nncf"] * (int8 and format == "openvino")
     missing = [package for package in needed if importlib.util.find_spec(package) is None]
@@ -220,19 +239,27 @@ class _Writer:
     """
 
     def __init__(
-        self, made: Any, pixels: np.ndarray | None, opset: int | None, progress: Progress | None
+        self, format: str, pixels: np.ndarray | None, opset: int | None, progress: Progress | None
     ) -> None:
+        made: Any = importlib.import_module(f"foveate.exports.{format}")
+        pixels = pixels if hasattr(made, "quantise") else None
         self.runtime: str = made.RUNTIME
         self.file: str = made.FILE
         self.int8 = pixels is not None
         self.named = self.runtime + " int8" * self.int8
         self._made, self._pixels, self._progress = made, pixels, progress
+        self._by_image = getattr(made, "BY_IMAGE", False)
         self._options = {} if opset is None else {"opset": opset}
 
     def say(self, what: str, done: int = 0, of: int = 1) -> None:
         """Report progress: the step, how much of it is done, and of how much."""
         if self._progress is not None:
             self._progress(what, done, of)
+
+    def capture(self, model: nn.Module, batch: int | None, size: tuple[int, int]) -> Graph:
+        """Capture a model in the form that suits the runtime."""
+        self.say("capturing")
+        return capture(model, batch, size, by_image=self._by_image)
 
     def write(self, graph: Graph, folder: Path) -> Path:
         """Write a graph into a folder and return its file."""
@@ -245,7 +272,13 @@ class _Writer:
         return path
 
     def open(
-        self, model: nn.Module, about: Mapping[str, Any], folder: Path, threads: int, batch: int
+        self,
+        model: nn.Module,
+        about: Mapping[str, Any],
+        folder: Path,
+        threads: int,
+        batch: int,
+        counted: bool = False,
     ) -> Run:
         """Export a model for timing, and return a function that runs it.
 
@@ -255,9 +288,13 @@ class _Writer:
             folder: folder to write.
             threads: number of CPU threads.
             batch: number of images in a call.
+            counted: whether to make sure that the file computes the model's tokens.
         """
-        self.say("capturing")
-        self.write(capture(model, about["batch"], tuple(about["size"])), folder)
+        rows, columns = about["size"]
+        graph = self.capture(model, about["batch"], (rows, columns))
+        path = self.write(graph, folder)
+        if counted:
+            self.tokens(graph, path)
         write_about(folder, about)
         return open_model(folder, threads, batch)[0]
 
@@ -334,14 +371,15 @@ def _timed(
     model: nn.Module,
     exported: Exported,
     graph: Graph,
-    writer: _Writer,
+    writers: Sequence[_Writer],
     rounds: int,
     threads: int | None,
 ) -> dict[str, Any]:
-    """Time the exported model, the model in torch, and both without a method.
+    """Time the model in torch, the exported one, and other formats, all without a method too.
 
     Return the fields of ``Check`` about times.
     """
+    writer, *others = writers
     threads, batch = threads or physical_cores(), graph.batch or 1
     method = exported.about["method"]
     example = torch.randn(batch, graph.channels, *graph.size)
@@ -352,12 +390,22 @@ def _timed(
         DENSE: lambda: dense(example),
         AGAIN: lambda: dense(example),
     }
-    with tempfile.TemporaryDirectory() as folder:
+    with ExitStack() as stack:
+
+        def beside(variant: nn.Module, how: _Writer) -> Callable[[], Any]:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            about = {**exported.about, "runtime": how.runtime, "file": how.file}
+            run = how.open(variant, about, folder, threads, batch, counted=True)
+            return lambda: run(pixels)
+
         if method is not None:
-            beside = writer.open(plain, dict(exported.about), Path(folder), threads, batch)
             calls[method] = lambda: reduced(example)
-            calls[f"dense, {writer.named}"] = lambda: beside(pixels)
+            calls[f"dense, {writer.named}"] = beside(plain, writer)
         calls[f"{method or DENSE}, {writer.named}, exported"] = lambda: ask(pixels)
+        for other in others:
+            calls[f"dense, {other.named}"] = beside(plain, other)
+            if method is not None:
+                calls[f"{method}, {other.named}"] = beside(model, other)
         with _torch_threads(threads), evaluating(plain, model):
             times = speeds(calls, rounds, partial(writer.say, "timing"))
     return {"batch": batch, "threads": threads, "rounds": rounds, "speeds": times}

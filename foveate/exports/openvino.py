@@ -15,9 +15,11 @@ import numpy as np
 from foveate.exports import onnx
 from foveate.exports.graph import Graph
 
-__all__ = ["FILE", "RUNTIME", "WEIGHTS", "quantise", "tokens", "write"]
+__all__ = ["BY_IMAGE", "FILE", "RUNTIME", "WEIGHTS", "quantise", "tokens", "write"]
 
 FILE, WEIGHTS, RUNTIME = "model.xml", "model.bin", "openvino"
+# Around layers that see flat tokens OpenVINO rounds to 8 bits in passes of their own.
+BY_IMAGE = True
 
 
 def write(graph: Graph, path: Path, opset: int | None = None) -> None:

@@ -585,7 +585,7 @@ def test_a_file_that_answers_otherwise_fails(
     """The file has other weights than the model it is compared with."""
     other = foveate.apply(randomise(tiny(), seed=7), METHOD).eval()
     captured = graph.capture(other)
-    monkeypatch.setattr("foveate.exports.make.capture", lambda *_: captured)
+    monkeypatch.setattr("foveate.exports.make.capture", lambda *_, **__: captured)
     found = foveate.export(with_method(), tmp_path, format="pt2", check=True, rounds=0)
     assert found.check is not None and not found.check.passed
     assert found.check.beyond == found.check.images == 64 and found.check.error > 0.1
@@ -607,13 +607,31 @@ def test_outputs_that_are_not_numbers_fail(wrong: float, int8: bool) -> None:
     assert "outputs that are not finite numbers: 2" in "\n".join(found.lines())
 
 
+@pytest.mark.parametrize("by_image", [False, True])
+def test_layers_may_see_the_tokens_of_each_image(by_image: bool) -> None:
+    """Runtimes fuse fewer operations in 8 bits between layers that see flat tokens."""
+    kinds = (torch.ops.aten.linear.default, torch.ops.aten.layer_norm.default)
+    model = with_method()
+    captured = graph.capture(model, by_image=by_image)
+    nodes = [node for node in captured.program.graph.nodes if node.target in kinds]
+    inside, after = nodes[:12], nodes[12:]  # two norms and four linears in each of two blocks
+    assert {node.meta["val"].ndim for node in inside} == {3 if by_image else 2} and len(after) == 2
+    if by_image:
+        seen = [node.args[0].meta["val"].shape[1] for node in inside]
+        assert seen == [37] * 9 + [28] * 3  # EViT drops between attention and the feed forward
+    assert captured.tokens == TOKENS and not model.by_image
+    photos = images(3)
+    found = captured.program.module()(photos)
+    torch.testing.assert_close(found, logits(model, photos), rtol=1e-4, atol=1e-5)
+
+
 def test_a_file_that_runs_dense_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captured = graph.capture(tiny())
     assert captured.tokens == (37, 37)
     mixed = graph.Graph(**{**vars(captured), "tokens": TOKENS})
-    monkeypatch.setattr("foveate.exports.make.capture", lambda *_: mixed)
+    monkeypatch.setattr("foveate.exports.make.capture", lambda *_, **__: mixed)
     with pytest.raises(ValueError, match="the method has no effect in this file"):
         foveate.export(with_method(), tmp_path, format="pt2")
 
@@ -633,6 +651,48 @@ def test_times_stand_beside_the_dense_model(tmp_path: Path) -> None:
         speed.ms > 0 and speed.low <= speed.times <= speed.high for speed in found.check.speeds
     )
     assert "a trial" in "\n".join(found.check.lines())
+
+
+@pytest.mark.parametrize("method", [True, False])
+def test_other_formats_are_timed_in_the_same_run(method: bool, tmp_path: Path) -> None:
+    model = with_method() if method else vit()
+    found = foveate.export(
+        model, tmp_path, format="pt2", check=True, beside=["onnx"], rounds=2, threads=1, batch=2
+    )
+    assert found.check is not None and found.check.passed and found.check.batch == 2
+    names = [speed.name for speed in found.check.speeds]
+    own = [METHOD, "dense, torch", f"{METHOD}, torch, exported"]
+    own = own if method else ["dense, torch, exported"]
+    also = ["dense, onnxruntime", *[f"{METHOD}, onnxruntime"] * method]
+    assert names == ["dense", "dense again", *own, *also]
+    assert "onnxruntime" in (tmp_path / "README.md").read_text()
+    assert not [*tmp_path.glob("*.onnx")]  # made for the timing alone
+
+
+def test_a_format_beside_that_runs_dense_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foveate.exports.onnx.tokens", lambda *_: (37, 37))
+    with pytest.raises(ValueError, match="the method has no effect in this file"):
+        foveate.export(with_method(), tmp_path, format="pt2", check=True, beside=["onnx"], rounds=1)
+
+
+@pytest.mark.parametrize(
+    ("beside", "how", "message"),
+    [
+        (["onnx"], {}, "beside names formats to time"),
+        (["onnx"], {"check": True, "rounds": 0}, "beside names formats to time"),
+        (["pt2"], {"check": True}, "beside names pt2, which is timed already"),
+        (["onnx", "onnx"], {"check": True}, "beside names onnx, which is timed already"),
+        (["onxx"], {"check": True}, "beside must be one of 'onnx', 'openvino', 'pt2'"),
+    ],
+)
+def test_formats_that_cannot_stand_beside(
+    beside: list[str], how: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        foveate.export(vit(), tmp_path / "out", format="pt2", beside=beside, **how)
+    assert not (tmp_path / "out").exists()
 
 
 # What cannot be asked for ------------------------------------------------------------------------
@@ -721,6 +781,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["demo_svit", "evit", "out"], "has its own method"),
         (["demo", "out", "--calibrate", "photos"], "--calibrate is for --int8"),
         (["demo", "out", "--images", "photos"], "which --check asks for"),
+        (["demo", "out", "--beside", "onnx"], "--beside names formats to time"),
         (["demo", "out", "--batch", "many"], "--batch must be dynamic or a number from 1"),
         (["demo", "out", "--threads", "0"], "--threads must be at least 1"),
     ],
