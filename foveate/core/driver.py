@@ -470,8 +470,10 @@ def _flat(x: Tensor, state: TokenState) -> Tensor:
 
 
 def _dropped(module: nn.Module | None, values: Tensor, state: TokenState) -> Tensor:
-    """Apply stochastic depth, which drops a branch for whole images, to flat tokens."""
+    """Apply stochastic depth, which drops a branch for whole images."""
     if module is None or not module.training:
         return values
     scale = module(values.new_ones(state.batch, 1))
+    if values.ndim > 2:
+        return values * scale[..., None]
     return values * state.layout.spread(scale)

@@ -57,7 +57,7 @@ def feature_distance(features: Tensor, teacher: Tensor) -> Tensor:
 
 
 def of_a_process(count: Tensor) -> Tensor:
-    """Average a count over all processes, so that losses average to the mean over all tokens."""
+    """Average a count over all processes, so that losses average to the mean over all counted."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return count
     whole = count.clone()

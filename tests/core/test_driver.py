@@ -532,3 +532,20 @@ def test_gates_that_sample_are_in_effect() -> None:
     model.gate = "sample"
     drawn = {tuple(model.check_in_effect(images(2))) for _ in range(8)}
     assert len(drawn) > 1  # both of its runs draw alike, and the next ones draw anew
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("method", ["evit(keep=0.5)", "tome(r=4)", "dynamicvit(keep=0.5)"])
+def test_layers_may_get_tokens_by_image(method: str, hooked: bool) -> None:
+    """Stochastic depth and hooks included."""
+    model = made(method, drop_path_rate=0.5).train()
+    seen: list[int] = []
+    model.vit.blocks[1].mlp.fc1.register_forward_pre_hook(lambda _, args: seen.append(args[0].ndim))
+    if hooked:
+        model.vit.blocks[0].attn.register_forward_hook(lambda _, __, out: 2 * out)
+    found = []
+    for model.by_image in (False, True):
+        torch.manual_seed(0)
+        found.append(model(images()))
+    close(found[1], found[0])
+    assert seen == [2, 3]
