@@ -11,17 +11,20 @@ All is computed in float32, also under autocast, where residual streams have tha
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from foveate.core.schedule import check_choice
 from foveate.mim.masks import Mask
-from foveate.mim.targets import gathered
 
-__all__ = ["SIMILARITIES", "Similarity", "entropy", "heterogeneity", "visible_cosine"]
+__all__ = ["SIMILARITIES", "Similarity", "entropy", "heterogeneity", "recomputed", "visible_cosine"]
 
 SIMILARITIES = ("cosine", "layernorm", "scaled", "raw")
 _TINY = 1e-6
@@ -46,59 +49,142 @@ class Similarity:
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
 
-    def __call__(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Compare ``[B, R, C]`` with ``[B, K, C]``; the result is ``[B, R, K]`` float32."""
-        width = rows.shape[-1]
-        if self.kind == "layernorm":
-            rows, columns = (F.layer_norm(x, (width,)) for x in (rows, columns))
+    def __call__(
+        self, *layers: Tensor, chosen: Tensor | None = None, detach_chosen: bool = False
+    ) -> Tensor:
+        """Compare all tokens of an image with the chosen ones of it, in float32.
+
+        Args:
+            layers: ``[B, N, C]`` each.
+            chosen: places ``[B, K]`` without repeats; None chooses all tokens.
+            detach_chosen: let no gradient reach tokens as chosen ones.
+
+        Returns:
+            ``[layers * B, N, K]``, one layer after another.
+        """
+        width = layers[0].shape[-1]
+        if self.kind == "layernorm":  # normalised copies are not kept
+            return recomputed(
+                lambda *each: _Products.apply(
+                    chosen,
+                    detach_chosen,
+                    width**-0.5,
+                    False,
+                    *(F.layer_norm(x.float(), (width,)) for x in each),
+                ),
+                *layers,
+            )
+        scale = {"cosine": 1 / self.temperature, "scaled": width**-0.5, "raw": 1.0}[self.kind]
+        return _Products.apply(chosen, detach_chosen, scale, self.kind == "cosine", *layers)
+
+
+class _Products(torch.autograd.Function):
+    """Scaled products of all tokens with the chosen ones, or cosines.
+
+    Autograd by itself would keep a copy of the chosen tokens and of the norms' inputs for every
+    layer, and read and write all tokens several times more. This keeps the tokens, which the
+    network keeps anyway, the result and the norms.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        chosen: Tensor | None,
+        detach_chosen: bool,
+        scale: float,
+        cosine: bool,
+        *layers: Tensor,
+    ) -> Tensor:
+        """Compute the products, all layers at once."""
+        tokens = _together(layers)
+        places = _places(chosen, tokens)
         # Products of half precision would be rounded to it, and may overflow before they are
         # divided by norms; under autocast only tokens that no block has changed yet have it.
-        dots = torch.matmul(rows.float(), columns.float().mT)
-        if self.kind == "raw":
-            return dots
-        if self.kind != "cosine":
-            return dots / math.sqrt(width)
-        # Dividing products by norms keeps no normalised copies of the tokens.
-        norms = [_norms(x).clamp_min(_TINY) for x in (rows, columns)]
-        return dots / norms[0][:, :, None] / norms[1][:, None, :] / self.temperature
+        found = torch.bmm(tokens, tokens[places].mT).mul_(scale)
+        norms = None
+        if cosine:
+            norms = torch.linalg.vector_norm(tokens, dim=-1).clamp_min_(_TINY)
+            found.div_(norms[:, :, None]).div_(norms[places][:, None, :])
+        ctx.save_for_backward(chosen, found if cosine else None, norms, *layers)
+        ctx.detach_chosen, ctx.scale = detach_chosen, scale
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient of each layer."""
+        chosen, found, norms, *layers = ctx.saved_tensors
+        tokens = _together(layers)
+        places = _places(chosen, tokens)
+        with torch.autocast(tokens.device.type, enabled=False):
+            along = None
+            if norms is not None:  # what norms pull along each token
+                pull = grad * found
+                along = pull.sum(2)
+                if not ctx.detach_chosen:
+                    along[places] += pull.sum(1)
+                along = torch.where(norms > _TINY, along / norms.square(), 0)
+                grad = grad / norms[:, :, None] / norms[places][:, None, :]
+            grad = grad * ctx.scale
+            out = torch.bmm(grad, tokens[places])
+            if along is not None:
+                out.addcmul_(tokens, along[:, :, None], value=-1)
+            if not ctx.detach_chosen:
+                out[places] += torch.bmm(grad.mT, tokens)
+        parts = out.view(len(layers), -1, *out.shape[1:])
+        return None, None, None, None, *(x.to(y.dtype) for x, y in zip(parts, layers, strict=True))
+
+
+def _together(layers: Sequence[Tensor]) -> Tensor:
+    """Return the layers one after another, without a copy of a single one."""
+    return (layers[0] if len(layers) == 1 else torch.cat(list(layers))).float()
+
+
+def _places(chosen: Tensor | None, tokens: Tensor) -> Any:
+    """Return the index of the chosen tokens, in every layer the same ones."""
+    if chosen is None:
+        return ...
+    chosen = chosen.repeat(len(tokens) // len(chosen), 1)
+    return torch.arange(len(tokens), device=tokens.device)[:, None], chosen
 
 
 def heterogeneity(
-    tokens: Tensor,
+    layers: Tensor | Sequence[Tensor],
     mask: Mask,
     similarity: Similarity,
     *,
     normalise: bool = True,
-    alike: bool = False,
     detach_visible: bool = False,
 ) -> Tensor:
-    """Return the entropy of hidden tokens over visible ones, a mean for each image, ``[B]``.
+    """Return the entropy of hidden tokens over visible ones, a mean for each image.
 
     Args:
-        tokens: ``[B, N, C]`` in raster order.
+        layers: tokens ``[B, N, C]`` in raster order, of one layer or of each of several.
         mask: what is hidden.
         similarity: of tokens.
         normalise: divide by the logarithm of the number of visible tokens, to lie in [0, 1].
-        alike: all hidden tokens of an image are the same, so one of them is enough.
         detach_visible: let no gradient reach visible tokens.
+
+    Returns:
+        ``[B]``, or ``[layers, B]``.
     """
-    with torch.autocast(tokens.device.type, enabled=False):
-        if mask.visible is None or mask.masked is None:
-            return _ragged(tokens, mask, similarity, normalise, detach_visible)
-        masked = mask.masked[:, :1] if alike else mask.masked
-        both = gathered(tokens, torch.cat([masked, mask.visible], 1))
-        rows, columns = both.split([masked.shape[1], mask.visible.shape[1]], 1)
-        logits = similarity(rows, columns.detach() if detach_visible else columns)
-        found = entropy(logits, holes=False).mean(1)
-        return _of_most(found, mask.visible.shape[1]) if normalise else found
+    several = [layers] if isinstance(layers, Tensor) else list(layers)
+    with torch.autocast(several[0].device.type, enabled=False):
+        logits = similarity(*several, chosen=mask.visible, detach_chosen=detach_visible)
+
+        def means(logits: Tensor) -> Tensor:
+            if mask.visible is None or mask.masked is None:
+                return _ragged(logits, mask.repeated(len(several)).hidden, normalise)
+            each = entropy(logits, holes=False)
+            found = each.gather(1, mask.masked.repeat(len(several), 1)).mean(1)
+            return _of_most(found, mask.visible.shape[1]) if normalise else found
+
+        found = recomputed(means, logits)
+    return found if isinstance(layers, Tensor) else found.view(len(several), -1)
 
 
-def _ragged(
-    tokens: Tensor, mask: Mask, similarity: Similarity, normalise: bool, detach_visible: bool
-) -> Tensor:
-    """Compute all rows and columns, for images with different numbers of hidden patches."""
-    hidden = mask.hidden
-    logits = similarity(tokens, tokens.detach() if detach_visible else tokens)
+def _ragged(logits: Tensor, hidden: Tensor, normalise: bool) -> Tensor:
+    """Take the means over images with different numbers of hidden patches."""
     each = entropy(logits.masked_fill(hidden[:, None, :], float("-inf")))
     count = hidden.sum(1)
     found = (each * hidden).sum(1) / count.clamp_min(1)
@@ -106,6 +192,13 @@ def _ragged(
         return found
     most = (hidden.shape[1] - count).clamp_min(2).float().log()
     return torch.where(hidden.shape[1] - count > 1, found / most, torch.zeros_like(found))
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Compute, and compute again in the backward pass instead of keeping activations."""
+    if not (torch.is_grad_enabled() and any(one.requires_grad for one in inputs)):
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def entropy(logits: Tensor, *, holes: bool = True) -> Tensor:
@@ -130,10 +223,6 @@ def visible_cosine(tokens: Tensor, mask: Mask) -> Tensor:
     count = shown.sum((1, 2)).float()
     pairs = unit.sum(1).square().sum(-1) - count  # without those of a token with itself
     return pairs / (count * (count - 1)).clamp_min(1)
-
-
-def _norms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
 
 
 def _of_most(found: Tensor, visible: int) -> Tensor:

@@ -77,8 +77,8 @@ def measure_images(
     """Measure heterogeneity and the visible tokens' mean cosine, ``[L + 1, B]`` each."""
     kind = similarity or Similarity()
     levels, cosines = [], []
-    for number, tokens in enumerate(tokens_of(network)):
-        levels.append(heterogeneity(tokens, mask, kind, normalise=normalise, alike=number == 0))
+    for tokens in tokens_of(network):
+        levels.append(heterogeneity(tokens, mask, kind, normalise=normalise))
         cosines.append(visible_cosine(tokens, mask))
     return torch.stack(levels), torch.stack(cosines)
 
@@ -94,4 +94,4 @@ def affinity(tokens: Tensor, mask: Mask, similarity: Similarity | None = None) -
         raise ValueError("affinity maps need masks that hide as many patches in every image")
     order = torch.cat([mask.masked.sort(1).values, mask.visible.sort(1).values], 1)
     sorted_tokens = gathered(tokens, order)
-    return (similarity or Similarity())(sorted_tokens, sorted_tokens).softmax(-1)
+    return (similarity or Similarity())(sorted_tokens).softmax(-1)

@@ -11,20 +11,24 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from foveate.core.schedule import check_choice
-from foveate.mim.heterogeneity import SIMILARITIES, Similarity, entropy, heterogeneity
+from foveate.mim.heterogeneity import (
+    SIMILARITIES,
+    Similarity,
+    entropy,
+    heterogeneity,
+    recomputed,
+)
 from foveate.mim.masks import Mask
 from foveate.mim.method import States
-from foveate.mim.targets import gathered
 
 __all__ = ["PRESETS", "Mto", "mto_losses"]
 
@@ -183,8 +187,7 @@ class Mto:
 def mto_losses(states: Sequence[States], mask: Mask, choices: Mto) -> dict[str, Tensor]:
     """Compute the losses that have a weight, means over networks: "mto_spa", "mto_e", "mto_r".
 
-    Activations are recomputed in the backward pass, because maps of every layer would need much
-    memory.
+    Of every layer one map of similarities is kept for the backward pass, and the rest recomputed.
 
     Args:
         states: tokens of each network that has hidden and visible tokens.
@@ -206,27 +209,22 @@ def _network_losses(network: States, mask: Mask, choices: Mto) -> dict[str, Tens
     kind = Similarity(str(choices.similarity), float(choices.temperature or 1.0))
     losses: dict[str, Tensor] = {}
     if choices.spa:
-        losses["mto_spa"] = _again(lambda x: _separation(x, mask, kind, choices), first)
+        losses["mto_spa"] = _separation(first, mask, kind, choices)
     if not (choices.e or choices.r):
         return losses
 
-    def of(*layers: Tensor, alike: bool = False) -> Tensor:
+    def of(*layers: Tensor) -> Tensor:
         """Return the heterogeneity of each layer."""
+        values = heterogeneity(
+            layers,
+            mask,
+            kind,
+            normalise=bool(choices.normalise),
+            detach_visible=choices.detach_visible,
+        )
+        return _over_images(values, mask)
 
-        def means(*each: Tensor) -> Tensor:
-            values = heterogeneity(
-                torch.cat(each),
-                mask.repeated(len(each)),
-                kind,
-                normalise=bool(choices.normalise),
-                alike=alike,
-                detach_visible=choices.detach_visible,
-            )
-            return _over_images(values.view(len(each), -1), mask)
-
-        return _again(means, *layers)
-
-    start = of(first, alike=before)
+    start = of(first)
     if choices.e:
         losses["mto_e"] = 1 / (start[0] + float(choices.eps or 0))
     if choices.r:
@@ -246,15 +244,14 @@ def _network_losses(network: States, mask: Mask, choices: Mto) -> dict[str, Tens
 
 def _separation(tokens: Tensor, mask: Mask, kind: Similarity, choices: Mto) -> Tensor:
     """Return the entropy of visible tokens' rows, or minus the log of their visible share."""
-    with torch.autocast(tokens.device.type, enabled=False):
-        count = tokens.shape[1]
-        if mask.visible is None:
-            rows, shown = tokens, ~mask.hidden
-            own = torch.arange(count, device=tokens.device).expand(len(tokens), -1)
-        else:
-            rows, own = gathered(tokens, mask.visible), mask.visible
-            shown = torch.ones_like(own, dtype=torch.bool)
-        logits = kind(rows, tokens)
+    count = tokens.shape[1]
+    if mask.visible is None:
+        own = torch.arange(count, device=tokens.device).expand(len(tokens), -1)
+        shown = ~mask.hidden
+    else:
+        own, shown = mask.visible, torch.ones_like(mask.visible, dtype=torch.bool)
+
+    def of(logits: Tensor) -> Tensor:
         if not choices.include_self:
             logits = logits.scatter(-1, own[..., None], float("-inf"))
         if choices.form == "mass":
@@ -271,6 +268,9 @@ def _separation(tokens: Tensor, mask: Mask, kind: Similarity, choices: Mto) -> T
             total = total / shown.sum(1).clamp_min(1)
         return total.mean()
 
+    with torch.autocast(tokens.device.type, enabled=False):
+        return recomputed(of, kind(tokens, chosen=mask.visible).mT)
+
 
 def _at_once(tokens: Tensor, layers: int) -> int:
     """Return how many layers go together: few operations suit a GPU, little memory a CPU."""
@@ -284,10 +284,3 @@ def _over_images(values: Tensor, mask: Mask) -> Tensor:
     count = (~mask.hidden).sum(1)
     fit = ((count > 1) & (count < mask.hidden.shape[1])).float()
     return (values * fit).sum(1) / fit.sum().clamp_min(1)
-
-
-def _again(function: Callable[..., Tensor], *tokens: Tensor) -> Tensor:
-    """Compute, and recompute in the backward pass instead of keeping activations."""
-    if not (torch.is_grad_enabled() and any(one.requires_grad for one in tokens)):
-        return function(*tokens)
-    return checkpoint(function, *tokens, use_reentrant=False, preserve_rng_state=False)

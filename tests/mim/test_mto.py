@@ -13,6 +13,7 @@ import torch
 from masked_models import GRID, beit, images, mask, method, recipe, run, vit
 from small import noise
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from foveate import config
 from foveate.mim import (
@@ -331,16 +332,40 @@ def test_norms_do_not_matter_to_cosines(kind: str, stays: bool) -> None:
     assert torch.allclose(one, ten, atol=1e-4) == stays
 
 
-def test_equal_hidden_tokens_are_computed_once() -> None:
-    """T5: the short way where all hidden tokens of an image are the same."""
-    drawn = hiding()
-    x = network(hiding=drawn).initial.detach()
-    one, all_of_them = (heterogeneity(x, drawn, Similarity(), alike=a) for a in (True, False))
-    torch.testing.assert_close(one, all_of_them)
-    for name, model in (("simmim", beit()), ("mae", vit())):
-        found = method(name, model)(images(), mask(), states=True).states[0].initial
-        one, other = (heterogeneity(found, mask(), Similarity(), alike=a) for a in (True, False))
-        torch.testing.assert_close(one, other)
+@pytest.mark.parametrize("detached", [False, True])
+@pytest.mark.parametrize("kind", SIMILARITIES)
+def test_similarities_and_their_gradients_are_those_of_plain_torch(
+    kind: str, detached: bool
+) -> None:
+    states, drawn = network(), hiding()
+    layers = [states.tokens[1], states.tokens[2], states.tokens[1].bfloat16()]
+    for chosen in (drawn.visible, None):
+        found = Similarity(kind, 0.2)(*layers, chosen=chosen, detach_chosen=detached)
+        wanted = torch.cat([plain(x, kind, chosen, detached) for x in layers])
+        torch.testing.assert_close(found, wanted)
+        weight = torch.randn_like(found)
+        leaves = states.tokens[1:3]
+        ours, theirs = (torch.autograd.grad(x, leaves, weight) for x in (found, wanted))
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def plain(tokens: Tensor, kind: str, chosen: Tensor | None, detached: bool) -> Tensor:
+    x = tokens.float()
+    if kind == "cosine":
+        x = F.normalize(x, dim=-1)
+    elif kind == "layernorm":
+        x = F.layer_norm(x, (WIDTH,))
+    columns = x if chosen is None else x.take_along_dim(chosen[:, :, None], 1)
+    scale = {"cosine": 5, "raw": 1}.get(kind, WIDTH**-0.5)
+    return x @ (columns.detach() if detached else columns).mT * scale
+
+
+def test_similarity_of_tokens_that_are_nothing() -> None:
+    """Cosines of zeros are 0, and so is what norms would pull."""
+    tokens = torch.zeros(1, PATCHES, WIDTH, requires_grad=True)
+    found = Similarity()(tokens)
+    found.sum().backward()
+    assert not found.any() and tokens.grad is not None and not tokens.grad.any()
 
 
 def test_with_itself_and_huge_norms_nothing_is_left_to_separate() -> None:
