@@ -172,14 +172,13 @@ def heterogeneity(
     with torch.autocast(several[0].device.type, enabled=False):
         logits = similarity(*several, chosen=mask.visible, detach_chosen=detach_visible)
 
-        def means(logits: Tensor) -> Tensor:
-            if mask.visible is None or mask.masked is None:
-                return _ragged(logits, mask.repeated(len(several)).hidden, normalise)
+        if mask.visible is None or mask.masked is None:
+            hidden = mask.repeated(len(several)).hidden
+            found = recomputed(lambda x: _ragged(x, hidden, normalise), logits)
+        else:
             each = entropy(logits, holes=False)
             found = each.gather(1, mask.masked.repeat(len(several), 1)).mean(1)
-            return _of_most(found, mask.visible.shape[1]) if normalise else found
-
-        found = recomputed(means, logits)
+            found = _of_most(found, mask.visible.shape[1]) if normalise else found
     return found if isinstance(layers, Tensor) else found.view(len(several), -1)
 
 
@@ -207,13 +206,32 @@ def entropy(logits: Tensor, *, holes: bool = True) -> Tensor:
     The logarithm of a sum minus a mean never takes the logarithm of a probability.
     """
     if not holes:
-        return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
+        return _Entropy.apply(logits)
     out = logits.isneginf()
     nowhere = out.all(-1, keepdim=True)  # no place at all: no softmax, and nothing to say
     zero = torch.zeros_like(logits)
     safe = torch.where(nowhere, zero, logits)
     found = safe.logsumexp(-1) - (safe.softmax(-1) * torch.where(out, zero, logits)).sum(-1)
     return torch.where(nowhere[..., 0], torch.zeros_like(found), found)
+
+
+class _Entropy(torch.autograd.Function):
+    """Entropy of a softmax that keeps its logits alone, and is not computed again as a whole."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        """Compute it."""
+        ctx.save_for_backward(logits)
+        return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Return a share times how far its logit lies below the mean one."""
+        (logits,) = ctx.saved_tensors
+        share = logits.softmax(-1)
+        mean = (share * logits).sum(-1, keepdim=True)
+        return (mean - logits).mul_(share).mul_(grad[..., None])
 
 
 def visible_cosine(tokens: Tensor, mask: Mask) -> Tensor:
