@@ -153,6 +153,7 @@ def test_an_address_where_nobody_is(config: Path, out: Path) -> None:
     assert "--address 127.0.0.1:1: no cluster of Ray answers" in done.stderr
 
 
+@pytest.mark.slow  # half of a minute, most of it for Ray to begin and end
 def test_cells_are_tasks_of_ray(config: Path, out: Path) -> None:
     path = out / METHOD / "seed0" / "eval.json"
     before = path.with_suffix(".csv").read_text()
