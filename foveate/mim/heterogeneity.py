@@ -62,20 +62,18 @@ class Similarity:
         Returns:
             ``[layers * B, N, K]``, one layer after another.
         """
-        width = layers[0].shape[-1]
-        if self.kind == "layernorm":  # normalised copies are not kept
-            return recomputed(
-                lambda *each: _Products.apply(
-                    chosen,
-                    detach_chosen,
-                    width**-0.5,
-                    False,
-                    *(F.layer_norm(x.float(), (width,)) for x in each),
-                ),
-                *layers,
-            )
-        scale = {"cosine": 1 / self.temperature, "scaled": width**-0.5, "raw": 1.0}[self.kind]
-        return _Products.apply(chosen, detach_chosen, scale, self.kind == "cosine", *layers)
+        width, cosine = layers[0].shape[-1], self.kind == "cosine"
+        scale = {"cosine": 1 / self.temperature, "raw": 1.0}.get(self.kind, width**-0.5)
+
+        def products(*tokens: Tensor) -> Tensor:
+            return _Products.apply(chosen, detach_chosen, scale, cosine, *tokens)
+
+        if self.kind != "layernorm":
+            return products(*layers)
+        # Normalised copies are not kept.
+        return recomputed(
+            lambda *each: products(*(F.layer_norm(x.float(), (width,)) for x in each)), *layers
+        )
 
 
 class _Products(torch.autograd.Function):
@@ -172,13 +170,12 @@ def heterogeneity(
     with torch.autocast(several[0].device.type, enabled=False):
         logits = similarity(*several, chosen=mask.visible, detach_chosen=detach_visible)
 
-        if mask.visible is None or mask.masked is None:
-            hidden = mask.repeated(len(several)).hidden
-            found = recomputed(lambda x: _ragged(x, hidden, normalise), logits)
+        many = mask.repeated(len(several))
+        if many.visible is None or many.masked is None:
+            found = recomputed(lambda x: _ragged(x, many.hidden, normalise), logits)
         else:
-            each = entropy(logits, holes=False)
-            found = each.gather(1, mask.masked.repeat(len(several), 1)).mean(1)
-            found = _of_most(found, mask.visible.shape[1]) if normalise else found
+            found = entropy(logits, holes=False).gather(1, many.masked).mean(1)
+            found = _of_most(found, many.visible.shape[1]) if normalise else found
     return found if isinstance(layers, Tensor) else found.view(len(several), -1)
 
 

@@ -204,8 +204,7 @@ def mto_losses(states: Sequence[States], mask: Mask, choices: Mto) -> dict[str, 
 
 
 def _network_losses(network: States, mask: Mask, choices: Mto) -> dict[str, Tensor]:
-    before = choices.initial == "pre_pos"
-    first = network.initial if before else network.tokens[0]
+    first = network.initial if choices.initial == "pre_pos" else network.tokens[0]
     kind = Similarity(str(choices.similarity), float(choices.temperature or 1.0))
     losses: dict[str, Tensor] = {}
     if choices.spa:
